@@ -1,0 +1,25 @@
+"""One central hypothesis profile, one thread, and the root of the optional real data."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "udakit", deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+)
+hypothesis.settings.load_profile("udakit")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """Folder that holds `camvid/` and `carla/`, from the environment variable UDAKIT_DATA."""
+    root = os.environ.get("UDAKIT_DATA")
+    if not root:
+        pytest.skip("UDAKIT_DATA is not set: the real-data tests need a folder with camvid/ and carla/")
+    if not (Path(root) / "camvid").is_dir():
+        pytest.skip(f"UDAKIT_DATA={root} has no folder camvid/")
+    return Path(root)

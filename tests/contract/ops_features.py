@@ -1,0 +1,5 @@
+"""Entries of this family."""
+
+from contract.registry import Operation
+
+OPERATIONS: list[Operation] = []

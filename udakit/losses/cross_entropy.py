@@ -1,0 +1,113 @@
+"""Cross-entropy with the denominators that the field's codes use."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from udakit._checks import check_float, check_labels_like, check_weight_like, shape_of
+from udakit._reduce import check_reduction, reduce_pixels, upcast
+
+
+def cross_entropy(
+    logits: Float[Tensor, "n c h w"],
+    labels: Integer[Tensor, "n h w"],
+    *,
+    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    class_weight: Float[Tensor, "c"] | None = None,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+    r"""Cross-entropy of every labelled pixel, weighted per pixel and per class.
+
+    $$\ell_p = -\,w_p\,w_{y_p} \log \operatorname{softmax}(z_p)_{y_p}$$
+
+    **Convention.** Ignored pixels give 0 and no gradient. "mean" divides by the number of labelled pixels of the batch,
+    "mean_all" by all pixels. Weights enter the numerator only: a pixel of weight 0 still counts, and unlike
+    `F.cross_entropy(weight=...)` the sum of class weights is not divided by. Everything ignored gives 0, not NaN.
+
+    **Source.** DACS, DAFormer and DiGA divide by all pixels, ignored ones too: `reduction="mean_all"` is their value.
+
+    Args:
+        logits: class scores before the softmax, any float dtype.
+        labels: class ids 0..C-1 or `ignore_index`, int64 or uint8. Other ids are an error of `F.cross_entropy`
+            (a device-side assertion on CUDA): `udakit.labels.check_labels` finds them by name.
+        pixel_weight: factor of each pixel's loss, for example a pseudo-label's confidence weight.
+        class_weight: factor of each class.
+        ignore_index: the label that takes no part.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 logits), or (N, H, W) for "none".
+
+    Raises:
+        TypeError: an integer `logits`, or `labels` that are neither int64 nor uint8.
+        ValueError: shapes that do not match, or an unknown `reduction`.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.randn(2, 19, 4, 4, requires_grad=True)
+        >>> labels = torch.full((2, 4, 4), 255)
+        >>> loss = cross_entropy(logits, labels)
+        >>> loss.backward()
+        >>> loss.item(), logits.grad.abs().sum().item()
+        (0.0, 0.0)
+    """
+    check_reduction(reduction)
+    check_float("logits", logits, 4, "(N, C, H, W)")
+    check_labels_like(labels, logits)
+    labels = labels.long()
+    loss = F.cross_entropy(upcast(logits), labels, ignore_index=ignore_index, reduction="none")
+    valid = labels != ignore_index
+    if class_weight is not None:
+        if class_weight.ndim != 1 or class_weight.shape[0] != logits.shape[1]:
+            raise ValueError(
+                f"Expected `class_weight` to be (C,) matching `logits` {shape_of(logits)}, "
+                f"but got {shape_of(class_weight)}."
+            )
+        loss = loss * class_weight.to(loss.dtype)[labels.where(valid, 0)]
+    if pixel_weight is not None:
+        check_weight_like(pixel_weight, logits)
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+
+
+class CrossEntropyLoss(nn.Module):
+    """Module of [`cross_entropy`][udakit.losses.cross_entropy]; `class_weight` is a buffer.
+
+    Example:
+        >>> import torch
+        >>> criterion = CrossEntropyLoss(reduction="mean_all")
+        >>> criterion(torch.zeros(1, 2, 1, 2), torch.tensor([[[1, 255]]]))
+        tensor(0.3466)
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(self, *, class_weight: Tensor | None = None, ignore_index: int = 255, reduction: str = "mean") -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.register_buffer("class_weight", class_weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(
+        self,
+        logits: Float[Tensor, "n c h w"],
+        labels: Integer[Tensor, "n h w"],
+        *,
+        pixel_weight: Float[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return cross_entropy(
+            logits,
+            labels,
+            pixel_weight=pixel_weight,
+            class_weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"

@@ -1,0 +1,179 @@
+"""Knowledge distillation between segmentation nets, alike or unlike."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from udakit._checks import (
+    check_float,
+    check_mask_like,
+    check_option,
+    check_range,
+    check_weight_like,
+    shape_of,
+)
+from udakit._reduce import check_reduction, reduce_pixels, upcast
+
+Divergence = Literal["cross_entropy", "kl"]
+TeacherKind = Literal["logits", "probabilities"]
+Resize = Literal["error", "student", "teacher"]
+
+
+def _check_options(temperature: float, divergence: str, teacher_kind: str, resize: str, reduction: str) -> None:
+    check_range("temperature", temperature, 0.0, open_low=True)
+    check_option("divergence", divergence, get_args(Divergence))
+    check_option("teacher_kind", teacher_kind, get_args(TeacherKind))
+    check_option("resize", resize, get_args(Resize))
+    check_reduction(reduction)
+
+
+def kd_loss(
+    student_logits: Float[Tensor, "n c h w"],
+    teacher_logits: Float[Tensor, "n c h2 w2"],
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = "cross_entropy",
+    teacher_kind: TeacherKind = "logits",
+    resize: Resize = "error",
+    valid: Bool[Tensor, "n h w"] | None = None,
+    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+    r"""Distil a teacher's class probabilities into a student, pixel by pixel.
+
+    $$\ell_p = T^2\, H\!\left(\operatorname{softmax}(t_p / T),\ \operatorname{softmax}(s_p / T)\right),
+    \qquad H(q, p) = -\sum_c q_c \log p_c$$
+
+    **Convention.** The teacher is detached. "mean" divides by the number of `valid` pixels (all of them without a mask),
+    "mean_all" by all. `divergence="kl"` subtracts the teacher's entropy: another value, the same gradient. With
+    `teacher_kind="probabilities"` the softmax of the teacher is skipped, or for T != 1 replaced by the normalised
+    power p^(1/T), which is what softmax(log p / T) is.
+
+    **Source.** Hinton et al. 2015 for T^2; DiGA's released code uses the soft cross-entropy at T = 1 over all pixels.
+
+    Args:
+        student_logits: the net that learns, before the softmax.
+        teacher_logits: the net that teaches: logits, or probabilities by `teacher_kind`. C must agree.
+        temperature: T > 0.
+        divergence: "cross_entropy" | "kl".
+        teacher_kind: "logits" | "probabilities".
+        resize: whose (H, W) both take, bilinear, when they differ: "student", "teacher", or "error" to refuse.
+        valid: True where a pixel counts, at the size after `resize`.
+        pixel_weight: factor of each pixel's loss, numerator only, at the size after `resize`.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
+
+    Raises:
+        TypeError: tensors that are not float, or a `valid` that is not bool.
+        ValueError: unlike shapes, or an unknown option.
+
+    Example:
+        >>> import torch
+        >>> student = torch.randn(2, 5, 8, 8, requires_grad=True)
+        >>> teacher = torch.randn(2, 5, 4, 4)
+        >>> kd_loss(student, teacher, temperature=2.0, resize="student").backward()
+        >>> student.grad.shape
+        torch.Size([2, 5, 8, 8])
+    """
+    _check_options(temperature, divergence, teacher_kind, resize, reduction)
+    check_float("student_logits", student_logits, 4, "(N, C, H, W)")
+    check_float("teacher_logits", teacher_logits, 4, "(N, C, H, W)")
+    if student_logits.shape[:2] != teacher_logits.shape[:2]:
+        raise ValueError(
+            f"Expected `teacher_logits` to have the N and C of `student_logits` {shape_of(student_logits)}, "
+            f"but got {shape_of(teacher_logits)}."
+        )
+    student, teacher = upcast(student_logits), upcast(teacher_logits.detach())
+    if student.shape[2:] != teacher.shape[2:]:
+        if resize == "error":
+            raise ValueError(
+                f"Expected `teacher_logits` to have the size of `student_logits` {shape_of(student_logits)}, "
+                f'but got {shape_of(teacher_logits)}. Pass resize="student" or resize="teacher" to interpolate.'
+            )
+        if resize == "student":
+            teacher = F.interpolate(teacher, student.shape[2:], mode="bilinear", align_corners=False)
+        else:
+            student = F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False)
+    if valid is not None:
+        check_mask_like(valid, student, reference_name="student_logits")
+    if pixel_weight is not None:
+        check_weight_like(pixel_weight, student, reference_name="student_logits")
+
+    target = _soften(teacher, temperature, teacher_kind).to(student.dtype)
+    loss = -(target * F.log_softmax(student / temperature, dim=1)).sum(dim=1)
+    if divergence == "kl":
+        loss = loss + torch.special.xlogy(target, target).sum(dim=1)
+    return reduce_pixels(temperature**2 * loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+
+
+def _soften(teacher: Tensor, temperature: float, kind: str) -> Tensor:
+    if kind == "logits":
+        return F.softmax(teacher / temperature, dim=1)
+    if temperature == 1.0:
+        return teacher
+    power = teacher.clamp_min(0) ** (1 / temperature)
+    return power / power.sum(dim=1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
+
+
+class KDLoss(nn.Module):
+    """Module of [`kd_loss`][udakit.losses.kd_loss].
+
+    Example:
+        >>> import torch
+        >>> criterion = KDLoss(temperature=2.0, divergence="kl")
+        >>> logits = torch.randn(1, 3, 2, 2)
+        >>> bool(criterion(logits, logits) < 1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        divergence: Divergence = "cross_entropy",
+        teacher_kind: TeacherKind = "logits",
+        resize: Resize = "error",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_options(temperature, divergence, teacher_kind, resize, reduction)
+        self.temperature = temperature
+        self.divergence: Divergence = divergence
+        self.teacher_kind: TeacherKind = teacher_kind
+        self.resize: Resize = resize
+        self.reduction = reduction
+
+    def forward(
+        self,
+        student_logits: Float[Tensor, "n c h w"],
+        teacher_logits: Float[Tensor, "n c h2 w2"],
+        *,
+        valid: Bool[Tensor, "n h w"] | None = None,
+        pixel_weight: Float[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return kd_loss(
+            student_logits,
+            teacher_logits,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            teacher_kind=self.teacher_kind,
+            resize=self.resize,
+            valid=valid,
+            pixel_weight=pixel_weight,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"temperature={self.temperature}, divergence={self.divergence!r}, teacher_kind={self.teacher_kind!r}, "
+            f"resize={self.resize!r}, reduction={self.reduction!r}"
+        )
