@@ -32,8 +32,8 @@ def reduce_pixels(
 ) -> Tensor:
     """Reduce a per-pixel (or per-anchor, per-image) loss.
 
-    Invalid entries become exactly 0 with zero gradient. "mean" divides by the number of valid entries, "mean_all" by all
-    of them; a `pixel_weight` enters the numerator only. With nothing valid the result is 0 with a graph attached.
+    Invalid entries become exactly 0 with zero gradient. "mean" divides by the number of valid entries, "mean_all" by
+    all of them; a `pixel_weight` enters the numerator only. With nothing valid the result is 0 with a graph attached.
     The loss must be finite at invalid entries: `torch.where` hides a value, not the gradient of a NaN.
     """
     check_reduction(reduction)

@@ -49,7 +49,7 @@ def kd_loss(
     $$\ell_p = T^2\, H\!\left(\operatorname{softmax}(t_p / T),\ \operatorname{softmax}(s_p / T)\right),
     \qquad H(q, p) = -\sum_c q_c \log p_c$$
 
-    **Convention.** The teacher is detached. "mean" divides by the number of `valid` pixels (all of them without a mask),
+    **Convention.** The teacher is detached. "mean" divides by the number of `valid` pixels (all without a mask),
     "mean_all" by all. `divergence="kl"` subtracts the teacher's entropy: another value, the same gradient. With
     `teacher_kind="probabilities"` the softmax of the teacher is skipped, or for T != 1 replaced by the normalised
     power p^(1/T), which is what softmax(log p / T) is.
