@@ -1,3 +1,20 @@
 """Pseudo-label selectors: logits in, labels with ignore, confidence and weight out."""
 
-__all__: list[str] = []
+from udakit.pseudo_labels.argmax import ArgmaxSelector
+from udakit.pseudo_labels.class_quantile import ClassQuantileSelector
+from udakit.pseudo_labels.confident_ratio import ConfidentRatioSelector, confident_ratio
+from udakit.pseudo_labels.flip import hflip_average
+from udakit.pseudo_labels.masks import row_mask
+from udakit.pseudo_labels.selection import PseudoLabels
+from udakit.pseudo_labels.threshold import ThresholdSelector
+
+__all__ = [
+    "ArgmaxSelector",
+    "ClassQuantileSelector",
+    "ConfidentRatioSelector",
+    "PseudoLabels",
+    "ThresholdSelector",
+    "confident_ratio",
+    "hflip_average",
+    "row_mask",
+]

@@ -1,0 +1,40 @@
+"""Every arg-max as a pseudo-label."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from udakit.pseudo_labels.selection import Kind, PseudoLabels, expand_valid, predict, share_per_class
+
+
+class ArgmaxSelector(nn.Module):
+    """Keep the arg-max class of every pixel, at weight 1.
+
+    **Convention.** Detached. A pixel that is not `valid` keeps its label and has weight 0; `accepted` is 1 for a class
+    that is predicted anywhere inside `valid` and 0 for one that is not.
+
+    **Source.** EHTDI trains on all pixels of its pseudo-labels.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([2.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 1, 2)
+        >>> labels, confidence, weight, accepted = ArgmaxSelector()(logits)
+        >>> labels.tolist(), weight.tolist(), accepted.tolist()
+        ([[[0, 0]]], [[[1.0, 1.0]]], [1.0, 0.0, 0.0])
+    """
+
+    def forward(
+        self,
+        logits: Float[Tensor, "n c h w"],
+        features: Float[Tensor, "n d h2 w2"] | None = None,
+        *,
+        kind: Kind = "logits",
+        valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"] | None = None,
+    ) -> PseudoLabels:
+        """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
+        with torch.no_grad():
+            labels, confidence = predict(logits, kind)
+            kept = torch.ones_like(labels, dtype=torch.bool) if valid is None else expand_valid(valid, logits)
+            return PseudoLabels(labels, confidence, kept.float(), share_per_class(labels, kept, kept, logits.shape[1]))

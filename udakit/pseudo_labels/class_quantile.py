@@ -1,0 +1,126 @@
+"""The most confident share of each class (class-balanced self-training)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from udakit._checks import check_float, check_range, shape_of
+from udakit.pseudo_labels.selection import Kind, PseudoLabels, Selector
+
+# Confidences are float32: the smallest 1 - p above 0 is 2^-24.
+_BITS = 24.0
+
+
+class ClassQuantileSelector(Selector):
+    r"""Keep the most confident `share` of each predicted class.
+
+    $$\hat y_p = \arg\max_c p_c \quad\text{where}\quad \max_c p_c \ge \tau_{\hat y_p}, \qquad
+    \tau_c = \text{the } (1 - \text{share}) \text{ quantile of the confidences predicted as } c$$
+
+    The quantiles come from a histogram of each class's confidences with fixed bins, evenly spaced in -log2(1 - p): near
+    1, where nets put most of their pixels, the bins are as fine as float32 tells confidences apart.
+
+    **Convention.** Detached. In training mode a call first takes its batch into the histogram,
+    h_c <- momentum h_c + (1 - momentum) counts_c, for the classes it predicts inside `valid` (others keep theirs), then
+    selects; in eval mode the stored thresholds select. At least `share` is kept: a bin is kept or rejected whole. A
+    class without history keeps nothing. Counts of ranks add up: with `sync` the histograms of all ranks are equal, bit
+    by bit, to those of one process on the global batch; without a process group there is one rank.
+
+    **Source.** CBST ranks the whole data set between rounds; IAST averages a threshold per image. An averaged histogram
+    weights every pixel alike.
+
+    Args:
+        num_classes: C.
+        share: kept share of each class, in (0, 1].
+        momentum: of the histogram, in [0, 1); 0 looks at the batch alone.
+        bins: number of bins.
+        sync: sum the counts over the ranks of the default process group.
+        ignore_index: the label of what is rejected.
+
+    Example:
+        >>> import torch
+        >>> confidence = torch.linspace(0.5, 0.9, 10).view(1, 1, 1, 10)
+        >>> probabilities = torch.cat([confidence, 1 - confidence], dim=1)
+        >>> selector = ClassQuantileSelector(2, share=0.2)
+        >>> selector(probabilities, kind="probabilities").weight.sum()
+        tensor(2.)
+    """
+
+    histogram: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        share: float = 0.5,
+        momentum: float = 0.99,
+        *,
+        bins: int = 4096,
+        sync: bool = False,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__(ignore_index=ignore_index)
+        check_range("num_classes", num_classes, 1)
+        check_range("share", share, 0.0, 1.0, open_low=True)
+        check_range("momentum", momentum, 0.0, 1.0, open_high=True)
+        check_range("bins", bins, 2)
+        self.num_classes, self.share, self.momentum, self.bins, self.sync = num_classes, share, momentum, bins, sync
+        self.register_buffer("histogram", torch.zeros(num_classes, bins))
+
+    @property
+    def thresholds(self) -> Float[Tensor, "c"]:
+        """Confidence from which each class is kept, for logging; +inf for a class without history."""
+        lowest = self._lowest_bin()
+        edge = 1 - torch.exp2(-lowest * (_BITS / self.bins))
+        return edge.masked_fill(lowest == self.bins, float("inf"))
+
+    def forward(
+        self,
+        logits: Float[Tensor, "n c h w"],
+        features: Float[Tensor, "n d h2 w2"] | None = None,
+        *,
+        kind: Kind = "logits",
+        valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"] | None = None,
+    ) -> PseudoLabels:
+        """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
+        check_float("logits", logits, 4, "(N, C, H, W)")
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"Expected `logits` to be (N, C, H, W) with C = {self.num_classes}, but got {shape_of(logits)}."
+            )
+        return super().forward(logits, features, kind=kind, valid=valid)
+
+    def keep(
+        self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
+    ) -> Tensor:
+        """Whether the confidence lies in the upper bins of its class; updates the histogram in training mode."""
+        depth = -torch.log2(1 - confidence.clamp(0, 1)) * (self.bins / _BITS)
+        bin_of_pixel = depth.clamp(max=self.bins - 1).long()
+        if self.training:
+            self._update(labels * self.bins + bin_of_pixel, valid)
+        kept = bin_of_pixel >= self._lowest_bin()[labels]
+        return kept if valid is None else kept & valid
+
+    def _update(self, cell: Tensor, valid: Tensor | None) -> None:
+        counted = torch.ones_like(cell) if valid is None else valid.long()
+        counts = torch.zeros(self.histogram.numel(), dtype=torch.int64, device=cell.device)
+        counts = counts.index_add(0, cell.flatten(), counted.flatten()).view_as(self.histogram)
+        if self.sync and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)  # integers: the order of the ranks does not matter
+        averaged = self.momentum * self.histogram + (1 - self.momentum) * counts
+        self.histogram.copy_(averaged.where(counts.sum(1, keepdim=True) > 0, self.histogram))
+
+    def _lowest_bin(self) -> Tensor:
+        above = self.histogram.flip(1).cumsum(1).flip(1)
+        total = above[:, :1]
+        lowest = (above >= self.share * total).sum(1) - 1
+        return lowest.masked_fill(total.squeeze(1) == 0, self.bins)
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"num_classes={self.num_classes}, share={self.share:g}, momentum={self.momentum:g}, bins={self.bins}, "
+            f"sync={self.sync}, {super().extra_repr()}"
+        )

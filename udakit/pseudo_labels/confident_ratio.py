@@ -1,0 +1,121 @@
+"""The share of confident pixels as the weight of all of them (DACS, DAFormer)."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from udakit._checks import check_float, check_mask_like, check_option, check_range
+from udakit._reduce import upcast
+from udakit.pseudo_labels.selection import Kind, PseudoLabels, expand_valid, predict, share_per_class
+
+Scope = Literal["batch", "image"]
+RatioOver = Literal["all", "valid"]
+
+
+def _check_options(threshold: float, scope: str) -> None:
+    check_range("threshold", threshold, 0.0, 1.0)
+    check_option("scope", scope, get_args(Scope))
+
+
+def confident_ratio(
+    confidence: Float[Tensor, "n h w"],
+    *,
+    threshold: float = 0.968,
+    scope: Scope = "batch",
+    valid: Bool[Tensor, "n h w"] | None = None,
+) -> Float[Tensor, ""] | Float[Tensor, "n"]:
+    r"""Share of pixels whose confidence reaches a threshold, over the batch or per image.
+
+    $$q = \frac{\#\{p : \max_c p_c \ge \tau\}}{\#\{p\}}$$
+
+    **Convention.** Both counts run over the `valid` pixels (all without a mask); 0 when there is none. No gradient.
+
+    **Source.** DACS and DAFormer take one number for the whole batch (0.968), over all of its pixels.
+
+    Args:
+        confidence: largest class probability of each pixel.
+        threshold: in [0, 1]; a confidence equal to it counts as confident.
+        scope: "batch" | "image".
+        valid: True where a pixel counts.
+
+    Returns:
+        Float32, () for "batch" or (N,) for "image".
+
+    Raises:
+        TypeError: `confidence` that is not float, `valid` that is not bool.
+        ValueError: shapes that do not match, a `threshold` outside [0, 1], or an unknown `scope`.
+
+    Example:
+        >>> import torch
+        >>> confident_ratio(torch.tensor([[[0.99, 0.5]], [[0.99, 0.98]]]), scope="image")
+        tensor([0.5000, 1.0000])
+    """
+    _check_options(threshold, scope)
+    check_float("confidence", confidence, 3, "(N, H, W)")
+    confident = upcast(confidence.detach()) >= threshold
+    if valid is None:
+        valid = torch.ones_like(confident)
+    else:
+        check_mask_like(valid, confidence, reference_name="confidence")
+    axes = (0, 1, 2) if scope == "batch" else (1, 2)
+    return (confident & valid).sum(axes) / valid.sum(axes).clamp_min(1)
+
+
+class ConfidentRatioSelector(nn.Module):
+    """Keep every arg-max and weight it with the share of confident pixels, [`confident_ratio`][udakit.confident_ratio].
+
+    **Convention.** Detached. Pixels that are not `valid` keep their label and have weight 0. `ratio_over="all"` takes
+    the share over all pixels even so, "valid" over the valid ones. `accepted` is 1 for a class that is predicted
+    anywhere inside `valid`, whatever the weight.
+
+    **Source.** DACS, DAFormer: `scope="batch"`, and DAFormer's zeroed rows (15 at the top, 120 at the bottom) lie in
+    the denominator: `ratio_over="all"` with `valid=row_mask(...)`.
+
+    Args:
+        threshold: in [0, 1].
+        scope: "batch" | "image".
+        ratio_over: "all" | "valid".
+
+    Example:
+        >>> import torch
+        >>> probabilities = torch.tensor([[0.99, 0.4], [0.01, 0.6]]).view(1, 2, 1, 2)
+        >>> ConfidentRatioSelector()(probabilities, kind="probabilities").weight
+        tensor([[[0.5000, 0.5000]]])
+    """
+
+    def __init__(self, threshold: float = 0.968, scope: Scope = "batch", *, ratio_over: RatioOver = "all") -> None:
+        super().__init__()
+        _check_options(threshold, scope)
+        check_option("ratio_over", ratio_over, get_args(RatioOver))
+        self.threshold = threshold
+        self.scope: Scope = scope
+        self.ratio_over: RatioOver = ratio_over
+
+    def forward(
+        self,
+        logits: Float[Tensor, "n c h w"],
+        features: Float[Tensor, "n d h2 w2"] | None = None,
+        *,
+        kind: Kind = "logits",
+        valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"] | None = None,
+    ) -> PseudoLabels:
+        """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
+        with torch.no_grad():
+            labels, confidence = predict(logits, kind)
+            kept = torch.ones_like(labels, dtype=torch.bool) if valid is None else expand_valid(valid, logits)
+            within = kept if self.ratio_over == "valid" else None
+            ratio = confident_ratio(confidence, threshold=self.threshold, scope=self.scope, valid=within)
+            return PseudoLabels(
+                labels,
+                confidence,
+                kept * ratio.view(-1, 1, 1),
+                share_per_class(labels, kept, kept, logits.shape[1]),
+            )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"threshold={self.threshold:g}, scope={self.scope!r}, ratio_over={self.ratio_over!r}"

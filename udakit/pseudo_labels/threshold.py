@@ -1,0 +1,44 @@
+"""Pseudo-labels above one confidence threshold."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from udakit._checks import check_range
+from udakit.pseudo_labels.selection import Selector
+
+
+class ThresholdSelector(Selector):
+    r"""Keep a pixel whose confidence reaches a threshold.
+
+    $$\hat y_p = \begin{cases} \arg\max_c p_c & \max_c p_c \ge \tau \\ \text{ignore} & \text{otherwise}\end{cases}$$
+
+    **Convention.** Detached. Rejected pixels, and those that are not `valid`, have label `ignore_index` and weight 0,
+    kept ones weight 1. The comparison is made in float32.
+
+    Args:
+        threshold: in [0, 1]; a confidence equal to it is kept.
+        ignore_index: the label of what is rejected.
+
+    Example:
+        >>> import torch
+        >>> probabilities = torch.tensor([[0.9, 0.4], [0.1, 0.6]]).view(1, 2, 1, 2)
+        >>> ThresholdSelector(0.8)(probabilities, kind="probabilities").labels
+        tensor([[[  0, 255]]])
+    """
+
+    def __init__(self, threshold: float, *, ignore_index: int = 255) -> None:
+        super().__init__(ignore_index=ignore_index)
+        check_range("threshold", threshold, 0.0, 1.0)
+        self.threshold = threshold
+
+    def keep(
+        self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
+    ) -> Tensor:
+        """Whether the confidence reaches the threshold."""
+        kept = confidence >= self.threshold
+        return kept if valid is None else kept & valid
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"threshold={self.threshold:g}, {super().extra_repr()}"
