@@ -1,0 +1,264 @@
+"""Rare-class sampling: count the classes once, then draw images so that rare classes are seen."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64, Num
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from udakit._checks import check_range, shape_of
+
+__all__ = ["RareClassSampler", "count_classes", "rare_class_probabilities", "read_class_stats"]
+
+
+def count_classes(
+    labels: Iterable[Any],
+    *,
+    num_classes: int,
+    load: Callable[[Any], Any] | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Int64[Tensor, "images c"]:
+    """Count the pixels of each class in each image of a data set.
+
+    **Convention.** Every id outside 0..C-1, the ignored one among them, is not counted. This is host code for the start
+    of a run: it reads files and tensors one by one, on the CPU.
+
+    Args:
+        labels: label maps (tensors or arrays of any shape), paths of label images, or a data set of what `load` takes.
+        num_classes: C.
+        load: makes a label map of an item, for example
+            `lambda path: map_ids(np.asarray(Image.open(path)), GTA5_IDS)` or `lambda item: item[1]`. Without it a path
+            is opened by Pillow and its values are the ids (a palette image is read as indices).
+        progress: called with the number of images done, after each.
+
+    Returns:
+        Pixel counts, one row an image.
+
+    Raises:
+        TypeError: a label map that is not of integers.
+
+    Example:
+        >>> count_classes([torch.tensor([[0, 0], [2, 255]]), torch.tensor([[1, 1], [1, 1]])], num_classes=3)
+        tensor([[2, 0, 1],
+                [0, 4, 0]])
+    """
+    check_range("num_classes", num_classes, 1)
+    rows = []
+    for item in _items(labels):
+        ids = torch.as_tensor(load(item) if load else _read(item))
+        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+            raise TypeError(f"Expected `labels` to hold integer maps, but got {ids.dtype} in item {len(rows)}.")
+        ids = ids.flatten().long()
+        inside = (ids >= 0) & (ids < num_classes)
+        rows.append(torch.bincount(torch.where(inside, ids, num_classes), minlength=num_classes + 1)[:num_classes])
+        if progress:
+            progress(len(rows))
+    return torch.stack(rows) if rows else torch.zeros(0, num_classes, dtype=torch.int64)
+
+
+def _items(labels: Any) -> Iterator[Any]:
+    # A map-style data set need not raise IndexError at its end, so iter() on it may never stop.
+    if hasattr(labels, "__len__") and hasattr(labels, "__getitem__"):
+        return (labels[i] for i in range(len(labels)))
+    return iter(labels)
+
+
+def _read(item: Any) -> Any:
+    if not isinstance(item, str | os.PathLike):
+        return item
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            "Reading label images by path needs Pillow (`pip install pillow`), or pass `load=`."
+        ) from error
+    with Image.open(item) as image:
+        ids = np.array(image)
+    if ids.ndim != 2:
+        raise ValueError(f"Expected {os.fspath(item)!r} to be a one-channel label image, but got shape {ids.shape}.")
+    return ids.astype(np.int64)
+
+
+def read_class_stats(path: str | os.PathLike[str], *, num_classes: int) -> tuple[list[str], Int64[Tensor, "images c"]]:
+    """Read the class statistics that DAFormer's converters write beside a data set.
+
+    Both `sample_class_stats.json` (a list of {"<train id>": pixels, "file": path}) and `sample_class_stats_dict.json`
+    ({path: {"<train id>": pixels}}) are understood.
+
+    **Convention.** File names are returned as they were written at conversion, so compare base names. Ids outside
+    0..C-1 are not counted.
+
+    Args:
+        path: the JSON file.
+        num_classes: C.
+
+    Returns:
+        The label files, and their pixel counts (images, C) for `RareClassSampler`.
+
+    Raises:
+        ValueError: a file of another form.
+    """
+    content = json.loads(Path(path).read_text())
+    try:
+        if isinstance(content, dict):
+            pairs = list(content.items())
+        else:
+            pairs = [(entry["file"], {k: n for k, n in entry.items() if k != "file"}) for entry in content]
+        counts = torch.zeros(len(pairs), num_classes, dtype=torch.int64)
+        for row, (_, stats) in enumerate(pairs):
+            for label_id, pixels in stats.items():
+                if 0 <= int(label_id) < num_classes:
+                    counts[row, int(label_id)] = int(pixels)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f'Expected {os.fspath(path)!r} to be a list of {{"<train id>": pixels, "file": path}} or a mapping '
+            f"path -> {{train id: pixels}}, but got {type(error).__name__}: {error}."
+        ) from error
+    return [str(name) for name, _ in pairs], counts
+
+
+def rare_class_probabilities(class_pixels: Num[Tensor, "c"], *, temperature: float = 0.01) -> Float[Tensor, "c"]:
+    r"""Probability of drawing each class, higher the rarer it is.
+
+    $$P(c) = \operatorname{softmax}_c\!\left((1 - f_c) / T\right), \qquad f_c = n_c \,/\, \textstyle\sum_k n_k$$
+
+    **Convention.** A class that never occurs is dropped, not favoured: probability 0, and no part of the softmax. With
+    no pixel at all every probability is 0.
+
+    **Source.** DAFormer, T = 0.01.
+
+    Args:
+        class_pixels: n, pixels of each class in the whole data set (`count_classes(...).sum(0)`).
+        temperature: T > 0; a large one makes the classes equally likely.
+
+    Returns:
+        Probabilities, float32 (float64 for float64 counts).
+
+    Raises:
+        ValueError: counts that are not (C,), or a `temperature` that is not positive.
+
+    Example:
+        >>> rare_class_probabilities(torch.tensor([900, 100, 0]), temperature=1.0)
+        tensor([0.3100, 0.6900, 0.0000])
+    """
+    check_range("temperature", temperature, 0.0, open_low=True)
+    if class_pixels.ndim != 1:
+        raise ValueError(
+            f"Expected `class_pixels` to be (C,), but got {shape_of(class_pixels)}. "
+            "Counts per image, (images, C), become that by .sum(0)."
+        )
+    counts = class_pixels if class_pixels.dtype == torch.float64 else class_pixels.float()
+    occurs = counts > 0
+    frequency = counts / counts.sum().clamp_min(torch.finfo(counts.dtype).tiny)
+    # The rarest class sits at 0, so that a small temperature cannot overflow; a dropped class gets no weight at all.
+    rarest = torch.where(occurs, frequency, torch.inf).amin()
+    weight = torch.where(occurs, torch.exp((torch.where(occurs, rarest, 0) - frequency) / temperature), 0)
+    return weight / weight.sum().clamp_min(torch.finfo(counts.dtype).tiny)
+
+
+class RareClassSampler(Sampler[int]):
+    """Draws a class by `rare_class_probabilities`, then one of the images that show enough of it.
+
+    **Convention.** An image counts for a class from `min_pixels` of it. A class that reaches it in no image is drawn
+    from all images that show any of it; a class in no image is never drawn. A generator is read on the CPU.
+
+    There are three ways to draw, all of one distribution: iterate (a plain `Sampler` for a `DataLoader`), `draw` with a
+    generator of yours, or `at(seed, index)`, a pure function of its arguments: sample number `index` is the same image
+    in whatever order, process or resumed run it is asked for, so resuming needs no loader state.
+
+    **Source.** DAFormer's rare-class sampling, where the limit is 3000 pixels of a 1280 x 720 label and a class that
+    misses it is an assertion error.
+
+    Args:
+        class_pixels: pixels of each class in each image, (images, C), from `count_classes` or `read_class_stats`.
+        temperature: of `rare_class_probabilities`.
+        min_pixels: an `int` counts pixels, a `float` below 1 is a share of the image's labelled pixels.
+        num_samples: length of one iteration; the number of images by default.
+        generator: for iterating; None seeds one from torch's default generator at each iteration.
+
+    Raises:
+        ValueError: counts that are not (images, C) or all 0, or an option out of range.
+
+    Example:
+        >>> class_pixels = torch.tensor([[9000, 0], [9000, 0], [5000, 4000]])
+        >>> sampler = RareClassSampler(class_pixels)
+        >>> image, class_id = sampler.at(seed=1, index=7)
+        >>> image, class_id
+        (2, 1)
+    """
+
+    def __init__(
+        self,
+        class_pixels: Num[Tensor, "images c"],
+        *,
+        temperature: float = 0.01,
+        min_pixels: int | float = 3000,
+        num_samples: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        counts = torch.as_tensor(class_pixels).cpu()
+        if counts.ndim != 2:
+            raise ValueError(f"Expected `class_pixels` to be (images, C), but got {shape_of(counts)}.")
+        if not bool((counts > 0).any()):
+            raise ValueError("Expected `class_pixels` to count a pixel of some class, but got only zeros.")
+        if isinstance(min_pixels, float) and min_pixels < 1:
+            check_range("min_pixels", min_pixels, 0.0)
+            limit = min_pixels * counts.sum(1, keepdim=True)
+        else:
+            check_range("min_pixels", min_pixels, 0)
+            limit = torch.tensor(min_pixels)
+        if num_samples is not None:
+            check_range("num_samples", num_samples, 1)
+        if generator is not None and generator.device.type != "cpu":
+            raise ValueError(f"Expected `generator` to be on the CPU, but got one on '{generator.device}'.")
+        self.class_probabilities = rare_class_probabilities(counts.sum(0).double(), temperature=temperature)
+        self.num_samples = len(counts) if num_samples is None else num_samples
+        self.generator = generator
+        shows = counts > 0
+        enough = shows & (counts >= limit)
+        chosen = torch.where(enough.any(0), enough, shows)
+        self._images: list[list[int]] = [column.nonzero().flatten().tolist() for column in chosen.T]
+        self._cumulative: list[float] = self.class_probabilities.cumsum(0).tolist()
+        self._last = int(self.class_probabilities.nonzero().max())
+
+    def draw(self, generator: torch.Generator) -> tuple[int, int]:
+        """Draw one (image index, class id) from `generator`."""
+        by_class, by_image = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        # bisect_right never lands on a class of probability 0; rounding of the last sum must not pass the last class.
+        class_id = min(bisect.bisect_right(self._cumulative, by_class), self._last)
+        images = self._images[class_id]
+        return images[min(int(by_image * len(images)), len(images) - 1)], class_id
+
+    def at(self, seed: int, index: int) -> tuple[int, int]:
+        """Return the (image index, class id) of sample number `index` under `seed`, whatever was drawn before."""
+        return self.draw(torch.Generator().manual_seed(_mix(seed, index)))
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield `num_samples` image indices."""
+        generator = self.generator
+        if generator is None:
+            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+        for _ in range(self.num_samples):
+            yield self.draw(generator)[0]
+
+    def __len__(self) -> int:
+        """Return the number of samples of one iteration."""
+        return self.num_samples
+
+
+def _mix(seed: int, index: int) -> int:
+    """Make one well-mixed 63-bit seed of two numbers (the finaliser of SplitMix64)."""
+    word = 2**64 - 1
+    x = (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 1) & word
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+    return (x ^ (x >> 31)) >> 1
