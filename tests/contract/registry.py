@@ -39,6 +39,14 @@ CHECKS = (
     "shape_errors",  # a transposed or truncated tensor raises ValueError or TypeError naming an argument
 )
 
+# Parts of a check that an entry can be exempted from as "<check>.<part>", leaving the rest of the check in force.
+PARTS = {
+    "extreme_values": ("float16", "bfloat16", "one_class", "one_image"),
+    "shape_errors": ("axes", "size", "dtype"),
+    "seed": ("another", "device"),  # another seed, another result; a generator of another device is refused
+    "fake_tensors": ("backward",),
+}
+
 # What a tensor is, so that the checks can permute, cast and shrink it: axis 0 is always the batch except for "class*".
 Role = Literal[
     "logits",  # (N, C, H, W): class axis 1, |x| <= 1e4
@@ -147,8 +155,16 @@ class Operation:
     module_options: options of the constructor, where they are not simply `call.options`.
     covers: further public names that this entry proves (the Module, a NamedTuple).
     kind: "loss" (float result, differentiable in `grad`), "map" (tensors to tensors), "draw" (random), "state".
-    grad: positions in `args` that gradients flow to.
-    output: the role of the output (or of each output of a tuple), for the permutation checks.
+        An operation whose signature has `generator` (whatever its kind) is given a freshly seeded one at every call,
+        and None where it is compiled or run on fake tensors: an example makes no generator itself.
+    grad: positions in `args` that gradients flow to; `()` for an operation that detaches, or has no float input.
+    output: the role of the output (or of each tensor of a tuple, in order; None and nesting are left out), for the
+        permutation checks. "other" is not compared.
+    exempt: name of a check, or "<check>.<part>" (see PARTS), to the reason why it cannot apply.
+    build: stateful operations whose wrapper makes a Module: what `function` does, split for `torch.compile`, which
+        shall compile the use and not the making: `build(call)` returns a fresh callable taking `call`'s arguments.
+
+    A wrapper that makes a stateful Module does so on the input's device, without a copy: `with x.device: Module(...)`.
     """
 
     name: str
@@ -163,6 +179,7 @@ class Operation:
     exempt: dict[str, str] = field(default_factory=dict)
     # The inductor backend takes seconds each: a handful of operations ask for it.
     inductor: bool = False
+    build: Callable[[Call], Callable[..., Any]] | None = None
 
 
 @cache

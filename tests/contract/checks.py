@@ -1,0 +1,590 @@
+"""The contract: one function a check, each over one operation of the registry.
+
+A check raises when the operation breaks it and skips (with the reason) when it has nothing to look at.
+`test_contract.py` runs them over the registry, `test_checks.py` over operations that are broken on purpose.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from contract.registry import Call, Operation, Sample
+
+# The one table of tolerances (relative, absolute), by the dtype of the result.
+TOLERANCE = {
+    torch.float64: (1e-7, 1e-9),
+    torch.float32: (2e-5, 1e-6),
+    torch.bfloat16: (1.6e-2, 1e-3),
+    torch.float16: (2e-3, 1e-4),
+}
+MAPS = ("labels", "valid", "mask", "weight")  # (N, H, W)
+SPATIAL = ("logits", "probabilities", "features", "images", *MAPS)
+BATCHED = (*SPATIAL, "chosen", "batch_values", "batch_class_values", "batch_class_vectors")
+CLASS_AXIS = {
+    "logits": 1, "probabilities": 1, "chosen": 1, "batch_class_values": 1, "batch_class_vectors": 1,
+    "class_vectors": 0, "class_values": 0,
+}  # fmt: skip
+
+
+# --- an example call as a flat list of leaves, so that one check can change every tensor of it --------------------
+
+
+@dataclass
+class Example:
+    """A call taken apart: `leaves` of (args, tensors, options), the role of each, and which of them take gradients."""
+
+    op: Operation
+    leaves: list[Any]
+    spec: Any
+    roles: list[str | None]
+    grad: tuple[int, ...]
+
+    def map(self, change: Callable[[Any, str | None], Any]) -> Example:
+        """Replace every tensor by `change(tensor, role)`."""
+        pairs = zip(self.leaves, self.roles, strict=True)
+        return replace(self, leaves=[change(x, r) if isinstance(x, Tensor) else x for x, r in pairs])
+
+    def change(self, index: int, x: Any) -> Example:
+        return replace(self, leaves=[*self.leaves[:index], x, *self.leaves[index + 1 :]])
+
+    def call(self) -> Call:
+        return Call(*tree_unflatten(self.leaves, self.spec))
+
+    def differentiable(self) -> Example:
+        """Fresh copies of everything; those of `op.grad` are leaves of a graph."""
+        copies = self.map(lambda x, role: x.detach().clone(memory_format=torch.preserve_format))
+        for i in self.grad:
+            copies.leaves[i].requires_grad_()
+        return copies
+
+    def inputs(self) -> list[Tensor]:
+        return [self.leaves[i] for i in self.grad]
+
+
+def make(op: Operation, **sample: Any) -> Example:
+    made = Sample(**sample)
+    call = op.example(made)
+    leaves, spec = tree_flatten((call.args, call.tensors, call.options))
+    roles = [made.roles.get(id(x)) if isinstance(x, Tensor) else None for x in leaves]
+    grad: list[int] = []
+    start = 0
+    for position, arg in enumerate(call.args):
+        count = len(tree_leaves(arg))
+        if position in op.grad:
+            grad += [i for i in range(start, start + count) if _is_float(leaves[i])]
+        start += count
+    return Example(op, leaves, spec, roles, tuple(grad))
+
+
+def run(ex: Example, *, seed: int | None = 0, function: Callable[..., Any] | None = None) -> list[Tensor]:
+    """Call the operation (or `function` in its place) and return the tensors of the result."""
+    call = ex.call()
+    function = function or ex.op.function
+    options = call.options if function is ex.op.function else {}
+    return outputs(function, call, options, seed)
+
+
+def outputs(function: Callable[..., Any], call: Call, options: dict[str, Any], seed: int | None) -> list[Tensor]:
+    extra = {"generator": None if seed is None else torch.Generator().manual_seed(seed)}
+    extra = extra if takes_generator(function) else {}
+    result = function(*call.args, **call.tensors, **{**options, **extra})
+    return [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+
+
+def takes_generator(function: Callable[..., Any]) -> bool:
+    target = function.forward if isinstance(function, nn.Module) else function
+    return "generator" in inspect.signature(target).parameters
+
+
+def gradients(out: list[Tensor], ex: Example) -> list[Tensor]:
+    """Gradients of a fixed, uneven combination of the float outputs (a plain sum hides what adds up to a constant)."""
+    if not ex.grad:
+        return []
+    total = torch.zeros((), dtype=torch.float64)
+    reached = [x for x in out if x.requires_grad]
+    assert reached, f"{ex.op.name}: no output requires grad; an operation that detaches declares grad=()"
+    for x in reached:
+        weights = torch.arange(1, x.numel() + 1, dtype=torch.float64).cos().reshape(x.shape) if x.ndim else 1.0
+        total = total + (x.double() * weights).sum()
+    found = torch.autograd.grad(total, ex.inputs(), allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, ex.inputs(), strict=True)]
+
+
+def run_with_gradients(ex: Example, **options: Any) -> tuple[list[Tensor], list[Tensor]]:
+    ex = ex.differentiable()
+    out = run(ex, **options)
+    return [x.detach() for x in out], gradients(out, ex)
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
+    assert len(actual) == len(expected), f"{what}: {len(actual)} tensors instead of {len(expected)}"
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        rtol, atol = TOLERANCE.get(a.dtype, (0.0, 0.0))
+        # The absolute part follows the largest entry: sums in another order differ by an epsilon of their terms.
+        scale = float(e.detach().double().abs().nan_to_num(posinf=0).max()) if _is_float(e) and e.numel() else 0.0
+        torch.testing.assert_close(
+            a,
+            e,
+            rtol=rtol,
+            atol=atol * max(scale, 1e-3),
+            equal_nan=False,
+            msg=lambda m, i=i: f"{what}, tensor {i}: {m}",
+        )
+
+
+def assert_finite(values: list[Tensor], what: str) -> None:
+    for i, x in enumerate(values):
+        if _is_float(x):
+            assert bool(x.isfinite().all()), f"{what}: non-finite entries in tensor {i}"
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _module(op: Operation, call: Call) -> nn.Module:
+    assert op.module is not None
+    return op.module(**(op.module_options(call) if op.module_options else call.options))
+
+
+def _exempt(op: Operation, part: str) -> bool:
+    return part in op.exempt
+
+
+# --- function and Module -----------------------------------------------------------------------------------------
+
+
+def module(op: Operation) -> None:
+    """The Module, made with the options, gives what the function gives; tensors among the options are buffers."""
+    if op.module is None:
+        pytest.fail(f"{op.name} has no Module: give one, or exempt the check with a reason")
+    ex = make(op)
+    call = ex.call()
+    made = _module(op, call)
+    text = repr(made)
+    assert op.module.__name__ in text, f"repr does not name the class: {text}"
+    assert "tensor(" not in text and " at 0x" not in text, f"repr is not readable: {text}"
+    for name, option in call.options.items():
+        if isinstance(option, Tensor):
+            assert any(b.shape == option.shape and torch.equal(b, option) for b in made.buffers()), (
+                f"the option `{name}` is a tensor, but no buffer of {op.module.__name__} holds it"
+            )
+    value, gradient = run_with_gradients(ex)
+    module_value, module_gradient = run_with_gradients(ex, function=made)
+    assert_equal(module_value, value, "Module against function")
+    assert_equal(module_gradient, gradient, "gradient of Module against function")
+
+
+def state_dict(op: Operation) -> None:
+    """A used Module's state, saved and loaded into a fresh one, makes the next call the same."""
+    if op.module is None:
+        pytest.skip("no Module")
+    used, fresh = _module(op, make(op).call()), _module(op, make(op).call())
+    run(make(op, seed=1), function=used)
+    file = io.BytesIO()
+    torch.save(used.state_dict(), file)
+    file.seek(0)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    following = make(op, seed=2)
+    assert_equal(run(following, function=fresh), run(following, function=used), "after load_state_dict")
+
+
+def unmodified(op: Operation) -> None:
+    """Arguments keep their values, bit for bit, and were never written to."""
+    for ex in (make(op), make(op).differentiable()):
+        before = [(x.detach().clone(), x._version) if isinstance(x, Tensor) else None for x in ex.leaves]
+        run(ex)
+        for i, (x, kept) in enumerate(zip(ex.leaves, before, strict=True)):
+            if kept is not None:
+                assert torch.equal(x.detach(), kept[0]), f"tensor {i} ({ex.roles[i]}) was changed"
+                assert x._version == kept[1], f"tensor {i} ({ex.roles[i]}) was written to in place"
+
+
+# --- gradients and precision -------------------------------------------------------------------------------------
+
+
+def gradcheck(op: Operation) -> None:
+    """Float64 gradients agree with finite differences."""
+    ex = make(op, c=3, d=3, h=4, w=4, dtype=torch.float64).differentiable()
+    if not ex.grad:
+        assert op.kind != "loss", "a loss takes gradients: name the positions in `grad`"
+        pytest.skip("takes no gradient")
+
+    def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+        changed = ex
+        for i, x in zip(ex.grad, inputs, strict=True):
+            changed = changed.change(i, x)
+        return tuple(x for x in run(changed) if x.requires_grad)
+
+    if op.kind == "loss":
+        assert all(x.dtype == torch.float64 for x in run(ex)), "a loss of float64 input is float64"
+    assert function(*ex.inputs()), "no output requires grad; an operation that detaches declares grad=()"
+    assert torch.autograd.gradcheck(function, tuple(ex.inputs()), atol=1e-4, rtol=1e-3)
+
+
+def half(op: Operation) -> None:
+    """Bfloat16 and float16 give what float32 gives on the same (rounded) numbers: the arithmetic is in float32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        ex = make(op, dtype=dtype)
+        if not any(_is_float(x) and x.dtype == dtype for x in ex.leaves):
+            pytest.skip("takes no float tensor")
+        value, gradient = run_with_gradients(ex)
+        up = ex.map(lambda x, role, dtype=dtype: x.float() if x.dtype == dtype else x)
+        expected, expected_gradient = run_with_gradients(up)
+        assert_finite(value + gradient, f"{dtype}")
+        if op.kind == "loss":
+            assert all(x.dtype == torch.float32 for x in value), f"a loss of {dtype} input is float32"
+        assert_equal(value, _like(expected, value), f"{dtype} against float32")
+        assert_equal(gradient, _like(expected_gradient, gradient), f"gradient in {dtype} against float32")
+
+
+def _like(values: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    return [v.to(o.dtype) if _is_float(v) and _is_float(o) else v for v, o in zip(values, others, strict=True)]
+
+
+def autocast(op: Operation) -> None:
+    """Under autocast the same values as without: reductions and matmuls turn it off for themselves."""
+    for dtype in (torch.float32, torch.bfloat16):
+        ex = make(op, dtype=dtype)
+        expected, expected_gradient = run_with_gradients(ex)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            value, gradient = run_with_gradients(ex)
+        assert_finite(value + gradient, f"{dtype} under autocast")
+        assert_equal(value, expected, f"{dtype} under autocast")
+        assert_equal(gradient, expected_gradient, f"gradient of {dtype} under autocast")
+
+
+def extreme_values(op: Operation) -> None:
+    """Logits of 1e4, features from 0 over 1e-15 to 1e15, one class, one image: nothing non-finite."""
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        if _exempt(op, f"extreme_values.{str(dtype).removeprefix('torch.')}"):
+            continue
+        # Float16 ends at 65504 below and 6e-8 above: its features stay where products with the gradient can be told.
+        scales = (0.0, 1e-4, 1e4) if dtype == torch.float16 else (0.0, 1e-15, 1e15)
+        for name, sizes in {"": {}, "one_class": {"c": 1}, "one_image": {"n": 1}}.items():
+            if _exempt(op, f"extreme_values.{name}"):
+                continue
+            plain = make(op, dtype=dtype, **sizes)
+            for k, scale in enumerate(scales):
+                value, gradient = run_with_gradients(plain.map(lambda x, r, k=k, s=scale: _extreme(x, r, k, s)))
+                what = f"{dtype}, {name or 'all classes'}, feature scale {scale:g}, pattern {k}"
+                if op.kind == "loss":
+                    assert_finite(value + gradient, what)
+                else:
+                    assert not any(_is_float(x) and bool(x.isnan().any()) for x in value), f"{what}: NaN"
+                    assert_finite(gradient, what)
+
+
+def _extreme(x: Tensor, role: str | None, pattern: int, scale: float) -> Tensor:
+    if role == "logits":
+        return (torch.zeros_like(x), 1e4 * x.sign(), 1e4 * x / x.abs().max())[pattern]
+    if role == "probabilities":
+        largest = x >= x.amax(1, keepdim=True)
+        return (torch.full_like(x, 1 / x.shape[1]), largest.to(x.dtype), x)[pattern]
+    if role in ("features", "class_vectors"):
+        return x.clamp(-3, 3) * scale
+    return x
+
+
+def all_ignored(op: Operation) -> None:
+    """Nothing valid: a loss is exactly 0, has a graph, and sends back exactly 0."""
+    if op.kind != "loss":
+        pytest.skip("no loss")
+    ex = make(op)
+    roles = [role for role in ("labels", "valid") if role in ex.roles]
+    if not roles:
+        pytest.fail(f"{op.name} has neither labels nor valid: exempt it with a reason, or pass them in the example")
+    ignore_index = ex.call().options.get("ignore_index", 255)
+    for role in roles:
+        fill = ignore_index if role == "labels" else False
+        empty = ex.map(lambda x, r, role=role, fill=fill: torch.full_like(x, fill) if r == role else x.clone())
+        empty = empty.differentiable()
+        out = run(empty)
+        assert all(x.requires_grad for x in out), f"{role} empty: no graph is attached"
+        assert all(bool((x == 0).all()) for x in out), f"{role} empty: the loss is not exactly 0 but {out}"
+        assert all(bool((g == 0).all()) for g in gradients(out, empty)), f"{role} empty: the gradient is not 0"
+
+
+# --- devices and compilation -------------------------------------------------------------------------------------
+
+
+def _fake(ex: Example, mode: FakeTensorMode, device: str) -> Example:
+    """Fake copies on `device`: CUDA too, which needs no card."""
+
+    def convert(x: Tensor) -> Tensor:
+        with mode:
+            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+        return made.requires_grad_(x.requires_grad)
+
+    def convert_leaf(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return convert(x)
+        if isinstance(x, nn.Module):
+            x = copy.deepcopy(x)
+            for part in x.modules():
+                for name, p in part._parameters.items():
+                    part._parameters[name] = p if p is None else nn.Parameter(convert(p.detach()), p.requires_grad)
+                for name, b in part._buffers.items():
+                    part._buffers[name] = b if b is None else convert(b)
+            return x
+        return torch.device(device) if isinstance(x, torch.device) else x
+
+    faked = replace(ex, leaves=[convert_leaf(x) for x in ex.leaves])
+    options = faked.call().options
+    if isinstance(options.get("device"), str):
+        index = faked.leaves.index(options["device"])
+        faked = faked.change(index, device)
+    return faked
+
+
+def fake_tensors(op: Operation) -> None:
+    """Runs on fake CPU and fake CUDA tensors: no data-dependent shape, no value read; results stay on the device."""
+    real = run(make(op))
+    for device in ("cpu", "cuda"):
+        mode = FakeTensorMode()
+        ex = _fake(make(op).differentiable(), mode, device)
+        with mode:
+            out = run(ex, seed=None)
+            if device == "cpu" and ex.grad and not _exempt(op, "fake_tensors.backward"):
+                gradients(out, ex)
+        for i, (x, r) in enumerate(zip(out, real, strict=True)):
+            assert x.device.type == device, f"output {i} is on {x.device}, its input on {device}"
+            assert (x.shape, x.dtype) == (r.shape, r.dtype), f"output {i} is another on fake tensors"
+
+
+SYNCHRONISING = (
+    "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_static", "unique", "_unique", "_unique2",
+    "unique_dim", "unique_consecutive", "masked_select", "equal", "bincount", "_linalg_check_errors", "_linalg_eigh",
+    "_linalg_svd", "multinomial", "histc",
+)  # fmt: skip
+
+
+class NoHostRead(TorchDispatchMode):
+    """Raises on an operator that makes a GPU wait for the CPU, or moves data between devices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.name().partition("::")[2].partition(".")[0]
+        assert name not in SYNCHRONISING, f"{func.name()} reads a value on the host"
+        if name == "repeat_interleave" and func._overloadname == "Tensor":
+            assert kwargs.get("output_size") is not None, "repeat_interleave without output_size reads a value"
+        if name == "_to_copy" and kwargs.get("device") is not None:
+            source, target = args[0].device.type, torch.device(kwargs["device"]).type
+            assert source == target, f"a copy from {source} to {target}"
+        if name in ("copy_", "copy"):
+            assert args[0].device.type == args[1].device.type, "a copy between devices"
+        if name in ("index", "index_put", "index_put_", "_unsafe_index", "_unsafe_index_put"):
+            for index in args[1]:
+                if index is not None:
+                    assert index.dtype not in (torch.bool, torch.uint8), f"{func.name()} with a mask: use torch.where"
+                    assert index.device == args[0].device, f"{func.name()} with an index on another device"
+        return func(*args, **kwargs)
+
+
+def no_device_copy(op: Operation) -> None:
+    """No operator reads a value on the host or moves data between devices, on the CPU and on fake CUDA tensors."""
+    ex = make(op).differentiable()
+    with NoHostRead():
+        out = run(ex, seed=None)
+    gradients(out, ex)
+    mode = FakeTensorMode()
+    ex = _fake(make(op), mode, "cuda")
+    with mode, NoHostRead():
+        run(ex, seed=None)
+
+
+def compile(op: Operation, backend: str = "aot_eager") -> None:  # noqa: A001
+    """One graph, the same values and gradients."""
+    ex = make(op)
+    call = ex.call()
+
+    def fresh() -> Callable[..., Any] | None:
+        if op.build is not None:
+            return op.build(call)
+        return _module(op, call) if op.kind == "state" and op.module is not None else None
+
+    torch.manual_seed(0)
+    expected = run_with_gradients(ex, seed=None, function=fresh())
+    torch._dynamo.reset()
+    function = fresh()
+    compiled = torch.compile(function or op.function, fullgraph=True, backend=backend)
+    options = {} if function else call.options
+
+    def use(*args: Any, **tensors: Any) -> Any:
+        extra = {"generator": None} if takes_generator(function or op.function) else {}
+        return compiled(*args, **tensors, **options, **extra)
+
+    torch.manual_seed(0)
+    value, gradient = run_with_gradients(ex, seed=None, function=use)
+    assert_equal(value, expected[0], f"compiled with {backend}")
+    assert_equal(gradient, expected[1], f"gradient compiled with {backend}")
+
+
+# --- layout and symmetry -----------------------------------------------------------------------------------------
+
+
+def strides(op: Operation) -> None:
+    """Channels-last, every second element of a larger tensor, transposed storage: the same result."""
+    ex = make(op)
+    expected = run_with_gradients(ex)
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
+        "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x,
+        "every second element": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2] if x.ndim else x,
+        "transposed storage": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2) if x.ndim > 1 else x,
+    }
+    for name, layout in layouts.items():
+        laid = replace(ex.map(lambda x, role, layout=layout: layout(x.detach().clone())))
+        for i in laid.grad:
+            laid.leaves[i].requires_grad_()
+        out = run(laid)
+        assert_equal([x.detach() for x in out], expected[0], name)
+        assert_equal(gradients(out, laid), expected[1], f"gradient, {name}")
+
+
+def batch_permutation(op: Operation) -> None:
+    """The images of a batch in another order: per-image results in that order, all else unchanged."""
+    order = torch.tensor([2, 0, 1])
+
+    def permute(x: Tensor, role: str | None) -> Tensor:
+        return x[order] if role in BATCHED else x
+
+    _permutation(op, make(op, n=3), permute, "batch")
+
+
+def class_permutation(op: Operation) -> None:
+    """Classes under other ids: per-class results in that order, ids renamed, all else unchanged."""
+    ex = make(op)
+    count = Sample().c
+    order = torch.tensor([2, 0, 3, 1])
+    assert len(order) == count
+    new_id = order.argsort()
+
+    def permute(x: Tensor, role: str | None) -> Tensor:
+        if role == "labels":
+            renamed = new_id.to(x.dtype)[x.long().clamp(0, count - 1)]
+            return torch.where((x >= 0) & (x < count), renamed, x)
+        if role not in CLASS_AXIS:
+            return x
+        axis = CLASS_AXIS[role]
+        rest = torch.arange(count, x.shape[axis])  # a further column (the ignored pixels) keeps its place
+        return x.index_select(axis, torch.cat([order, rest]))
+
+    if not any(role == "labels" or role in CLASS_AXIS for role in ex.roles):
+        pytest.skip("knows no classes")
+    _permutation(op, ex, permute, "class")
+
+
+def _permutation(op: Operation, ex: Example, permute: Callable[[Tensor, str | None], Tensor], axis: str) -> None:
+    if op.kind == "draw":
+        pytest.skip("a draw belongs to a place in the batch")
+    value, gradient = run_with_gradients(ex)
+    roles = [op.output] * len(value) if isinstance(op.output, str) else list(op.output)
+    assert len(roles) == len(value), f"`output` names {len(roles)} roles, the operation returns {len(value)} tensors"
+    compared = [i for i, role in enumerate(roles) if role != "other"]
+    assert compared, "every output is 'other': nothing is compared; name the roles or exempt the check"
+    permuted, permuted_gradient = run_with_gradients(ex.map(permute))
+    assert_equal(
+        [permuted[i] for i in compared], [permute(value[i], roles[i]) for i in compared], f"{axis} permutation"
+    )
+    if all(x.ndim == 0 for x in value):
+        expected = [permute(g, ex.roles[i]) for i, g in zip(ex.grad, gradient, strict=True)]
+        assert_equal(permuted_gradient, expected, f"gradient under {axis} permutation")
+
+
+# --- randomness and errors ---------------------------------------------------------------------------------------
+
+
+def seed(op: Operation) -> None:
+    """One seed, one result; None follows torch's global seed; a generator of another device is refused."""
+    if not takes_generator(op.function):
+        assert op.kind != "draw", "a draw takes `generator`"
+        pytest.skip("takes no generator")
+
+    def globally(number: int) -> list[Tensor]:
+        torch.manual_seed(number)
+        return run(make(op), seed=None)
+
+    for draw in (lambda number: run(make(op), seed=number), globally):
+        assert_equal(draw(1), draw(1), "the same seed")
+        if not _exempt(op, "seed.another"):
+            first = draw(1)
+            others = [draw(number) for number in range(2, 12)]
+            assert any(not torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)), (
+                "ten other seeds, the same result"
+            )
+    state = torch.random.get_rng_state()
+    run(make(op), seed=1)
+    assert torch.equal(state, torch.random.get_rng_state()), "a given generator leaves the global one alone"
+
+    if any(isinstance(x, Tensor) for x in make(op).leaves) and not _exempt(op, "seed.device"):
+        mode = FakeTensorMode()
+        ex = _fake(make(op), mode, "cuda")
+        with mode, pytest.raises(ValueError, match="Expected `generator`"):
+            run(ex, seed=1)
+
+
+def shape_errors(op: Operation) -> None:
+    """A tensor with an axis too few, a size that fits no other, or a wrong dtype is refused by name."""
+    ex = make(op)
+    mistakes = list(_mistakes(ex))
+    if not mistakes:
+        pytest.skip("takes no tensor with a fixed shape")
+    for what, wrong in mistakes:
+        try:
+            run(wrong)
+        except (ValueError, TypeError) as error:
+            named = re.search(r"Expected (?:every )?`([A-Za-z_]\w*)", str(error))
+            assert named, f"{what}: the message does not begin with an argument's name: {error}"
+            known = _argument_names(ex)
+            assert named[1] in known, f"{what}: `{named[1]}` is no argument (of {sorted(known)}): {error}"
+        else:
+            pytest.fail(f"{what}: no error")
+
+
+def _mistakes(ex: Example) -> Iterator[tuple[str, Example]]:
+    """Each an example with one tensor made wrong."""
+    op = ex.op
+    sizes = [x.shape[-2:] for x, r in zip(ex.leaves, ex.roles, strict=True) if r in SPATIAL]
+    has_classes = sum(r in CLASS_AXIS for r in ex.roles) > 1
+    for i, (x, role) in enumerate(zip(ex.leaves, ex.roles, strict=True)):
+        if not isinstance(x, Tensor) or role in (None, "scalar", "other"):
+            continue
+        what = f"tensor {i} ({role})"
+        if not _exempt(op, "shape_errors.axes"):
+            yield f"{what} without its last axis", ex.change(i, x[..., 0])
+        if not _exempt(op, "shape_errors.size"):
+            if role in SPATIAL and sizes.count(x.shape[-2:]) > 1:
+                yield f"{what} one column short", ex.change(i, x[..., :-1])
+                yield f"{what} one row short", ex.change(i, x[..., :-1, :])
+            if role == "class_values" and has_classes:
+                yield f"{what} one class short", ex.change(i, x[:-1])
+            if role == "class_vectors" and "features" in ex.roles:
+                yield f"{what} one dimension short", ex.change(i, x[:, :-1])
+        if not _exempt(op, "shape_errors.dtype"):
+            if role in ("logits", "probabilities", "features", "weight", "class_vectors"):
+                yield f"{what} as integers", ex.change(i, x.long())
+            elif role in ("labels", "valid", "mask"):
+                yield f"{what} as floats", ex.change(i, x.float())
+
+
+def _argument_names(ex: Example) -> set[str]:
+    """Names that the operation's user knows: of its function, its Module's constructor and forward."""
+    targets: list[Any] = [ex.op.function]
+    if ex.op.module is not None:
+        targets += [ex.op.module.__init__, ex.op.module.forward]
+    call = ex.call()
+    names = {name for target in targets for name in inspect.signature(target).parameters}
+    return names | set(call.tensors) | set(call.options)
