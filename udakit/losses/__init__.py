@@ -1,6 +1,23 @@
 """Losses on tensors: a function and a Module each."""
 
 from udakit.losses.cross_entropy import CrossEntropyLoss, cross_entropy
+from udakit.losses.entropy import EntropyLoss, entropy_loss
+from udakit.losses.feature_distance import FeatureDistanceLoss, feature_distance_loss
 from udakit.losses.kd import KDLoss, kd_loss
+from udakit.losses.max_square import MaxSquareLoss, max_square_loss
+from udakit.losses.symmetric_cross_entropy import SymmetricCrossEntropyLoss, symmetric_cross_entropy
 
-__all__ = ["CrossEntropyLoss", "KDLoss", "cross_entropy", "kd_loss"]
+__all__ = [
+    "CrossEntropyLoss",
+    "EntropyLoss",
+    "FeatureDistanceLoss",
+    "KDLoss",
+    "MaxSquareLoss",
+    "SymmetricCrossEntropyLoss",
+    "cross_entropy",
+    "entropy_loss",
+    "feature_distance_loss",
+    "kd_loss",
+    "max_square_loss",
+    "symmetric_cross_entropy",
+]

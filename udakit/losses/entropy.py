@@ -1,0 +1,118 @@
+"""Entropy minimisation on unlabelled pixels."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from udakit._checks import check_float, check_mask_like, check_option, check_weight_like
+from udakit._reduce import check_reduction, reduce_pixels, upcast
+
+Kind = Literal["logits", "probabilities"]
+
+
+def entropy_loss(
+    logits: Float[Tensor, "n c h w"],
+    *,
+    normalize: bool = True,
+    kind: Kind = "logits",
+    valid: Bool[Tensor, "n h w"] | None = None,
+    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+    r"""Shannon entropy of each pixel's class probabilities, as a share of the largest possible one.
+
+    $$\ell_p = -\frac{1}{\log C} \sum_c p_c \log p_c, \qquad p = \operatorname{softmax}(z_p)$$
+
+    **Convention.** Divided by log C, so a uniform pixel gives 1 for any number of classes (and any base of the
+    logarithm); `normalize=False` leaves nats. "mean" divides by the number of `valid` pixels, "mean_all" by all. One
+    class gives 0. Nothing is detached: this is the loss to minimise on target images.
+
+    **Source.** AdvEnt (Vu et al. 2019), direct entropy minimisation; its code adds 1e-30 inside the logarithm.
+
+    Args:
+        logits: class scores, or probabilities over the class axis by `kind`.
+        normalize: divide by log C.
+        kind: "logits" | "probabilities".
+        valid: True where a pixel counts.
+        pixel_weight: factor of each pixel's loss, numerator only.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
+
+    Raises:
+        TypeError: tensors that are not float, or a `valid` that is not bool.
+        ValueError: unlike shapes, or an unknown option.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.zeros(1, 19, 2, 2, requires_grad=True)
+        >>> loss = entropy_loss(logits)
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        1.0
+    """
+    _check_options(kind, reduction)
+    check_float("logits", logits, 4, "(N, C, H, W)")
+    if valid is not None:
+        check_mask_like(valid, logits)
+    if pixel_weight is not None:
+        check_weight_like(pixel_weight, logits)
+    x = upcast(logits)
+    if kind == "logits":
+        log_p = F.log_softmax(x, dim=1)
+        loss = -(log_p.exp() * log_p).sum(dim=1)
+    else:
+        loss = -(x * x.clamp_min(torch.finfo(x.dtype).tiny).log()).sum(dim=1)  # p = 0 adds 0, with a finite gradient
+    if normalize and logits.shape[1] > 1:
+        loss = loss / math.log(logits.shape[1])
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+
+
+def _check_options(kind: str, reduction: str) -> None:
+    check_option("kind", kind, get_args(Kind))
+    check_reduction(reduction)
+
+
+class EntropyLoss(nn.Module):
+    """Module of [`entropy_loss`][udakit.losses.entropy_loss].
+
+    Example:
+        >>> import torch
+        >>> EntropyLoss()(torch.tensor([[1e4], [0.0]]).reshape(1, 2, 1, 1)).abs()
+        tensor(0.)
+    """
+
+    def __init__(self, *, normalize: bool = True, kind: Kind = "logits", reduction: str = "mean") -> None:
+        super().__init__()
+        _check_options(kind, reduction)
+        self.normalize = normalize
+        self.kind: Kind = kind
+        self.reduction = reduction
+
+    def forward(
+        self,
+        logits: Float[Tensor, "n c h w"],
+        *,
+        valid: Bool[Tensor, "n h w"] | None = None,
+        pixel_weight: Float[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return entropy_loss(
+            logits,
+            normalize=self.normalize,
+            kind=self.kind,
+            valid=valid,
+            pixel_weight=pixel_weight,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"normalize={self.normalize}, kind={self.kind!r}, reduction={self.reduction!r}"

@@ -1,0 +1,94 @@
+"""Feature distance: keep a net's features near those of a reference net."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from udakit._checks import check_float, check_mask_like, check_same_shape
+from udakit._reduce import check_reduction, reduce_pixels, upcast
+
+
+def feature_distance_loss(
+    features: Float[Tensor, "n d h w"],
+    reference_features: Float[Tensor, "n d h w"],
+    *,
+    valid: Bool[Tensor, "n h w"] | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+    r"""L2 distance over the channels of two feature maps, at each feature pixel.
+
+    $$\ell_p = \lVert f_p - r_p \rVert_2$$
+
+    **Convention.** Not squared, nothing normalised; the reference is detached. "mean" divides by the number of `valid`
+    feature pixels of the batch, "mean_all" by all. The gradient is the unit vector of the difference, and exactly 0
+    where the features are equal. No valid pixel gives 0, not NaN.
+
+    **Source.** DAFormer (Hoyer et al. 2022) against frozen ImageNet features, on the pixels whose majority label
+    (`udakit.downscale_labels`, ratio 0.75) is a thing class; its released code is NaN when no pixel is selected.
+
+    Args:
+        features: of the net that learns, any stride.
+        reference_features: of the reference net, the same shape.
+        valid: True where a feature pixel counts, at the size of the features.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 features), or (N, h, w) for "none".
+
+    Raises:
+        TypeError: tensors that are not float, or a `valid` that is not bool.
+        ValueError: unlike shapes, or an unknown `reduction`.
+
+    Example:
+        >>> import torch
+        >>> features = torch.zeros(1, 2, 1, 1, requires_grad=True)
+        >>> loss = feature_distance_loss(features, torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1))
+        >>> loss.backward()
+        >>> loss.item(), features.grad.flatten().tolist()
+        (5.0, [-0.6000000238418579, -0.800000011920929])
+    """
+    check_reduction(reduction)
+    check_float("features", features, 4, "(N, D, h, w)")
+    check_float("reference_features", reference_features, 4, "(N, D, h, w)")
+    check_same_shape(reference_features, features, name="reference_features", reference_name="features")
+    if valid is not None:
+        check_mask_like(valid, features, reference_name="features")
+    difference = upcast(features) - upcast(reference_features.detach())
+    # Scaled by the largest channel before squaring: 1e-22 squared would be 0 and 1e20 squared inf in float32. The norm
+    # does not depend on the scale, so the scale needs no gradient; the scale 1 where all is 0 keeps that gradient 0.
+    scale = difference.detach().abs().amax(dim=1, keepdim=True)
+    equal = scale == 0
+    squares = (difference / torch.where(equal, 1, scale)).square().sum(dim=1, keepdim=True)
+    distance = scale * torch.where(equal, 1, squares).sqrt()
+    return reduce_pixels(distance.squeeze(1), valid, reduction=reduction)
+
+
+class FeatureDistanceLoss(nn.Module):
+    """Module of [`feature_distance_loss`][udakit.losses.feature_distance_loss].
+
+    Example:
+        >>> import torch
+        >>> FeatureDistanceLoss()(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
+        tensor(2.)
+    """
+
+    def __init__(self, *, reduction: str = "mean") -> None:
+        super().__init__()
+        check_reduction(reduction)
+        self.reduction = reduction
+
+    def forward(
+        self,
+        features: Float[Tensor, "n d h w"],
+        reference_features: Float[Tensor, "n d h w"],
+        *,
+        valid: Bool[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return feature_distance_loss(features, reference_features, valid=valid, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"reduction={self.reduction!r}"

@@ -1,0 +1,130 @@
+"""Maximum squares: entropy minimisation whose gradient does not vanish into the easy pixels."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from udakit._checks import check_float, check_mask_like, check_option, check_range, check_weight_like
+from udakit._reduce import check_reduction, reduce_pixels, upcast
+
+Kind = Literal["logits", "probabilities"]
+
+
+def max_square_loss(
+    logits: Float[Tensor, "n c h w"],
+    *,
+    balance: float = 0.0,
+    kind: Kind = "logits",
+    valid: Bool[Tensor, "n h w"] | None = None,
+    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+    r"""Half the negative sum of squared class probabilities.
+
+    $$\ell_p = -\tfrac12\, b_p \sum_c p_c^2, \qquad b_p = \left(N / N_{k(p)}\right)^{\alpha}$$
+
+    N is the number of valid pixels of the image, N_k of those with the same arg-max k(p), and alpha = `balance`.
+
+    **Convention.** A value in [-1/2, -1/(2C)] per pixel while `balance` is 0. "mean" divides by the number of `valid`
+    pixels, "mean_all" by all. The balancing factor is detached and enters the numerator only.
+
+    **Source.** MaxSquare (Chen et al. 2019): alpha = 0 is its plain, alpha = 0.2 its image-wise class-balanced loss.
+    The released plain loss averages over the classes too (this value / C), the released balanced one divides by C and
+    leaves the half out (this value * 2 / C).
+
+    Args:
+        logits: class scores, or probabilities over the class axis by `kind`.
+        balance: alpha in [0, 1]; 0 treats all pixels alike, 1 all predicted classes of an image.
+        kind: "logits" | "probabilities".
+        valid: True where a pixel counts.
+        pixel_weight: factor of each pixel's loss, numerator only.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
+
+    Raises:
+        TypeError: tensors that are not float, or a `valid` that is not bool.
+        ValueError: unlike shapes, or an unknown option.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.zeros(1, 4, 2, 2, requires_grad=True)
+        >>> loss = max_square_loss(logits)
+        >>> loss.backward()
+        >>> loss.item()
+        -0.125
+    """
+    _check_options(balance, kind, reduction)
+    check_float("logits", logits, 4, "(N, C, H, W)")
+    if valid is not None:
+        check_mask_like(valid, logits)
+    if pixel_weight is not None:
+        check_weight_like(pixel_weight, logits)
+    x = upcast(logits)
+    p = F.softmax(x, dim=1) if kind == "logits" else x
+    loss = -0.5 * p.square().sum(dim=1)
+    if balance:
+        loss = loss * _balancing(x.detach(), valid, balance)
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+
+
+def _balancing(scores: Tensor, valid: Tensor | None, balance: float) -> Tensor:
+    """(N / N_k)^alpha per pixel: integer counts per image, no data-dependent shape."""
+    n, c, h, w = scores.shape
+    predicted = scores.argmax(dim=1).flatten(1)
+    counted = torch.ones_like(predicted) if valid is None else valid.flatten(1).long()
+    counts = torch.zeros(n, c, dtype=torch.int64, device=scores.device).scatter_add(1, predicted, counted)
+    share = counts.to(scores.dtype) / counts.sum(dim=1, keepdim=True).clamp_min(1)
+    # An invalid pixel's class may have no valid pixel: any finite factor does, the reduction drops it.
+    factor = torch.where(counts > 0, share, 1) ** -balance
+    return factor.gather(1, predicted).view(n, h, w)
+
+
+def _check_options(balance: float, kind: str, reduction: str) -> None:
+    check_range("balance", balance, 0.0, 1.0)
+    check_option("kind", kind, get_args(Kind))
+    check_reduction(reduction)
+
+
+class MaxSquareLoss(nn.Module):
+    """Module of [`max_square_loss`][udakit.losses.max_square_loss].
+
+    Example:
+        >>> import torch
+        >>> MaxSquareLoss(balance=0.2)(torch.zeros(1, 2, 1, 1))
+        tensor(-0.2500)
+    """
+
+    def __init__(self, *, balance: float = 0.0, kind: Kind = "logits", reduction: str = "mean") -> None:
+        super().__init__()
+        _check_options(balance, kind, reduction)
+        self.balance = balance
+        self.kind: Kind = kind
+        self.reduction = reduction
+
+    def forward(
+        self,
+        logits: Float[Tensor, "n c h w"],
+        *,
+        valid: Bool[Tensor, "n h w"] | None = None,
+        pixel_weight: Float[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return max_square_loss(
+            logits,
+            balance=self.balance,
+            kind=self.kind,
+            valid=valid,
+            pixel_weight=pixel_weight,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"balance={self.balance}, kind={self.kind!r}, reduction={self.reduction!r}"

@@ -1,0 +1,139 @@
+"""Cross-entropy that tolerates wrong pseudo-labels."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from udakit._checks import check_float, check_labels_like, check_range, check_weight_like
+from udakit._reduce import check_reduction, reduce_pixels, upcast
+
+
+def symmetric_cross_entropy(
+    logits: Float[Tensor, "n c h w"],
+    labels: Integer[Tensor, "n h w"],
+    *,
+    ce_weight: float = 0.1,
+    rce_weight: float = 1.0,
+    min_probability: float = 1e-7,
+    min_label: float = 1e-4,
+    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+    r"""Cross-entropy plus reverse cross-entropy, in which labels and predictions change places.
+
+    $$\ell_p = -\alpha \log p_y \;-\; \beta \sum_c \max(p_c, \epsilon_p)\, \log \max(\mathbb{1}[c = y], \epsilon_y)$$
+
+    **Convention.** Ignored pixels give 0 and no gradient. "mean" divides by the number of labelled pixels of the batch,
+    "mean_all" by all pixels. The reverse term is bounded by -log(`min_label`), so a wrong label pulls only so far.
+
+    **Source.** Wang et al. 2019; weights and clamps as in ProDA's released code, which clamps in the cross-entropy
+    only through its softmax, ignores label 250 and edits the label map in place.
+
+    Args:
+        logits: class scores before the softmax.
+        labels: class ids 0..C-1 or `ignore_index`, int64 or uint8.
+        ce_weight: alpha, of the cross-entropy.
+        rce_weight: beta, of the reverse cross-entropy.
+        min_probability: what a predicted probability is at least in the reverse term.
+        min_label: what a one-hot label's 0 counts as under the logarithm.
+        pixel_weight: factor of each pixel's loss, numerator only.
+        ignore_index: the label that takes no part.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 logits), or (N, H, W) for "none".
+
+    Raises:
+        TypeError: an integer `logits`, or `labels` that are neither int64 nor uint8.
+        ValueError: unlike shapes, a clamp outside (0, 1], or an unknown `reduction`.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.zeros(1, 2, 1, 2, requires_grad=True)
+        >>> loss = symmetric_cross_entropy(logits, torch.tensor([[[1, 255]]]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        4.6745
+    """
+    _check_options(min_probability, min_label, reduction)
+    check_float("logits", logits, 4, "(N, C, H, W)")
+    check_labels_like(labels, logits)
+    if pixel_weight is not None:
+        check_weight_like(pixel_weight, logits)
+    labels = labels.long()
+    valid = labels != ignore_index
+    x = upcast(logits)
+    ce = F.cross_entropy(x, labels, ignore_index=ignore_index, reduction="none")
+    # log of the label is 0 at the labelled class: what remains is the probability of all the others, summed as such
+    # (1 - p_y would lose it to rounding).
+    other = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1) != labels.unsqueeze(1)
+    rce = -math.log(min_label) * (F.softmax(x, dim=1).clamp(min=min_probability) * other).sum(dim=1)
+    return reduce_pixels(ce_weight * ce + rce_weight * rce, valid, pixel_weight=pixel_weight, reduction=reduction)
+
+
+def _check_options(min_probability: float, min_label: float, reduction: str) -> None:
+    check_range("min_probability", min_probability, 0.0, 1.0)
+    check_range("min_label", min_label, 0.0, 1.0, open_low=True)
+    check_reduction(reduction)
+
+
+class SymmetricCrossEntropyLoss(nn.Module):
+    """Module of [`symmetric_cross_entropy`][udakit.losses.symmetric_cross_entropy].
+
+    Example:
+        >>> import torch
+        >>> SymmetricCrossEntropyLoss(rce_weight=0.0)(torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, dtype=torch.uint8))
+        tensor(0.0693)
+    """
+
+    def __init__(
+        self,
+        *,
+        ce_weight: float = 0.1,
+        rce_weight: float = 1.0,
+        min_probability: float = 1e-7,
+        min_label: float = 1e-4,
+        ignore_index: int = 255,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_options(min_probability, min_label, reduction)
+        self.ce_weight = ce_weight
+        self.rce_weight = rce_weight
+        self.min_probability = min_probability
+        self.min_label = min_label
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(
+        self,
+        logits: Float[Tensor, "n c h w"],
+        labels: Integer[Tensor, "n h w"],
+        *,
+        pixel_weight: Float[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return symmetric_cross_entropy(
+            logits,
+            labels,
+            ce_weight=self.ce_weight,
+            rce_weight=self.rce_weight,
+            min_probability=self.min_probability,
+            min_label=self.min_label,
+            pixel_weight=pixel_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"ce_weight={self.ce_weight}, rce_weight={self.rce_weight}, min_probability={self.min_probability}, "
+            f"min_label={self.min_label}, ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        )
