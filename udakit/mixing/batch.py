@@ -1,0 +1,121 @@
+"""A labelled batch and the paste that mixes two of them: the one place where pixels change sides."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Integer, Num
+from torch import Tensor
+
+from udakit._checks import check_float, check_label_map, check_weight_like, shape_of
+
+
+class SegBatch(NamedTuple):
+    """Images, their labels and, optionally, a weight for each pixel's loss.
+
+    A missing weight counts as 1 wherever the batch is mixed with one that has weights.
+
+    Args:
+        images: (N, 3, H, W) float.
+        labels: (N, H, W) int64 or uint8, true or pseudo.
+        weight: (N, H, W) float, or None.
+
+    Example:
+        >>> import torch
+        >>> SegBatch(torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.int64)).weight is None
+        True
+    """
+
+    images: Float[Tensor, "n 3 h w"]
+    labels: Integer[Tensor, "n h w"]
+    weight: Float[Tensor, "n h w"] | None = None
+
+
+def paste(
+    mask: Bool[Tensor, "n h w"], foreground: Num[Tensor, "n *c h w"], background: Num[Tensor, "n *c h w"]
+) -> Num[Tensor, "n *c h w"]:
+    """Take `foreground` where the mask is True and `background` elsewhere.
+
+    **Convention.** One mask serves images (N, C, H, W), labels (N, H, W) and weights (N, H, W) alike. Labels never
+    pass through float: the result is int64, or uint8 when both sides are. Gradients flow to the side that was taken.
+
+    Args:
+        mask: True takes the foreground.
+        foreground: what is pasted.
+        background: what it is pasted onto, of the same shape.
+
+    Returns:
+        A tensor of their shape. Two float dtypes give the wider one.
+
+    Raises:
+        TypeError: a mask that is not bool, or a float side with an integer one.
+        ValueError: unequal sizes. Nothing is resized silently.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.tensor([[[True, False]]])
+        >>> foreground = torch.ones(1, 3, 1, 2, requires_grad=True)
+        >>> paste(mask, foreground, torch.zeros(1, 3, 1, 2)).sum().backward()
+        >>> foreground.grad[0, 0]
+        tensor([[1., 0.]])
+        >>> paste(mask, torch.tensor([[[26001, 26001]]]), torch.tensor([[[255, 255]]], dtype=torch.uint8))
+        tensor([[[26001,   255]]])
+    """
+    if foreground.ndim not in (3, 4):
+        raise ValueError(f"Expected `foreground` to be (N, C, H, W) or (N, H, W), but got {shape_of(foreground)}.")
+    if background.shape != foreground.shape:
+        raise ValueError(
+            f"Expected `background` to have the shape of `foreground` {shape_of(foreground)}, "
+            f"but got {shape_of(background)}. Crop or resize them to one size before mixing."
+        )
+    if foreground.is_floating_point() != background.is_floating_point():
+        raise TypeError(
+            "Expected `background` to be float or integer as `foreground` is "
+            f"({foreground.dtype}), but got {background.dtype}."
+        )
+    if mask.dtype != torch.bool:
+        raise TypeError(f"Expected `mask` to be a bool tensor, but got {mask.dtype}.")
+    if mask.ndim != 3 or (mask.shape[0], *mask.shape[1:]) != (foreground.shape[0], *foreground.shape[-2:]):
+        raise ValueError(
+            f"Expected `mask` to be (N, H, W) matching `foreground` {shape_of(foreground)}, but got {shape_of(mask)}."
+        )
+    if foreground.ndim == 4:
+        mask = mask.unsqueeze(1)
+    return torch.where(mask, foreground, background)
+
+
+def mix(mask: Tensor, foreground: SegBatch, background: SegBatch) -> SegBatch:
+    """Paste images, labels and weights of two checked batches with one mask."""
+    weight = None
+    if foreground.weight is not None or background.weight is not None:
+        weight = torch.where(
+            mask,
+            1.0 if foreground.weight is None else foreground.weight,
+            1.0 if background.weight is None else background.weight,
+        )
+    return SegBatch(
+        paste(mask, foreground.images, background.images), paste(mask, foreground.labels, background.labels), weight
+    )
+
+
+def check_batches(source: SegBatch, target: SegBatch) -> tuple[SegBatch, SegBatch]:
+    """Both as SegBatch (plain tuples are welcome), of one size, or an error that names the field."""
+    pair = SegBatch(*source), SegBatch(*target)
+    for name, batch in zip(("source", "target"), pair, strict=True):
+        images = f"{name}.images"
+        check_float(images, batch.images, 4, "(N, 3, H, W)")
+        check_label_map(batch.labels, name=f"{name}.labels", reference=batch.images, reference_name=images)
+        if batch.labels.shape != (batch.images.shape[0], *batch.images.shape[2:]):
+            raise ValueError(
+                f"Expected `{name}.labels` to be (N, H, W) matching `{images}` {shape_of(batch.images)}, "
+                f"but got {shape_of(batch.labels)}."
+            )
+        if batch.weight is not None:
+            check_weight_like(batch.weight, batch.images, name=f"{name}.weight", reference_name=images)
+    if pair[0].images.shape != pair[1].images.shape:
+        raise ValueError(
+            f"Expected `target.images` to have the shape of `source.images` {shape_of(pair[0].images)}, "
+            f"but got {shape_of(pair[1].images)}. Crop or resize them to one size before mixing."
+        )
+    return pair
