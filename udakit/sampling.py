@@ -52,12 +52,12 @@ def count_classes(
                 [0, 4, 0]])
     """
     check_range("num_classes", num_classes, 1)
-    rows = []
+    rows: list[Tensor] = []
     for item in _items(labels):
         ids = torch.as_tensor(load(item) if load else _read(item))
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"Expected `labels` to hold integer maps, but got {ids.dtype} in item {len(rows)}.")
-        ids = ids.flatten().long()
+        ids = ids.flatten().cpu().long()
         inside = (ids >= 0) & (ids < num_classes)
         rows.append(torch.bincount(torch.where(inside, ids, num_classes), minlength=num_classes + 1)[:num_classes])
         if progress:
