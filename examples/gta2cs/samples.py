@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 IGNORE = 255
+Reader = Callable[[Path], np.ndarray]
 Size = tuple[int, int]  # (height, width), as in tensors; folders and papers say width x height
 
 
@@ -60,13 +61,13 @@ class LabelFormat:
 
     table: np.ndarray
     expected: frozenset[int]
-    read_ids: Callable[[Path], np.ndarray]
+    read_ids: Reader
     strict: bool = False
 
     @classmethod
     def of_table(
         cls,
-        ids: dict[int, int],
+        ids: Mapping[int, int],
         read_ids: Callable[[Path], np.ndarray],
         *,
         also: Iterable[int] = (),
