@@ -1,19 +1,21 @@
 """Parts for unsupervised domain adaptive semantic segmentation, as functions and Modules on tensors."""
 
-from udakit import labels, losses, mixing, pseudo_labels, sampling, teachers
+from udakit import labels, losses, mixing, prototypes, pseudo_labels, sampling, teachers
 from udakit.labels import *  # noqa: F403
 from udakit.losses import *  # noqa: F403
 from udakit.mixing import *  # noqa: F403
+from udakit.prototypes import *  # noqa: F403
 from udakit.pseudo_labels import *  # noqa: F403
 from udakit.sampling import *  # noqa: F403
 from udakit.teachers import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "labels", "losses", "mixing", "pseudo_labels", "sampling", "teachers"]
+__all__ = ["__version__", "labels", "losses", "mixing", "prototypes", "pseudo_labels", "sampling", "teachers"]
 __all__ += labels.__all__
 __all__ += losses.__all__
 __all__ += mixing.__all__
+__all__ += prototypes.__all__
 __all__ += pseudo_labels.__all__
 __all__ += sampling.__all__
 __all__ += teachers.__all__

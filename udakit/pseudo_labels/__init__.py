@@ -3,6 +3,7 @@
 from udakit.pseudo_labels.argmax import ArgmaxSelector
 from udakit.pseudo_labels.class_quantile import ClassQuantileSelector
 from udakit.pseudo_labels.confident_ratio import ConfidentRatioSelector, confident_ratio
+from udakit.pseudo_labels.consensus import BilateralConsensus, bilateral_consensus
 from udakit.pseudo_labels.flip import hflip_average
 from udakit.pseudo_labels.masks import row_mask
 from udakit.pseudo_labels.selection import PseudoLabels
@@ -10,10 +11,12 @@ from udakit.pseudo_labels.threshold import ThresholdSelector
 
 __all__ = [
     "ArgmaxSelector",
+    "BilateralConsensus",
     "ClassQuantileSelector",
     "ConfidentRatioSelector",
     "PseudoLabels",
     "ThresholdSelector",
+    "bilateral_consensus",
     "confident_ratio",
     "hflip_average",
     "row_mask",

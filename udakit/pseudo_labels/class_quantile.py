@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from udakit._checks import check_float, check_range, shape_of
+from udakit._state import FullPrecisionState, gather_ranks
 from udakit.pseudo_labels.selection import Kind, PseudoLabels, Selector
 
 # Confidences are float32: the smallest 1 - p above 0 is 2^-24.
 _BITS = 24.0
 
 
-class ClassQuantileSelector(Selector):
+class ClassQuantileSelector(FullPrecisionState, Selector):
     r"""Keep the most confident `share` of each predicted class.
 
     $$\hat y_p = \arg\max_c p_c \quad\text{where}\quad \max_c p_c \ge \tau_{\hat y_p}, \qquad
@@ -107,8 +107,8 @@ class ClassQuantileSelector(Selector):
         counted = torch.ones_like(cell) if valid is None else valid.long()
         counts = torch.zeros(self.histogram.numel(), dtype=torch.int64, device=cell.device)
         counts = counts.index_add(0, cell.flatten(), counted.flatten()).view_as(self.histogram)
-        if self.sync and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)  # integers: the order of the ranks does not matter
+        if self.sync:
+            counts = gather_ranks(counts).sum(0)
         averaged = self.momentum * self.histogram + (1 - self.momentum) * counts
         self.histogram.copy_(averaged.where(counts.sum(1, keepdim=True) > 0, self.histogram))
 

@@ -1,0 +1,313 @@
+"""Class means of features, and class prototypes that follow them."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self, get_args
+
+import torch
+from jaxtyping import Bool, Float, Int64, Integer
+from torch import Tensor
+
+from udakit._checks import check_float, check_labels_like, check_option, check_range, shape_of
+from udakit._reduce import full_precision, upcast
+from udakit._state import FullPrecisionState, gather_ranks
+
+__all__ = ["ClassPrototypes", "class_means"]
+
+Mode = Literal["ema", "mean"]
+
+
+def class_means(
+    features: Float[Tensor, "n d h w"],
+    labels: Integer[Tensor, "n h w"],
+    *,
+    num_classes: int,
+    per_image: bool = False,
+    min_pixels: int = 1,
+    ignore_index: int = 255,
+) -> tuple[Float[Tensor, "*n c d"], Int64[Tensor, "*n c"]]:
+    r"""Mean feature of each class, over the batch or per image.
+
+    $$v_c = \frac{1}{|P_c|} \sum_{p \in P_c} f_p, \qquad P_c = \{p : y_p = c\}$$
+
+    **Convention.** Sums run in float32 at least. Ignored pixels and ids outside 0..C-1 take no part. A class of fewer
+    than `min_pixels` pixels has the mean 0 and no gradient, but its true count. Gradients flow to the features.
+
+    **Source.** DiGA asks for 5 pixels of a class in an image.
+
+    Args:
+        features: any float dtype; finite at ignored pixels, too.
+        labels: at the features' size (`udakit.downscale_labels` or `udakit.resize_labels` bring them there).
+        num_classes: C.
+        per_image: one mean per image and class instead of one over the batch.
+        min_pixels: pixels that a mean needs.
+        ignore_index: the label that takes no part.
+
+    Returns:
+        Means (C, D) and counts (C,), or (N, C, D) and (N, C) per image.
+
+    Raises:
+        TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
+        ValueError: sizes that do not match, `num_classes` or `min_pixels` below 1.
+
+    Example:
+        >>> import torch
+        >>> features = torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 1, 3).requires_grad_()
+        >>> means, counts = class_means(features, torch.tensor([[[0, 0, 255]]]), num_classes=2)
+        >>> means.sum().backward()
+        >>> means.flatten().tolist(), counts.tolist(), features.grad.flatten().tolist()
+        ([2.0, 0.0], [2, 0], [0.5, 0.5, 0.0])
+    """
+    check_range("num_classes", num_classes, 1)
+    check_range("min_pixels", min_pixels, 1)
+    check_float("features", features, 4, "(N, D, h, w)")
+    check_labels_like(labels, features, reference_name="features")
+    sums, counts = _class_sums(features, labels, num_classes, ignore_index)
+    if not per_image:
+        sums, counts = sums.sum(0), counts.sum(0)
+    return _divide(sums, counts, min_pixels), counts
+
+
+def _class_sums(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Sums (N, C, D) and counts (N, C). The one-hot matrix product reads the features once, whatever C is."""
+    ids = labels.long().flatten(1)
+    ids = ids.where(ids != ignore_index, -1)
+    member = ids.unsqueeze(1) == torch.arange(num_classes, device=labels.device).unsqueeze(1)
+    values = upcast(features).flatten(2)
+    with full_precision(values):
+        sums = torch.bmm(member.to(values.dtype), values.transpose(1, 2))
+    return sums, member.sum(2)
+
+
+def _divide(sums: Tensor, counts: Tensor, min_pixels: int) -> Tensor:
+    enough = (counts >= min_pixels).unsqueeze(-1)
+    return torch.where(enough, sums / counts.clamp_min(1).unsqueeze(-1), 0)
+
+
+class ClassPrototypes(FullPrecisionState):
+    r"""One vector per class that follows the class means of the features.
+
+    $$\eta_c \leftarrow (1 - m)\, \eta_c + m\, v_c \quad\text{("ema")}, \qquad
+    \eta_c \leftarrow \eta_c + \frac{v_c - \eta_c}{n_c + 1},\ n_c \leftarrow n_c + 1 \quad\text{("mean")}$$
+
+    for one class mean $v_c$ after another, in image order; a class's first vector is copied.
+
+    **Convention.** Updates are detached. `per_image=True` takes one vector of every image that has `min_pixels` pixels
+    of the class, False one of the whole batch. The sequence of updates is evaluated in closed form, exactly, without a
+    loop over images or classes. Float32 state whatever dtype the Module is cast to: in bfloat16 a step of 1e-4 would
+    never land. A class that was never seen is infinitely far from every pixel.
+
+    **Source.** DiGA: momentum 1e-4 per (image, class) vector, at least 5 pixels, features not normalised, unsquared L2
+    distance; its prototypes start as the running mean ("mean") over a pass on target. There, classes never seen are
+    zero vectors that compete: `include_unseen=True`.
+
+    Attributes:
+        prototypes: float32 buffer (C, D).
+        counts: int64 buffer (C,), vectors taken in so far.
+
+    Args:
+        num_classes: C.
+        dim: D.
+        momentum: m in [0, 1], for mode "ema".
+        mode: "ema" | "mean". May be changed at any time: after a pass in "mean", set `mode = "ema"`.
+        per_image: a vector per image and class, or per batch and class.
+        min_pixels: pixels that a vector needs.
+        ignore_index: the label that takes no part.
+
+    Example:
+        >>> import torch
+        >>> prototypes = ClassPrototypes(3, 2, momentum=0.5, min_pixels=1)
+        >>> features = torch.tensor([[2.0, 0.0], [4.0, 0.0]]).view(2, 2, 1, 1)
+        >>> prototypes.update(features, torch.zeros(2, 1, 1, dtype=torch.int64))
+        >>> prototypes.prototypes[0], prototypes.seen
+        (tensor([3., 0.]), tensor([ True, False, False]))
+        >>> prototypes.distances(features).flatten(1).tolist()
+        [[1.0, inf, inf], [1.0, inf, inf]]
+    """
+
+    prototypes: Tensor
+    counts: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int,
+        momentum: float = 1e-4,
+        mode: Mode = "ema",
+        per_image: bool = True,
+        min_pixels: int = 5,
+        *,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__()
+        check_range("num_classes", num_classes, 1)
+        check_range("dim", dim, 1)
+        check_range("momentum", momentum, 0.0, 1.0)
+        check_option("mode", mode, get_args(Mode))
+        check_range("min_pixels", min_pixels, 1)
+        self.num_classes, self.dim, self.momentum = num_classes, dim, momentum
+        self.mode: Mode = mode
+        self.per_image, self.min_pixels, self.ignore_index = per_image, min_pixels, ignore_index
+        self.register_buffer("prototypes", torch.zeros(num_classes, dim))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    @property
+    def seen(self) -> Bool[Tensor, "c"]:
+        """Classes that have a prototype."""
+        return self.counts > 0
+
+    def update(
+        self, features: Float[Tensor, "n d h w"], labels: Integer[Tensor, "n h w"], *, sync: bool = False
+    ) -> None:
+        """Take in the class means of a batch.
+
+        Args:
+            features: (N, D, h, w).
+            labels: class ids or `ignore_index`, at the features' size: the labels, or the pseudo-labels that agree.
+            sync: take in the batches of all ranks, in rank order, as one process would the concatenated batch; the
+                ranks may hold batches of different sizes. Every rank must call. Without a process group: one rank.
+
+        Raises:
+            TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
+            ValueError: shapes that do not match.
+        """
+        self._check(features)
+        check_labels_like(labels, features, reference_name="features")
+        with torch.no_grad():
+            sums, pixels = _class_sums(features, labels, self.num_classes, self.ignore_index)
+            sums = sums.float()
+            if not self.per_image:
+                sums, pixels = sums.sum(0, keepdim=True), pixels.sum(0, keepdim=True)
+                if sync:
+                    sums, pixels = gather_ranks(sums).sum(0), gather_ranks(pixels).sum(0)
+            first, spread, number = self._summarise(_divide(sums, pixels, self.min_pixels), pixels >= self.min_pixels)
+            if sync and self.per_image:
+                first, spread = gather_ranks(torch.stack([first, spread])).unbind(1)
+                number = gather_ranks(number)
+            else:
+                first, spread, number = first[None], spread[None], number[None]
+            self._merge(first, spread, number)
+
+    def _summarise(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A rank's images as sufficient statistics, of a size that does not depend on how many images there are.
+
+        `first` (C, D), the first vector; `spread` (C, D), the weighted sum of differences from it; `number` (C,).
+        Differences, so that a constant stays itself to the last bit.
+        """
+        so_far = present.cumsum(0)
+        number = so_far[-1] if len(so_far) else present.sum(0)
+        first = torch.where((present & (so_far == 1)).unsqueeze(-1), vectors, 0).sum(0)
+        weight = self.momentum * self._kept(number - so_far) if self.mode == "ema" else torch.ones_like(vectors[..., 0])
+        spread = torch.where(present.unsqueeze(-1), weight.unsqueeze(-1) * (vectors - first), 0).sum(0)
+        return first, spread, number
+
+    def _merge(self, first: Tensor, spread: Tensor, number: Tensor) -> None:
+        """Apply the statistics of the ranks (R, ...), one after another, in closed form."""
+        so_far = number.cumsum(0)
+        total = so_far[-1]
+        opening = torch.where(((number > 0) & (so_far == number)).unsqueeze(-1), first, 0).sum(0)
+        start = torch.where(self.seen.unsqueeze(-1), self.prototypes, opening)
+        if self.mode == "ema":
+            scale, step = self._kept(total - so_far), self._moved(number)
+        else:
+            scale, step = (1 / (self.counts + total).clamp_min(1)).expand_as(number), number.float()
+        change = (scale.unsqueeze(-1) * (spread + step.unsqueeze(-1) * (first - start))).sum(0)
+        self.prototypes.copy_(torch.where((total > 0).unsqueeze(-1), start + change, self.prototypes))
+        self.counts.add_(total)
+
+    def _log_keep(self) -> float:
+        # log(1 - m), kept finite for m = 1, so that no step at all still gives exp(0) = 1.
+        return math.log1p(-self.momentum) if self.momentum < 1 else -1e4
+
+    def _kept(self, steps: Tensor) -> Tensor:
+        """(1 - m)^steps."""
+        return torch.exp(self._log_keep() * steps)
+
+    def _moved(self, steps: Tensor) -> Tensor:
+        """1 - (1 - m)^steps, without the cancellation that would cost m = 1e-4 four digits."""
+        return -torch.expm1(self._log_keep() * steps)
+
+    def distances(
+        self, features: Float[Tensor, "n d h w"], *, include_unseen: bool = False
+    ) -> Float[Tensor, "n c h w"]:
+        r"""L2 distance (not squared) of every feature pixel to every prototype.
+
+        **Convention.** Expanded to $\|f\|^2 - 2 f^\top \eta + \|\eta\|^2$ and evaluated in float64 (float32 on MPS,
+        which has no other), where the cancellation of nearly equal vectors costs nothing that float32 would show.
+        Gradients flow to the features, and are 0 where the distance is. `forward` is this function.
+
+        Args:
+            features: (N, D, h, w).
+            include_unseen: let classes never seen compete as zero vectors (DiGA's released code) instead of +inf.
+
+        Returns:
+            Float32 (float64 for float64 features).
+        """
+        self._check(features)
+        wide = torch.float32 if features.device.type == "mps" else torch.float64
+        centres = self.prototypes.to(wide).expand(len(features), -1, -1)
+        square = centres.square().sum(2, keepdim=True)
+        # Pieces that stay in a CPU's cache run three times as fast; on other devices they only bound the memory.
+        piece = max(1, (2**17 if features.device.type == "cpu" else 2**26) // self.dim)
+        pieces = []
+        with full_precision(features):
+            for part in torch.split(features.flatten(2), piece, dim=2):
+                values = part.to(wide)
+                squared = torch.baddbmm(square, centres, values, alpha=-2) + values.square().sum(1, keepdim=True)
+                apart = squared > 0  # where(), twice: the square root has no slope at 0
+                pieces.append(torch.where(apart, squared.where(apart, 1).sqrt(), 0).to(upcast(part).dtype))
+        result = torch.cat(pieces, dim=2).view(len(features), self.num_classes, *features.shape[2:])
+        return result if include_unseen else torch.where(self.seen.view(-1, 1, 1), result, float("inf"))
+
+    def forward(self, features: Float[Tensor, "n d h w"], *, include_unseen: bool = False) -> Float[Tensor, "n c h w"]:
+        """Return `distances`."""
+        return self.distances(features, include_unseen=include_unseen)
+
+    def assign(self, features: Float[Tensor, "n d h w"], *, include_unseen: bool = False) -> Int64[Tensor, "n h w"]:
+        """Nearest prototype of every feature pixel; ties go to the lowest id, `ignore_index` while no class is seen."""
+        with torch.no_grad():
+            distance, labels = self.distances(features, include_unseen=include_unseen).min(dim=1)
+            return labels.where(distance < float("inf"), self.ignore_index)
+
+    def set_(self, prototypes: Float[Tensor, "c d"], counts: Integer[Tensor, "c"] | None = None) -> Self:
+        """Take prototypes from outside; every non-zero row becomes seen.
+
+        Args:
+            prototypes: (C, D), copied.
+            counts: vectors behind each row, which mode "mean" goes on from; 1 for every non-zero row by default.
+
+        Raises:
+            TypeError: `prototypes` that are not float, or `counts` that are not integers.
+            ValueError: shapes that do not match.
+        """
+        check_float("prototypes", prototypes, 2, "(C, D)")
+        if prototypes.shape != self.prototypes.shape:
+            raise ValueError(
+                f"Expected `prototypes` to be (C, D) = {shape_of(self.prototypes)}, but got {shape_of(prototypes)}."
+            )
+        if counts is None:
+            counts = torch.zeros_like(self.counts)
+        elif counts.is_floating_point() or counts.dtype == torch.bool:
+            raise TypeError(f"Expected `counts` to be an integer tensor, but got {counts.dtype}.")
+        elif counts.shape != self.counts.shape:
+            raise ValueError(f"Expected `counts` to be (C,) = {shape_of(self.counts)}, but got {shape_of(counts)}.")
+        with torch.no_grad():
+            self.prototypes.copy_(prototypes)
+            self.counts.copy_(counts)
+            self.counts.clamp_(min=(self.prototypes != 0).any(1).long())
+        return self
+
+    def _check(self, features: Tensor) -> None:
+        check_float("features", features, 4, "(N, D, h, w)")
+        if features.shape[1] != self.dim:
+            raise ValueError(
+                f"Expected `features` to be (N, D, h, w) with D = {self.dim}, but got {shape_of(features)}."
+            )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"num_classes={self.num_classes}, dim={self.dim}, momentum={self.momentum:g}, mode={self.mode!r}, "
+            f"per_image={self.per_image}, min_pixels={self.min_pixels}, ignore_index={self.ignore_index}"
+        )
