@@ -1,0 +1,46 @@
+"""`import udakit` is silent, quick, and needs nothing but its own dependencies."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+FOREIGN = ("torchvision", "matplotlib", "PIL", "segmentation_models_pytorch", "transformers", "accelerate", "rich")
+FOREIGN += ("torchmetrics", "jsonargparse", "timm")
+
+
+def _python(code: str, *flags: str) -> str:
+    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    return done.stdout
+
+
+def test_import_is_silent() -> None:
+    assert _python("import udakit", "-W", "error") == ""
+
+
+def test_import_needs_no_dependency_of_the_examples() -> None:
+    loaded = _python(f"import sys, udakit; print(*[m for m in {FOREIGN} if m in sys.modules])")
+    assert not loaded.strip(), f"import udakit imports {loaded}"
+
+
+def test_import_leaves_torch_as_it_was() -> None:
+    """No default dtype, seed, thread count or grad mode is set on the way."""
+    state = "(torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.initial_seed())"
+    code = f"import torch; torch.manual_seed(3); a = {state}; import udakit; assert a == {state}, (a, {state})"
+    _python(code)
+
+
+@pytest.mark.slow
+def test_import_is_quick() -> None:
+    """At most 0.35 s over torch (and its dynamo-free imports); the least of several, as another job may disturb."""
+    code = "import time, torch; t = time.perf_counter(); import udakit; print(time.perf_counter() - t)"
+    seconds = []
+    for _ in range(7):
+        seconds.append(float(_python(code)))
+        if seconds[-1] <= 0.35:
+            return
+    pytest.fail(f"import udakit costs {min(seconds):.2f} s over import torch, more than 0.35 s")
