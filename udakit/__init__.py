@@ -1,6 +1,7 @@
 """Parts for unsupervised domain adaptive semantic segmentation, as functions and Modules on tensors."""
 
-from udakit import labels, losses, mixing, prototypes, pseudo_labels, sampling, teachers
+from udakit import features, labels, losses, mixing, prototypes, pseudo_labels, sampling, teachers
+from udakit.features import *  # noqa: F403
 from udakit.labels import *  # noqa: F403
 from udakit.losses import *  # noqa: F403
 from udakit.mixing import *  # noqa: F403
@@ -11,7 +12,18 @@ from udakit.teachers import *  # noqa: F403
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "labels", "losses", "mixing", "prototypes", "pseudo_labels", "sampling", "teachers"]
+__all__ = [
+    "__version__",
+    "features",
+    "labels",
+    "losses",
+    "mixing",
+    "prototypes",
+    "pseudo_labels",
+    "sampling",
+    "teachers",
+]
+__all__ += features.__all__
 __all__ += labels.__all__
 __all__ += losses.__all__
 __all__ += mixing.__all__

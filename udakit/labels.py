@@ -93,23 +93,23 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         tensor([[  0,  13, 255]], dtype=torch.uint8)
     """
     low, high = min(table, default=0), max(table, default=0)
-    lookup = [default] * (high - low + 2)  # the last place is for every id outside the table
-    for old, new in table.items():
-        lookup[old - low] = new
+    size = high - low + 2  # the last place is for every id outside the table
     if isinstance(labels, Tensor):
         _check_integer(labels)
-        _check_fits(lookup, torch.iinfo(labels.dtype), labels.dtype)
+        _check_fits([default, *table.values()], torch.iinfo(labels.dtype), labels.dtype)
         ids = labels.long()
-        places = torch.where((ids >= low) & (ids <= high), ids - low, high - low + 1)
-        device_lookup = labels.new_full((len(lookup),), default)
-        for place, new in enumerate(lookup):  # filled in place: a copy from the host would make a GPU wait
-            device_lookup[place] = new
-        return device_lookup[places]
+        lookup = labels.new_full((size,), default)
+        for old, new in table.items():  # entry by entry: a copy of a host list would make a GPU wait
+            lookup[old - low] = new
+        return lookup[torch.where((ids >= low) & (ids <= high), ids - low, size - 1)]
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"Expected `labels` to be an integer array, but got {labels.dtype}.")
-    _check_fits(lookup, np.iinfo(labels.dtype), labels.dtype)
+    _check_fits([default, *table.values()], np.iinfo(labels.dtype), labels.dtype)
     wide = labels.astype(np.int64)
-    return np.asarray(lookup, dtype=labels.dtype)[np.where((wide >= low) & (wide <= high), wide - low, high - low + 1)]
+    array_lookup = np.full(size, default, dtype=labels.dtype)
+    for old, new in table.items():
+        array_lookup[old - low] = new
+    return array_lookup[np.where((wide >= low) & (wide <= high), wide - low, size - 1)]
 
 
 def _check_integer(labels: Tensor, name: str = "labels") -> None:

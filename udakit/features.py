@@ -1,0 +1,182 @@
+"""Features of any layer beside the logits, from any net, without touching its code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from udakit._checks import check_option
+from udakit.teachers import unwrap_model
+
+__all__ = ["FeatureTap"]
+
+When = Literal["output", "input"]
+_WRAPPERS = ("module", "_orig_mod")
+
+
+class FeatureTap:
+    """Call a net and get (logits, features), the features being what a named layer gives or takes.
+
+    Used as a wrapper, `tap(images)`, a hook lives for that one call. Used as a context, `with FeatureTap(...) as tap`,
+    it lives until the block ends; then calls of the net itself are tapped, too, and `tap.pop()` hands their features
+    over. Either way the tap keeps no tensor: what was handed over is forgotten, and the net is left as it was.
+
+    **Convention.** Nothing is detached: gradients flow through the features. A layer that runs several times in one
+    call gives its last features; an in-place layer behind it (`ReLU(inplace=True)`) has already changed them. The logits are the output itself, its `.logits` (transformers), its "out" or "logits"
+    entry (torchvision), or the first tensor of a tuple (smp with an auxiliary head). Features come as the layer has
+    them: token features (N, L, D) stay so. Wrappers of `torch.compile`, DataParallel and DistributedDataParallel are
+    called, not bypassed, and do not appear in `layer`. A compiled net is traced with its hooks: make its first call
+    inside the tap.
+
+    Args:
+        model: any net.
+        layer: dotted name of a submodule, as in `model.named_modules()`: "encoder.layer4"; "" is the net itself.
+        when: whether the layer's "output" or its "input" is taken.
+        index: which tensor, where the layer gives several: a position among its tensors (the last by default), or the
+            key of a dict-like output.
+
+    Raises:
+        ValueError: a `layer` that does not exist (the nearest names are listed), or an unknown `when`.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1))
+        >>> logits, features = FeatureTap(net, "1")(torch.rand(2, 3, 4, 4))
+        >>> logits.shape, features.shape
+        (torch.Size([2, 5, 4, 4]), torch.Size([2, 8, 4, 4]))
+    """
+
+    def __init__(self, model: nn.Module, layer: str, *, when: When = "output", index: int | str = -1) -> None:
+        check_option("when", when, get_args(When))
+        self.model = model
+        self.layer = layer
+        self.when: When = when
+        self.index = index
+        self._module = _find(model, layer)
+        self._handle: RemovableHandle | None = None
+        self._features: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Call the net and return its logits and the layer's features."""
+        opened = self._handle is None
+        if opened:
+            self.__enter__()
+        try:
+            output = self.model(*args, **kwargs)
+            return _logits(output), self.pop()
+        finally:
+            self._features = None
+            if opened:
+                self.__exit__(None, None, None)
+
+    def pop(self) -> Tensor:
+        """Return the features of the last call and forget them.
+
+        Raises:
+            RuntimeError: the layer did not run since the last `pop`.
+        """
+        features, self._features = self._features, None
+        if features is None:
+            raise RuntimeError(
+                f"Expected `layer` {self.layer!r} to run in the call, but it did not. A compiled net that was called "
+                "before the tap was opened does not see the tap: make its first call inside it."
+            )
+        return _pick(features, self.index, f"the {self.when} of `layer` {self.layer!r}")
+
+    def __enter__(self) -> FeatureTap:
+        """Open the tap: from here on the layer is listened to."""
+        if self._handle is None:
+            if self.when == "output":
+                self._handle = self._module.register_forward_hook(self._take_output)
+            else:
+                self._handle = self._module.register_forward_pre_hook(self._take_input, with_kwargs=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the tap: no hook and no tensor stays behind."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._features = None
+
+    def _take_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._features = output
+
+    def _take_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._features = (*args, *kwargs.values()) if isinstance(self.index, int) else kwargs
+
+
+def _find(model: nn.Module, layer: str) -> nn.Module:
+    """Follow a dotted name, taking wrappers off on the way, in the net and in the name."""
+    module = unwrap_model(model)
+    if not layer:
+        return module
+    parts = layer.split(".")
+    for part in parts:
+        child = module._modules.get(part)
+        if child is not None:
+            module = unwrap_model(child)
+        elif part not in _WRAPPERS:
+            names = list(_names(unwrap_model(model)))
+            last = [n for n in names if n.rsplit(".", 1)[-1] == parts[-1]]
+            near = difflib.get_close_matches(layer, names, n=5, cutoff=0.5) or last[:5]
+            near = near or [n for n in names if "." not in n]
+            raise ValueError(
+                f"Expected `layer` to be a submodule of {type(unwrap_model(model)).__name__}, but got {layer!r}. "
+                f"Near names: {', '.join(near)}."
+            )
+    return module
+
+
+def _names(module: nn.Module, prefix: str = "") -> list[str]:
+    names = []
+    for name, child in module._modules.items():
+        if child is not None:
+            names += [prefix + name, *_names(unwrap_model(child), f"{prefix}{name}.")]
+    return names
+
+
+def _logits(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    entries = [getattr(output, "logits", None)]
+    if isinstance(output, Mapping):
+        entries += [output.get("out"), output.get("logits")]
+    elif isinstance(output, Sequence):
+        entries += output
+    for entry in entries:
+        if isinstance(entry, Tensor):
+            return entry
+    raise TypeError(
+        "Expected `model` to return logits (a tensor, an object with `.logits`, a dict with 'out' or 'logits', or a "
+        f"tuple of tensors), but got {type(output).__name__}."
+    )
+
+
+def _pick(found: Any, index: int | str, what: str) -> Tensor:
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(index, str):
+        chosen = found.get(index) if isinstance(found, Mapping) else getattr(found, index, None)
+        if isinstance(chosen, Tensor):
+            return chosen
+        keys = list(found) if isinstance(found, Mapping) else type(found).__name__
+        raise TypeError(f"Expected {what} to hold a tensor {index!r}, but got {keys}.")
+    tensors = _tensors(found)
+    if not -len(tensors) <= index < len(tensors):
+        raise TypeError(f"Expected {what} to hold a tensor number {index}, but got {len(tensors)} tensors.")
+    return tensors[index]
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    if isinstance(found, Mapping):
+        found = list(found.values())
+    return [x for entry in found for x in _tensors(entry)] if isinstance(found, list | tuple) else []
