@@ -8,6 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from gta2cs.samples import IGNORE, ClassSet, Labelled, Unlabelled, progress, read_image
@@ -48,6 +50,10 @@ class CheckReport:
             if len(found) > limit:
                 lines.append(f"{kind}: and {len(found) - limit} more")
         return lines
+
+    def __rich__(self) -> Group:
+        """Print the table, then the problems."""
+        return Group(self.table(), *(escape(line) for line in self.lines()))
 
 
 def check_data(data: Pair | Labelled | Unlabelled, classes: ClassSet | None = None) -> CheckReport:

@@ -61,7 +61,7 @@ class Listing:
         absent = [item for item in self.items if not item.label.is_file()]
         if strict and absent:
             raise FileNotFoundError(
-                f"Expected a label for each of the {len(self.items)} images of {self.where}, but {len(absent)} have none: "
+                f"Expected all {len(self.items)} images of {self.where} to have labels, but {len(absent)} do not: "
                 f"{_some([item.name for item in absent])} (looked for {absent[0].label})."
             )
         missing = set(absent)

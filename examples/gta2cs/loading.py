@@ -23,7 +23,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 class Batch(NamedTuple):
-    """One step's data of one rank. Images are normalized float32 (N, 3, h, w), labels int64 (N, h, w)."""
+    """One step's data of one rank. Images are normalised float32 (N, 3, h, w), labels int64 (N, h, w)."""
 
     source_images: Tensor
     source_labels: Tensor
@@ -53,7 +53,7 @@ class Window(NamedTuple):
     flip: bool
 
 
-def normalize(images: Tensor) -> Tensor:
+def normalise(images: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) -> float32 with ImageNet's mean and standard deviation."""
     mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
     std = torch.tensor(STD, device=images.device).view(3, 1, 1)
@@ -117,9 +117,9 @@ class StepData(Dataset[Batch]):
         target_images = target_ids = None
         if self.target is not None:
             views, positions = zip(*(self._target_sample(step, s) for s in samples), strict=True)
-            target_images, target_ids = normalize(torch.stack(views)), torch.tensor(positions)
+            target_images, target_ids = normalise(torch.stack(views)), torch.tensor(positions)
         return Batch(
-            normalize(torch.stack(images)),
+            normalise(torch.stack(images)),
             torch.stack(labels).long(),
             torch.tensor(ids),
             target_images,
@@ -167,7 +167,7 @@ def step_loader(
 def evaluation_batches(
     data: Labelled | Unlabelled, *, batch_size: int = 8, workers: int = 0, indices: range | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None, list[int]]]:
-    """Whole images in order: (normalized images, labels int64 or None, positions); one batch never mixes sizes."""
+    """Whole images in order: (normalised images, labels int64 or None, positions); one batch never mixes sizes."""
     chosen = range(len(data)) if indices is None else indices
     loader: DataLoader[object] = DataLoader(
         data, batch_size=None, sampler=chosen, num_workers=workers, generator=torch.Generator()
@@ -244,4 +244,4 @@ def _same_size(first: tuple[Tensor, Tensor | None, int], image: Tensor, label: T
 def _stack(held: list[tuple[Tensor, Tensor | None, int]]) -> tuple[Tensor, Tensor | None, list[int]]:
     images, labels, indices = zip(*held, strict=True)
     stacked = None if labels[0] is None else torch.stack(labels).long()
-    return normalize(torch.stack(images)), stacked, list(indices)
+    return normalise(torch.stack(images)), stacked, list(indices)

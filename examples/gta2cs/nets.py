@@ -33,7 +33,7 @@ ENOUGH = 0.95
 
 
 class SegOutput(NamedTuple):
-    """`logits` (N, C, H, W) at input size; `features` (N, D, h, w) before the head; `encoded`, the encoder's last map."""
+    """`logits` (N, C, H, W) at input size; `features` (N, D, h, w) before the head; `encoded`, the encoder's end."""
 
     logits: Tensor
     features: Tensor
