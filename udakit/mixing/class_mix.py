@@ -36,7 +36,7 @@ def _candidate_mask(candidates: Sequence[int] | Tensor, num_classes: int, device
         raise ValueError(f"Expected `candidates` to be class ids in [0, {num_classes}), but got {list(candidates)}.")
     allowed = torch.zeros(num_classes, dtype=torch.bool, device=device)
     for c in candidates:
-        allowed[c] = True
+        allowed[c].fill_(True)
     return allowed
 
 
