@@ -1,0 +1,72 @@
+"""The Python blocks of the README and of every page of the documentation run, in order, as a reader would paste them.
+
+The blocks of a page share one namespace. A block that cannot run here says so in the line above its fence:
+`<!-- not run: needs the Cityscapes folder -->`.
+"""
+
+from __future__ import annotations
+
+import doctest
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(
+    r"(?:<!-- not run: (?P<why>[^\n]+?) -->\s*\n)?^(?P<indent> *)```python[^\n]*\n(?P<code>.*?)^(?P=indent)```",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def blocks(text: str) -> list[tuple[int, str, str | None]]:
+    """(line, code, reason not to run) of every Python block of a page."""
+    found = []
+    for match in FENCE.finditer(text):
+        indent = len(match["indent"])
+        code = "\n".join(line[indent:] for line in match["code"].splitlines()) + "\n"
+        found.append((text[: match.start("code")].count("\n"), code, match["why"]))
+    return found
+
+
+def execute(page: str, text: str) -> int:
+    """Run the blocks of a page in one namespace; return how many."""
+    namespace: dict[str, Any] = {"__name__": "__page__"}
+    todo = [(line, code) for line, code, why in blocks(text) if why is None]
+    for line, code in todo:
+        if code.lstrip().startswith(">>>"):
+            test = doctest.DocTestParser().get_doctest(code, namespace, page, page, line)
+            runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+            assert runner.run(test, clear_globs=False).failed == 0, f"{page}:{line + 1}: the output is another"
+            namespace.update(test.globs)
+        else:
+            # Empty lines in front make a traceback name the page's own lines.
+            exec(compile("\n" * line + code, page, "exec"), namespace)
+    return len(todo)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.relative_to(ROOT).as_posix() for p in PAGES])
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = page.read_text(encoding="utf-8")
+    if not blocks(text):
+        pytest.skip("no Python block")
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        execute(str(page), text)
+
+
+def test_the_readme_has_the_two_commands() -> None:
+    """`.ci/run` takes the second block of the README as its test command."""
+    commands = re.findall(r"^```(?:sh|bash)\n(.*?)^```", PAGES[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    assert commands[0].rstrip().endswith("python examples/train_gta2cs.py")
+    assert commands[1].rstrip().endswith("pytest")
+
+
+def test_a_broken_block_is_seen() -> None:
+    with pytest.raises(ZeroDivisionError):
+        execute("page", "text\n\n```python\na = 1\n```\n\n```python\na / 0\n```\n")
+    assert execute("page", "<!-- not run: needs a card -->\n```python\n1 / 0\n```\n") == 0
