@@ -1,0 +1,107 @@
+"""Scores as the benchmarks define them: one confusion matrix over the whole data set, then IoU per class."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from gta2cs.datasets import ClassSet, Labelled
+from gta2cs.loading import evaluation_batches, normalise
+from gta2cs.nets import bn_statistics
+
+
+@dataclass
+class Score:
+    """IoU per class in percent (NaN where a class occurs neither in truth nor in prediction) and the named means."""
+
+    iou: dict[str, float]
+    means: dict[str, float]
+
+    @classmethod
+    def of(cls, confusion: Tensor, classes: ClassSet) -> Score:
+        """Divide once, at the end: rows of `confusion` are the truth."""
+        matrix = confusion.double().cpu().numpy()
+        hit = np.diag(matrix)
+        union = matrix.sum(0) + matrix.sum(1) - hit
+        iou = 100 * np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+        means = {}
+        for name, ids in classes.scores.items():
+            subset = iou[list(ids)]
+            means[name] = float(np.nanmean(subset)) if np.isfinite(subset).any() else float("nan")
+        return cls(dict(zip(classes.names, iou.tolist(), strict=True)), means)
+
+    @property
+    def miou(self) -> float:
+        """The first of the named means: the one that headlines."""
+        return next(iter(self.means.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, rounded to a hundredth of a point."""
+        rounded = lambda d: {k: None if np.isnan(v) else round(v, 2) for k, v in d.items()}  # noqa: E731
+        return {"iou": rounded(self.iou), "means": rounded(self.means)}
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> Score:
+        """The inverse of `to_json`."""
+        parse = lambda d: {k: float("nan") if v is None else float(v) for k, v in d.items()}  # noqa: E731
+        return cls(parse(saved["iou"]), parse(saved["means"]))
+
+
+@torch.no_grad()
+def predict(net: nn.Module, image: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Class probabilities (C, H, W) of one uint8 image (3, H, W) at its own size."""
+    return _probabilities(net, normalise(image[None].to(device)))[0]
+
+
+@torch.no_grad()
+def evaluate(
+    net: nn.Module,
+    dataset: Labelled,
+    classes: ClassSet,
+    *,
+    device: torch.device | str = "cpu",
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> Score:
+    """Score a net in eval mode on a labelled data set (or its first `limit` images); modes are restored afterwards."""
+    metric = MulticlassConfusionMatrix(len(classes.names), ignore_index=255, validate_args=False).to(device)
+    indices = range(min(limit or len(dataset), len(dataset)))
+    with evaluating(net):
+        for images, labels, _ in evaluation_batches(dataset, batch_size=batch_size, indices=indices):
+            assert labels is not None
+            metric.update(_probabilities(net, images.to(device)).argmax(1), labels.to(device))
+    return Score.of(metric.compute(), classes)
+
+
+def _probabilities(net: nn.Module, images: Tensor) -> Tensor:
+    return net(images.contiguous(memory_format=torch.channels_last)).logits.float().softmax(1)
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Iterator[None]:
+    """Put a net in eval mode for the length of a block, then give every submodule its own mode back."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def with_bn_statistics(net: nn.Module, images: Iterable[Tensor]) -> nn.Module:
+    """Copy a net and estimate its BatchNorm statistics anew on batches of normalised images: nothing else adapts.
+
+    The cheapest adaptation there is, and the row that every other method has to beat.
+    """
+    adapted = copy.deepcopy(net)
+    bn_statistics(adapted, images)
+    return adapted

@@ -1,0 +1,131 @@
+"""What a recipe is: a Module whose forward is the training loss, and whose state_dict is everything a run must save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gta2cs.loading import Batch, sample_generator
+from udakit import SegBatch
+
+T = TypeVar("T")
+
+
+class Draws:
+    """The random draws of one step, a function of (seed, step, global sample index) and of nothing else.
+
+    Sample i draws from a generator of its own, so that the draws depend neither on the batch size of a rank nor on
+    what was drawn before a crash: resuming needs no saved random state.
+    """
+
+    def __init__(self, seed: int, step: int, samples: Sequence[int], device: torch.device) -> None:
+        self.seed, self.step, self.samples, self.device = seed, step, list(samples), device
+
+    @cached_property
+    def generators(self) -> list[torch.Generator]:
+        """One generator a sample, seeded on first use."""
+        return [
+            torch.Generator(self.device).manual_seed(
+                sample_generator(self.seed, self.step, sample, "draws").initial_seed()
+            )
+            for sample in self.samples
+        ]
+
+    def __call__(self, draw: Callable[[int, torch.Generator], T]) -> T:
+        """Call `draw(i, generator)` for each sample of the batch and concatenate what it returns along axis 0."""
+        drawn = [draw(i, generator) for i, generator in enumerate(self.generators)]
+        return pytree.tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *drawn)
+
+
+class Shared(NamedTuple):
+    """What a further student may learn from: the batches that the first one saw, and the teacher on clean target."""
+
+    source: SegBatch
+    mixed: SegBatch
+    target_images: Tensor
+    teacher_logits: Tensor
+
+
+class Losses(NamedTuple):
+    """Named losses, already weighted: their sum is minimised.
+
+    `selection` (a `Selection` of the pseudo-labels) is for the log.
+    """
+
+    terms: dict[str, Tensor]
+    selection: Any = None
+    shared: Shared | None = None
+
+    @property
+    def total(self) -> Tensor:
+        """What is backpropagated."""
+        return torch.stack([term.float() for term in self.terms.values()]).sum()
+
+
+class Recipe(nn.Module):
+    """A training method around a student net.
+
+    `forward(batch, draws)` gives the losses of a step; `after_step()` follows the optimiser's step and moves teachers.
+    Subclasses name their options in the dataclass `Options`; `student` is the net that is optimised and deployed.
+    """
+
+    @dataclass
+    class Options:
+        """No options."""
+
+    def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
+        super().__init__()
+        self.student = student
+        self.num_classes = num_classes
+        self.options = options
+
+    def forward(self, batch: Batch, draws: Draws) -> Losses:
+        """Return the losses of one step."""
+        raise NotImplementedError
+
+    def prepare(self, target_images: Iterable[Tensor]) -> None:
+        """Look at target once before the first step. `target_images` yields normalised batches, without labels."""
+
+    def after_step(self) -> None:
+        """Move what is not moved by gradients. Called once after each optimiser step."""
+
+    def nets(self) -> dict[str, nn.Module]:
+        """Return the nets that a table reports, by name; the first is the one that is deployed."""
+        return {"student": self.student}
+
+    def extra_param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Optimiser groups of whatever learns beside the student."""
+        return []
+
+    @classmethod
+    def build(
+        cls,
+        student: nn.Module,
+        num_classes: int,
+        options: dict[str, Any],
+        make_net: Callable[..., nn.Module],
+        previous: Recipe | None = None,
+    ) -> Recipe:
+        """Make the recipe.
+
+        `make_net(**changes)` builds a further net like the student, or unlike it; `previous` is the recipe of the
+        stage before, from which teachers can be taken over.
+        """
+        return cls(student, num_classes, cls.parse(options))
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> Any:
+        """Check the names of `options` and fill in the defaults."""
+        known = [f.name for f in fields(cls.Options)]
+        for name in options:
+            if name not in known:
+                raise ValueError(
+                    f"Expected the options of recipe {cls.__name__} to be among {known}, but got {name!r}."
+                )
+        return cls.Options(**options)

@@ -1,0 +1,128 @@
+"""DACS (Tranheden et al., WACV 2021): an EMA teacher labels target images, classes of source are pasted onto them.
+
+With the extras that everybody compares with: DAFormer's feature distance and several ways to select pseudo-labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gta2cs.loading import Batch
+from gta2cs.recipes.base import Draws, Losses, Recipe, Shared
+from gta2cs.recipes.self_training import Selection, SelfTraining
+from udakit import (
+    ArgmaxSelector,
+    ClassQuantileSelector,
+    ConfidentRatioSelector,
+    SegBatch,
+    ThresholdSelector,
+    class_mask,
+    class_mix,
+    cross_entropy,
+    downscale_labels,
+    feature_distance_loss,
+)
+
+
+class Dacs(SelfTraining):
+    """Cross-entropy on source, and on source classes pasted onto pseudo-labelled target."""
+
+    @dataclass
+    class Options(SelfTraining.Options):
+        """Options of the recipe."""
+
+        selector: Literal["confident_ratio", "argmax", "threshold", "class_quantile"] = "confident_ratio"
+        threshold: float = 0.968
+        share: float = 0.5  # of each predicted class, for class_quantile
+        mix_weight: float = 1.0
+        feature_distance: float = 0.0  # DAFormer: 0.005
+        feature_distance_classes: list[int] = field(default_factory=list)  # DAFormer: the thing classes; empty: all
+
+    def __init__(self, student: nn.Module, num_classes: int, options: Any, reference: nn.Module | None = None) -> None:
+        super().__init__(student, num_classes, options)
+        self.selector = make_selector(options, num_classes)
+        self.reference = reference.requires_grad_(False) if reference is not None else None
+        if options.feature_distance > 0 and reference is None:
+            raise ValueError("Expected `reference` (the ImageNet encoder) for feature_distance > 0, but got None.")
+
+    @classmethod
+    def build(
+        cls,
+        student: nn.Module,
+        num_classes: int,
+        options: dict[str, Any],
+        make_net: Callable[..., nn.Module],
+        previous: Recipe | None = None,
+    ) -> Dacs:
+        """Make the recipe, with a fresh ImageNet net as the reference of the feature distance where that is on."""
+        parsed = cls.parse(options)
+        return cls(student, num_classes, parsed, make_net() if parsed.feature_distance > 0 else None)
+
+    def forward(self, batch: Batch, draws: Draws) -> Losses:
+        """Return the losses of one step."""
+        options = self.options
+        source = SegBatch(batch.source_images, batch.source_labels)
+
+        # 1. The teacher labels the clean target images.
+        with torch.no_grad():
+            teacher_logits = self.teacher(batch.target_images).logits
+            pseudo = self.selector(teacher_logits, valid=self.valid_rows(teacher_logits))
+        target = SegBatch(batch.target_images, pseudo.labels, pseudo.weight)
+
+        # 2. Half of the classes of each source image are pasted onto a target image: image, label and weight alike.
+        mixed = class_mix(source, target, class_mask(source.labels, self.draw_classes(source.labels, draws)))
+
+        # 3. The student sees strongly augmented images of both kinds.
+        source_images = self.augment(source.images, draws) if options.augment_source else source.images
+        mixed_images = self.augment(mixed.images, draws) if options.augment_mixed else mixed.images
+        on_source, on_mixed = self.both(source_images, mixed_images)
+
+        # 4. Over all pixels: a rejected or doubtful pixel weighs less, it does not make the others weigh more.
+        mix = cross_entropy(on_mixed.logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
+        terms = {"source": cross_entropy(on_source.logits, source.labels), "mix": options.mix_weight * mix}
+        if options.feature_distance > 0:
+            terms["feature_distance"] = options.feature_distance * self._feature_distance(on_source.encoded, source)
+        shared = Shared(
+            source._replace(images=source_images),
+            mixed._replace(images=mixed_images),
+            batch.target_images,
+            teacher_logits,
+        )
+        return Losses(terms, Selection.of(teacher_logits, pseudo.labels, pseudo.weight), shared)
+
+    def train(self, mode: bool = True) -> Dacs:
+        """Keep the reference in eval mode."""
+        super().train(mode)
+        if self.reference is not None:
+            self.reference.eval()
+        return self
+
+    def _feature_distance(self, features: Tensor, source: SegBatch) -> Tensor:
+        """DAFormer's distance to the ImageNet encoder, on the cells that a wanted class fills."""
+        assert self.reference is not None
+        with torch.no_grad():
+            reference = self.reference.encode(source.images)
+        small = downscale_labels(
+            source.labels, source.labels.shape[-1] // features.shape[-1], num_classes=self.num_classes
+        )
+        wanted = self.options.feature_distance_classes or list(range(self.num_classes))
+        valid = torch.isin(small, torch.tensor(wanted, device=small.device))
+        return feature_distance_loss(features, reference, valid=valid)
+
+
+def make_selector(options: Any, num_classes: int) -> nn.Module:
+    """Build the pseudo-label selector that the options name."""
+    if options.selector == "argmax":
+        return ArgmaxSelector()
+    if options.selector == "threshold":
+        return ThresholdSelector(options.threshold)
+    if options.selector == "class_quantile":
+        return ClassQuantileSelector(num_classes, share=options.share, momentum=0.9)
+    if options.selector == "confident_ratio":
+        return ConfidentRatioSelector(options.threshold)
+    raise ValueError(f"Expected `selector` to be a known pseudo-label selector, but got {options.selector!r}.")

@@ -1,0 +1,126 @@
+"""What a run leaves to look at: a Markdown table, curves, and panels of predictions."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from rich.table import Table
+
+from gta2cs.datasets import ClassSet
+from gta2cs.evaluation import Score
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def markdown_table(rows: dict[str, Score], classes: ClassSet) -> str:
+    """One line a net: the named means, then IoU per class, in percent."""
+    means = list(classes.scores)
+    lines = [
+        "| net | " + " | ".join([f"**{m}**" for m in means] + list(classes.names)) + " |",
+        "|---|" + "---:|" * (len(means) + len(classes.names)),
+    ]
+    for name, score in rows.items():
+        values = [f"**{score.means[m]:.1f}**" for m in means]
+        values += ["–" if np.isnan(score.iou[c]) else f"{score.iou[c]:.1f}" for c in classes.names]
+        lines.append(f"| {name} | " + " | ".join(values) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def rich_table(rows: dict[str, Score], classes: ClassSet) -> Table:
+    """The same table, one column a net, for the terminal."""
+    table = Table(title="IoU in percent on target, last checkpoint", title_justify="left")
+    table.add_column("class")
+    for name in rows:
+        table.add_column(name, justify="right")
+    for c in classes.names:
+        table.add_row(c, *("–" if np.isnan(s.iou[c]) else f"{s.iou[c]:.1f}" for s in rows.values()))
+    table.add_section()
+    for mean in classes.scores:
+        table.add_row(mean, *(f"{s.means[mean]:.1f}" for s in rows.values()), style="bold")
+    return table
+
+
+def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Class ids to colours; whatever is no class is black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    return table[labels]
+
+
+def save_panels(path: Path, rows: list[dict[str, np.ndarray]], classes: ClassSet) -> None:
+    """One line an image: columns by name; 2-D uint8 arrays are label maps, 2-D float arrays are confidences."""
+    names = list(rows[0])
+    height, width = rows[0][names[0]].shape[:2]
+    figure, axes = plt.subplots(
+        len(rows), len(names), figsize=(2.6 * len(names), 2.6 * height / width * len(rows) + 0.7), squeeze=False
+    )
+    for line, row in zip(axes, rows, strict=True):
+        for axis, name in zip(line, names, strict=True):
+            panel = row[name]
+            if panel.ndim == 2 and panel.dtype == np.uint8:
+                axis.imshow(colorize(panel, classes.palette), interpolation="nearest")
+            else:
+                axis.imshow(panel, vmin=0, vmax=1, cmap="magma")
+            axis.set_axis_off()
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.set_title(name, fontsize=9)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color / 255) for color in np.asarray(classes.palette, dtype=float)]
+    figure.legend(handles, classes.names, loc="lower center", ncol=min(len(handles), 10), fontsize=7, frameon=False)
+    figure.tight_layout(rect=(0, 0.25 / figure.get_figheight() * (1 + (len(handles) - 1) // 10), 1, 1))
+    _save(figure, path)
+
+
+def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
+    """Losses, mIoU on target, and the kept share of each predicted class, over the steps of all stages."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8))
+    start = 0
+    colors: dict[str, Any] = {}
+    for stage in stages:
+        for term in stage["losses"][0]["terms"] if stage["losses"] else []:
+            x = [start + entry["step"] for entry in stage["losses"]]
+            y = [entry["terms"].get(term, np.nan) for entry in stage["losses"]]
+            seen = term in colors
+            (line,) = left.plot(x, y, color=colors.get(term), label=None if seen else term, lw=1)
+            colors[term] = line.get_color()
+        for net in stage["scores"][0]["nets"] if stage["scores"] else []:
+            x = [start + entry["step"] for entry in stage["scores"]]
+            y = [entry["nets"][net]["means"][next(iter(entry["nets"][net]["means"]))] for entry in stage["scores"]]
+            middle.plot(x, y, marker="o", ms=3, label=f"{stage['name']}, {net}")
+        kept = [entry for entry in stage["losses"] if entry.get("kept")]
+        for name in kept[0]["kept"] if kept else []:
+            right.plot([start + e["step"] for e in kept], [e["kept"][name] for e in kept], lw=1, label=name)
+        start += stage["steps"]
+    for axis, title in ((left, "loss"), (middle, "mIoU on target, %"), (right, "kept share of each predicted class")):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=7, frameon=False, ncol=2 if axis is right else 1)
+    left.set_yscale("log")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+    os.replace(temporary, path)
