@@ -102,6 +102,11 @@ class StepData(Dataset[Batch]):
     ) -> None:
         if target is not None and not isinstance(target, Unlabelled):
             raise TypeError(f"Expected `target` to be Unlabelled, but got {type(target).__name__}.")
+        for name, data in {"source": source, "target": target}.items():
+            if data is not None and len(data) == 0:
+                raise ValueError(f"Expected `{name}` to hold at least one image, but it is empty.")
+        if min(crop) < 1 or len(crop) != 2:
+            raise ValueError(f"Expected `crop` to be two positive numbers (height, width), but got {crop}.")
         for name, (low, high) in {"source_scale": source_scale, "target_scale": target_scale}.items():
             if not 0 < low <= high:
                 raise ValueError(f"Expected `{name}` to be (low, high) with 0 < low <= high, but got {(low, high)}.")
