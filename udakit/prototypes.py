@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int64, Integer
@@ -74,10 +74,30 @@ def _class_sums(features: Tensor, labels: Tensor, num_classes: int, ignore_index
     ids = labels.long().flatten(1)
     ids = ids.where(ids != ignore_index, -1)
     member = ids.unsqueeze(1) == torch.arange(num_classes, device=labels.device).unsqueeze(1)
-    values = upcast(features).flatten(2)
-    with full_precision(values):
-        sums = torch.bmm(member.to(values.dtype), values.transpose(1, 2))
+    sums: Tensor = _SumMembers.apply(upcast(features).flatten(2), member)
     return sums, member.sum(2)
+
+
+class _SumMembers(torch.autograd.Function):
+    """Sums (N, C, D) of the pixels (N, D, P) that `member` (N, C, P) assigns to each class.
+
+    Written out for its backward: it stays in full precision under autocast, and keeps bytes instead of floats.
+    """
+
+    @staticmethod
+    def forward(values: Tensor, member: Tensor) -> Tensor:
+        with full_precision(values):
+            return torch.bmm(member.to(values.dtype), values.transpose(1, 2))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (member,) = ctx.saved_tensors
+        with full_precision(gradient):
+            return torch.bmm(gradient.transpose(1, 2), member.to(gradient.dtype)), None
 
 
 def _divide(sums: Tensor, counts: Tensor, min_pixels: int) -> Tensor:

@@ -1,5 +1,74 @@
-"""Entries of this family."""
+"""Entries of udakit.prototypes."""
 
-from contract.registry import Operation
+from collections.abc import Callable
+from typing import Any
 
-OPERATIONS: list[Operation] = []
+from torch import Tensor
+
+import udakit
+from contract.registry import Call, Operation, Sample
+
+
+def _means(**options: Any) -> Callable[[Sample], Call]:
+    return lambda s: Call((s.features(), s.labels()), {}, {"num_classes": s.c, "min_pixels": 2, **options})
+
+
+def _prototypes(mode: str) -> Callable[[Sample], Call]:
+    def example(s: Sample) -> Call:
+        options = {"num_classes": s.c, "dim": s.d, "mode": mode, "momentum": 0.3, "min_pixels": 2}
+        return Call((s.features(3, 5), s.features(), s.labels()), {}, options)
+
+    return example
+
+
+def _use(module: udakit.ClassPrototypes, query: Tensor, features: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Two updates, and what is asked of the result."""
+    module.update(features, labels)
+    module.update(2 * features, labels)
+    return module.prototypes.clone(), module.counts.clone(), module.distances(query), module.assign(query)
+
+
+def _update(query: Tensor, features: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    with query.device:
+        module = udakit.ClassPrototypes(**options)
+    return _use(module, query, features, labels)
+
+
+def _build(call: Call) -> Callable[..., Any]:
+    module = udakit.ClassPrototypes(**call.options)
+    return lambda query, features, labels: _use(module, query, features, labels)
+
+
+STATE: dict[str, Any] = {
+    "kind": "state",
+    "output": ("class_vectors", "class_values", "logits", "labels"),
+    "build": _build,
+}
+MODULE = "update, distances and assign are methods; forward is distances alone"
+
+OPERATIONS = [
+    Operation(
+        "class_means",
+        _means(),
+        udakit.class_means,
+        kind="map",
+        output=("class_vectors", "class_values"),
+        exempt={"module": "it has no state and no option but the number of classes"},
+    ),
+    Operation(
+        "class_means[per_image]",
+        _means(per_image=True),
+        udakit.class_means,
+        kind="map",
+        output=("batch_class_vectors", "batch_class_values"),
+        exempt={"module": "it has no state and no option but the number of classes"},
+    ),
+    Operation(
+        "ClassPrototypes",
+        _prototypes("ema"),
+        _update,
+        **STATE,
+        exempt={"module": MODULE, "batch_permutation": "the images of a batch are averaged in their order"},
+    ),
+    Operation("ClassPrototypes[mean]", _prototypes("mean"), _update, **STATE, exempt={"module": MODULE}),
+]

@@ -47,7 +47,7 @@ def predict(
         return labels, score.float()
     # The softmax at its largest entry: exact at any magnitude, where exp(max - logsumexp) rounds at the logits' size.
     scores = upcast(logits.detach())
-    return labels, (scores - upcast(score).unsqueeze(1)).exp().sum(dim=1).reciprocal().float()
+    return labels, (scores - upcast(score).unsqueeze(1)).exp_().sum(dim=1).reciprocal().float()
 
 
 def expand_valid(valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"], logits: Float[Tensor, "n c h w"]) -> Tensor:
