@@ -2,21 +2,31 @@
 
 from udakit.mixing.batch import SegBatch, paste
 from udakit.mixing.class_mix import ClassMix, class_mask, class_mix, draw_classes
+from udakit.mixing.cross_domain import CrossDomainMix, cross_domain_mix
+from udakit.mixing.masks import boundary_band, draw_block_mask, draw_box_mask
 from udakit.mixing.strong_augment import StrongAugment, StrongAugmentDraw, draw_strong_augment, strong_augment
 from udakit.mixing.style import color_transfer, fourier_transfer, histogram_transfer
+from udakit.mixing.target_paste import TargetPaste, target_paste
 
 __all__ = [
     "ClassMix",
+    "CrossDomainMix",
     "SegBatch",
     "StrongAugment",
     "StrongAugmentDraw",
+    "TargetPaste",
+    "boundary_band",
     "class_mask",
     "class_mix",
     "color_transfer",
+    "cross_domain_mix",
+    "draw_block_mask",
+    "draw_box_mask",
     "draw_classes",
     "draw_strong_augment",
     "fourier_transfer",
     "histogram_transfer",
     "paste",
     "strong_augment",
+    "target_paste",
 ]

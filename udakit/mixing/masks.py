@@ -1,0 +1,172 @@
+"""Masks that no label is needed for: CutMix boxes, MIC blocks, and the band along a mask's boundary."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from torch.nn.functional import pad
+
+from udakit._checks import check_generator, check_range, shape_of
+
+
+def _device(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device:
+    if device is None:
+        device = torch.device("cpu") if generator is None else generator.device
+    device = torch.device(device)
+    check_generator(generator, device)
+    return device
+
+
+def _check_size(n: int, size: tuple[int, int]) -> None:
+    check_range("n", n, 0)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"Expected `size` to be (height, width), both at least 1, but got {size}.")
+
+
+def draw_box_mask(
+    n: int,
+    size: tuple[int, int],
+    *,
+    area: tuple[float, float] = (0.5, 0.5),
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Bool[Tensor, "n h w"]:
+    r"""Draw one box for each of `n` masks, of a given share of the image, of random shape and place (CutMix).
+
+    $$a \sim U(\text{area}), \quad h = H\,a^{u}, \quad w = W\,a^{1 - u}, \quad u \sim U(0, 1)$$
+
+    **Convention.** True inside the box, which lies inside the image. Its sides are rounded to whole pixels.
+
+    **Source.** French et al. 2020 (CutMix for segmentation) with `area=(0.5, 0.5)`.
+
+    Args:
+        n: number of masks.
+        size: (height, width).
+        area: lowest and highest share of the image, in (0, 1].
+        generator: random numbers are drawn on `device`.
+        device: of the masks; by default that of the generator, else the CPU.
+
+    Returns:
+        Bool (n, height, width).
+
+    Raises:
+        ValueError: an option out of range, or a generator on another device.
+
+    Example:
+        >>> draw_box_mask(2, (8, 8), area=(1.0, 1.0)).all().item()
+        True
+    """
+    _check_size(n, size)
+    check_range("area", area[0], 0.0, 1.0, open_low=True)
+    check_range("area", area[1], area[0], 1.0)
+    device = _device(generator, device)
+    low, high = area
+    u = torch.rand(4, n, 1, generator=generator, device=device)
+    share = low + (high - low) * u[0]
+    inside = []
+    for length, exponent, offset in ((size[0], u[1], u[2]), (size[1], 1 - u[1], u[3])):
+        extent = (length * share**exponent).round()
+        # One of length - extent + 1 places, each equally likely.
+        start = (offset * (length - extent + 1)).floor().clamp_max(length - extent)
+        place = torch.arange(length, device=device)
+        inside.append((place >= start) & (place < start + extent))
+    return inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def draw_block_mask(
+    n: int,
+    size: tuple[int, int],
+    *,
+    block_size: int = 64,
+    ratio: float = 0.7,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Bool[Tensor, "n h w"]:
+    r"""Draw which blocks of each of `n` images are removed (masked image consistency).
+
+    **Convention.** True is removed; `ratio` is the share removed, each block by itself. The grid has
+    round(H / block) x round(W / block) cells, at least one, stretched over the image when the division leaves a rest.
+    Apply it with `torch.where(mask.unsqueeze(1), 0, images)`: 0 is the mean colour of normalised images.
+
+    **Source.** MIC (Hoyer et al., CVPR 2023): 64 pixels, ratio 0.7.
+
+    Args:
+        n: number of masks.
+        size: (height, width).
+        block_size: side of a block in pixels.
+        ratio: share removed, in [0, 1].
+        generator: random numbers are drawn on `device`.
+        device: of the masks; by default that of the generator, else the CPU.
+
+    Returns:
+        Bool (n, height, width).
+
+    Raises:
+        ValueError: an option out of range, or a generator on another device.
+
+    Example:
+        >>> draw_block_mask(1, (4, 8), block_size=4, ratio=1.0).all().item()
+        True
+    """
+    _check_size(n, size)
+    check_range("block_size", block_size, 1)
+    check_range("ratio", ratio, 0.0, 1.0)
+    device = _device(generator, device)
+    rows, columns = (max(round(length / block_size), 1) for length in size)
+    removed = torch.rand(n, rows, columns, generator=generator, device=device) < ratio
+    row = torch.arange(size[0], device=device) * rows // size[0]
+    column = torch.arange(size[1], device=device) * columns // size[1]
+    return removed.index_select(1, row).index_select(2, column)
+
+
+def boundary_band(mask: Bool[Tensor, "n h w"], *, kernel_size: int = 3) -> Bool[Tensor, "n h w"]:
+    r"""Mark the band along the boundary of a mask: where its dilation differs from its erosion.
+
+    $$B_p = \left[\exists\,q \in W_p: M_q\right] \wedge \left[\exists\,q \in W_p: \neg M_q\right]$$
+
+    with W_p the square of `kernel_size` pixels around p, as far as it lies in the image.
+
+    **Convention.** Outside the image is neutral: the image border is no boundary. An odd size is symmetric; an even one
+    reaches one pixel further up and left, so that 2 looks at a pixel and its up, left and up-left neighbours. Size 1
+    has no band. Booleans throughout.
+
+    **Source.** EHTDI's released code is `kernel_size=2`. Its loss weights the band of the target paste outside the
+    source mask: `boundary_band(mask) & ~source_mask`.
+
+    Args:
+        mask: bool (N, H, W).
+        kernel_size: side of the square in pixels, at least 1.
+
+    Returns:
+        Bool (N, H, W).
+
+    Raises:
+        TypeError: a mask that is not bool.
+        ValueError: a mask of another form, or a size below 1.
+
+    Example:
+        >>> import torch
+        >>> boundary_band(torch.tensor([[[False, False, True, True]]]), kernel_size=2)
+        tensor([[[False, False,  True, False]]])
+    """
+    check_range("kernel_size", kernel_size, 1)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"Expected `mask` to be a bool tensor, but got {mask.dtype}.")
+    if mask.ndim != 3:
+        raise ValueError(f"Expected `mask` to be (N, H, W), but got {shape_of(mask)}.")
+    return _any_near(mask, kernel_size) & _any_near(~mask, kernel_size)
+
+
+def _any_near(mask: Tensor, size: int) -> Tensor:
+    """Whether any pixel of the window is True: along one axis, then the other, the window doubling at each step."""
+    before, after = size // 2, (size - 1) // 2
+    for axis, padding in ((2, (before, after)), (1, (0, 0, before, after))):
+        mask = pad(mask, padding, value=False)
+        width = 1
+        while width < size:
+            step = min(width, size - width)
+            kept = mask.shape[axis] - step
+            mask = mask.narrow(axis, 0, kept) | mask.narrow(axis, step, kept)
+            width += step
+    return mask

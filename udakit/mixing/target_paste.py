@@ -1,0 +1,90 @@
+"""Paste confident target regions onto source images, so that their boundaries have labels on both sides."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from udakit._checks import check_mask_like, check_weight_like
+from udakit._reduce import upcast
+from udakit.mixing.batch import SegBatch, check_batches, mix
+
+
+def target_paste(
+    source: SegBatch | tuple[Tensor, ...],
+    target: SegBatch | tuple[Tensor, ...],
+    confidence: Float[Tensor, "n h w"],
+    *,
+    threshold: float = 0.95,
+    extra_mask: Bool[Tensor, "n h w"] | None = None,
+) -> tuple[SegBatch, Bool[Tensor, "n h w"]]:
+    r"""Paste the confident pixels of `target`, with their pseudo-labels, onto `source`.
+
+    $$M_p = [\,c_p > \tau\,] \vee E_p, \qquad x = M x_t + (1 - M)\,x_s, \qquad y = M \hat y_t + (1 - M)\,y_s$$
+
+    **Convention.** True takes target. The comparison is strict, as released; NaN is not confident. A missing weight
+    counts as 1 when the other side has one. `target` may be a class mix that already carries source classes:
+    `extra_mask`, their mask, brings them along whatever the confidence.
+
+    **Source.** EHTDI (ACM MM 2022), whose released loss takes only the first image of the batch.
+
+    Args:
+        source: labelled batch that is pasted onto; a plain tuple (images, labels[, weight]) is welcome.
+        target: batch with pseudo-labels, of the same size.
+        confidence: (N, H, W), largest class probability of the target prediction.
+        threshold: confidence above which a pixel is pasted.
+        extra_mask: True where a pixel is pasted anyway.
+
+    Returns:
+        The mixed batch, and the mask.
+
+    Raises:
+        TypeError: a mask that is not bool, or a confidence that is not float.
+        ValueError: sizes that do not match.
+
+    Example:
+        >>> import torch
+        >>> source = SegBatch(torch.zeros(1, 3, 1, 2), torch.tensor([[[0, 0]]]))
+        >>> target = SegBatch(torch.ones(1, 3, 1, 2), torch.tensor([[[5, 6]]]))
+        >>> mixed, mask = target_paste(source, target, torch.tensor([[[0.99, 0.95]]]))
+        >>> mixed.labels
+        tensor([[[5, 0]]])
+    """
+    source, target = check_batches(SegBatch(*source), SegBatch(*target))
+    check_weight_like(confidence, source.images, name="confidence", reference_name="source.images")
+    mask = upcast(confidence.detach()) > threshold
+    if extra_mask is not None:
+        check_mask_like(extra_mask, source.images, name="extra_mask", reference_name="source.images")
+        mask = mask | extra_mask
+    return mix(mask, target, source), mask
+
+
+class TargetPaste(nn.Module):
+    """Module of [`target_paste`][udakit.mixing.target_paste].
+
+    Example:
+        >>> import torch
+        >>> source = SegBatch(torch.zeros(1, 3, 1, 2), torch.tensor([[[0, 0]]]))
+        >>> target = SegBatch(torch.ones(1, 3, 1, 2), torch.tensor([[[5, 6]]]))
+        >>> TargetPaste(threshold=0.9)(source, target, torch.tensor([[[0.99, 0.95]]]))[0].labels
+        tensor([[[5, 6]]])
+    """
+
+    def __init__(self, *, threshold: float = 0.95) -> None:
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(
+        self,
+        source: SegBatch | tuple[Tensor, ...],
+        target: SegBatch | tuple[Tensor, ...],
+        confidence: Float[Tensor, "n h w"],
+        *,
+        extra_mask: Bool[Tensor, "n h w"] | None = None,
+    ) -> tuple[SegBatch, Bool[Tensor, "n h w"]]:
+        """Apply the function with the configuration given at construction."""
+        return target_paste(source, target, confidence, threshold=self.threshold, extra_mask=extra_mask)
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"threshold={self.threshold}"
