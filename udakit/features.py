@@ -27,11 +27,11 @@ class FeatureTap:
     over. Either way the tap keeps no tensor: what was handed over is forgotten, and the net is left as it was.
 
     **Convention.** Nothing is detached: gradients flow through the features. A layer that runs several times in one
-    call gives its last features; an in-place layer behind it (`ReLU(inplace=True)`) has already changed them. The logits are the output itself, its `.logits` (transformers), its "out" or "logits"
-    entry (torchvision), or the first tensor of a tuple (smp with an auxiliary head). Features come as the layer has
-    them: token features (N, L, D) stay so. Wrappers of `torch.compile`, DataParallel and DistributedDataParallel are
-    called, not bypassed, and do not appear in `layer`. A compiled net is traced with its hooks: make its first call
-    inside the tap.
+    call gives its last features; an in-place layer behind it (`ReLU(inplace=True)`) has changed them. The logits are
+    the output itself, its `.logits` (transformers), its "out" or "logits" entry (torchvision), or the first tensor of a
+    tuple (smp with an auxiliary head). Features come as the layer has them: token features (N, L, D) stay so. Wrappers
+    of `torch.compile`, DataParallel and DistributedDataParallel are called, not bypassed, and do not appear in `layer`.
+    A compiled net is traced with its hooks: make its first call inside the tap.
 
     Args:
         model: any net.

@@ -100,7 +100,7 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         ids = labels.long()
         lookup = labels.new_full((size,), default)
         for old, new in table.items():  # entry by entry: a copy of a host list would make a GPU wait
-            lookup[old - low] = new
+            lookup[old - low].fill_(new)
         return lookup[torch.where((ids >= low) & (ids <= high), ids - low, size - 1)]
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"Expected `labels` to be an integer array, but got {labels.dtype}.")

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from udakit._checks import check_float, check_option, check_range, shape_of
 from udakit._reduce import upcast
+from udakit._state import FullPrecisionState
 
 __all__ = ["EMATeacher", "fuse_teachers", "teacher_agreement", "unwrap_model"]
 
@@ -139,16 +140,16 @@ class EMATeacher(nn.Module):
         self.buffers_policy: Buffers = buffers
         self.mode: TeacherMode = mode
         inner = unwrap_model(model)
-        frozen = {id(p): p for p in inner.parameters() if share_frozen and not p.requires_grad}
-        self._shared = frozenset(name for name, p, _ in _named_state(inner) if id(p) in frozen)
-        self.module = _unwrap_all(copy.deepcopy(inner, dict(frozen)))
-        for parameter in self.module.parameters():
-            parameter.requires_grad_(False)
-            if id(parameter) not in frozen:
-                parameter.grad = None
+        shared = {id(p) for p in inner.parameters() if share_frozen and not p.requires_grad}
+        self._shared = frozenset(name for name, p, _ in _named_state(inner) if id(p) in shared)
+        # deepcopy finds the tensors ready made, and so copies no gradients.
+        copies: dict[int, Any] = {id(b): b.detach().clone() for b in inner.buffers()}
+        for p in inner.parameters():
+            copies[id(p)] = p if id(p) in shared else nn.Parameter(p.detach().clone(), requires_grad=False)
+        self.module = _unwrap_all(copy.deepcopy(inner, copies))
         first = next(self.module.parameters(), torch.empty(0))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=first.device))
-        self.masters = nn.Module()
+        self.masters = FullPrecisionState()
         self._make_masters()
         self.train()
 
@@ -236,7 +237,7 @@ class EMATeacher(nn.Module):
 
     def _make_masters(self) -> None:
         """Keep a float32 copy of each half-precision tensor that is averaged, and of nothing else."""
-        masters, self.masters = self.masters, nn.Module()
+        masters, self.masters = self.masters, FullPrecisionState()
         done: set[int] = set()
         for name, x, is_parameter in _named_state(self.module):
             if name in self._shared or id(x) in done or not (is_parameter or self.buffers_policy == "ema"):
@@ -250,11 +251,7 @@ class EMATeacher(nn.Module):
                 x.data.copy_(master)  # the net became float32: its digits are in the copy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
-        masters = dict(self.masters._buffers)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for key, before in masters.items():
-            if before is not None:  # moved like all tensors, but never rounded
-                self.masters._buffers[key] = before.to(self.masters.get_buffer(key).device)
         self._make_masters()
         return self
 

@@ -1,5 +1,33 @@
-"""Entries of this family."""
+"""Entries of udakit.features."""
 
-from contract.registry import Operation
+from torch import Tensor, nn
 
-OPERATIONS: list[Operation] = []
+import udakit
+from contract.registry import Call, Operation
+
+
+def _net() -> nn.Module:
+    # Nothing drawn, nothing to learn: the tap is looked at, not the net.
+    return nn.Sequential(nn.AvgPool2d(2), nn.Softplus(), nn.Upsample(scale_factor=2))
+
+
+def _tap(images: Tensor) -> tuple[Tensor, Tensor]:
+    return udakit.FeatureTap(_net(), "1")(images)
+
+
+OPERATIONS = [
+    Operation(
+        "FeatureTap",
+        lambda s: Call((s.images(),)),
+        _tap,
+        kind="map",
+        output=("features", "features"),
+        exempt={
+            "module": "it wraps a net: there is no function of tensors to compare with",
+            "compile": "a hook comes and goes at each call; compile the net, and tap the compiled one",
+            "half": "all arithmetic is the net's, in the net's precision",
+            "autocast": "all arithmetic is the net's, which autocast rightly casts down",
+            "shape_errors": "the net looks at its inputs, not the tap",
+        },
+    ),
+]

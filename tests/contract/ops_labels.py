@@ -1,5 +1,75 @@
-"""Entries of this family."""
+"""Entries of udakit.labels."""
 
-from contract.registry import Operation
+from typing import Any
 
-OPERATIONS: list[Operation] = []
+from torch import Tensor
+
+import udakit
+from contract.registry import Call, Operation, Sample
+
+NO_MODULE = "it has no state, and its options belong to a data set or a layer"
+READS = "reads values because it is asked to, to name the wrong ids"
+
+
+def _downscale(s: Sample) -> Call:
+    # Blocks of one class with noise in between: some cells are clear, some undecided.
+    blocks = s.labels()[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2)
+    labels = s.labels()
+    labels = s.tag(blocks.where(s.valid(0.7), labels), "labels")
+    return Call((labels,), {}, {"factor": 4, "num_classes": s.c, "min_ratio": 0.6})
+
+
+def _check(labels: Tensor, **options: Any) -> Tensor:
+    udakit.check_labels(labels, **options)
+    return labels
+
+
+OPERATIONS = [
+    Operation(
+        "downscale_labels",
+        _downscale,
+        udakit.downscale_labels,
+        kind="map",
+        grad=(),
+        output="labels",
+        exempt={"module": NO_MODULE},
+        inductor=True,
+    ),
+    Operation(
+        "resize_labels",
+        lambda s: Call((s.labels(),), {}, {"size": (5, 30)}),
+        udakit.resize_labels,
+        kind="map",
+        grad=(),
+        output="labels",
+        exempt={"module": NO_MODULE},
+    ),
+    Operation(
+        "map_ids",
+        lambda s: Call((s.labels(),), {}, {"table": {0: 3, 1: 0, 3: 7}}),
+        udakit.map_ids,
+        kind="map",
+        grad=(),
+        output="labels",
+        exempt={
+            "module": NO_MODULE,
+            "class_permutation": "the table itself names ids",
+            "shape_errors.axes": "labels of any shape are mapped",
+        },
+    ),
+    Operation(
+        "check_labels",
+        lambda s: Call((s.labels(),), {}, {"num_classes": s.c}),
+        _check,
+        kind="map",
+        grad=(),
+        output="labels",
+        exempt={
+            "module": NO_MODULE,
+            "fake_tensors": READS,
+            "no_device_copy": READS,
+            "compile": READS,
+            "shape_errors.axes": "labels of any shape are checked",
+        },
+    ),
+]
