@@ -109,8 +109,14 @@ class Pair:
 
     def sets(self) -> dict[str, Labelled | Unlabelled]:
         """The sets by name."""
-        sets = {"source train": self.source_train, "target train": self.target_train, "target val": self.target_val}
-        return sets if self.source_val is None else {**sets, "source val": self.source_val}
+        sets: dict[str, Labelled | Unlabelled] = {
+            "source train": self.source_train,
+            "target train": self.target_train,
+            "target val": self.target_val,
+        }
+        if self.source_val is not None:
+            sets["source val"] = self.source_val
+        return sets
 
 
 def build_pair(
@@ -176,7 +182,7 @@ def build_pair(
         found.target_val.labelled(size=target_hw, native_labels=True, **options),
         found.classes,
         partial(found.target.labelled, size=target_hw, **options) if found.target_labels else None,
-        found.source_val and found.source_val.labelled(size=source_hw, native_labels=True, **options),
+        None if found.source_val is None else found.source_val.labelled(size=source_hw, native_labels=True, **options),
     )
 
 

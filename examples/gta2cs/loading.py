@@ -141,7 +141,7 @@ class StepData(Dataset[Batch]):
             index, wanted = int(index), None if wanted is None else int(wanted)
         image, label = self.source[index]
         for _ in range(1 if wanted is None else self.recrops):
-            window = draw_window(image.shape[-2:], self.crop, self.source_scale, self.flip, generator)
+            window = draw_window(_size(image), self.crop, self.source_scale, self.flip, generator)
             cropped = crop_label(label, window, self.crop)
             if wanted is None or int((cropped == wanted).sum()) >= self.rare_class_pixels:
                 break
@@ -151,7 +151,7 @@ class StepData(Dataset[Batch]):
         generator = sample_generator(self.seed, step, sample, "target")
         index = _uniform(len(self.target), generator)  # type: ignore[arg-type]
         image = self.target[index]  # type: ignore[index]
-        window = draw_window(image.shape[-2:], self.crop, self.target_scale, self.flip, generator)
+        window = draw_window(_size(image), self.crop, self.target_scale, self.flip, generator)
         return crop_image(image, window, self.crop), index
 
 
@@ -179,7 +179,7 @@ def evaluation_batches(
     )
     held: list[tuple[Tensor, Tensor | None, int]] = []
     for index, item in zip(chosen, loader, strict=True):
-        image, label = item if isinstance(data, Labelled) else (item, None)  # type: ignore[misc]
+        image, label = item if isinstance(data, Labelled) else (item, None)
         if held and (len(held) == batch_size or not _same_size(held[0], image, label)):
             yield _stack(held)
             held = []
@@ -236,6 +236,10 @@ def _reflect(length: int, crop: int, offset: int) -> Tensor:
     period = max(1, 2 * (length - 1))
     index = (torch.arange(crop) - offset) % period
     return torch.minimum(index, period - index).clamp_max(length - 1)
+
+
+def _size(image: Tensor) -> Size:
+    return image.shape[-2], image.shape[-1]
 
 
 def _uniform(count: int, generator: torch.Generator) -> int:

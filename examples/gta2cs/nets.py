@@ -116,7 +116,7 @@ class ReferenceEncoder(nn.Module):
 
     def train(self, mode: bool = True) -> ReferenceEncoder:
         """Stay in evaluation mode."""
-        return super().train(False)  # type: ignore[return-value]
+        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -186,23 +186,23 @@ def bn_statistics(net: nn.Module, images: Iterable[Tensor], *, reset: bool = Tru
     count = 0
     try:
         net.eval()
-        for norm in norms:
-            norm.train()
-            norm.momentum = None
-            if reset:
-                norm.reset_running_stats()
-            elif norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.fill_(1)
-        for batch in images:
+        for count, batch in enumerate(images, 1):
+            if count == 1:  # not before: without a batch the old statistics must survive
+                for norm in norms:
+                    norm.train()
+                    norm.momentum = None
+                    if reset:
+                        norm.reset_running_stats()
+                    elif norm.num_batches_tracked is not None:
+                        norm.num_batches_tracked.fill_(1)
             net(batch)
-            count += 1
     finally:
         for module, mode in modes.items():
             module.training = mode
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    if reset and norms and not count:
-        raise ValueError("Expected `images` to give at least one batch, but it was empty: the statistics are now lost.")
+    if not count:
+        raise ValueError("Expected `images` to give at least one batch, but it was empty.")
     return count
 
 
