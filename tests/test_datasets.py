@@ -23,6 +23,8 @@ from gta2cs.datasets import (
     read_synthia_ids,
     synthia,
 )
+from gta2cs.evaluation import evaluate
+from gta2cs.nets import SegOutput
 from gta2cs.samples import resize_image, resize_label
 from udakit.labels import CITYSCAPES_IDS, SYNTHIA_16_CLASSES, SYNTHIA_IDS
 
@@ -141,6 +143,13 @@ def test_synthia_refuses_labels_cut_to_eight_bits(tmp_path: Path) -> None:
     assert "0000000.png" in report.problems["unreadable"][0]
 
 
+def test_synthia_blames_an_old_decoder_and_not_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_png16(tmp_path / "a.png", np.full((2, 2, 3), 9, np.uint16))
+    monkeypatch.setattr("torchvision.io.decode_png", lambda data, mode: torch.zeros(3, 2, 2, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match=r"a\.png has 16 bits, but this torchvision decodes 8: version 0\.21"):
+        read_synthia_ids(tmp_path / "a.png")
+
+
 def test_synthia_keeps_small_ids_of_true_sixteen_bit_files(tmp_path: Path) -> None:
     pixels = np.full((2, 2, 3), 3, np.uint16)
     write_png16(tmp_path / "a.png", pixels)
@@ -217,6 +226,18 @@ def test_gta2cs_and_synthia2cs(tmp_path: Path) -> None:
     assert left_out == {"wall", "fence", "pole"}
     assert pair.target_train_labelled is not None
     assert pair.target_train_labelled()[0][1].shape == (8, 16)
+
+
+def test_resized_images_are_scored_on_labels_of_their_own_size(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"a": [0, 0, 1, 1, 255, 255]}, {})
+    data = folder(tmp_path, "train", TWO).labelled(size=(8, 12), native_labels=True)
+
+    class Always(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> SegOutput:
+            logits = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(len(images), 2, *images.shape[-2:])
+            return SegOutput(logits, logits, logits)
+
+    assert evaluate(Always(), data, TWO).iou == {"thing": 50.0, "stuff": 0.0}
 
 
 def test_acdc_pair(tmp_path: Path) -> None:

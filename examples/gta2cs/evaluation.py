@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
 
@@ -77,7 +78,10 @@ def evaluate(
     with evaluating(net):
         for images, labels, _ in evaluation_batches(dataset, batch_size=batch_size, indices=indices):
             assert labels is not None
-            metric.update(_probabilities(net, images.to(device)).argmax(1), labels.to(device))
+            probabilities = _probabilities(net, images.to(device))
+            if probabilities.shape[-2:] != labels.shape[-2:]:  # images were resized on loading, the truth never is
+                probabilities = F.interpolate(probabilities, labels.shape[-2:], mode="bilinear", align_corners=False)
+            metric.update(probabilities.argmax(1), labels.to(device))
     return Score.of(metric.compute(), classes)
 
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import yaml  # comes with jsonargparse
-from torchvision.io import ImageReadMode, decode_png
 
 from gta2cs.samples import (
     IGNORE,
@@ -207,7 +206,8 @@ def read_synthia_ids(path: Path) -> np.ndarray:
             f"Expected {path} to hold SYNTHIA class ids in 16 bits, but it has 8 bits and no value above 3: the ids "
             "were cut off when the file was saved again (the high byte of 0..22 is 0). Unpack the original archive."
         )
-    return pixels[0].astype(np.int32)
+    ids: np.ndarray = pixels[0].astype(np.int32)
+    return ids
 
 
 def _mapped(
@@ -243,12 +243,21 @@ def _rgb_anon(root: Path, patterns: Sequence[str], where: str, keep: Sequence[in
 def _decode_png(path: Path) -> np.ndarray:
     """(channels, H, W) at the file's own bit depth, which Pillow does not give for 16-bit colour."""
     try:
+        from torchvision.io import ImageReadMode, decode_png
+    except ImportError as error:
+        raise RuntimeError(f"{path} needs a torchvision that decodes 16-bit PNGs (0.21 or newer): {error}.") from error
+    try:
+        content = path.read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
-            return decode_png(data, ImageReadMode.UNCHANGED).numpy()
+            pixels = decode_png(
+                torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED
+            ).numpy()
     except (OSError, RuntimeError, ValueError) as error:
         raise OSError(f"Cannot read the label {path}: {error}") from error
+    if content[24] == 16 and pixels.dtype == np.uint8:  # the bit depth in the file's header
+        raise RuntimeError(f"{path} has 16 bits, but this torchvision decodes 8: version 0.21 or newer is needed.")
+    return pixels  # type: ignore[no-any-return]
 
 
 def _find(directory: Path, pattern: str) -> list[Path]:
