@@ -1,0 +1,413 @@
+"""The EMA teacher against the recursion written out, and against the ways in which such teachers silently fail."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from contract.checks import NoHostRead
+from udakit import EMATeacher, FeatureTap, unwrap_model
+
+
+def make_net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Conv2d(4, 2, 1))
+
+
+@torch.no_grad()
+def move(net: nn.Module, seed: int) -> None:
+    """Stand in for an optimiser's step and a pass in training mode."""
+    generator = torch.Generator().manual_seed(seed)
+    for x in net.state_dict().values():
+        x.add_(torch.randn(x.shape, generator=generator).to(x.dtype) if x.is_floating_point() else 1)
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    return {name: x.clone() for name, x in net.state_dict().items()}
+
+
+def textbook_ema(states: list[dict[str, Tensor]], start: dict, decay: float, warmup: bool, buffers: str) -> dict:
+    """Step by step in float64; the names with "running" and "num" are the buffers."""
+    average = {name: x.double() if x.is_floating_point() else x for name, x in start.items()}
+    for t, student in enumerate(states):
+        alpha = min(1 - 1 / (t + 1), decay) if warmup else decay
+        for name, x in student.items():
+            if not x.is_floating_point():
+                average[name] = x
+            elif "running" not in name or buffers == "ema":
+                average[name] = alpha * average[name] + (1 - alpha) * x.double()
+            elif buffers == "copy":
+                average[name] = x.double()
+    return average
+
+
+@given(
+    decay=st.sampled_from([0.0, 0.5, 0.9, 0.999, 1.0]),
+    warmup=st.booleans(),
+    buffers=st.sampled_from(["copy", "ema", "keep"]),
+    steps=st.integers(1, 6),
+    given_step=st.booleans(),
+)
+def test_update_is_the_recursion(decay: float, warmup: bool, buffers: str, steps: int, given_step: bool) -> None:
+    net = make_net()
+    teacher = EMATeacher(net, decay, warmup, buffers)
+    start, states = state(net), []
+    for t in range(steps):
+        move(net, t)
+        states.append(state(net))
+        teacher.update(net, t if given_step else None)
+    expected = textbook_ema(states, start, decay, warmup, buffers)
+    for name, x in teacher.module.state_dict().items():
+        torch.testing.assert_close(x.double(), expected[name].double(), rtol=1e-5, atol=1e-5, msg=name)
+    assert int(teacher.step) == steps
+
+
+def test_step_zero_copies_and_a_constant_stays() -> None:
+    net = make_net()
+    teacher = EMATeacher(net, warmup=True)
+    move(net, 1)
+    teacher.update(net)
+    for name, x in net.state_dict().items():
+        assert torch.equal(teacher.module.state_dict()[name], x), name
+    for _ in range(50):
+        teacher.update(net)
+    for name, x in net.state_dict().items():
+        assert torch.equal(teacher.module.state_dict()[name], x), name
+
+
+def test_the_student_is_not_touched() -> None:
+    net = make_net().train()
+    net(torch.rand(2, 3, 4, 4)).sum().backward()
+    before = state(net)
+    teacher = EMATeacher(net)
+    move(teacher.module, 3)
+    teacher.update(net)
+    teacher(torch.rand(2, 3, 4, 4))
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+    assert all(p.requires_grad and p.grad is not None for p in net.parameters())
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+    own = {x.data_ptr() for x in teacher.module.state_dict().values()}
+    assert not own & {x.data_ptr() for x in net.state_dict().values()}
+
+
+# --- wrappers and names: an update that silently does nothing ----------------------------------------------------
+
+WRAPPERS = {
+    "none": lambda m: m,
+    "compile": torch.compile,
+    "parallel": nn.DataParallel,
+    "parallel of compile": lambda m: nn.DataParallel(torch.compile(m)),
+    "compile of parallel": lambda m: torch.compile(nn.DataParallel(m)),
+}
+
+
+@pytest.mark.parametrize("at_update", WRAPPERS)
+@pytest.mark.parametrize("at_start", WRAPPERS)
+def test_wrappers_are_seen_through(at_start: str, at_update: str) -> None:
+    net = make_net()
+    teacher = EMATeacher(WRAPPERS[at_start](net), decay=0.5, warmup=False)
+    assert type(teacher.module) is nn.Sequential
+    assert list(teacher.module.state_dict()) == list(net.state_dict())
+    before = teacher.module[0].weight.clone()
+    move(net, 1)
+    teacher.update(WRAPPERS[at_update](net))
+    torch.testing.assert_close(teacher.module[0].weight, (before + net[0].weight) / 2)
+    assert unwrap_model(WRAPPERS[at_update](net)) is net
+
+
+def test_a_compiled_part_is_seen_through() -> None:
+    net, plain = make_net(), make_net()
+    net[0] = torch.compile(net[0])
+    teacher = EMATeacher(net)
+    assert list(teacher.module.state_dict()) == list(plain.state_dict())
+    teacher.update(plain)
+    teacher.update(net)
+
+
+def test_a_net_of_other_names_is_refused() -> None:
+    teacher = EMATeacher(make_net())
+    with pytest.raises(ValueError, match=r"0 of 9 match: missing 0\.weight, .*, and 4 more, unknown weight, bias\."):
+        teacher.update(nn.Linear(2, 2))
+    longer = make_net().append(nn.Conv2d(2, 2, 1))
+    with pytest.raises(ValueError, match=r"9 of 9 match: missing none, unknown 4\.weight, 4\.bias\."):
+        teacher.update(longer)
+
+
+def test_a_net_of_other_shapes_is_refused_before_anything_moves() -> None:
+    teacher = EMATeacher(make_net(), decay=0.5, warmup=False)
+    before = state(teacher)
+    other = make_net(1)
+    other[3] = nn.Conv2d(4, 5, 1)
+    with pytest.raises(
+        ValueError, match=r"shapes of the averaged net: 3\.weight \(2, 4, 1, 1\) but got \(5, 4, 1, 1\)"
+    ):
+        teacher.update(other)
+    assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
+
+
+def test_a_net_on_another_device_is_refused() -> None:
+    teacher = EMATeacher(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="devices of the averaged net: weight on 'cpu' but got 'meta'"):
+        teacher.update(nn.Linear(2, 2, device="meta"))
+
+
+def test_tied_parameters_move_once() -> None:
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    net[1].weight = net[0].weight
+    teacher = EMATeacher(net, decay=0.5, warmup=False)
+    before = teacher.module[0].weight.clone()
+    move(net[0], 1)
+    teacher.update(net)
+    assert teacher.module[0].weight is teacher.module[1].weight
+    torch.testing.assert_close(teacher.module[0].weight, (before + net[0].weight) / 2)
+
+
+def _smp() -> nn.Module:
+    return pytest.importorskip("segmentation_models_pytorch").FPN("resnet18", encoder_weights=None, classes=3)
+
+
+def _torchvision() -> nn.Module:
+    nets = pytest.importorskip("torchvision").models.segmentation
+    return nets.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
+
+
+def _transformers() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SegformerConfig(
+        num_labels=3, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, decoder_hidden_size=12, num_attention_heads=[1] * 4
+    )
+    return transformers.SegformerForSemanticSegmentation(config)
+
+
+@pytest.mark.parametrize("make", [_smp, _torchvision, _transformers])
+def test_real_nets(make: Callable[[], nn.Module]) -> None:
+    """Also after a pass of the student: some libraries hang hooks on."""
+    net = make()
+    images = torch.rand(2, 3, 64, 64)
+    FeatureTap(net, "")(images)
+    teacher = EMATeacher(net, decay=0.5)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.1)
+    teacher.update(net)
+    expected, _ = FeatureTap(net.eval(), "")(images)
+    torch.testing.assert_close(FeatureTap(teacher.eval(), "module", index=0)(images)[0], expected.detach())
+
+
+# --- buffers, BatchNorm and mode ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("buffers", ["copy", "ema", "keep"])
+def test_passes_of_the_teacher_leave_followed_statistics_alone(buffers: str) -> None:
+    teacher = EMATeacher(make_net(), buffers=buffers)
+    norm = teacher.module[1]
+    before = state(norm)
+    images = torch.rand(4, 3, 5, 5) + 3
+    out = teacher(images)
+    assert torch.equal(norm.running_mean, before["running_mean"]) == (buffers != "keep")
+    assert int(norm.num_batches_tracked) == (1 if buffers == "keep" else 0)
+    assert norm.track_running_stats  # as it was: the averaged net can be taken out and trained
+    reference = make_net().train()
+    reference[2].eval()
+    torch.testing.assert_close(out, reference(images))  # the statistics of the batch
+
+
+def test_an_error_in_the_net_leaves_it_as_it_was() -> None:
+    teacher = EMATeacher(make_net())
+    with pytest.raises(RuntimeError):
+        teacher(torch.rand(1, 7, 2, 2))
+    assert teacher.module[1].track_running_stats
+
+
+@pytest.mark.parametrize(
+    ("mode", "training"),
+    [("batch_statistics", (False, True, False)), ("train", (True, True, True)), ("eval", (False, False, False))],
+)
+def test_a_parents_train_does_no_more_than_the_mode_says(mode: str, training: tuple[bool, ...]) -> None:
+    teacher = EMATeacher(make_net().eval(), mode=mode)
+    parent = nn.ModuleList([teacher])
+
+    def modes() -> tuple[bool, ...]:
+        return tuple(m.training for m in (teacher.module, teacher.module[1], teacher.module[2]))
+
+    assert modes() == training
+    parent.eval()
+    assert modes() == (False, False, False)
+    parent.train()
+    assert modes() == training
+    assert teacher.training
+
+
+def test_evaluation_uses_the_students_statistics() -> None:
+    """A teacher whose statistics stay at their start gives nonsense in evaluation."""
+    net = make_net()
+    teacher = EMATeacher(net)
+    for _ in range(60):
+        net(torch.rand(8, 3, 4, 4) * 5 + 10)
+        teacher.update(net)
+    images = torch.rand(2, 3, 4, 4) * 5 + 10
+    torch.testing.assert_close(teacher.eval()(images), net.eval()(images))
+
+
+def test_non_persistent_buffers_are_left_alone() -> None:
+    net = nn.Linear(2, 2)
+    net.register_buffer("cache", torch.zeros(3), persistent=False)
+    teacher = EMATeacher(net)
+    net.cache = torch.ones(7)  # a cache may have any size
+    teacher.update(net)
+    assert torch.equal(teacher.module.cache, torch.zeros(3))
+
+
+# --- half precision ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_steps_land_in_half_precision(dtype: torch.dtype) -> None:
+    net = nn.Linear(8, 8).to(dtype)
+    teacher = EMATeacher(net, warmup=False)
+    start = net.weight.detach().float()
+    with torch.no_grad():
+        net.weight.add_(1)
+    for _ in range(300):
+        teacher.update(net)
+    share = (teacher.module.weight.float() - start) / (net.weight.float() - start)
+    assert share.mean().item() == pytest.approx(1 - 0.999**300, rel=0.02)  # computed in `dtype` it would be 0
+    assert teacher.module.weight.dtype == dtype
+    resumed = EMATeacher(net, warmup=False)
+    resumed.load_state_dict(teacher.state_dict())
+    for t in (teacher, resumed):
+        t.update(net)
+    assert all(torch.equal(x, resumed.state_dict()[name]) for name, x in teacher.state_dict().items())
+
+
+def test_changing_the_dtype_keeps_the_digits() -> None:
+    net = make_net()
+    teacher = EMATeacher(net, decay=0.9, warmup=False)
+    move(net, 1)
+    teacher.update(net)
+    before = state(teacher.module)
+    teacher.bfloat16()
+    net.bfloat16()
+    teacher.update(net)
+    assert all(x.dtype == torch.float32 for x in teacher.masters.buffers())
+    assert teacher.module[0].weight.dtype == torch.bfloat16
+    teacher.float()
+    assert not list(teacher.masters.buffers())
+    expected = 0.9 * before["0.weight"].bfloat16().float() + 0.1 * net[0].weight.float()
+    torch.testing.assert_close(teacher.module[0].weight, expected)  # not rounded to bfloat16
+
+
+def test_a_float32_student_of_a_half_teacher() -> None:
+    teacher, net = EMATeacher(make_net().bfloat16()), make_net(3)
+    teacher.update(net)
+    assert torch.equal(teacher.module[0].weight, net[0].weight.bfloat16())
+
+
+# --- frozen parts ------------------------------------------------------------------------------------------------
+
+
+def test_a_frozen_backbone_is_stored_once() -> None:
+    net = make_net()
+    net[0].requires_grad_(False)
+    teacher = EMATeacher(net, share_frozen=True)
+    assert teacher.module[0].weight is net[0].weight
+    assert teacher.module[3].weight is not net[3].weight
+    assert net[3].weight.requires_grad
+    before = net[0].weight.clone()
+    teacher.update(net)
+    assert torch.equal(net[0].weight, before)
+    assert EMATeacher(net).module[0].weight is not net[0].weight
+    net[0].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"stay frozen, but these require a gradient: 0\.bias, 0\.weight\."):
+        teacher.update(net)
+
+
+# --- state, copies, devices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("buffers", ["copy", "ema", "keep"])
+def test_a_resumed_run_is_the_uninterrupted_one(buffers: str) -> None:
+    """Also the step: a warm-up that begins again would make the teacher the student."""
+    net = make_net()
+    teacher = EMATeacher(net, buffers=buffers)
+    for t in range(5):
+        move(net, t)
+        teacher.update(net)
+        if t == 2:
+            file = io.BytesIO()
+            torch.save([teacher.state_dict(), net.state_dict()], file)
+    file.seek(0)
+    saved, saved_net = torch.load(file, weights_only=True)
+    net2 = make_net(9)
+    resumed = EMATeacher(net2, buffers=buffers)
+    resumed.load_state_dict(saved)
+    net2.load_state_dict(saved_net)
+    for t in (3, 4):
+        move(net2, t)
+        resumed.update(net2)
+    assert int(resumed.step) == 5
+    for name, x in teacher.state_dict().items():
+        assert torch.equal(x, resumed.state_dict()[name]), name
+
+
+def test_a_copy_of_a_teacher_is_independent() -> None:
+    net = make_net()
+    teacher = EMATeacher(net)
+    twin = copy.deepcopy(teacher)
+    before = state(teacher)
+    move(net, 1)
+    twin.update(net)
+    twin(torch.rand(2, 3, 4, 4))
+    assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("step", [None, 3])
+@pytest.mark.parametrize("buffers", ["copy", "ema", "keep"])
+def test_an_update_on_a_gpu_waits_for_nothing(buffers: str, step: int | None) -> None:
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            net = make_net()
+        teacher = EMATeacher(net, buffers=buffers)
+        with NoHostRead():
+            teacher.update(net, step)
+        assert teacher.step.device.type == "cuda"
+
+
+def test_update_compiles_in_one_graph() -> None:
+    net = make_net()
+    teacher, plain = EMATeacher(net), EMATeacher(net)
+    compiled = torch.compile(teacher.update, fullgraph=True, backend="aot_eager")
+    for t in range(3):
+        move(net, t)
+        compiled(net)
+        plain.update(net)
+    for name, x in plain.state_dict().items():
+        torch.testing.assert_close(teacher.state_dict()[name], x, msg=name)
+
+
+def test_the_teacher_compiles_in_one_graph() -> None:
+    teacher = EMATeacher(make_net())
+    images = torch.rand(2, 3, 4, 4)
+    compiled = torch.compile(teacher, fullgraph=True, backend="aot_eager")
+    before = teacher.module[1].running_mean.clone()
+    torch.testing.assert_close(compiled(images), teacher(images))
+    assert torch.equal(teacher.module[1].running_mean, before)
+
+
+def test_options_are_checked() -> None:
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"`decay` to be in \[0, 1\], but got 1\.5"):
+        EMATeacher(net, decay=1.5)
+    with pytest.raises(ValueError, match=r"`buffers` to be one of \('copy', 'ema', 'keep'\), but got 'average'"):
+        EMATeacher(net, buffers="average")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"`mode` to be one of .*, but got True"):
+        EMATeacher(net, mode=True)  # type: ignore[arg-type]
+    assert "decay=0.5" in repr(EMATeacher(net, decay=0.5))
