@@ -66,7 +66,9 @@ def confident_ratio(
 
 
 class ConfidentRatioSelector(nn.Module):
-    """Keep every arg-max and weight it with the share of confident pixels, [`confident_ratio`][udakit.pseudo_labels.confident_ratio].
+    """Keep every arg-max and weight it with the share of confident pixels.
+
+    The share is [`confident_ratio`][udakit.pseudo_labels.confident_ratio].
 
     **Convention.** Detached. Pixels that are not `valid` keep their label and have weight 0. `ratio_over="all"` takes
     the share over all pixels even so, "valid" over the valid ones. `accepted` is 1 for a class that is predicted
