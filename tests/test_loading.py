@@ -122,6 +122,13 @@ def test_source_draws_do_not_depend_on_target() -> None:
     assert torch.equal(alone.source_images, steps()[4].source_images)
 
 
+def test_source_and_target_are_drawn_independently() -> None:
+    data = StepData(domain(7), target_domain(7), batch_size=4, crop=(4, 4))
+    pairs = [(a, b) for k in range(100) for a, b in zip(data[k].source_ids, data[k].target_ids, strict=True)]
+    together = sum(int(a == b) for a, b in pairs) / len(pairs)
+    assert abs(together - 1 / 7) < 0.06
+
+
 def test_rare_class_crops_show_the_class_when_they_can() -> None:
     base = [Labelled(["0"], Remembered(1, lambda i: pixels(0, (30, 30))), Remembered(1, corner))]
     plain = StepData(base[0], batch_size=1, crop=(8, 8), sampler=Rare(4), rare_class_pixels=1, recrops=1)
