@@ -129,7 +129,7 @@ def boundary_band(mask: Bool[Tensor, "n h w"], *, kernel_size: int = 3) -> Bool[
 
     **Convention.** Outside the image is neutral: the image border is no boundary. An odd size is symmetric; an even one
     reaches one pixel further up and left, so that 2 looks at a pixel and its up, left and up-left neighbours. Size 1
-    has no band. Booleans throughout.
+    has no band. No pixel passes through float.
 
     **Source.** EHTDI's released code is `kernel_size=2`. Its loss weights the band of the target paste outside the
     source mask: `boundary_band(mask) & ~source_mask`.
@@ -155,14 +155,16 @@ def boundary_band(mask: Bool[Tensor, "n h w"], *, kernel_size: int = 3) -> Bool[
         raise TypeError(f"Expected `mask` to be a bool tensor, but got {mask.dtype}.")
     if mask.ndim != 3:
         raise ValueError(f"Expected `mask` to be (N, H, W), but got {shape_of(mask)}.")
-    return _any_near(mask, kernel_size) & _any_near(~mask, kernel_size)
+    # Bytes instead of booleans: inductor cannot pad a boolean on the CPU.
+    inside = mask.to(torch.uint8)
+    return (_any_near(inside, kernel_size) & _any_near(1 - inside, kernel_size)).to(torch.bool)
 
 
 def _any_near(mask: Tensor, size: int) -> Tensor:
     """Whether any pixel of the window is True: along one axis, then the other, the window doubling at each step."""
     before, after = size // 2, (size - 1) // 2
     for axis, padding in ((2, (before, after)), (1, (0, 0, before, after))):
-        mask = pad(mask, padding, value=False)
+        mask = pad(mask, padding, value=0)
         width = 1
         while width < size:
             step = min(width, size - width)

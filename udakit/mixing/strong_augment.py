@@ -147,7 +147,7 @@ def strong_augment(
 
     **Convention.** Denormalises to [0, 1], clamps after each operation, normalises again. An image for which nothing
     was drawn comes back bit for bit. Pixels stay in place: labels need no change. The blur reaches to four times the
-    largest sigma, with edge pixels repeated. Float32 inside at least.
+    largest sigma; at the border it averages over the part that lies in the image. Float32 inside at least.
 
     **Source.** The operations of DAFormer's released code (additive brightness, multiplicative contrast, HSV saturation
     and hue), which permutes the order of the four and sizes the blur's kernel as 10 % of the image.
@@ -229,13 +229,14 @@ def _blur(x: Tensor, applied: Tensor, sigma: Tensor, max_sigma: float) -> Tensor
     reach = math.ceil(4 * max_sigma)
     distance = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (distance / sigma.to(x.dtype).unsqueeze(1)).square())
-    kernel = torch.where(applied.unsqueeze(1), kernel / kernel.sum(dim=1, keepdim=True), (distance == 0).to(x.dtype))
-    kernel = kernel.repeat_interleave(channels, dim=0)
+    kernel = torch.where(applied.unsqueeze(1), kernel, (distance == 0).to(x.dtype)).unsqueeze(1)
+    weight = kernel.repeat_interleave(channels, dim=0)
     x = x.reshape(1, n * channels, height, width)
-    x = F.pad(x, (reach, reach, reach, reach), mode="replicate")
-    x = F.conv2d(x, kernel[:, None, None, :], groups=n * channels)
-    x = F.conv2d(x, kernel[:, None, :, None], groups=n * channels)
-    return x.view(n, channels, height, width)
+    x = F.conv2d(x, weight.unsqueeze(2), padding=(0, reach), groups=n * channels)
+    x = F.conv2d(x, weight.unsqueeze(3), padding=(reach, 0), groups=n * channels)
+    # The share of the kernel that lies in the image, along each axis: zero padding, divided out again.
+    across, down = (F.conv1d(x.new_ones(1, n, m), kernel, padding=reach, groups=n) for m in (width, height))
+    return x.view(n, channels, height, width) / (down.view(n, 1, height, 1) * across.view(n, 1, 1, width))
 
 
 class StrongAugment(nn.Module):
