@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -213,6 +214,7 @@ def train_stage(
                 )
             if done == steps or (config.save_every and done % config.save_every == 0):
                 history["seconds"] = time.perf_counter() - began
+                agree = parameters_agree(recipe.student, accelerator)
                 if accelerator.is_main_process:
                     save_checkpoint(
                         checkpoint,
@@ -220,6 +222,8 @@ def train_stage(
                             "recipe": recipe.state_dict(),
                             "optimizer": optimizer.state_dict(),
                             "step": done,
+                            "world_size": accelerator.num_processes,
+                            "parameters_agree": agree,
                             "history": json.dumps(history),
                             "config": json.dumps(plain(config)),
                         },
@@ -300,7 +304,13 @@ def main(config: Config) -> dict[str, Score]:
         console.print(found)
         sys.exit(0 if found.ok else 1)
 
-    accelerator = Accelerator(mixed_precision=config.precision)
+    # Under torchrun without a GPU, accelerate starts independent single processes unless told that the CPU is meant.
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
+    if accelerator.num_processes != (world := int(os.environ.get("WORLD_SIZE", "1"))):
+        raise RuntimeError(
+            f"Expected {world} processes to work together, but accelerate found {accelerator.num_processes}."
+        )
     torch.manual_seed(config.seed)
     if accelerator.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -411,6 +421,13 @@ def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path
     if changed:
         details = "; ".join(f"{k}: {saved.get(k)} -> {now[k]}" for k in changed)
         raise ValueError(f"Expected {path} to be of the same configuration, but these differ: {details}.")
+
+
+def parameters_agree(net: torch.nn.Module, accelerator: Accelerator) -> bool:
+    """Whether all processes hold the same weights: cheap insurance against a rank that went its own way."""
+    total = torch.stack([p.detach().double().sum() for p in net.parameters()]).sum()
+    totals = accelerator.gather(total.float()[None])
+    return bool((totals == totals[0]).all())
 
 
 def progress_bar(accelerator: Accelerator) -> Progress:

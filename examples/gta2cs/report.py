@@ -105,8 +105,10 @@ def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
             y = [entry["nets"][net]["means"][next(iter(entry["nets"][net]["means"]))] for entry in stage["scores"]]
             middle.plot(x, y, marker="o", ms=3, label=f"{stage['name']}, {net}")
         kept = [entry for entry in stage["losses"] if entry.get("kept")]
-        for name in kept[0]["kept"] if kept else []:
-            right.plot([start + e["step"] for e in kept], [e["kept"][name] for e in kept], lw=1, label=name)
+        for name in dict.fromkeys(
+            name for e in kept for name in e["kept"]
+        ):  # a class may be predicted only now and then
+            right.plot([start + e["step"] for e in kept], [e["kept"].get(name, np.nan) for e in kept], lw=1, label=name)
         start += stage["steps"]
     for axis, title in ((left, "loss"), (middle, "mIoU on target, %"), (right, "kept share of each predicted class")):
         axis.set_title(title, fontsize=10)

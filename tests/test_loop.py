@@ -1,0 +1,207 @@
+"""The reference loop end to end, tiny: it runs, resumes exactly, refuses what does not fit, runs on two ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train_gta2cs
+from gta2cs.checkpoints import load_checkpoint, load_net
+from gta2cs.evaluation import Score, evaluating, with_bn_statistics
+from gta2cs.recipes import RECIPES, Draws
+from gta2cs.report import markdown_table
+from gta2cs.samples import ClassSet
+from udakit import draw_classes
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "examples" / "train_gta2cs.py"
+TINY = ["--net.weights=random", "--data.crop=[64,64]", "--batch_size=2", "--log_every=1"]
+
+
+def tiny_config(out: Path, *stages: train_gta2cs.Stage, **changes) -> train_gta2cs.Config:
+    return train_gta2cs.Config(
+        data=train_gta2cs.DataConfig(crop=(64, 64)),
+        net=train_gta2cs.NetConfig(weights="random"),
+        stages=list(stages),
+        batch_size=2,
+        log_every=1,
+        out=out,
+        dry_run=True,
+        **changes,
+    )
+
+
+def run_script(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], env=environment, capture_output=True, text=True, **options
+    )
+
+
+def test_dry_run_of_the_default_command_leaves_everything_to_look_at(tmp_path):
+    done = run_script("--dry-run", *TINY, f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results)[:2] == ["source_only", "source_only + BatchNorm statistics of target"]
+    assert {"dacs, student", "dacs, teacher"} <= set(results)
+    for name in ("panels.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    assert "| dacs, student |" in (tmp_path / "report.md").read_text()
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        train_gta2cs.Stage("dacs", options={"selector": "class_quantile", "batch_norm": "joint"}),
+        train_gta2cs.Stage("dacs", options={"selector": "threshold", "feature_distance": 0.005, "ignore_bottom": 8}),
+        train_gta2cs.Stage("dacs", options={"selector": "argmax", "teacher_mode": "eval", "augment_source": False}),
+    ],
+    ids=lambda stage: stage.options["selector"],
+)
+def test_options_of_dacs(tmp_path, stage):
+    rows = train_gta2cs.main(tiny_config(tmp_path, stage))
+    assert set(rows) == {"dacs, student", "dacs, teacher"}
+
+
+def test_killed_and_resumed_run_is_bit_identical(tmp_path):
+    arguments = [
+        *TINY,
+        "--save_every=2",
+        "--eval_every=0",
+        '--stages=[{"recipe": "dacs", "steps": 6, "lr": 0.001, "lr_warmup": 2}]',
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = run_script(*arguments, f"--out={whole}")
+    assert done.returncode == 0, done.stderr
+
+    checkpoint = killed / "stage1_dacs" / "last.pt"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments, f"--out={killed}"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 200
+    while not checkpoint.is_file() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert load_checkpoint(checkpoint)["step"] < 6, "the run was over before it could be killed"
+
+    done = run_script(*arguments, f"--out={killed}", "--resume")
+    assert done.returncode == 0, done.stderr
+    first, second = load_checkpoint(whole / "stage1_dacs" / "last.pt"), load_checkpoint(checkpoint)
+    assert first["step"] == second["step"] == 6
+    assert first["recipe"].keys() == second["recipe"].keys()
+    for name, value in first["recipe"].items():
+        assert torch.equal(value, second["recipe"][name]), name
+    losses = [json.loads(c["history"])["losses"] for c in (first, second)]
+    assert losses[0] == losses[1]
+
+
+def test_resume_refuses_another_configuration(tmp_path):
+    stage = train_gta2cs.Stage("source_only")
+    train_gta2cs.main(tiny_config(tmp_path, stage))
+    with pytest.raises(ValueError, match=r"same configuration.*seed: 0 -> 1"):
+        train_gta2cs.main(tiny_config(tmp_path, stage, seed=1, resume=True))
+
+
+def test_two_processes_train_one_net(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)),
+            *("--dry-run", *TINY, f"--out={tmp_path}", '--stages=[{"recipe": "dacs", "steps": 2}]'),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    saved = load_checkpoint(tmp_path / "stage1_dacs" / "last.pt")
+    assert saved["world_size"] == 2
+    assert saved["parameters_agree"], "the ranks' students differ after an optimiser step"
+
+
+def test_bad_input_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"`recipe` to be one of .*'dasc'"):
+        train_gta2cs.main(tiny_config(tmp_path, train_gta2cs.Stage("dasc")))
+    with pytest.raises(ValueError, match=r"options of recipe Dacs .*'tau'"):
+        train_gta2cs.main(tiny_config(tmp_path, train_gta2cs.Stage("dacs", options={"tau": 1})))
+    with pytest.raises(ValueError, match=r"`stages`"):
+        train_gta2cs.main(tiny_config(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
+        load_net(torch.nn.Linear(1, 1), tmp_path / "missing.pt")
+    broken = tmp_path / "broken.pt"
+    broken.write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match=r"broken\.pt to be a checkpoint"):
+        load_net(torch.nn.Linear(1, 1), broken)
+    other = tmp_path / "other.pt"
+    torch.save({"recipe": {"student.weight": torch.zeros(3, 3)}}, other)
+    with pytest.raises(ValueError, match=r"to be the configured net, but 2 tensors .*weight"):
+        load_net(torch.nn.Linear(1, 1), other)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_every_recipe_runs_two_steps(tmp_path):
+    for name in sorted(set(RECIPES) - {"dacs", "duda"}):
+        rows = train_gta2cs.main(tiny_config(tmp_path / name, train_gta2cs.Stage(name)))
+        assert all(0 <= score.miou <= 100 for score in rows.values()), name
+
+
+def test_draws_depend_on_seed_step_and_sample_alone():
+    labels = torch.randint(8, (4, 6, 6))
+
+    def drawn(seed, step, samples, rows):
+        draws = Draws(seed, step, samples, torch.device("cpu"))
+        return draws(lambda i, g: draw_classes(labels[rows][i : i + 1], num_classes=8, generator=g))
+
+    whole = drawn(3, 7, range(4), [0, 1, 2, 3])
+    split = torch.cat([drawn(3, 7, range(2), [0, 1]), drawn(3, 7, range(2, 4), [2, 3])])
+    assert torch.equal(whole, split)
+    assert not torch.equal(whole, drawn(3, 8, range(4), [0, 1, 2, 3]))
+    assert not torch.equal(whole, drawn(4, 7, range(4), [0, 1, 2, 3]))
+
+
+CLASSES = ClassSet(("a", "b", "c"), np.zeros((3, 3), np.uint8), {"mIoU": (0, 1, 2), "mIoU2": (0, 1)})
+
+
+def test_score_is_the_data_set_confusion_matrix_and_skips_what_never_occurs():
+    score = Score.of(torch.tensor([[3, 1, 0], [2, 4, 0], [0, 0, 0]]), CLASSES)
+    assert score.iou["a"] == pytest.approx(50.0)
+    assert score.iou["b"] == pytest.approx(100 * 4 / 7)
+    assert np.isnan(score.iou["c"])
+    assert score.miou == score.means["mIoU2"] == pytest.approx((50 + 400 / 7) / 2)
+    again = Score.from_json(json.loads(json.dumps(score.to_json())))
+    assert again.means["mIoU"] == pytest.approx(score.miou, abs=0.01)
+    assert "| net | **mIoU** | **mIoU2** | a | b | c |" in markdown_table({"x": score}, CLASSES)
+    assert "–" in markdown_table({"x": score}, CLASSES)
+
+
+def test_bn_statistics_of_target_change_nothing_but_a_copy():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2), torch.nn.Dropout())
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    adapted = with_bn_statistics(net, [torch.randn(4, 3, 5, 5) + 3 for _ in range(3)])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    assert not torch.equal(adapted[1].running_mean, net[1].running_mean)
+    assert torch.equal(adapted[0].weight, net[0].weight)
+
+
+def test_evaluating_restores_every_mode():
+    net = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.BatchNorm2d(1))
+    net[1].eval()
+    with evaluating(net):
+        assert not net[0].training
+    assert net[0].training
+    assert not net[1].training
