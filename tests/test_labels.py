@@ -78,6 +78,9 @@ def test_map_ids_takes_the_16_bit_labels_of_synthia_and_negative_keys() -> None:
     assert map_ids(raw, udakit.SYNTHIA_IDS).tolist() == [[0, 255, 255]]
     assert map_ids(torch.tensor([-1, 0, 7, -2]), {-1: 4, 7: 5}, default=9).tolist() == [4, 9, 5, 9]
     assert map_ids(torch.tensor([3, 4]), {}).tolist() == [255, 255]
+    # Keys that the dtype cannot hold are no error: the licence plate, -1, occurs in no 8-bit file.
+    for labels in (torch.tensor([7, 255], dtype=torch.uint8), np.array([7, 255], dtype=np.uint8)):
+        assert map_ids(labels, {-1: 9, 7: 0, 26001: 9}).tolist() == [0, 255]
 
 
 def test_map_ids_twice_is_a_head_of_16_classes() -> None:
@@ -89,7 +92,7 @@ def test_map_ids_twice_is_a_head_of_16_classes() -> None:
 
 
 def test_map_ids_errors() -> None:
-    with pytest.raises(ValueError, match=r"dtype that holds the new ids 0\.\.300, but got torch\.uint8"):
+    with pytest.raises(ValueError, match=r"dtype that holds the new ids 0\.\.300, but got uint8"):
         map_ids(torch.zeros(2, dtype=torch.uint8), {0: 300, 1: 0})
     with pytest.raises(ValueError, match=r"dtype that holds the new ids -1\.\.0, but got uint8"):
         map_ids(np.zeros(2, dtype=np.uint8), {0: 0}, default=-1)

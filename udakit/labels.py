@@ -92,36 +92,44 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         >>> map_ids(torch.tensor([[7, 26, 0]], dtype=torch.uint8), CITYSCAPES_IDS)
         tensor([[  0,  13, 255]], dtype=torch.uint8)
     """
-    low, high = min(table, default=0), max(table, default=0)
-    size = high - low + 2  # the last place is for every id outside the table
     if isinstance(labels, Tensor):
         _check_integer(labels)
-        _check_fits([default, *table.values()], torch.iinfo(labels.dtype), labels.dtype)
+        low, high = _key_range(table, torch.iinfo(labels.dtype), default)
+        lookup = labels.new_full((high - low + 2,), default)  # the last place is for every id outside the table
+        for old, new in table.items():
+            if low <= old <= high:  # entry by entry: a copy of a host list would make a GPU wait
+                lookup[old - low].fill_(new)
         ids = labels.long()
-        lookup = labels.new_full((size,), default)
-        for old, new in table.items():  # entry by entry: a copy of a host list would make a GPU wait
-            lookup[old - low].fill_(new)
-        return lookup[torch.where((ids >= low) & (ids <= high), ids - low, size - 1)]
+        return lookup[torch.where((ids >= low) & (ids <= high), ids - low, high - low + 1)]
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"Expected `labels` to be an integer array, but got {labels.dtype}.")
-    _check_fits([default, *table.values()], np.iinfo(labels.dtype), labels.dtype)
-    wide = labels.astype(np.int64)
-    array_lookup = np.full(size, default, dtype=labels.dtype)
+    low, high = _key_range(table, np.iinfo(labels.dtype), default)
+    array_lookup: NDArray[Any] = np.full(high - low + 2, default, dtype=labels.dtype)
     for old, new in table.items():
-        array_lookup[old - low] = new
-    return array_lookup[np.where((wide >= low) & (wide <= high), wide - low, size - 1)]
+        if low <= old <= high:
+            array_lookup[old - low] = new
+    if low == 0 and high == np.iinfo(labels.dtype).max:
+        return array_lookup.take(labels)
+    wide = labels.astype(np.int64)
+    return array_lookup.take(np.where((wide >= low) & (wide <= high), wide - low, high - low + 1))
+
+
+def _key_range(table: Mapping[int, int], limits: torch.iinfo | np.iinfo[Any], default: int) -> tuple[int, int]:
+    """Check that the new ids fit, and return the ids that the lookup spans."""
+    new = [default, *table.values()]
+    if min(new) < limits.min or max(new) > limits.max:
+        raise ValueError(
+            "Expected `labels` to have a dtype that holds the new ids "
+            f"{min(new)}..{max(new)}, but got {str(limits.dtype).removeprefix('torch.')}."
+        )
+    if limits.min == 0 and limits.max < 2**16:  # every id that the dtype has: no comparison is needed
+        return 0, limits.max
+    return min(table, default=0), max(table, default=0)
 
 
 def _check_integer(labels: Tensor, name: str = "labels") -> None:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"Expected `{name}` to be an integer tensor, but got {labels.dtype}.")
-
-
-def _check_fits(values: list[int], limits: torch.iinfo | np.iinfo[Any], dtype: object) -> None:
-    if min(values) < limits.min or max(values) > limits.max:
-        raise ValueError(
-            f"Expected `labels` to have a dtype that holds the new ids {min(values)}..{max(values)}, but got {dtype}."
-        )
 
 
 def check_labels(
@@ -165,7 +173,7 @@ def downscale_labels(
     num_classes: int,
     min_ratio: float = 0.75,
     ignore_index: int = 255,
-) -> Integer[Tensor, "n h/factor w/factor"]:
+) -> Integer[Tensor, "n h2 w2"]:
     """Bring labels to feature size: the majority of each `factor` x `factor` cell, where it is clear enough.
 
     **Convention.** Ignored pixels (and ids >= C) compete: a cell that they win is ignored. They lose ties, and a tie of
