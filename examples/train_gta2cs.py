@@ -61,6 +61,7 @@ class DataConfig:
     source_scale: tuple[float, float] = (1.0, 1.0)  # range of the random rescaling before the crop
     target_scale: tuple[float, float] = (1.0, 1.0)
     rare_class_temperature: float | None = None  # rare-class sampling of source images (DAFormer: 0.01)
+    rare_class_pixels: int = 50  # of the drawn class, that a crop should show (DAFormer: 1500 of 512 x 512)
     oracle: bool = False  # train on labelled target images instead of source: the upper bound
     workers: int = 0
 
@@ -171,6 +172,7 @@ def train_stage(
         source_scale=config.data.source_scale,
         target_scale=config.data.target_scale,
         sampler=rare_class_sampler(config, pair),
+        rare_class_pixels=config.data.rare_class_pixels,
         rank=rank,
     )
     loader = step_loader(data, start=start, stop=steps, workers=config.data.workers)
@@ -360,7 +362,8 @@ def rare_class_sampler(config: Config, pair: Pair) -> Any:
         return None
     from udakit import RareClassSampler, count_classes
 
-    counts = count_classes((label for _, label in pair.source_train), num_classes=len(pair.classes.names))
+    labels = pair.source_train.labels
+    counts = count_classes((labels[i] for i in range(len(labels))), num_classes=len(pair.classes.names))
     return RareClassSampler(counts, temperature=config.data.rare_class_temperature)
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gta2cs.loading import Batch, sample_generator
-from udakit import SegBatch
+from gta2cs.loading import MEAN, STD, Batch, sample_generator
+from udakit import SegBatch, draw_strong_augment, strong_augment
 
 T = TypeVar("T")
 
@@ -77,13 +77,28 @@ class Recipe(nn.Module):
 
     @dataclass
     class Options:
-        """No options."""
+        """Options of every recipe."""
+
+        augment_source: bool = True  # colour jitter and blur on the source images
+        jitter: float = 0.2  # strength of brightness, contrast and saturation (DAFormer 0.2, DACS 0.25)
+        hue: float = 0.2  # as a share of the full circle
+        blur: float = 0.5  # share of images that are blurred
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__()
         self.student = student
         self.num_classes = num_classes
         self.options = options
+
+    def augment(self, images: Tensor, draws: Draws) -> Tensor:
+        """Colour jitter and blur, drawn for each image."""
+        jitter, hue, blur = self.options.jitter, self.options.hue, self.options.blur
+        strong = draws(
+            lambda i, g: draw_strong_augment(
+                1, brightness=jitter, contrast=jitter, saturation=jitter, hue=hue, blur_probability=blur, generator=g
+            )
+        )
+        return strong_augment(images, strong, mean=MEAN, std=STD)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""

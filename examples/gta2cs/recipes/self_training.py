@@ -8,31 +8,30 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gta2cs.loading import MEAN, STD
 from gta2cs.recipes.base import Draws, Recipe
-from udakit import EMATeacher, draw_classes, draw_strong_augment, row_mask, strong_augment
+from udakit import EMATeacher, draw_classes, row_mask
 
 
 class SelfTraining(Recipe):
     """A student, and a teacher that is its exponential moving average."""
 
     @dataclass
-    class Options:
+    class Options(Recipe.Options):
         """Options of every self-training recipe; where a paper differs, its config says so."""
 
         ema: float = 0.99  # the papers: 0.999 over 40k to 250k steps
         ema_warmup: bool = False  # True when the student starts from ImageNet instead of from a source-trained net
         teacher_mode: Literal["batch_statistics", "train", "eval"] = "batch_statistics"  # when it labels
         batch_norm: Literal["separate", "joint"] = "separate"  # one forward a domain, or both in one
+        buffers: Literal["copy", "ema", "keep"] = "copy"  # BatchNorm statistics of the teacher
         mix_fraction: float = 0.5  # of the classes of a source image
-        augment_source: bool = True
         augment_mixed: bool = True
         ignore_top: int = 0  # rows of a target crop without pseudo-label (DAFormer: 15 and 120 of 512)
         ignore_bottom: int = 0
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__(student, num_classes, options)
-        self.teacher = EMATeacher(student, decay=options.ema, warmup=options.ema_warmup, mode=options.teacher_mode)
+        self.teacher = EMATeacher(student, options.ema, options.ema_warmup, options.buffers, mode=options.teacher_mode)
 
     def after_step(self) -> None:
         """Let the teacher follow the student."""
@@ -49,11 +48,6 @@ class SelfTraining(Recipe):
         joint = self.student(torch.cat([first, second]))
         halves = [x.split([len(first), len(second)]) for x in joint]
         return type(joint)(*(h[0] for h in halves)), type(joint)(*(h[1] for h in halves))
-
-    def augment(self, images: Tensor, draws: Draws) -> Tensor:
-        """Colour jitter and blur, drawn for each image."""
-        strong = draws(lambda i, g: draw_strong_augment(1, generator=g))
-        return strong_augment(images, strong, mean=MEAN, std=STD)
 
     def draw_classes(self, labels: Tensor, draws: Draws, **options: Any) -> Tensor:
         """Draw the classes of each label map that are pasted."""
