@@ -36,6 +36,14 @@ def _symmetric_cross_entropy(s: Sample) -> Call:
     return Call((s.logits(), s.labels()), {"pixel_weight": s.weight()}, {"ce_weight": 0.2})
 
 
+def _symmetric_kd_loss(s: Sample) -> Call:
+    return Call(
+        (s.logits(), s.logits(), s.logits(), s.logits()),
+        {"valid": s.valid()},
+        {"reverse_weight": 0.25, "temperature": 2.0},
+    )
+
+
 OPERATIONS = [
     Operation(
         "cross_entropy",
@@ -63,5 +71,14 @@ OPERATIONS = [
         udakit.symmetric_cross_entropy,
         udakit.SymmetricCrossEntropyLoss,
         covers=("SymmetricCrossEntropyLoss",),
+    ),
+    Operation(
+        "symmetric_kd_loss",
+        _symmetric_kd_loss,
+        udakit.symmetric_kd_loss,
+        udakit.SymmetricKDLoss,
+        covers=("SymmetricKDLoss",),
+        grad=(0, 1),
+        inductor=True,
     ),
 ]

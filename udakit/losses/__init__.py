@@ -6,6 +6,7 @@ from udakit.losses.feature_distance import FeatureDistanceLoss, feature_distance
 from udakit.losses.kd import KDLoss, kd_loss
 from udakit.losses.max_square import MaxSquareLoss, max_square_loss
 from udakit.losses.symmetric_cross_entropy import SymmetricCrossEntropyLoss, symmetric_cross_entropy
+from udakit.losses.symmetric_kd import SymmetricKDLoss, symmetric_kd_loss
 
 __all__ = [
     "CrossEntropyLoss",
@@ -14,10 +15,12 @@ __all__ = [
     "KDLoss",
     "MaxSquareLoss",
     "SymmetricCrossEntropyLoss",
+    "SymmetricKDLoss",
     "cross_entropy",
     "entropy_loss",
     "feature_distance_loss",
     "kd_loss",
     "max_square_loss",
     "symmetric_cross_entropy",
+    "symmetric_kd_loss",
 ]

@@ -1,0 +1,175 @@
+"""Symmetric knowledge distillation between two renderings of one image (DiGA)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from udakit._checks import check_float, check_mask_like, check_range, check_same_shape
+from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit.losses.kd import kd_loss
+
+BLOCK = 2**18  # elements of a class map worked on at once on the CPU: small enough to stay in the cache
+
+
+def symmetric_kd_loss(
+    student_clean: Float[Tensor, "n c h w"],
+    student_mixed: Float[Tensor, "n c h w"],
+    teacher_clean: Float[Tensor, "n c h w"],
+    teacher_mixed: Float[Tensor, "n c h w"],
+    *,
+    reverse_weight: float = 0.5,
+    temperature: float = 1.0,
+    valid: Bool[Tensor, "n h w"] | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+    r"""Distil the teacher's view of one rendering into the student's view of the other, both ways.
+
+    $$\ell_p = T^2\, H(t^{clean}_p, s^{mixed}_p) + \lambda\, T^2\, H(t^{mixed}_p, s^{clean}_p)$$
+
+    where H(t, s) is the cross-entropy of softmax(t / T) and softmax(s / T), as in `kd_loss`.
+
+    **Convention.** The teacher is detached. "mean" divides by the number of `valid` pixels (all without a mask),
+    "mean_all" by all. Both renderings share one layout, so one `valid` serves both terms.
+
+    **Source.** DiGA (Shen et al. 2023). Its released code has T = 1, all pixels, lambda = 0.5 (GTA5) or 0.25 (SYNTHIA)
+    on the term whose teacher saw the mixed rendering, and this sum times 0.5 or 0.25 in the total loss.
+
+    **Cost.** Eagerly each term is computed block by block and keeps one class map for the backward pass, where the
+    textbook keeps two; it cannot be differentiated twice. `torch.compile` gets the textbook formula to fuse.
+
+    Args:
+        student_clean: the student's logits on the clean rendering.
+        student_mixed: the student's logits on the mixed (augmented or target-styled) rendering.
+        teacher_clean: the teacher's logits on the clean rendering.
+        teacher_mixed: the teacher's logits on the mixed rendering.
+        reverse_weight: lambda, of the term that teaches the clean view.
+        temperature: T > 0.
+        valid: True where a pixel counts.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
+
+    Raises:
+        TypeError: tensors that are not float, or a `valid` that is not bool.
+        ValueError: unlike shapes, or an option out of range.
+
+    Example:
+        >>> import torch
+        >>> clean, mixed = torch.zeros(2, 1, 3, 4, 4, requires_grad=True)
+        >>> loss = symmetric_kd_loss(clean, mixed, clean.detach(), mixed.detach())
+        >>> loss.backward()
+        >>> round(loss.item(), 4)  # 1.5 log 3
+        1.6479
+    """
+    _check_options(reverse_weight, temperature, reduction)
+    check_float("student_clean", student_clean, 4, "(N, C, H, W)")
+    for name, x in {
+        "student_mixed": student_mixed,
+        "teacher_clean": teacher_clean,
+        "teacher_mixed": teacher_mixed,
+    }.items():
+        check_float(name, x)
+        check_same_shape(x, student_clean, name=name, reference_name="student_clean")
+    if valid is not None:
+        check_mask_like(valid, student_clean, reference_name="student_clean")
+    forward = _soft_cross_entropy(student_mixed, teacher_clean, temperature)
+    reverse = _soft_cross_entropy(student_clean, teacher_mixed, temperature)
+    return reduce_pixels(forward + reverse_weight * reverse, valid, reduction=reduction)
+
+
+def _check_options(reverse_weight: float, temperature: float, reduction: str) -> None:
+    check_range("reverse_weight", reverse_weight, 0.0)
+    check_range("temperature", temperature, 0.0, open_low=True)
+    check_reduction(reduction)
+
+
+def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """`kd_loss` at each pixel, (N, H, W)."""
+    if torch.compiler.is_compiling():
+        return kd_loss(student, teacher, temperature=temperature, reduction="none")
+    student, teacher = upcast(student), upcast(teacher.detach()).to(upcast(student).dtype)
+    loss: Tensor = _SoftCrossEntropy.apply(student, teacher, temperature)
+    return loss
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """T^2 H(softmax(t / T), softmax(s / T)) per pixel, with softmax(s / T) - softmax(t / T), its gradient / T, kept."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        n, c, h, w = student.shape
+        s, t = student.flatten(2), teacher.flatten(2)
+        loss = s.new_empty(n, h * w)
+        keep = torch.empty_like(s) if ctx.needs_input_grad[0] else None
+        # A GPU takes the batch at once; the CPU takes pieces of an image, so that the steps between stay in its cache.
+        images, pixels = (1, max(BLOCK // max(c, 1), 1)) if s.device.type == "cpu" else (max(n, 1), max(h * w, 1))
+        for i in range(0, n, images):
+            for j in range(0, h * w, pixels):
+                at = slice(i, i + images), slice(None), slice(j, j + pixels)
+                log_p = F.log_softmax(s[at] / temperature if temperature != 1 else s[at], dim=1)
+                q = F.softmax(t[at] / temperature if temperature != 1 else t[at], dim=1)
+                torch.sum(log_p * q, dim=1, out=loss[at[0], at[2]])
+                if keep is not None:
+                    torch.sub(log_p.exp_(), q, out=keep[at])
+        ctx.save_for_backward(keep)
+        ctx.temperature = temperature
+        return loss.view(n, h, w).mul_(-(temperature**2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        (keep,) = ctx.saved_tensors
+        if keep is None:
+            return None, None, None
+        grad = grad * ctx.temperature if ctx.temperature != 1 else grad
+        return (keep * grad.flatten(1).unsqueeze(1)).unflatten(2, grad.shape[1:]), None, None
+
+
+class SymmetricKDLoss(nn.Module):
+    """Module of [`symmetric_kd_loss`][udakit.losses.symmetric_kd_loss].
+
+    Example:
+        >>> import torch
+        >>> logits = torch.zeros(1, 2, 2, 2)
+        >>> SymmetricKDLoss(reverse_weight=0.25)(logits, logits, logits, logits)
+        tensor(0.8664)
+    """
+
+    def __init__(self, *, reverse_weight: float = 0.5, temperature: float = 1.0, reduction: str = "mean") -> None:
+        super().__init__()
+        _check_options(reverse_weight, temperature, reduction)
+        self.reverse_weight = reverse_weight
+        self.temperature = temperature
+        self.reduction = reduction
+
+    def forward(
+        self,
+        student_clean: Float[Tensor, "n c h w"],
+        student_mixed: Float[Tensor, "n c h w"],
+        teacher_clean: Float[Tensor, "n c h w"],
+        teacher_mixed: Float[Tensor, "n c h w"],
+        *,
+        valid: Bool[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return symmetric_kd_loss(
+            student_clean,
+            student_mixed,
+            teacher_clean,
+            teacher_mixed,
+            reverse_weight=self.reverse_weight,
+            temperature=self.temperature,
+            valid=valid,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"reverse_weight={self.reverse_weight}, temperature={self.temperature}, reduction={self.reduction!r}"
