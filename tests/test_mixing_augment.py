@@ -1,0 +1,153 @@
+"""Strong augmentation against the operations one image at a time."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from kornia.enhance import adjust_brightness, adjust_contrast, adjust_hue, adjust_saturation, sharpness
+from torch import Tensor
+
+import udakit
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def textbook_blur(x: Tensor, sigma: float) -> Tensor:
+    """Two-dimensional weighted mean over the pixels of the image, a loop over shifts."""
+    reach = math.ceil(4 * 1.15)
+    h, w = x.shape[-2:]
+    total, weights = torch.zeros_like(x), torch.zeros_like(x)
+    for dy in range(-min(reach, h - 1), min(reach, h - 1) + 1):
+        for dx in range(-min(reach, w - 1), min(reach, w - 1) + 1):
+            g = math.exp(-0.5 * (dx * dx + dy * dy) / sigma**2)
+            to = (..., slice(max(-dy, 0), h - max(dy, 0)), slice(max(-dx, 0), w - max(dx, 0)))
+            come = (..., slice(max(dy, 0), h - max(-dy, 0)), slice(max(dx, 0), w - max(-dx, 0)))
+            total[to] += g * x[come]
+            weights[to] += g
+    return total / weights
+
+
+def textbook(images: Tensor, draw: udakit.StrongAugmentDraw) -> Tensor:
+    mean, std = (torch.tensor(v, dtype=images.dtype).view(3, 1, 1) for v in (MEAN, STD))
+    result = []
+    for i, image in enumerate(images):
+        x = (image * std + mean).clamp(0, 1)
+        if draw.jitter is not None and draw.jitter[i]:
+            x = adjust_brightness(x, draw.brightness[i].item())
+            x = adjust_contrast(x, draw.contrast[i].item())
+            x = adjust_saturation(x, draw.saturation[i].item())
+            x = adjust_hue(x, draw.hue[i].item())
+        if draw.greyscale is not None and draw.greyscale[i]:
+            x = (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).expand(3, -1, -1)
+        if draw.sharpness is not None:
+            x = sharpness(x, draw.sharpness[i].item())
+        if draw.blur is not None and draw.blur[i]:
+            x = textbook_blur(x, draw.sigma[i].item())
+        result.append((x - mean) / std)
+    return torch.stack(result)
+
+
+def normalised(seed: int, n: int, h: int, w: int) -> Tensor:
+    x = torch.rand(n, 3, h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+@given(
+    seed=st.integers(0, 2**31), n=st.integers(1, 4), h=st.integers(3, 14), w=st.integers(3, 14),
+    grey=st.sampled_from([0.0, 0.5]), sharp=st.sampled_from([0.0, 0.5]), blur=st.sampled_from([0.0, 0.5, 1.0]),
+    jitter=st.sampled_from([0.0, 0.8]),
+)  # fmt: skip
+def test_strong_augment(seed, n, h, w, grey, sharp, blur, jitter):
+    images = normalised(seed, n, h, w)
+    draw = udakit.draw_strong_augment(
+        n, jitter_probability=jitter, greyscale_probability=grey, sharpness_probability=sharp, blur_probability=blur,
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    got = udakit.strong_augment(images, draw, mean=MEAN, std=STD)
+    torch.testing.assert_close(got, textbook(images, draw), atol=1e-5, rtol=1e-5)
+
+
+def test_draw_statistics():
+    """DAFormer's setting: ranges, and how often each is applied."""
+    draw = udakit.draw_strong_augment(
+        20_000, greyscale_probability=0.2, sharpness_probability=0.3, generator=torch.Generator().manual_seed(0)
+    )
+    for flags, probability in ((draw.jitter, 0.8), (draw.blur, 0.5), (draw.greyscale, 0.2), (draw.sharpness != 1, 0.3)):
+        assert abs(flags.float().mean().item() - probability) < 0.02
+    for values, low, high in (
+        (draw.brightness, -0.2, 0.2),
+        (draw.contrast, 0.8, 1.2),
+        (draw.saturation, 0.8, 1.2),
+        (draw.hue, -0.4 * math.pi, 0.4 * math.pi),
+        (draw.sigma, 0.15, 1.15),
+        (draw.sharpness, 0.5, 1.5),
+    ):
+        margin = 0.01 * (high - low)
+        assert low <= values.min() < low + margin
+        assert high - margin < values.max() <= high
+
+
+def test_every_image_its_own_draw():
+    """The released code draws once for the whole batch."""
+    image = normalised(0, 1, 8, 8).expand(6, -1, -1, -1)
+    augmented = udakit.StrongAugment(mean=MEAN, std=STD)(image, generator=torch.Generator().manual_seed(0))
+    distances = torch.cdist(augmented.flatten(1), augmented.flatten(1))
+    assert (distances + 10 * torch.eye(6)).min() > 0.1
+
+
+def test_what_is_not_drawn_comes_back_bit_for_bit():
+    images = normalised(0, 40, 6, 6).float()
+    draw = udakit.draw_strong_augment(40, jitter_probability=0.3, blur_probability=0.3, generator=torch.Generator())
+    augmented = udakit.strong_augment(images, draw, mean=MEAN, std=STD)
+    touched = draw.jitter | draw.blur
+    assert 0 < touched.sum() < 40
+    same = (augmented == images).flatten(1).all(1)
+    assert torch.equal(same, ~touched)
+    nothing = udakit.draw_strong_augment(40, jitter_probability=0, blur_probability=0)
+    assert torch.equal(udakit.strong_augment(images, nothing, mean=MEAN, std=STD), images)
+
+
+def test_one_draw_whatever_is_switched_off():
+    """Ablations stay comparable: greyscale off leaves jitter and blur as they were."""
+    with_grey, without = (
+        udakit.draw_strong_augment(5, greyscale_probability=p, generator=torch.Generator().manual_seed(1))
+        for p in (0.5, 0.0)
+    )
+    assert torch.equal(with_grey.hue, without.hue)
+    assert torch.equal(with_grey.sigma, without.sigma)
+    assert without.greyscale is None
+
+
+def test_follows_its_input():
+    images = normalised(0, 2, 8, 8).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    augmented = udakit.StrongAugment(mean=MEAN, std=STD, blur_probability=1.0)(images)
+    assert augmented.dtype == torch.bfloat16
+    assert augmented.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_errors():
+    images = torch.rand(2, 3, 8, 8)
+    draw = udakit.draw_strong_augment(3)
+    with pytest.raises(ValueError, match=r"Expected `draw` to hold tensors of shape \(N,\) matching `images`"):
+        udakit.strong_augment(images, draw, mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match=r"Expected `images` to be \(N, 3, H, W\), but got \(2, 1, 8, 8\)"):
+        udakit.strong_augment(images[:, :1], draw, mean=MEAN, std=STD)
+    with pytest.raises(TypeError, match="Expected `images` to be a float tensor"):
+        udakit.strong_augment(images.byte(), draw, mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match="Expected `std` to be three numbers"):
+        udakit.StrongAugment(mean=MEAN, std=(1.0,))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("hue", 0.6), ("brightness", -0.1), ("blur_probability", 1.2), ("blur_sigma", (0.0, 1.0)), ("blur_sigma", (2, 1))],
+)
+def test_options_are_checked(option, value):
+    for make in (
+        lambda **o: udakit.draw_strong_augment(2, **o),
+        lambda **o: udakit.StrongAugment(mean=None, std=None, **o),
+    ):
+        with pytest.raises(ValueError, match=f"Expected `{option}` to be"):
+            make(**{option: value})
