@@ -23,3 +23,12 @@ def data_root() -> Path:
     if not (Path(root) / "camvid").is_dir():
         pytest.skip(f"UDAKIT_DATA={root} has no folder camvid/")
     return Path(root)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the lists that tests record as properties "... the contract": also where workers ran them."""
+    for report in terminalreporter.getreports("passed"):
+        for title, lines in report.user_properties:
+            if title.endswith("the contract"):
+                terminalreporter.section(f"{len(lines)} {title}")
+                terminalreporter.write_line("\n".join(lines))

@@ -25,8 +25,6 @@ OPERATIONS = [
         exempt={
             "module": "it wraps a net: there is no function of tensors to compare with",
             "compile": "a hook comes and goes at each call; compile the net, and tap the compiled one",
-            "half": "all arithmetic is the net's, in the net's precision",
-            "autocast": "all arithmetic is the net's, which autocast rightly casts down",
             "shape_errors": "the net looks at its inputs, not the tap",
         },
     ),

@@ -82,9 +82,6 @@ def _darken(images: Tensor) -> Tensor:
 NO_MODULE = {"module": "a pure function without state; ClassMix and CrossDomainMix are the Modules that use it"}
 DRAWS = {"kind": "draw", "grad": (), "output": "other"}
 MAPS = {"kind": "map", "exempt": NO_MODULE}
-WRITTEN_OUT = {
-    "shape_errors": "the parts, written out, name their own arguments; the Module has tests of its own"
-}
 ANY_SIZE = {**NO_MODULE, "shape_errors.size": "only statistics of the style are used: it may have any size"}
 
 OPERATIONS = [
@@ -145,7 +142,6 @@ OPERATIONS = [
         kind="draw",
         grad=(0, 1),
         output=("images", "labels", "weight", "mask"),
-        exempt=WRITTEN_OUT,
     ),
     Operation(
         "ClassMix[candidates]",
@@ -164,7 +160,6 @@ OPERATIONS = [
         kind="draw",
         grad=(0, 1),
         output=("images", "labels", "weight", "mask"),
-        exempt=WRITTEN_OUT,
     ),
     Operation(
         "target_paste",
@@ -187,7 +182,7 @@ OPERATIONS = [
     Operation(
         "CrossDomainMix",
         lambda s: Call(
-            (s.images(), s.labels(), s.images()),
+            (s.images(), s.labels(), s.tag(s.normal(s.n, 3, s.h // 2, s.w // 2), "images")),
             {},
             {"num_classes": s.c, "translate": udakit.color_transfer, "augment": _darken, "blend": 0.4},
         ),
@@ -196,7 +191,6 @@ OPERATIONS = [
         kind="draw",
         grad=(),
         output=("images", "mask"),
-        exempt=WRITTEN_OUT,
     ),
     Operation(
         "boundary_band",

@@ -55,7 +55,6 @@ OPERATIONS = [
             "module": "it has no state, and is called once",
             "fake_tensors": HOST,
             "no_device_copy": HOST,
-            "compile": HOST,
             "shape_errors.axes": "a label map of any shape is counted",
         },
     ),

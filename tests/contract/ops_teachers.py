@@ -62,9 +62,7 @@ STATE: dict[str, Any] = {
 }
 NET = {
     "module": "it wraps a net: there is no function of tensors to compare with",
-    "half": "its last output is a half-precision net's, rounded at every layer",
     "autocast": "its last output is a net's, which autocast rightly casts down",
-    "extreme_values": "its last output is a net's, which has no bound",
     "shape_errors": "its arguments are nets, not tensors of a fixed shape",
 }
 

@@ -1,12 +1,21 @@
 """Every check of `checks.py` over every operation of the registry, as test_<check>[operation]."""
 
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+import udakit
 from contract import checks
-from contract.registry import CHECKS, PARTS, Operation, all_operations
+from contract.registry import CHECKS, PARTS, Operation, Sample, all_operations
+
+
+def _base(op: Operation) -> str:
+    """The public name: entries of one name are told apart as "name[variant]"."""
+    return op.name.partition("[")[0]
+
 
 every_operation = pytest.mark.parametrize("op", all_operations(), ids=lambda op: op.name)
 
@@ -46,9 +55,36 @@ def test_entry(op: Operation) -> None:
         assert role is not None or not isinstance(x, torch.Tensor), f"tensor {i} has no role: Sample.tag(x, role)"
 
 
-def test_exemptions(capsys: pytest.CaptureFixture[str]) -> None:
-    """Print what is exempt and why, so that it can be read in one place."""
+def test_exemptions(record_property: Callable[[str, object], None]) -> None:
+    """What is exempt and why: the run's summary prints it, so that it can be read in one place (see conftest.py)."""
     lines = [f"{op.name}: {check}: {why}" for op in all_operations() for check, why in sorted(op.exempt.items())]
-    with capsys.disabled():
-        print(f"\n{len(lines)} exemptions from the contract:", *lines, sep="\n  ")
     assert all(line.split(": ", 2)[2].strip() for line in lines)
+    record_property("exemptions from the contract", lines)
+
+
+EXEMPT = [(op, key) for op in all_operations() for key in sorted(op.exempt) if key != "module"]
+
+
+@pytest.mark.parametrize(("op", "key"), EXEMPT, ids=[f"{op.name}-{key}" for op, key in EXEMPT])
+def test_exemption_is_needed(op: Operation, key: str) -> None:
+    """Without the exemption the check fails; one that passes must be held to it."""
+    strict = replace(op, exempt={k: why for k, why in op.exempt.items() if k != key})
+    with pytest.raises((Exception, pytest.fail.Exception)):
+        getattr(checks, key.partition(".")[0])(checks.as_used(strict))
+
+
+FUNCTIONS = sorted({name for op in all_operations() if inspect.isfunction(getattr(udakit, name := _base(op), None))})
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_examples_use_every_tensor_argument(name: str) -> None:
+    """What no example passes, no check has seen: together, a function's entries pass every tensor that it takes."""
+    signature = inspect.signature(getattr(udakit, name))
+    wanted = {p.name for p in signature.parameters.values() if "Tensor" in str(p.annotation)}
+    for op in all_operations():
+        if _base(op) == name:
+            call = op.example(Sample())
+            given = {**call.tensors, **call.options}
+            given |= dict(zip(signature.parameters, call.args, strict=False))
+            wanted -= {key for key, value in given.items() if value is not None}
+    assert not wanted, f"no entry of {name} passes {sorted(wanted)}"
