@@ -1,5 +1,10 @@
 """Entries of udakit.losses, but for the contrastive ones."""
 
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
 import udakit
 from contract.registry import Call, Operation, Sample
 
@@ -44,6 +49,29 @@ def _symmetric_kd_loss(s: Sample) -> Call:
     )
 
 
+def _class_inconsistency(s: Sample) -> Call:
+    return Call((s.logits(), s.logits()), {"valid": s.valid()})
+
+
+def _inconsistency_loss(s: Sample) -> Call:
+    return Call((s.logits(), s.logits(), s.class_values()), {"valid": s.valid()}, {"weight_temperature": 0.5})
+
+
+def _inconsistency_module(s: Sample) -> Call:
+    return Call((s.logits(), s.logits()), {"valid": s.valid()}, {"num_classes": s.c, "momentum": 0.5})
+
+
+def _build_inconsistency(call: Call) -> Callable[..., Any]:
+    return udakit.InconsistencyLoss(**call.options)
+
+
+def _use_inconsistency(student: Tensor, teacher: Tensor, valid: Tensor, **options: Any) -> Tensor:
+    with student.device:
+        criterion = udakit.InconsistencyLoss(**options)
+    loss: Tensor = criterion(student, teacher, valid=valid)
+    return loss
+
+
 OPERATIONS = [
     Operation(
         "cross_entropy",
@@ -80,5 +108,27 @@ OPERATIONS = [
         covers=("SymmetricKDLoss",),
         grad=(0, 1),
         inductor=True,
+    ),
+    Operation(
+        "class_inconsistency",
+        _class_inconsistency,
+        udakit.class_inconsistency,
+        kind="map",
+        grad=(),
+        output="class_values",
+        exempt={"module": "InconsistencyLoss is its stateful form"},
+    ),
+    Operation(
+        "inconsistency_loss",
+        _inconsistency_loss,
+        udakit.inconsistency_loss,
+        exempt={"module": "InconsistencyLoss measures the inconsistency itself: an entry of its own"},
+    ),
+    Operation(
+        "InconsistencyLoss",
+        _inconsistency_module,
+        _use_inconsistency,
+        udakit.InconsistencyLoss,
+        build=_build_inconsistency,
     ),
 ]

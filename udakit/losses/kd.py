@@ -83,24 +83,7 @@ def kd_loss(
         torch.Size([2, 5, 8, 8])
     """
     _check_options(temperature, divergence, teacher_kind, resize, reduction)
-    check_float("student_logits", student_logits, 4, "(N, C, H, W)")
-    check_float("teacher_logits", teacher_logits, 4, "(N, C, H, W)")
-    if student_logits.shape[:2] != teacher_logits.shape[:2]:
-        raise ValueError(
-            f"Expected `teacher_logits` to have the N and C of `student_logits` {shape_of(student_logits)}, "
-            f"but got {shape_of(teacher_logits)}."
-        )
-    student, teacher = upcast(student_logits), upcast(teacher_logits.detach())
-    if student.shape[2:] != teacher.shape[2:]:
-        if resize == "error":
-            raise ValueError(
-                f"Expected `teacher_logits` to have the size of `student_logits` {shape_of(student_logits)}, "
-                f'but got {shape_of(teacher_logits)}. Pass resize="student" or resize="teacher" to interpolate.'
-            )
-        if resize == "student":
-            teacher = F.interpolate(teacher, student.shape[2:], mode="bilinear", align_corners=False)
-        else:
-            student = F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False)
+    student, teacher = match_logits(student_logits, teacher_logits, resize)
     if valid is not None:
         check_mask_like(valid, student, reference_name="student_logits")
     if pixel_weight is not None:
@@ -111,6 +94,28 @@ def kd_loss(
     if divergence == "kl":
         loss = loss + torch.special.xlogy(target, target).sum(dim=1)
     return reduce_pixels(temperature**2 * loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+
+
+def match_logits(student_logits: Tensor, teacher_logits: Tensor, resize: str) -> tuple[Tensor, Tensor]:
+    """Both maps in float32 at least, checked and of one size, the teacher detached."""
+    check_float("student_logits", student_logits, 4, "(N, C, H, W)")
+    check_float("teacher_logits", teacher_logits, 4, "(N, C, H, W)")
+    if student_logits.shape[:2] != teacher_logits.shape[:2]:
+        raise ValueError(
+            f"Expected `teacher_logits` to have the N and C of `student_logits` {shape_of(student_logits)}, "
+            f"but got {shape_of(teacher_logits)}."
+        )
+    student, teacher = upcast(student_logits), upcast(teacher_logits.detach())
+    if student.shape[2:] == teacher.shape[2:]:
+        return student, teacher
+    if resize == "error":
+        raise ValueError(
+            f"Expected `teacher_logits` to have the size of `student_logits` {shape_of(student_logits)}, "
+            f'but got {shape_of(teacher_logits)}. Pass resize="student" or resize="teacher" to interpolate.'
+        )
+    if resize == "student":
+        return student, F.interpolate(teacher, student.shape[2:], mode="bilinear", align_corners=False)
+    return F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False), teacher
 
 
 def _soften(teacher: Tensor, temperature: float, kind: str) -> Tensor:

@@ -1,0 +1,305 @@
+"""Class inconsistency between a student and a teacher, and distillation weighted by it (after DUDA)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from udakit._checks import check_float, check_mask_like, check_option, check_range, shape_of
+from udakit._reduce import check_reduction, upcast
+from udakit._state import FullPrecisionState, gather_ranks
+from udakit.losses.kd import Resize, TeacherKind, kd_loss, match_logits
+
+WeightFn = Callable[[Tensor], Tensor]
+
+
+def class_inconsistency(
+    student_logits: Float[Tensor, "n c h w"],
+    teacher_logits: Float[Tensor, "n c h2 w2"],
+    *,
+    resize: Resize = "error",
+    valid: Bool[Tensor, "n h w"] | None = None,
+) -> Float[Tensor, "c"]:
+    r"""How much student and teacher disagree on each class.
+
+    $$d_c = 1 - \frac{|\{\arg\max s = c\} \cap \{\arg\max t = c\}|}{|\{\arg\max s = c\} \cup \{\arg\max t = c\}|}$$
+
+    **Convention.** Counted over the `valid` pixels of the whole batch; 0 for a class that neither map has. No gradient.
+
+    **Source.** Our reading of DUDA (WACV 2026), whose exact definition is not public to us.
+
+    Args:
+        student_logits: logits or probabilities; only the arg-max matters.
+        teacher_logits: likewise, of the teacher.
+        resize: whose (H, W) both take, bilinear, when they differ: "student", "teacher", or "error" to refuse.
+        valid: True where a pixel counts, at the size after `resize`.
+
+    Returns:
+        (C,) in [0, 1], float32.
+
+    Raises:
+        TypeError: tensors that are not float, or a `valid` that is not bool.
+        ValueError: unlike shapes, or an unknown `resize`.
+
+    Example:
+        >>> import torch
+        >>> student = torch.eye(3)[[0, 0, 1]].T.reshape(1, 3, 1, 3)
+        >>> teacher = torch.eye(3)[[0, 1, 1]].T.reshape(1, 3, 1, 3)
+        >>> class_inconsistency(student, teacher)
+        tensor([0.5000, 0.5000, 0.0000])
+    """
+    check_option("resize", resize, get_args(Resize))
+    student, teacher = match_logits(student_logits.detach(), teacher_logits, resize)
+    if valid is not None:
+        check_mask_like(valid, student, reference_name="student_logits")
+    return _ratio(*_overlap(student, teacher, valid).float())
+
+
+def _overlap(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+    """Pixels in the intersection and in the union of the two maps of each class: (2, C) int64."""
+    c = student.shape[1]
+    ours, theirs = student.argmax(dim=1), teacher.argmax(dim=1)
+    counted = torch.ones_like(ours, dtype=torch.bool) if valid is None else valid
+    # Each pixel votes for a class, or for one bin more that is dropped; integers, so the order of the sum is no matter.
+    votes = torch.stack(
+        [torch.where(counted & keep, x, c) for x, keep in ((ours, ours == theirs), (ours, counted), (theirs, counted))]
+    )
+    votes = votes.flatten(1)
+    counts = torch.zeros(3, c + 1, dtype=torch.int64, device=votes.device)
+    both, a, b = counts.scatter_add(1, votes, torch.ones_like(votes))[:, :c]
+    return torch.stack([both, a + b - both])
+
+
+def _ratio(intersection: Tensor, union: Tensor) -> Tensor:
+    return torch.where(union > 0, 1 - intersection / torch.where(union > 0, union, 1), 0)
+
+
+def inconsistency_loss(
+    student_logits: Float[Tensor, "n c h w"],
+    teacher_logits: Float[Tensor, "n c h2 w2"],
+    inconsistency: Float[Tensor, "c"],
+    *,
+    weight_range: tuple[float, float] = (0.5, 2.0),
+    weight_temperature: float = 1.0,
+    temperature: float = 1.0,
+    weight_fn: WeightFn | None = None,
+    teacher_kind: TeacherKind = "logits",
+    resize: Resize = "error",
+    valid: Bool[Tensor, "n h w"] | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+    r"""Distillation in which a pixel weighs by the inconsistency of the teacher's class there.
+
+    $$\ell_p = \frac{w_{k(p)}}{\bar w}\, \mathrm{kd}_p, \qquad
+    w = \operatorname{clip}\!\left(C \operatorname{softmax}(d / \tau),\ \text{weight\_range}\right), \qquad
+    k(p) = \arg\max_c t_p$$
+
+    **Convention.** `kd_loss` with a pixel weight of mean 1 over the valid pixels of the batch: equal inconsistency
+    everywhere gives plain `kd_loss`. Weights and teacher are detached. "mean" divides by the number of `valid` pixels.
+
+    **Source.** The idea is DUDA's (WACV 2026): stress the classes that the small net adapts worst. The formula is
+    ours, since the paper's is not public to us; `weight_fn` replaces it.
+
+    Args:
+        student_logits: the net that learns, before the softmax.
+        teacher_logits: the net that teaches: logits, or probabilities by `teacher_kind`.
+        inconsistency: d of each class, from `class_inconsistency` or its moving average.
+        weight_range: lowest and highest w before it is divided by its mean.
+        weight_temperature: tau > 0; a small one tells the classes further apart.
+        temperature: T of `kd_loss`.
+        weight_fn: d (C,) -> w (C,), finite and not negative, in place of the formula; divided by its mean likewise.
+        teacher_kind: "logits" | "probabilities".
+        resize: whose (H, W) both take, bilinear, when they differ: "student", "teacher", or "error" to refuse.
+        valid: True where a pixel counts, at the size after `resize`.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
+
+    Raises:
+        TypeError: tensors that are not float, or a `valid` that is not bool.
+        ValueError: unlike shapes, or an option out of range.
+
+    Example:
+        >>> import torch
+        >>> student = torch.randn(2, 5, 8, 8, requires_grad=True)
+        >>> teacher = torch.randn(2, 5, 8, 8)
+        >>> d = class_inconsistency(student, teacher)
+        >>> inconsistency_loss(student, teacher, d).backward()
+        >>> plain = inconsistency_loss(student, teacher, torch.full((5,), 0.3))
+        >>> bool((plain - kd_loss(student, teacher)).abs() < 1e-5)
+        True
+    """
+    _check_options(weight_range, weight_temperature, temperature, teacher_kind, resize, reduction)
+    student, teacher = match_logits(student_logits, teacher_logits, resize)
+    check_float("inconsistency", inconsistency, 1, "(C,)")
+    if inconsistency.shape[0] != student.shape[1]:
+        raise ValueError(
+            f"Expected `inconsistency` to be (C,) matching `student_logits` {shape_of(student_logits)}, "
+            f"but got {shape_of(inconsistency)}."
+        )
+    if valid is not None:
+        check_mask_like(valid, student, reference_name="student_logits")
+    d = upcast(inconsistency.detach())
+    w = (weight_fn or _default_weight(weight_range, weight_temperature))(d).detach()
+    pixel_weight = w[teacher.argmax(dim=1)]
+    counted = torch.ones_like(pixel_weight) if valid is None else valid.to(pixel_weight.dtype)
+    mean = (pixel_weight * counted).sum() / counted.sum().clamp_min(1)
+    pixel_weight = pixel_weight / torch.where(mean > 0, mean, 1)
+    return kd_loss(
+        student,
+        teacher,
+        temperature=temperature,
+        teacher_kind=teacher_kind,
+        valid=valid,
+        pixel_weight=pixel_weight,
+        reduction=reduction,
+    )
+
+
+def _default_weight(weight_range: tuple[float, float], weight_temperature: float) -> WeightFn:
+    return lambda d: (d.shape[0] * torch.softmax(d / weight_temperature, dim=0)).clamp(*weight_range)
+
+
+def _check_options(
+    weight_range: tuple[float, float],
+    weight_temperature: float,
+    temperature: float,
+    teacher_kind: str,
+    resize: str,
+    reduction: str,
+) -> None:
+    if len(weight_range) != 2 or not 0 <= weight_range[0] <= weight_range[1]:
+        raise ValueError(f"Expected `weight_range` to be (low, high) with 0 <= low <= high, but got {weight_range!r}.")
+    check_range("weight_temperature", weight_temperature, 0.0, open_low=True)
+    check_range("temperature", temperature, 0.0, open_low=True)
+    check_option("teacher_kind", teacher_kind, get_args(TeacherKind))
+    check_option("resize", resize, get_args(Resize))
+    check_reduction(reduction)
+
+
+class InconsistencyLoss(FullPrecisionState):
+    """[`inconsistency_loss`][udakit.losses.inconsistency_loss] that measures the inconsistency itself.
+
+    **Convention.** In training mode every call first moves `intersection` and `union` (C,), moving averages of the
+    pixel counts of the batches, and then weighs by their ratio; in eval mode it weighs only. Both averages start at 0,
+    which their ratio does not see. A class that no batch has keeps its inconsistency.
+
+    Args:
+        num_classes: C.
+        momentum: share of the old average that is kept at each call, in [0, 1).
+        sync: add the ranks' pixel counts, gathered as integers; every rank must make the call.
+        weight_range: as in the function, like all further options.
+        weight_temperature: tau.
+        temperature: T.
+        weight_fn: in place of the formula of the weight.
+        teacher_kind: "logits" | "probabilities".
+        resize: "error" | "student" | "teacher".
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Example:
+        >>> import torch
+        >>> criterion = InconsistencyLoss(3)
+        >>> student = torch.randn(1, 3, 4, 4, requires_grad=True)
+        >>> criterion(student, student.detach()).backward()
+        >>> criterion.inconsistency
+        tensor([0., 0., 0.])
+    """
+
+    intersection: Tensor
+    union: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        momentum: float = 0.99,
+        sync: bool = False,
+        weight_range: tuple[float, float] = (0.5, 2.0),
+        weight_temperature: float = 1.0,
+        temperature: float = 1.0,
+        weight_fn: WeightFn | None = None,
+        teacher_kind: TeacherKind = "logits",
+        resize: Resize = "error",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        check_range("num_classes", num_classes, 1)
+        check_range("momentum", momentum, 0.0, 1.0, open_high=True)
+        _check_options(weight_range, weight_temperature, temperature, teacher_kind, resize, reduction)
+        self.register_buffer("intersection", torch.zeros(num_classes))
+        self.register_buffer("union", torch.zeros(num_classes))
+        self.momentum = momentum
+        self.sync = sync
+        self.weight_range = weight_range
+        self.weight_temperature = weight_temperature
+        self.temperature = temperature
+        self.weight_fn = weight_fn
+        self.teacher_kind: TeacherKind = teacher_kind
+        self.resize: Resize = resize
+        self.reduction = reduction
+
+    @property
+    def inconsistency(self) -> Float[Tensor, "c"]:
+        """The inconsistency of each class so far, in [0, 1]."""
+        return _ratio(self.intersection, self.union)
+
+    @torch.no_grad()
+    def update(
+        self,
+        student_logits: Float[Tensor, "n c h w"],
+        teacher_logits: Float[Tensor, "n c h2 w2"],
+        *,
+        valid: Bool[Tensor, "n h w"] | None = None,
+    ) -> None:
+        """Move the averages by one batch; training mode does it at every call."""
+        student, teacher = match_logits(student_logits, teacher_logits, self.resize)
+        if student.shape[1] != self.union.shape[0]:
+            raise ValueError(
+                f"Expected `student_logits` to have {self.union.shape[0]} classes, but got {shape_of(student_logits)}."
+            )
+        if valid is not None:
+            check_mask_like(valid, student, reference_name="student_logits")
+        counts = _overlap(student, teacher, valid)
+        if self.sync:
+            counts = gather_ranks(counts).sum(dim=0)
+        for average, count in zip((self.intersection, self.union), counts.to(self.union.dtype), strict=True):
+            average.copy_(self.momentum * average + (1 - self.momentum) * count)
+
+    def forward(
+        self,
+        student_logits: Float[Tensor, "n c h w"],
+        teacher_logits: Float[Tensor, "n c h2 w2"],
+        *,
+        valid: Bool[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Move the averages (training mode), then apply the function with them."""
+        if self.training:
+            self.update(student_logits, teacher_logits, valid=valid)
+        return inconsistency_loss(
+            student_logits,
+            teacher_logits,
+            self.inconsistency,
+            weight_range=self.weight_range,
+            weight_temperature=self.weight_temperature,
+            temperature=self.temperature,
+            weight_fn=self.weight_fn,
+            teacher_kind=self.teacher_kind,
+            resize=self.resize,
+            valid=valid,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        weight = "" if self.weight_fn is None else f"weight_fn={getattr(self.weight_fn, '__name__', 'custom')}, "
+        return (
+            f"num_classes={self.union.shape[0]}, momentum={self.momentum}, sync={self.sync}, "
+            f"weight_range={self.weight_range}, weight_temperature={self.weight_temperature}, "
+            f"temperature={self.temperature}, {weight}teacher_kind={self.teacher_kind!r}, resize={self.resize!r}, "
+            f"reduction={self.reduction!r}"
+        )
