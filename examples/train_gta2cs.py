@@ -95,6 +95,7 @@ class Config:
     net: NetConfig = field(default_factory=NetConfig)
     stages: list[Stage] = field(default_factory=list)
     batch_size: int = 4  # images of each domain per process
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd with momentum 0.9
     head_multiplier: float = 1.0  # learning rate of what is not the encoder, relative (DAFormer: 10)
     weight_decay: float = 0.01
     seed: int = 0
@@ -143,11 +144,14 @@ def train_stage(
 
     recipe = RECIPES[stage.recipe].build(student, len(classes.names), stage.options, make_net, previous)
     recipe = recipe.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(
-        param_groups(recipe.student, lr=stage.lr, head_multiplier=config.head_multiplier)
-        + recipe.extra_param_groups(stage.lr),
-        weight_decay=config.weight_decay,
-    )
+    groups = [
+        *param_groups(recipe.student, lr=stage.lr, head_multiplier=config.head_multiplier),
+        *recipe.extra_param_groups(stage.lr),
+    ]
+    if config.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
 
     # Resume: nothing but the step is needed to know what data and draws come next.
@@ -211,6 +215,9 @@ def train_stage(
             if done == steps or (config.eval_every and done % config.eval_every == 0):
                 scores = {name: evaluate_net(config, net, pair, device) for name, net in recipe.nets().items()}
                 first = next(iter(scores.values()))
+                if accelerator.is_main_process:
+                    found = ", ".join(f"{name} {score.miou:.1f}" for name, score in scores.items())
+                    progress.console.print(f"{stage.recipe}, step {done} of {steps}: mIoU on target {found}")
                 history["scores"].append(
                     {"step": done, "miou": first.miou, "nets": {n: s.to_json() for n, s in scores.items()}}
                 )

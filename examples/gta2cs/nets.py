@@ -78,6 +78,11 @@ class SegNet(nn.Module):
         logits = F.interpolate(logits, padded, mode="bilinear", align_corners=False)[..., :height, :width]
         return SegOutput(logits, _cut(features, padded, height, width), _cut(stages[-1], padded, height, width))
 
+    @property
+    def feature_dim(self) -> int:
+        """D of `features`, the input channels of the head."""
+        return next(m.in_channels for m in self.head.modules() if isinstance(m, nn.Conv2d))
+
     def encode(self, images: Tensor) -> Tensor:
         """Run the encoder alone and return its last feature map."""
         padded = (_round_up(images.shape[-2], self.stride), _round_up(images.shape[-1], self.stride))

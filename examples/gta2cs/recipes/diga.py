@@ -1,0 +1,162 @@
+"""DiGA (Shen et al., CVPR 2023): distil to generalise, then adapt without thresholds.
+
+Two recipes for two stages. `diga_warmup` trains on labelled source and distils between two renderings of the same
+source image; target is a style there, nothing more. `diga` adapts: the labels of the previous stage's net are kept
+where the nearest class centroid agrees. A second `diga` stage in a config is the paper's second round.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gta2cs.loading import MEAN, STD, Batch
+from gta2cs.recipes.base import Draws, Losses, Shared
+from gta2cs.recipes.self_training import Selection, SelfTraining
+from udakit import (
+    BilateralConsensus,
+    ClassPrototypes,
+    SegBatch,
+    class_mask,
+    class_mix,
+    color_transfer,
+    cross_domain_mix,
+    cross_entropy,
+    fourier_transfer,
+    histogram_transfer,
+    resize_labels,
+    symmetric_kd_loss,
+)
+
+TRANSLATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "color": lambda source, target: color_transfer(source, target, mean=MEAN, std=STD),
+    "fourier": lambda source, target: fourier_transfer(source, target, beta=0.01),
+    "histogram": lambda source, target: histogram_transfer(source, target),
+    "none": lambda source, target: source,
+}
+
+
+class DigaWarmup(SelfTraining):
+    """Cross-entropy on source, symmetric distillation between the source image and its CrDoMix rendering."""
+
+    @dataclass
+    class Options(SelfTraining.Options):
+        """Options of the recipe."""
+
+        skd: float = 0.5  # GTA5; SYNTHIA: 0.25
+        reverse_weight: float = 0.5  # of the direction whose teacher saw the mixed view
+        blend: float = 0.4  # of the strongly augmented image in the augmented rendering
+        translate: Literal["color", "fourier", "histogram", "none"] = "fourier"
+
+    def forward(self, batch: Batch, draws: Draws) -> Losses:
+        """Return the losses of one step."""
+        clean, mixed = self.student_views(batch, draws)
+        terms = {"source": cross_entropy(clean.logits, batch.source_labels), "skd": self.distil(clean, mixed)}
+        return Losses(terms)
+
+    def student_views(self, batch: Batch, draws: Draws) -> tuple[Any, Any]:
+        """Student outputs on the clean source images and on their CrDoMix rendering; the teacher sees the same two."""
+        self.views = (batch.source_images, self.crdomix(batch, draws))
+        return self.both(*self.views)
+
+    def crdomix(self, batch: Batch, draws: Draws) -> Tensor:
+        """Half of the classes from an augmented rendering, the rest in the style of target: the layout stays."""
+        images, blend = batch.source_images, self.options.blend
+        augmented = blend * self.augment(images, draws) + (1 - blend) * images
+        translated = TRANSLATORS[self.options.translate](images, batch.target_images)
+        chosen = self.draw_classes(batch.source_labels, draws, rounding="down")
+        return cross_domain_mix(augmented, translated, class_mask(batch.source_labels, chosen, paste_ignore=True))
+
+    def distil(self, clean: Any, mixed: Any) -> Tensor:
+        """Symmetric distillation; the teacher's outputs are kept for the prototypes."""
+        with torch.no_grad():
+            self.teacher_views = self.teacher(self.views[0]), self.teacher(self.views[1])
+        options = self.options
+        return options.skd * symmetric_kd_loss(
+            clean.logits,
+            mixed.logits,
+            self.teacher_views[0].logits,
+            self.teacher_views[1].logits,
+            reverse_weight=options.reverse_weight,
+        )
+
+
+class Diga(DigaWarmup):
+    """Self-training on labels that classifier and nearest centroid agree on, with the distillation still on."""
+
+    @dataclass
+    class Options(DigaWarmup.Options):
+        """Options of the recipe."""
+
+        skd: float = 0.25
+        blend: float = 0.3
+        mix_weight: float = 1.0
+        prototype_momentum: float = 1e-2  # the paper: 1e-4 over 80k steps
+
+    def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
+        super().__init__(student, num_classes, options)
+        # The net of the previous stage labels the target images, with the statistics of each target batch.
+        self.labeller = copy.deepcopy(student).requires_grad_(False)
+        self.prototypes = ClassPrototypes(num_classes, student.feature_dim, momentum=options.prototype_momentum)
+        self.consensus = BilateralConsensus(self.prototypes)
+
+    def prepare(self, target_images: Iterable[Tensor]) -> None:
+        """Class centroids of target: the mean over one pass with the labeller, of what it predicts."""
+        mean = ClassPrototypes(self.num_classes, self.student.feature_dim, mode="mean").to(
+            self.prototypes.counts.device
+        )
+        with torch.no_grad():
+            for images in target_images:
+                output = self.labeller(images)
+                mean.update(output.features, self._small(output.logits.argmax(1), output.features))
+        self.prototypes.set_(mean.prototypes, mean.counts)
+
+    def forward(self, batch: Batch, draws: Draws) -> Losses:
+        """Return the losses of one step."""
+        source = SegBatch(batch.source_images, batch.source_labels)
+
+        # 1. The labeller's classes, kept where the nearest centroid of the teacher's features agrees.
+        with torch.no_grad():
+            labelled = self.labeller(batch.target_images).logits
+            teacher_target = self.teacher(batch.target_images)
+            pseudo = self.consensus(labelled, teacher_target.features, valid=self.valid_rows(labelled))
+
+        # 2. Source classes onto target, and both renderings of source, through the student.
+        chosen = self.draw_classes(source.labels, draws, rounding="down")
+        mask = class_mask(source.labels, chosen, paste_ignore=True)
+        target = SegBatch(batch.target_images, pseudo.labels)
+        mixed = class_mix(source, target._replace(images=self.augment(target.images, draws)), mask)
+        clean, crdomix = self.student_views(batch, draws)
+        on_mixed = self.student(mixed.images)
+
+        terms = {
+            "source": cross_entropy(clean.logits, source.labels),
+            "mix": self.options.mix_weight * cross_entropy(on_mixed.logits, mixed.labels, reduction="mean_all"),
+            "skd": self.distil(clean, crdomix),
+        }
+
+        # 3. The centroids follow the teacher: on target, and on the rendering of source.
+        self._follow(teacher_target, pseudo.labels)
+        self._follow(self.teacher_views[1], source.labels)
+        shared = Shared(source, mixed, batch.target_images, teacher_target.logits)
+        return Losses(terms, Selection.of(labelled, pseudo.labels, pseudo.weight), shared)
+
+    def train(self, mode: bool = True) -> Diga:
+        """The labeller runs like the teacher."""
+        super().train(mode)
+        self.labeller.train(mode and self.options.teacher_mode != "eval")
+        return self
+
+    def _follow(self, teacher: Any, labels: Tensor) -> None:
+        """Update the centroids on the pixels where the teacher's arg-max agrees with the label."""
+        agreed = labels.where(teacher.logits.argmax(1) == labels, 255)
+        self.prototypes.update(teacher.features, self._small(agreed, teacher.features))
+
+    @staticmethod
+    def _small(labels: Tensor, features: Tensor) -> Tensor:
+        return resize_labels(labels, features.shape[-2:])
