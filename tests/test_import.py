@@ -36,11 +36,9 @@ def test_import_leaves_torch_as_it_was() -> None:
 
 @pytest.mark.slow
 def test_import_is_quick() -> None:
-    """At most 0.35 s over torch (and its dynamo-free imports); the least of several, as another job may disturb."""
-    code = "import time, torch; t = time.perf_counter(); import udakit; print(time.perf_counter() - t)"
+    """At most 0.35 s over torch: processor time, the least of several runs, since other jobs may share the machine."""
+    code = "import time, torch; t = time.process_time(); import udakit; print(time.process_time() - t)"
     seconds = []
-    for _ in range(7):
+    while len(seconds) < 7 and min(seconds, default=1.0) > 0.35:
         seconds.append(float(_python(code)))
-        if seconds[-1] <= 0.35:
-            return
-    pytest.fail(f"import udakit costs {min(seconds):.2f} s over import torch, more than 0.35 s")
+    assert min(seconds) <= 0.35, f"import udakit costs {min(seconds):.2f} s over import torch"
