@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from gta2cs.toy import CLASSES, IGNORE, PALETTE, render
+from gta2cs.toy import CAMERA, CLASSES, IGNORE, PALETTE, render
 
 DOMAINS = ("game", "camera")
 
@@ -72,12 +72,19 @@ def test_the_domains_differ_and_overlap():
 
 
 def test_road_and_sidewalk_move_towards_each_other():
-    def lightness(domain, index):
+    def road_over_sidewalk(domain):
         images, labels = scenes(domain)
-        return images.mean(axis=-1)[labels == index].mean()
+        grey = images.mean(axis=-1)
+        return grey[labels == CLASSES.index("road")].mean() / grey[labels == CLASSES.index("sidewalk")].mean()
 
-    assert lightness("game", 0) < 0.7 * lightness("game", 1)
-    assert lightness("camera", 0) > 0.6 * lightness("camera", 1)
+    assert road_over_sidewalk("game") < 0.6
+    assert road_over_sidewalk("camera") > 1.3 * road_over_sidewalk("game")
+
+
+def test_the_far_end_of_the_camera_world_swaps_road_and_sidewalk():
+    grey = CAMERA.colours.mean(axis=(1, 2))
+    assert grey[CLASSES.index("road")] > 1.3 * grey[CLASSES.index("sidewalk")]
+    assert CAMERA.joints[CLASSES.index("road")] > CAMERA.joints[CLASSES.index("sidewalk")]
 
 
 def test_unknown_domain():

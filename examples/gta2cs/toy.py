@@ -16,7 +16,7 @@ so that only shape and layout tell them apart.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Literal
@@ -238,6 +238,9 @@ class Canvas:
         self.paint(cls, colour, [(x + dx, y, z) for dx, y in outline], FRONT, z, glow)
 
 
+Painter = Callable[[Canvas, float, float, int], None]  # canvas, x, z, side of the street that it faces
+
+
 def _disc(x: float, y: float, rx: float, ry: float) -> Outline:
     return [(x + rx * np.cos(a), y + ry * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 14, endpoint=False)]
 
@@ -276,9 +279,9 @@ def lay_out(canvas: Canvas) -> None:
     for side in (-1, 1):
         _paint_lots(canvas, side, middle + side * (kerb + verge), side_street)
 
-    things = []  # (z, x, painter)
+    things: list[tuple[float, float, Painter]] = []  # (z, x, painter)
 
-    def place(mean: float, near: float, far: float, x0: float, x1: float, painter) -> None:
+    def place(mean: float, near: float, far: float, x0: float, x1: float, painter: Painter) -> None:
         for _ in range(rng.poisson(mean)):
             things.append((rng.uniform(near, far), middle + rng.choice([-1, 1]) * rng.uniform(x0, x1), painter))
 
