@@ -6,6 +6,7 @@ from udakit.losses.feature_distance import FeatureDistanceLoss, feature_distance
 from udakit.losses.inconsistency import InconsistencyLoss, class_inconsistency, inconsistency_loss
 from udakit.losses.kd import KDLoss, kd_loss
 from udakit.losses.max_square import MaxSquareLoss, max_square_loss
+from udakit.losses.pixel_contrast import PixelContrastLoss, pixel_contrast_loss
 from udakit.losses.symmetric_cross_entropy import SymmetricCrossEntropyLoss, symmetric_cross_entropy
 from udakit.losses.symmetric_kd import SymmetricKDLoss, symmetric_kd_loss
 
@@ -16,6 +17,7 @@ __all__ = [
     "InconsistencyLoss",
     "KDLoss",
     "MaxSquareLoss",
+    "PixelContrastLoss",
     "SymmetricCrossEntropyLoss",
     "SymmetricKDLoss",
     "class_inconsistency",
@@ -25,6 +27,7 @@ __all__ = [
     "inconsistency_loss",
     "kd_loss",
     "max_square_loss",
+    "pixel_contrast_loss",
     "symmetric_cross_entropy",
     "symmetric_kd_loss",
 ]

@@ -1,0 +1,132 @@
+"""Blockwise InfoNCE of rows against each other, as an operator pair that compilers and fake tensors see as one node.
+
+The similarity matrix S = z' z / temperature is symmetric, so each block above the diagonal serves its rows and its
+columns. The forward pass keeps the log-sum-exp of each row; the backward pass computes the blocks again:
+dL/dS_ij = g_i (exp(S_ij - lse_i) - [j is i's partner]), and dL/dz = z (dL/dS + its transpose) / temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from udakit._reduce import full_precision
+
+
+def infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) -> Tensor:
+    """InfoNCE of each column of z (n, d, 2m); columns i and i + m are partners. Invalid ones give 0: (n, 2m)."""
+    loss: Tensor = torch.ops.udakit.infonce(z, valid, temperature, block)[0]
+    return loss
+
+
+def _infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) -> tuple[Tensor, Tensor]:
+    n, _, count = z.shape
+    lse = z.new_full((n, count), float("-inf"))
+    loss = z.new_zeros(n, count)
+    with full_precision(z):
+        for k in range(n):
+            for rows, cols, s, scratch in _blocks(z[k], None if valid is None else valid[k], temperature, block):
+                if cols.start == rows.start + count // 2:
+                    loss[k, rows] = s.diagonal()
+                    loss[k, cols] = s.diagonal()
+                _add_log_sum_exp(lse[k, rows], s, 1, scratch)
+                if rows != cols:
+                    _add_log_sum_exp(lse[k, cols], s, 0, s)
+    loss = lse - loss
+    if valid is not None:
+        loss = torch.where(valid, loss, 0)
+        lse = torch.where(valid, lse, float("inf"))  # exp(S - lse) is 0 there
+    return loss, lse
+
+
+def _infonce_backward(
+    grad: Tensor, z: Tensor, valid: Tensor | None, lse: Tensor, temperature: float, block: int
+) -> Tensor:
+    n, _, count = z.shape
+    result = torch.zeros_like(z, memory_format=torch.contiguous_format)
+    if valid is not None:
+        grad = torch.where(valid, grad, 0)
+    with full_precision(z):
+        scaled = z / temperature
+        for k in range(n):
+            g = grad[k]
+            for rows, cols, s, weight in _blocks(z[k], None if valid is None else valid[k], temperature, block):
+                # A product computed twice may differ by a rounding, which is a lot at 1e30: no share is above 1.
+                torch.sub(s, lse[k, rows, None], out=weight).clamp_max_(0).exp_().mul_(g[rows, None])
+                weight += s.sub_(lse[k, cols]).clamp_max_(0).exp_().mul_(g[cols])
+                if cols.start == rows.start + count // 2:
+                    weight.diagonal().sub_(g[rows] + g[cols])
+                result[k, :, rows].addmm_(scaled[k, :, cols], weight.T)
+                if rows != cols:
+                    result[k, :, cols].addmm_(scaled[k, :, rows], weight)
+    return result
+
+
+def _blocks(
+    z: Tensor, valid: Tensor | None, temperature: float, block: int
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Blocks of S on and above the diagonal, -inf where a pair does not count: (rows, columns, S, scratch of its size).
+
+    Both views are cut alike, so that the partners of a block's rows are on the diagonal of one other block.
+    """
+    m = z.shape[1] // 2
+    block = min(block, max(m, 1))
+    parts = [slice(start, min(start + block, v * m + m)) for v in (0, 1) for start in range(v * m, v * m + m, block)]
+    left = (z / temperature).T.contiguous()
+    buffers = z.new_empty(2, block * block)
+    bias = None if valid is None else torch.zeros_like(z[0]).masked_fill_(~valid, float("-inf"))
+    for a, rows in enumerate(parts):
+        for cols in parts[a:]:
+            shape = rows.stop - rows.start, cols.stop - cols.start
+            s, scratch = (x[: shape[0] * shape[1]].view(shape) for x in buffers)
+            torch.mm(left[rows], z[:, cols], out=s)
+            if bias is not None:
+                s.add_(bias[rows, None]).add_(bias[cols])
+            if rows == cols:
+                s.fill_diagonal_(float("-inf"))
+            yield rows, cols, s, scratch
+
+
+def _add_log_sum_exp(lse: Tensor, s: Tensor, dim: int, scratch: Tensor) -> None:
+    """Add exp(s), summed over `dim`, to a running log-sum-exp."""
+    top = s.amax(dim, keepdim=True).clamp_min_(torch.finfo(s.dtype).min)  # -inf - -inf is NaN
+    total = torch.sub(s, top, out=scratch).exp_().sum(dim).log_().add_(top.squeeze(dim))
+    torch.logaddexp(lse, total, out=lse)
+
+
+def _fake(z: Tensor, valid: Tensor | None, temperature: float, block: int) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape[0], z.shape[2]), z.new_empty(z.shape[0], z.shape[2])
+
+
+def _fake_backward(grad: Tensor, z: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    z, valid, ctx.temperature, ctx.block = inputs
+    ctx.save_for_backward(z, valid, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
+    z, valid, lse = ctx.saved_tensors
+    return torch.ops.udakit.infonce_backward(grad, z, valid, lse, ctx.temperature, ctx.block), None, None, None
+
+
+_op = torch.library.custom_op(
+    "udakit::infonce",
+    _infonce,
+    mutates_args=(),
+    schema="(Tensor z, Tensor? valid, float temperature, int block) -> (Tensor, Tensor)",
+)
+_op.register_fake(_fake)
+_op.register_autograd(_backward, setup_context=_setup_context)
+_op_backward = torch.library.custom_op(
+    "udakit::infonce_backward",
+    _infonce_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor z, Tensor? valid, Tensor lse, float temperature, int block) -> Tensor",
+)
+_op_backward.register_fake(_fake_backward)

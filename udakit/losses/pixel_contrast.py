@@ -1,0 +1,118 @@
+"""Pixel contrast between two views of an image (EHTDI): exact InfoNCE without the matrix of all pairs."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from udakit._checks import check_float, check_mask_like, check_range, check_same_shape
+from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit.losses._infonce import infonce
+
+
+def pixel_contrast_loss(
+    view_a: Float[Tensor, "n d h w"],
+    view_b: Float[Tensor, "n d h w"],
+    *,
+    temperature: float = 0.05,
+    valid: Bool[Tensor, "n h w"] | None = None,
+    chunk_size: int | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n 2 h w"]:
+    r"""InfoNCE over all pixels of both views of each image: the positive is the same pixel in the other view.
+
+    $$\ell_i = -\log \frac{\exp(z_i \cdot z_{i'} / \tau)}{\sum_{j \ne i} \exp(z_i \cdot z_j / \tau)}$$
+
+    i and j run over the 2hw pixels of both views of one image, i' is pixel i in the other view.
+
+    **Convention.** Dot products of the embeddings as given: nothing is normalised. `valid` serves both views: an
+    invalid pixel is neither anchor nor negative. "mean" divides by the number of valid anchors of the batch (two a
+    valid pixel), "mean_all" by all. Both views get gradients: detach one to teach the other only.
+
+    **Source.** EHTDI (Li et al. 2022) on class probabilities, with 1/tau = 20; pixels of the same class are negatives
+    there, too. Its released code divides the sum over the images by the batch size, which is this mean.
+
+    **Cost.** Time (2hw)^2 (D + a few) for each image. Memory beyond a few copies of the embeddings: two blocks of
+    `chunk_size`^2 numbers, 8 MiB in float32 by default, where the dense formula takes several times 16 (hw)^2 bytes.
+    The backward pass computes the blocks again from the log-sum-exps that were kept. It cannot be differentiated twice.
+
+    Args:
+        view_a: embeddings of one view, any D, any stride, |value| up to 1e15 in float32.
+        view_b: embeddings of the other view with the same geometry.
+        temperature: tau > 0, a divisor.
+        valid: True where a pixel counts, at the size of the embeddings.
+        chunk_size: pixels on a side of a block; None means 1024.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 input), or (N, 2, h, w) for "none": the two views' anchors.
+
+    Raises:
+        TypeError: tensors that are not float, or a `valid` that is not bool.
+        ValueError: unlike shapes, or an option out of range.
+
+    Example:
+        >>> import torch
+        >>> weak, strong = torch.randn(2, 2, 19, 8, 8).softmax(2).requires_grad_()
+        >>> pixel_contrast_loss(weak, strong, reduction="none").shape
+        torch.Size([2, 2, 8, 8])
+        >>> pixel_contrast_loss(weak, strong).backward()
+    """
+    _check_options(temperature, chunk_size, reduction)
+    check_float("view_a", view_a, 4, "(N, D, h, w)")
+    check_float("view_b", view_b, 4, "(N, D, h, w)")
+    check_same_shape(view_b, view_a, name="view_b", reference_name="view_a")
+    if valid is not None:
+        check_mask_like(valid, view_a, reference_name="view_a")
+    n, _, h, w = view_a.shape
+    z = torch.cat([upcast(view_a).flatten(2), upcast(view_b).flatten(2)], dim=2)
+    both = None if valid is None else valid.flatten(1).repeat(1, 2)
+    loss = infonce(z, both, temperature, chunk_size or 1024).view(n, 2, h, w)
+    return reduce_pixels(loss, None if valid is None else valid.unsqueeze(1), reduction=reduction)
+
+
+def _check_options(temperature: float, chunk_size: int | None, reduction: str) -> None:
+    check_range("temperature", temperature, 0.0, open_low=True)
+    if chunk_size is not None:
+        check_range("chunk_size", chunk_size, 1)
+    check_reduction(reduction)
+
+
+class PixelContrastLoss(nn.Module):
+    """Module of [`pixel_contrast_loss`][udakit.losses.pixel_contrast_loss].
+
+    Example:
+        >>> import torch
+        >>> criterion = PixelContrastLoss(temperature=1.0)
+        >>> criterion(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))  # log 7: one positive, six negatives
+        tensor(1.9459)
+    """
+
+    def __init__(self, *, temperature: float = 0.05, chunk_size: int | None = None, reduction: str = "mean") -> None:
+        super().__init__()
+        _check_options(temperature, chunk_size, reduction)
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+        self.reduction = reduction
+
+    def forward(
+        self,
+        view_a: Float[Tensor, "n d h w"],
+        view_b: Float[Tensor, "n d h w"],
+        *,
+        valid: Bool[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return pixel_contrast_loss(
+            view_a,
+            view_b,
+            temperature=self.temperature,
+            valid=valid,
+            chunk_size=self.chunk_size,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"temperature={self.temperature}, chunk_size={self.chunk_size}, reduction={self.reduction!r}"
