@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Recipe, Shared
 from gta2cs.recipes.self_training import Selection, SelfTraining
+from gta2cs.translators import translator
 from udakit import (
     ArgmaxSelector,
     ClassQuantileSelector,
@@ -40,6 +41,8 @@ class Dacs(SelfTraining):
         threshold: float = 0.968
         share: float = 0.5  # of each predicted class, for class_quantile
         mix_weight: float = 1.0
+        translate: str = "none"  # color, fourier, histogram: source images in the style of target ...
+        translate_share: float = 0.5  # ... this share of them
         feature_distance: float = 0.0  # DAFormer: 0.005
         feature_distance_classes: list[int] = field(default_factory=list)  # DAFormer: the thing classes; empty: all
 
@@ -66,7 +69,7 @@ class Dacs(SelfTraining):
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""
         options = self.options
-        source = SegBatch(batch.source_images, batch.source_labels)
+        source = SegBatch(self.translate(batch, draws), batch.source_labels)
 
         # 1. The teacher labels the clean target images.
         with torch.no_grad():
@@ -94,6 +97,15 @@ class Dacs(SelfTraining):
             teacher_logits,
         )
         return Losses(terms, Selection.of(teacher_logits, pseudo.labels, pseudo.weight), shared)
+
+    def translate(self, batch: Batch, draws: Draws) -> Tensor:
+        """Give a share of the source images the style of a target image."""
+        name, share = self.options.translate, self.options.translate_share
+        if name == "none":
+            return batch.source_images
+        styled = translator(name)(batch.source_images, batch.target_images)
+        chosen = draws(lambda i, g: torch.rand(1, 1, 1, 1, generator=g, device=g.device) < share)
+        return torch.where(chosen, styled, batch.source_images)
 
     def train(self, mode: bool = True) -> Dacs:
         """Keep the reference in eval mode."""

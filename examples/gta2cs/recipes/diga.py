@@ -8,37 +8,28 @@ where the nearest class centroid agrees. A second `diga` stage in a config is th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gta2cs.loading import MEAN, STD, Batch
+from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Shared
 from gta2cs.recipes.self_training import Selection, SelfTraining
+from gta2cs.translators import translator
 from udakit import (
     BilateralConsensus,
     ClassPrototypes,
     SegBatch,
     class_mask,
     class_mix,
-    color_transfer,
     cross_domain_mix,
     cross_entropy,
-    fourier_transfer,
-    histogram_transfer,
     resize_labels,
     symmetric_kd_loss,
 )
-
-TRANSLATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "color": lambda source, target: color_transfer(source, target, mean=MEAN, std=STD),
-    "fourier": lambda source, target: fourier_transfer(source, target, beta=0.01),
-    "histogram": lambda source, target: histogram_transfer(source, target),
-    "none": lambda source, target: source,
-}
 
 
 class DigaWarmup(SelfTraining):
@@ -51,7 +42,7 @@ class DigaWarmup(SelfTraining):
         skd: float = 0.5  # GTA5; SYNTHIA: 0.25
         reverse_weight: float = 0.5  # of the direction whose teacher saw the mixed view
         blend: float = 0.4  # of the strongly augmented image in the augmented rendering
-        translate: Literal["color", "fourier", "histogram", "none"] = "fourier"
+        translate: str = "fourier"  # color, fourier, histogram, none
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""
@@ -68,7 +59,7 @@ class DigaWarmup(SelfTraining):
         """Half of the classes from an augmented rendering, the rest in the style of target: the layout stays."""
         images, blend = batch.source_images, self.options.blend
         augmented = blend * self.augment(images, draws) + (1 - blend) * images
-        translated = TRANSLATORS[self.options.translate](images, batch.target_images)
+        translated = translator(self.options.translate)(images, batch.target_images)
         chosen = self.draw_classes(batch.source_labels, draws, rounding="down")
         return cross_domain_mix(augmented, translated, class_mask(batch.source_labels, chosen, paste_ignore=True))
 
