@@ -1,11 +1,34 @@
 """Entries of the contrastive losses."""
 
+import torch
+
 import udakit
 from contract.registry import Call, Operation, Sample
 
 
 def _pixel_contrast_loss(s: Sample) -> Call:
     return Call((s.features(), s.features()), {"valid": s.valid()}, {"temperature": 0.5, "chunk_size": 40})
+
+
+def _prototype_contrast_loss(s: Sample) -> Call:
+    return Call((s.logits(), s.logits(), s.labels()), {}, {"num_classes": s.c})
+
+
+def _pixel_prototype_contrast_loss(s: Sample) -> Call:
+    return Call(
+        (s.features(), s.labels(), s.class_vectors()),
+        {"pixel_weight": s.weight()},
+        {"class_weight": s.class_values()},
+    )
+
+
+def _pixel_prototype_contrast_loss_seen(s: Sample) -> Call:
+    seen = s.tag(torch.arange(s.c) != 1, "class_values")
+    return Call((s.features(), s.labels(), s.class_vectors()), {"seen": seen}, {"normalize": False})
+
+
+def _supervised_pixel_contrast_loss(s: Sample) -> Call:
+    return Call((s.features(), s.labels()), {}, {"num_classes": s.c, "max_anchors": 12})
 
 
 OPERATIONS: list[Operation] = [
@@ -17,5 +40,36 @@ OPERATIONS: list[Operation] = [
         covers=("PixelContrastLoss",),
         grad=(0, 1),
         inductor=True,
+    ),
+    Operation(
+        "prototype_contrast_loss",
+        _prototype_contrast_loss,
+        udakit.prototype_contrast_loss,
+        udakit.PrototypeContrastLoss,
+        covers=("PrototypeContrastLoss",),
+        grad=(0, 1),
+    ),
+    Operation(
+        "pixel_prototype_contrast_loss",
+        _pixel_prototype_contrast_loss,
+        udakit.pixel_prototype_contrast_loss,
+        udakit.PixelPrototypeContrastLoss,
+        covers=("PixelPrototypeContrastLoss",),
+        grad=(0, 2),
+    ),
+    Operation(
+        "pixel_prototype_contrast_loss[seen]",
+        _pixel_prototype_contrast_loss_seen,
+        udakit.pixel_prototype_contrast_loss,
+        udakit.PixelPrototypeContrastLoss,
+        grad=(0, 2),
+    ),
+    Operation(
+        "supervised_pixel_contrast_loss",
+        _supervised_pixel_contrast_loss,
+        udakit.supervised_pixel_contrast_loss,
+        udakit.SupervisedPixelContrastLoss,
+        covers=("SupervisedPixelContrastLoss",),
+        exempt={"batch_permutation": "which pixels are drawn depends on their place in the batch"},
     ),
 ]

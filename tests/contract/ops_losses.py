@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import udakit
@@ -72,6 +73,27 @@ def _use_inconsistency(student: Tensor, teacher: Tensor, valid: Tensor, **option
     return loss
 
 
+def _projected_feature_loss(s: Sample) -> Call:
+    reference = s.tag(s.normal(s.n, 3, s.h, s.w), "features")
+    return Call((s.features(), reference), {"valid": s.valid()}, {"dim": s.d, "reference_dim": 3})
+
+
+def _projection(call: Call) -> udakit.ProjectedFeatureLoss:
+    """With the same weights every time."""
+    criterion = udakit.ProjectedFeatureLoss(**call.options)
+    with torch.no_grad():
+        for x in criterion.parameters():
+            x.copy_(torch.linspace(-1, 1, x.numel()).view_as(x))
+    return criterion
+
+
+def _use_projection(features: Tensor, reference_features: Tensor, valid: Tensor, **options: Any) -> Tensor:
+    with features.device:
+        criterion = _projection(Call((), {}, options))
+    loss: Tensor = criterion(features, reference_features, valid=valid)
+    return loss
+
+
 OPERATIONS = [
     Operation(
         "cross_entropy",
@@ -130,5 +152,12 @@ OPERATIONS = [
         _use_inconsistency,
         udakit.InconsistencyLoss,
         build=_build_inconsistency,
+    ),
+    Operation(
+        "ProjectedFeatureLoss",
+        _projected_feature_loss,
+        _use_projection,
+        build=_projection,
+        exempt={"module": "its function would be feature_distance_loss: the parameters are what it adds"},
     ),
 ]

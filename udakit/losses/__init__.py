@@ -7,6 +7,10 @@ from udakit.losses.inconsistency import InconsistencyLoss, class_inconsistency, 
 from udakit.losses.kd import KDLoss, kd_loss
 from udakit.losses.max_square import MaxSquareLoss, max_square_loss
 from udakit.losses.pixel_contrast import PixelContrastLoss, pixel_contrast_loss
+from udakit.losses.pixel_prototype_contrast import PixelPrototypeContrastLoss, pixel_prototype_contrast_loss
+from udakit.losses.projected_feature import ProjectedFeatureLoss
+from udakit.losses.prototype_contrast import PrototypeContrastLoss, prototype_contrast_loss
+from udakit.losses.supervised_pixel_contrast import SupervisedPixelContrastLoss, supervised_pixel_contrast_loss
 from udakit.losses.symmetric_cross_entropy import SymmetricCrossEntropyLoss, symmetric_cross_entropy
 from udakit.losses.symmetric_kd import SymmetricKDLoss, symmetric_kd_loss
 
@@ -18,6 +22,10 @@ __all__ = [
     "KDLoss",
     "MaxSquareLoss",
     "PixelContrastLoss",
+    "PixelPrototypeContrastLoss",
+    "ProjectedFeatureLoss",
+    "PrototypeContrastLoss",
+    "SupervisedPixelContrastLoss",
     "SymmetricCrossEntropyLoss",
     "SymmetricKDLoss",
     "class_inconsistency",
@@ -28,6 +36,9 @@ __all__ = [
     "kd_loss",
     "max_square_loss",
     "pixel_contrast_loss",
+    "pixel_prototype_contrast_loss",
+    "prototype_contrast_loss",
+    "supervised_pixel_contrast_loss",
     "symmetric_cross_entropy",
     "symmetric_kd_loss",
 ]

@@ -1,0 +1,36 @@
+"""Matrix products in full precision, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from udakit._reduce import full_precision
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """A @ b of one batch shape, untouched by autocast, even by one that is still on during backward."""
+    product: Tensor = _MatMul.apply(a, b)
+    return product
+
+
+class _MatMul(torch.autograd.Function):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with full_precision(a):
+            return torch.matmul(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        with full_precision(gradient):
+            return (
+                torch.matmul(gradient, b.mT) if ctx.needs_input_grad[0] else None,
+                torch.matmul(a.mT, gradient) if ctx.needs_input_grad[1] else None,
+            )

@@ -1,0 +1,172 @@
+"""Contrast of feature pixels against a bank of class prototypes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+
+from udakit._checks import check_float, check_labels_like, check_range, check_weight_like, shape_of
+from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit.losses._matmul import matmul
+from udakit.losses._unit import unit_vectors
+
+
+def pixel_prototype_contrast_loss(
+    features: Float[Tensor, "n d h w"],
+    labels: Integer[Tensor, "n h w"],
+    prototypes: Float[Tensor, "c d"],
+    *,
+    temperature: float = 0.1,
+    normalize: bool = True,
+    seen: Bool[Tensor, "c"] | None = None,
+    class_weight: Float[Tensor, "c"] | None = None,
+    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+    r"""Cross-entropy of each feature pixel over its similarities to the prototypes of the classes seen so far.
+
+    $$\ell_p = -w_p\, w_{y_p} \log
+    \frac{\exp(f_p \cdot \eta_{y_p} / \tau)}{\sum_{c\ \text{seen}} \exp(f_p \cdot \eta_c / \tau)}$$
+
+    **Convention.** A class never seen is no candidate, and its pixels are ignored like those of `ignore_index` and of
+    ids outside 0..C-1. "mean" divides by the number of pixels that count, "mean_all" by all; weights enter the
+    numerator only. Gradients flow to the features, and to `prototypes` if they require them (a buffer does not).
+
+    **Source.** The pixel-to-prototype term that ProDA, SePiCo and ContrastiveSeg's successors share, as InfoNCE.
+
+    Args:
+        features: embeddings, any stride.
+        labels: class ids at the size of the features (`udakit.downscale_labels`), or `ignore_index`.
+        prototypes: one row a class, such as `ClassPrototypes.prototypes`.
+        temperature: tau > 0, a divisor.
+        normalize: take unit vectors of features and prototypes; a zero vector stays zero.
+        seen: classes that have a prototype, such as `ClassPrototypes.seen`; None means the rows that are not all zero.
+        class_weight: factor of each class.
+        pixel_weight: factor of each pixel's loss.
+        ignore_index: the label that takes no part.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 features), or (N, h, w) for "none".
+
+    Raises:
+        TypeError: a tensor of the wrong kind.
+        ValueError: unlike shapes, or an option out of range.
+
+    Example:
+        >>> import torch
+        >>> features = torch.randn(2, 8, 4, 4, requires_grad=True)
+        >>> labels = torch.randint(3, (2, 4, 4))
+        >>> prototypes = torch.randn(3, 8)
+        >>> pixel_prototype_contrast_loss(features, labels, prototypes).backward()
+        >>> pixel_prototype_contrast_loss(features, labels, torch.zeros(3, 8)).item()  # no class seen
+        0.0
+    """
+    _check_options(temperature, reduction)
+    check_float("features", features, 4, "(N, D, h, w)")
+    check_labels_like(labels, features, reference_name="features")
+    check_float("prototypes", prototypes, 2, "(C, D)")
+    if prototypes.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"Expected `prototypes` to be (C, D) matching `features` {shape_of(features)}, "
+            f"but got {shape_of(prototypes)}."
+        )
+    if seen is not None and seen.dtype != torch.bool:
+        raise TypeError(f"Expected `seen` to be a bool tensor, but got {seen.dtype}.")
+    _check_per_class("seen", seen, prototypes)
+    _check_per_class("class_weight", class_weight, prototypes)
+    if pixel_weight is not None:
+        check_weight_like(pixel_weight, features, reference_name="features")
+    c = prototypes.shape[0]
+    seen = prototypes.detach().ne(0).any(dim=1) if seen is None else seen
+    x, bank = upcast(features), upcast(prototypes).to(upcast(features).dtype)
+    if normalize:
+        x, bank = unit_vectors(x, 1), unit_vectors(bank, 1)
+    logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
+    # Finite, so that a pixel with no candidate at all (ignored then) has no NaN to hide.
+    logits = torch.where(seen.view(-1, 1, 1), logits, torch.finfo(logits.dtype).min / 4)
+    ids = labels.long()
+    inside = (ids >= 0) & (ids < c) & (ids != ignore_index)
+    ids = torch.where(inside, ids, 0)
+    valid = inside & seen[ids]
+    loss = F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")
+    if class_weight is not None:
+        loss = loss * class_weight.to(loss.dtype)[ids]
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+
+
+def _check_options(temperature: float, reduction: str) -> None:
+    check_range("temperature", temperature, 0.0, open_low=True)
+    check_reduction(reduction)
+
+
+def _check_per_class(name: str, x: Tensor | None, prototypes: Tensor) -> None:
+    if x is not None and x.shape != prototypes.shape[:1]:
+        raise ValueError(
+            f"Expected `{name}` to be (C,) matching `prototypes` {shape_of(prototypes)}, but got {shape_of(x)}."
+        )
+
+
+class PixelPrototypeContrastLoss(nn.Module):
+    """Module of [`pixel_prototype_contrast_loss`][udakit.losses.pixel_prototype_contrast_loss].
+
+    `class_weight` is a buffer; the prototypes are an argument, so that their bank stays in one place.
+
+    Example:
+        >>> import torch
+        >>> criterion = PixelPrototypeContrastLoss(temperature=1.0)
+        >>> criterion(torch.zeros(1, 4, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long), torch.eye(4))  # log 4
+        tensor(1.3863)
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 0.1,
+        normalize: bool = True,
+        class_weight: Tensor | None = None,
+        ignore_index: int = 255,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_options(temperature, reduction)
+        self.register_buffer("class_weight", class_weight)
+        self.temperature = temperature
+        self.normalize = normalize
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(
+        self,
+        features: Float[Tensor, "n d h w"],
+        labels: Integer[Tensor, "n h w"],
+        prototypes: Float[Tensor, "c d"],
+        *,
+        seen: Bool[Tensor, "c"] | None = None,
+        pixel_weight: Float[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return pixel_prototype_contrast_loss(
+            features,
+            labels,
+            prototypes,
+            temperature=self.temperature,
+            normalize=self.normalize,
+            seen=seen,
+            class_weight=self.class_weight,
+            pixel_weight=pixel_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"temperature={self.temperature}, normalize={self.normalize}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}"
+        )

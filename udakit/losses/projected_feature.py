@@ -1,0 +1,112 @@
+"""Feature distillation between nets of unlike widths."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from udakit._checks import check_float, check_option, check_range, shape_of
+from udakit._reduce import check_reduction, full_precision, upcast
+from udakit.losses._unit import unit_vectors
+from udakit.losses.feature_distance import feature_distance_loss
+from udakit.losses.kd import Resize
+
+
+class ProjectedFeatureLoss(nn.Module):
+    r"""Distance of a small net's features, through a learned 1x1 projection, to those of a large one.
+
+    $$\ell_p = \lVert u(W f_p + b) - u(r_p) \rVert_2, \qquad u(x) = x / \lVert x \rVert \text{ or } x$$
+
+    **Convention.** As `feature_distance_loss`: not squared, teacher detached, "mean" over the `valid` feature pixels.
+    Unit vectors by default, so that the loss is at most 2 whatever the teacher's feature scale. The projection is a
+    parameter: give the Module to the optimiser, too; it is thrown away after training.
+
+    **Source.** FitNets (Romero et al. 2015) for the projection; an option beside DUDA's distillation of logits.
+
+    Args:
+        dim: channels of the student's features.
+        reference_dim: channels of the teacher's features.
+        normalize: compare unit vectors.
+        resize: whose (h, w) both take, bilinear, when they differ: "student", "teacher", or "error" to refuse.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Example:
+        >>> import torch
+        >>> criterion = ProjectedFeatureLoss(16, 64, resize="student")
+        >>> features = torch.randn(2, 16, 8, 8, requires_grad=True)
+        >>> criterion(features, torch.randn(2, 64, 4, 4)).backward()
+        >>> criterion.projection.weight.grad.shape
+        torch.Size([64, 16, 1, 1])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        reference_dim: int,
+        *,
+        normalize: bool = True,
+        resize: Resize = "error",
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        check_range("dim", dim, 1)
+        check_range("reference_dim", reference_dim, 1)
+        check_option("resize", resize, get_args(Resize))
+        check_reduction(reduction)
+        self.projection = nn.Conv2d(dim, reference_dim, kernel_size=1)
+        self.normalize = normalize
+        self.resize: Resize = resize
+        self.reduction = reduction
+
+    def forward(
+        self,
+        features: Float[Tensor, "n d h w"],
+        reference_features: Float[Tensor, "n e h2 w2"],
+        *,
+        valid: Bool[Tensor, "n h w"] | None = None,
+    ) -> Tensor:
+        """Project the student's features and compare.
+
+        Args:
+            features: of the net that learns.
+            reference_features: of the net that teaches.
+            valid: True where a feature pixel counts, at the size after `resize`.
+
+        Returns:
+            A float32 scalar (float64 for float64 features), or (N, h, w) for "none".
+
+        Raises:
+            TypeError: tensors that are not float, or a `valid` that is not bool.
+            ValueError: unlike shapes.
+        """
+        self._check("features", features, self.projection.in_channels)
+        self._check("reference_features", reference_features, self.projection.out_channels)
+        x, reference = upcast(features), upcast(reference_features.detach())
+        weight, bias = upcast(self.projection.weight).to(x.dtype), self.projection.bias
+        with full_precision(x):
+            x = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype))
+        if x.shape[2:] != reference.shape[2:] and self.resize == "student":
+            reference = F.interpolate(reference, x.shape[2:], mode="bilinear", align_corners=False)
+        elif x.shape[2:] != reference.shape[2:] and self.resize == "teacher":
+            x = F.interpolate(x, reference.shape[2:], mode="bilinear", align_corners=False)
+        elif x.shape[0] != reference.shape[0] or x.shape[2:] != reference.shape[2:]:
+            raise ValueError(
+                f"Expected `reference_features` to have the batch and size of `features` {shape_of(features)}, "
+                f'but got {shape_of(reference_features)}. Pass resize="student" or resize="teacher" to interpolate.'
+            )
+        if self.normalize:
+            x, reference = unit_vectors(x, 1), unit_vectors(reference, 1)
+        return feature_distance_loss(x, reference, valid=valid, reduction=self.reduction)
+
+    @staticmethod
+    def _check(name: str, x: Tensor, dim: int) -> None:
+        check_float(name, x, 4, "(N, D, h, w)")
+        if x.shape[1] != dim:
+            raise ValueError(f"Expected `{name}` to have {dim} channels, but got {shape_of(x)}.")
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"normalize={self.normalize}, resize={self.resize!r}, reduction={self.reduction!r}"

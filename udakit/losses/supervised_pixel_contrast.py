@@ -1,0 +1,191 @@
+"""Supervised contrast between labelled feature pixels, on a sample of fixed size."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from udakit._checks import check_float, check_generator, check_labels_like, check_option, check_range
+from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit.losses._matmul import matmul
+from udakit.losses._unit import unit_vectors
+
+Denominator = Literal["negatives", "all"]
+
+
+def supervised_pixel_contrast_loss(
+    features: Float[Tensor, "n d h w"],
+    labels: Integer[Tensor, "n h w"],
+    *,
+    num_classes: int,
+    temperature: float = 0.1,
+    max_anchors: int = 64,
+    denominator: Denominator = "negatives",
+    normalize: bool = True,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, ""] | Float[Tensor, "c max_anchors"]:
+    r"""Pull sampled pixels of one class together, push those of other classes apart.
+
+    $$\ell_i = \frac{1}{|P_i|} \sum_{j \in P_i} -\log \frac{\exp(f_i \cdot f_j / \tau)}{\exp(f_i \cdot f_j / \tau) +
+    \sum_{k \in N_i} \exp(f_i \cdot f_k / \tau)}$$
+
+    P_i: the other sampled pixels of i's class, N_i: the sampled pixels of other classes, over the whole batch.
+    `denominator="all"` sums over all sampled pixels but i instead, which is SupCon.
+
+    **Convention.** Of every class `max_anchors` pixels of the batch (all, if it has fewer) are drawn, each subset alike
+    likely; they are anchors, positives and negatives. "mean" is over the anchors that have a positive; one class alone
+    gives 0 with "negatives". Ignored pixels and ids outside 0..C-1 take no part. Gradients flow through both sides.
+
+    **Source.** ContrastiveSeg (Wang et al. 2021), whose code caps anchors per image and class, picks half of them from
+    wrongly predicted pixels, and multiplies by temperature / 0.07. "all": SupCon (Khosla et al. 2020).
+
+    **Cost.** With A = `max_anchors`, whatever the size of the features: at most 8 (C A)^2 numbers at a time beyond the
+    inputs and their gradient, plus 8 numbers a feature pixel for the draw. C = 19, A = 64: 45 MiB in float32.
+
+    Args:
+        features: embeddings, any stride.
+        labels: class ids at the size of the features (`udakit.downscale_labels`), or `ignore_index`.
+        num_classes: C.
+        temperature: tau > 0, a divisor.
+        max_anchors: pixels drawn of each class.
+        denominator: "negatives" | "all".
+        normalize: take unit vectors; a zero vector stays zero.
+        ignore_index: the label that takes no part.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+        generator: on the device of `features`.
+
+    Returns:
+        A float32 scalar (float64 for float64 features), or (C, max_anchors) for "none", 0 where no anchor is.
+
+    Raises:
+        TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
+        ValueError: unlike shapes, an option out of range, or a generator on another device.
+
+    Example:
+        >>> import torch
+        >>> features = torch.randn(2, 8, 16, 16, requires_grad=True)
+        >>> labels = torch.randint(3, (2, 16, 16))
+        >>> supervised_pixel_contrast_loss(features, labels, num_classes=3).backward()
+    """
+    _check_options(num_classes, temperature, max_anchors, denominator, reduction)
+    check_float("features", features, 4, "(N, D, h, w)")
+    check_labels_like(labels, features, reference_name="features")
+    check_generator(generator, features.device)
+    if labels.numel() == 0:
+        return reduce_pixels(features.sum() * upcast(features).new_zeros(num_classes, max_anchors), reduction=reduction)
+    pixels, drawn = _draw_anchors(labels, num_classes, max_anchors, ignore_index, generator)
+    h, w = labels.shape[1:]
+    # Indexed before anything else touches the features: the rest costs the sample, not the map.
+    z = upcast(features.permute(0, 2, 3, 1)[pixels // (h * w), pixels % (h * w) // w, pixels % w])
+    if normalize:
+        z = unit_vectors(z, 1)
+    similarity = matmul(z / temperature, z.T)
+    classes = torch.arange(num_classes, device=z.device).repeat_interleave(max_anchors)
+    drawn = drawn.flatten()
+    pair = drawn & ~torch.eye(len(drawn), dtype=torch.bool, device=z.device)
+    same = classes == classes.unsqueeze(1)
+    loss = _contrast(similarity, pair & same, pair if denominator == "all" else pair & ~same, denominator)
+    positives = (pair & same).sum(dim=1)
+    loss = loss / positives.clamp_min(1)
+    valid = drawn & (positives > 0)
+    return reduce_pixels(loss.view(num_classes, -1), valid.view(num_classes, -1), reduction=reduction)
+
+
+def _draw_anchors(
+    labels: Tensor, num_classes: int, max_anchors: int, ignore_index: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Flat pixel indices (C * A,) of a random subset of each class, and which of them are drawn (C, A)."""
+    ids = labels.long().flatten()
+    ids = torch.where((ids >= 0) & (ids < num_classes) & (ids != ignore_index), ids, num_classes)
+    # A random order, sorted by class without disturbing it: the first A of each class are a uniform subset.
+    order = torch.rand(ids.shape, generator=generator, device=ids.device).argsort()
+    order = order[ids[order].argsort(stable=True)]
+    counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=ids.device)
+    counts = counts.scatter_add(0, ids, torch.ones_like(ids))[:num_classes]
+    slots = torch.arange(max_anchors, device=ids.device)
+    index = (counts.cumsum(0) - counts).unsqueeze(1) + slots
+    return order[index.flatten().clamp_max(len(ids) - 1)], slots < counts.unsqueeze(1)
+
+
+def _contrast(similarity: Tensor, positive: Tensor, others: Tensor, denominator: str) -> Tensor:
+    """Sum of each row's losses over its positives."""
+    lowest = torch.finfo(similarity.dtype).min / 4  # finite: a row without others must not give NaN gradients
+    spread = torch.where(others, similarity, lowest).logsumexp(dim=1, keepdim=True) - similarity
+    loss = F.softplus(spread) if denominator == "negatives" else spread
+    return torch.where(positive, loss, 0).sum(dim=1)
+
+
+def _check_options(num_classes: int, temperature: float, max_anchors: int, denominator: str, reduction: str) -> None:
+    check_range("num_classes", num_classes, 1)
+    check_range("temperature", temperature, 0.0, open_low=True)
+    check_range("max_anchors", max_anchors, 1)
+    check_option("denominator", denominator, get_args(Denominator))
+    check_reduction(reduction)
+
+
+class SupervisedPixelContrastLoss(nn.Module):
+    """Module of [`supervised_pixel_contrast_loss`][udakit.losses.supervised_pixel_contrast_loss].
+
+    Example:
+        >>> import torch
+        >>> criterion = SupervisedPixelContrastLoss(2, temperature=1.0)
+        >>> features = torch.ones(1, 4, 2, 2)
+        >>> criterion(features, torch.tensor([[[0, 0], [1, 1]]]))  # log 3: one positive, two negatives
+        tensor(1.0986)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        temperature: float = 0.1,
+        max_anchors: int = 64,
+        denominator: Denominator = "negatives",
+        normalize: bool = True,
+        ignore_index: int = 255,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_options(num_classes, temperature, max_anchors, denominator, reduction)
+        self.num_classes = num_classes
+        self.temperature = temperature
+        self.max_anchors = max_anchors
+        self.denominator: Denominator = denominator
+        self.normalize = normalize
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(
+        self,
+        features: Float[Tensor, "n d h w"],
+        labels: Integer[Tensor, "n h w"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw anchors and apply the function with the configuration given at construction."""
+        return supervised_pixel_contrast_loss(
+            features,
+            labels,
+            num_classes=self.num_classes,
+            temperature=self.temperature,
+            max_anchors=self.max_anchors,
+            denominator=self.denominator,
+            normalize=self.normalize,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            generator=generator,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"num_classes={self.num_classes}, temperature={self.temperature}, max_anchors={self.max_anchors}, "
+            f"denominator={self.denominator!r}, normalize={self.normalize}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}"
+        )
