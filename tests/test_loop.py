@@ -154,10 +154,35 @@ def test_bad_input_is_named(tmp_path):
     assert not (tmp_path / "results.json").exists()
 
 
-def test_every_recipe_runs_two_steps(tmp_path):
-    for name in sorted(set(RECIPES) - {"dacs", "duda"}):
-        rows = train_gta2cs.main(tiny_config(tmp_path / name, train_gta2cs.Stage(name)))
-        assert all(0 <= score.miou <= 100 for score in rows.values()), name
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"dacs", "duda", "duda_pre"}))
+def test_every_recipe_runs_two_steps(tmp_path, name):
+    rows = train_gta2cs.main(tiny_config(tmp_path, train_gta2cs.Stage(name)))
+    assert all(0 <= score.miou <= 100 for score in rows.values())
+    terms = json.loads(load_checkpoint(tmp_path / f"stage1_{name}" / "last.pt")["history"])["losses"][-1]["terms"]
+    assert terms["source"] > 0
+    assert all(np.isfinite(v) for v in terms.values())
+
+
+@pytest.mark.parametrize("base", ["dacs", "ehtdi"])
+def test_duda_adapts_a_small_net_through_a_large_one(tmp_path, base):
+    stages = [
+        train_gta2cs.Stage(
+            "duda_pre", options={"large": {"encoder": "tu-tf_efficientnet_lite1", "weights": "random"}, "base": base}
+        ),
+        train_gta2cs.Stage("duda"),
+    ]
+    rows = train_gta2cs.main(tiny_config(tmp_path, *stages))
+    assert {"duda_pre, student", "duda_pre, large student", "duda_pre, large teacher", "duda, student"} <= set(rows)
+    saved = load_checkpoint(tmp_path / "stage2_duda" / "last.pt")["recipe"]
+    before = load_checkpoint(tmp_path / "stage1_duda_pre" / "last.pt")["recipe"]
+    weight = "head.weight"
+    assert torch.equal(saved[f"large.large_teacher.module.{weight}"], before[f"base.teacher.module.{weight}"])
+    assert not torch.equal(saved[f"student.{weight}"], before[f"student.{weight}"])
+
+
+def test_duda_asks_for_its_first_stage(tmp_path):
+    with pytest.raises(ValueError, match=r"the stage before `duda` to be `duda_pre`"):
+        train_gta2cs.main(tiny_config(tmp_path, train_gta2cs.Stage("duda")))
 
 
 def test_draws_depend_on_seed_step_and_sample_alone():

@@ -1,8 +1,10 @@
 """The methods, each a `Recipe`: a Module whose forward is the training loss."""
 
-from gta2cs.recipes.base import Draws, Losses, Recipe
+from gta2cs.recipes.base import Draws, Losses, Recipe, Shared
 from gta2cs.recipes.dacs import Dacs
 from gta2cs.recipes.diga import Diga, DigaWarmup
+from gta2cs.recipes.duda import Duda, DudaPre
+from gta2cs.recipes.ehtdi import Ehtdi
 from gta2cs.recipes.self_training import Selection, SelfTraining
 from gta2cs.recipes.source_only import SourceOnly
 
@@ -11,6 +13,9 @@ RECIPES: dict[str, type[Recipe]] = {
     "dacs": Dacs,
     "diga_warmup": DigaWarmup,
     "diga": Diga,
+    "ehtdi": Ehtdi,
+    "duda_pre": DudaPre,
+    "duda": Duda,
 }
 
 __all__ = [
@@ -19,9 +24,13 @@ __all__ = [
     "Diga",
     "DigaWarmup",
     "Draws",
+    "Duda",
+    "DudaPre",
+    "Ehtdi",
     "Losses",
     "Recipe",
     "Selection",
     "SelfTraining",
+    "Shared",
     "SourceOnly",
 ]

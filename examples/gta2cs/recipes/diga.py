@@ -7,7 +7,6 @@ where the nearest class centroid agrees. A second `diga` stage in a config is th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from gta2cs.translators import translator
 from udakit import (
     BilateralConsensus,
     ClassPrototypes,
+    EMATeacher,
     SegBatch,
     class_mask,
     class_mix,
@@ -91,8 +91,8 @@ class Diga(DigaWarmup):
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__(student, num_classes, options)
-        # The net of the previous stage labels the target images, with the statistics of each target batch.
-        self.labeller = copy.deepcopy(student).requires_grad_(False)
+        # The net of the previous stage labels the target images.
+        self.labeller = EMATeacher(student, mode=options.teacher_mode)  # never updated: frozen
         self.prototypes = ClassPrototypes(num_classes, student.feature_dim, momentum=options.prototype_momentum)
         self.consensus = BilateralConsensus(self.prototypes)
 
@@ -136,12 +136,6 @@ class Diga(DigaWarmup):
         self._follow(self.teacher_views[1], source.labels)
         shared = Shared(source, mixed, batch.target_images, teacher_target.logits)
         return Losses(terms, Selection.of(labelled, pseudo.labels, pseudo.weight), shared)
-
-    def train(self, mode: bool = True) -> Diga:
-        """The labeller runs like the teacher."""
-        super().train(mode)
-        self.labeller.train(mode and self.options.teacher_mode != "eval")
-        return self
 
     def _follow(self, teacher: Any, labels: Tensor) -> None:
         """Update the centroids on the pixels where the teacher's arg-max agrees with the label."""

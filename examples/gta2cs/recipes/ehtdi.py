@@ -1,0 +1,120 @@
+"""EHTDI (Li et al., ACM MM 2022): target boundaries with labels, and contrast between two views at two levels.
+
+One stage, no distillation. Source classes are pasted onto target (ClassMix), confident target regions onto source, so
+that the edges of target regions get labels on both sides; a boundary term weighs those edges again. Two views of the
+same mixed image are contrasted pixel by pixel and class by class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gta2cs.loading import Batch
+from gta2cs.recipes.base import Draws, Losses, Shared
+from gta2cs.recipes.self_training import Selection, SelfTraining
+from udakit import (
+    ArgmaxSelector,
+    SegBatch,
+    boundary_band,
+    class_mask,
+    class_mix,
+    cross_entropy,
+    paste,
+    pixel_contrast_loss,
+    prototype_contrast_loss,
+    resize_labels,
+    target_paste,
+)
+
+
+class Ehtdi(SelfTraining):
+    """Cross-entropy on source and on both kinds of paste, with boundary terms, pixel and prototype contrast."""
+
+    @dataclass
+    class Options(SelfTraining.Options):
+        """Options of the recipe."""
+
+        labels_from: Literal["student", "teacher"] = "student"  # the released code labels with the student
+        mix_classes: list[int] = field(
+            default_factory=list
+        )  # candidates of ClassMix (released: train id > 4); empty: all
+        mix_weight: float = 0.1
+        paste_weight: float = 0.1  # 0: no target paste
+        paste_threshold: float = 0.95
+        boundary_weight: float = 0.1  # on the band of the source paste
+        boundary_paste_weight: float = 0.01  # on the band of the target paste, outside the source paste
+        pixel_contrast: float = 0.01
+        prototype_contrast: float = 0.01
+        contrast_stride: int = 8  # the contrasts see the logits averaged over cells of this size
+
+    def forward(self, batch: Batch, draws: Draws) -> Losses:
+        """Return the losses of one step."""
+        options = self.options
+        source = SegBatch(batch.source_images, batch.source_labels)
+
+        # 1. Labels for the weak view of target: all pixels, no threshold.
+        with torch.no_grad():
+            labeller = self.student if options.labels_from == "student" else self.teacher
+            target_logits = labeller(batch.target_images).logits
+            pseudo = ArgmaxSelector()(target_logits, valid=self.valid_rows(target_logits))
+        target = SegBatch(batch.target_images, pseudo.labels)
+
+        # 2. Source classes onto target, confident target regions onto source; strong views of both share the geometry.
+        candidates = options.mix_classes or None
+        source_mask = class_mask(source.labels, self.draw_classes(source.labels, draws, candidates=candidates))
+        mixed = class_mix(source, target, source_mask)
+        strong_source = source._replace(images=self.augment(source.images, draws))
+        strong_target = target._replace(images=self.augment(target.images, draws))
+        strong_mixed = paste(source_mask, strong_source.images, strong_target.images)
+        pasted, target_mask = target_paste(
+            strong_source, strong_target, pseudo.confidence, threshold=options.paste_threshold
+        )
+
+        on_source = self.student(strong_source.images)
+        on_mixed = self.student(strong_mixed)
+        terms = {
+            "source": cross_entropy(on_source.logits, source.labels),
+            "mix": options.mix_weight * cross_entropy(on_mixed.logits, mixed.labels),
+        }
+        if options.boundary_weight > 0:
+            terms["boundary"] = options.boundary_weight * band_loss(on_mixed.logits, mixed.labels, source_mask)
+        if options.paste_weight > 0:
+            on_pasted = self.student(pasted.images)
+            terms["paste"] = options.paste_weight * cross_entropy(on_pasted.logits, pasted.labels)
+            if options.boundary_paste_weight > 0:
+                terms["paste_boundary"] = options.boundary_paste_weight * band_loss(
+                    on_pasted.logits, pasted.labels, target_mask, outside=source_mask
+                )
+
+        # 3. Two views of the mixed image: its weak and its strong rendering.
+        if options.pixel_contrast > 0 or options.prototype_contrast > 0:
+            weak, strong = (self._small(x) for x in (self.student(mixed.images).logits, on_mixed.logits))
+            if options.pixel_contrast > 0:
+                terms["pixel_contrast"] = options.pixel_contrast * pixel_contrast_loss(
+                    strong.softmax(1), weak.softmax(1), temperature=1 / 20
+                )
+            if options.prototype_contrast > 0:
+                # Only confident and pasted pixels make the class means.
+                sure = source_mask | (pseudo.confidence > options.paste_threshold)
+                labels = resize_labels(mixed.labels.where(sure, 255), strong.shape[-2:])
+                terms["prototype_contrast"] = options.prototype_contrast * prototype_contrast_loss(
+                    strong, weak, labels, num_classes=self.num_classes
+                )
+        shared = Shared(strong_source, mixed._replace(images=strong_mixed), batch.target_images, target_logits)
+        return Losses(terms, Selection.of(target_logits, pseudo.labels, pseudo.weight), shared)
+
+    def _small(self, logits: Tensor) -> Tensor:
+        return F.avg_pool2d(logits, self.options.contrast_stride, ceil_mode=True)
+
+
+def band_loss(logits: Tensor, labels: Tensor, mask: Tensor, *, outside: Tensor | None = None) -> Tensor:
+    """Cross-entropy on the boundary band of a paste; an empty band gives 0."""
+    band = boundary_band(mask, kernel_size=3)
+    if outside is not None:
+        band = band & ~outside
+    return cross_entropy(logits, labels.where(band, 255))
