@@ -35,7 +35,7 @@ PAIRS = {
     "carla2camvid": "CARLA → CamVid day (synthetic → real, 57 validation images)",
     "toy": "toy pair: game → camera (rendered)",
 }
-# Strength of the colour jitter on source and mixed images: on day -> dusk it decides more than any other single choice.
+# Colour jitter of source and mixed images, the same in every row.
 AUGMENT = {"jitter": 0.4, "hue": 0.05}
 RARE = {"rare_class_temperature": 0.05}
 
