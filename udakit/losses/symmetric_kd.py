@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -110,12 +109,14 @@ class _SoftCrossEntropy(torch.autograd.Function):
         keep = torch.empty_like(s) if ctx.needs_input_grad[0] else None
         # A GPU takes the batch at once; the CPU takes pieces of an image, so that the steps between stay in its cache.
         images, pixels = (1, max(BLOCK // max(c, 1), 1)) if s.device.type == "cpu" else (max(n, 1), max(h * w, 1))
+        buffers = s.new_empty(3, images * c * min(pixels, h * w))  # fresh memory a block would cost more than the sums
         for i in range(0, n, images):
             for j in range(0, h * w, pixels):
                 at = slice(i, i + images), slice(None), slice(j, j + pixels)
-                log_p = F.log_softmax(s[at] / temperature if temperature != 1 else s[at], dim=1)
-                q = F.softmax(t[at] / temperature if temperature != 1 else t[at], dim=1)
-                torch.sum(log_p * q, dim=1, out=loss[at[0], at[2]])
+                x, q, log_p = buffers[:, : s[at].numel()].view(3, *s[at].shape)
+                torch.softmax(torch.div(t[at], temperature, out=x), dim=1, out=q)
+                torch.log_softmax(torch.div(s[at], temperature, out=x), dim=1, out=log_p)
+                torch.sum(torch.mul(log_p, q, out=x), dim=1, out=loss[at[0], at[2]])
                 if keep is not None:
                     torch.sub(log_p.exp_(), q, out=keep[at])
         ctx.save_for_backward(keep)
