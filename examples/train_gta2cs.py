@@ -218,6 +218,10 @@ def train_stage(
                 if accelerator.is_main_process:
                     found = ", ".join(f"{name} {score.miou:.1f}" for name, score in scores.items())
                     progress.console.print(f"{stage.recipe}, step {done} of {steps}: mIoU on target {found}")
+                    if kept := (history["losses"] or [{}])[-1].get("kept"):
+                        shares = ", ".join(f"{name} {100 * share:.0f}" for name, share in kept.items())
+                        progress.console.print(f"  [dim]% of each predicted class kept as pseudo-label: {shares}[/]")
+                    progress.update(task, status=f"mIoU {first.miou:.1f}")
                 history["scores"].append(
                     {"step": done, "miou": first.miou, "nets": {n: s.to_json() for n, s in scores.items()}}
                 )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gta2cs.checkpoints import load_net
 from gta2cs.loading import Batch
@@ -134,6 +134,7 @@ class Duda(SelfTraining):
             momentum=options.inconsistency_momentum,
             weight_temperature=options.weight_temperature,
             temperature=options.temperature,
+            teacher_kind="probabilities",
         )
 
     @classmethod
@@ -166,16 +167,9 @@ class Duda(SelfTraining):
             target_images = self.augment(target_images, draws)
         on_source, on_target = self.both(source_images, target_images)
         terms = {"source": options.source_weight * cross_entropy(on_source.logits, batch.source_labels)}
-        # A probability's logarithm is a logit: the softmax gives the fused probabilities back.
-        teacher_logits = fused.clamp_min(1e-8).log()
         terms["kd"] = options.kd_weight * (
-            self.inconsistency(on_target.logits, teacher_logits)
+            self.inconsistency(on_target.logits, fused)
             if options.inconsistency
-            else kd_loss(on_target.logits, teacher_logits, temperature=options.temperature)
+            else kd_loss(on_target.logits, fused, temperature=options.temperature, teacher_kind="probabilities")
         )
-        confidence = fused.amax(1)
-        return Losses(terms, Selection.of(fused, fused.argmax(1), torch.ones_like(confidence)))
-
-    def weights(self) -> Tensor:
-        """The present inconsistency of each class, for the log."""
-        return self.inconsistency.inconsistency
+        return Losses(terms, Selection.of(fused, fused.argmax(1), torch.ones_like(fused[:, 0])))
