@@ -1,0 +1,134 @@
+"""A run's report as one page that can be mailed: `report.md` with its pictures inside, no other file, no script.
+
+Only what our reports use of Markdown is understood: headings, paragraphs, tables, lists, quotes of code, bold, links
+and pictures.
+"""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Iterator
+from html import escape
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from gta2cs.datasets import ClassSet
+from gta2cs.report import write_text
+
+PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1b22; --page: #fff; --line: #ddd; --best: #e8e0f7; --quiet: #666 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e4ec; --page: #17161b; --line: #3a3842; --best: #43325f; --quiet: #a09da8 }
+}
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page);
+       max-width: 76rem; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.6rem; line-height: 1.25 }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; margin: 1rem 0 }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th { vertical-align: bottom; font-weight: 600 }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page) }
+td.best { background: var(--best) }
+.swatch { display: block; height: .35rem; border-radius: .2rem; margin-bottom: .2rem }
+figure { margin: 1.5rem 0 }
+figure a { display: block }
+img { max-width: 100%; height: auto; background: #fff; border-radius: .3rem }
+figcaption, footer { color: var(--quiet); font-size: .85rem }
+code { font-size: .9em }
+"""
+
+
+def write_html(report: Path, classes: ClassSet | None = None) -> Path:
+    """Write `report.html` beside `report.md`; class columns of its tables carry the classes' colours."""
+    text = report.read_text(encoding="utf-8")
+    path = report.with_suffix(".html")
+    write_text(path, render(text, report.parent, classes))
+    return path
+
+
+def render(text: str, folder: Path, classes: ClassSet | None = None) -> str:
+    """Return the page of a Markdown text whose pictures are PNGs in `folder`."""
+    body = "\n".join(_blocks(text, folder, classes))
+    title = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "Report")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(_plain(title))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n"
+        "<footer>In each column of a table the largest value is marked.</footer>\n</body>\n</html>\n"
+    )
+
+
+def _blocks(text: str, folder: Path, classes: ClassSet | None) -> Iterator[str]:
+    for blank, group in groupby(text.splitlines(), key=lambda line: not line.strip()):
+        lines = list(group)
+        if blank:
+            continue
+        if lines[0].startswith("#"):
+            level = len(lines[0]) - len(lines[0].lstrip("#"))
+            yield f"<h{level}>{_inline(lines[0].lstrip('# '))}</h{level}>"
+            lines = lines[1:]
+        if not lines:
+            continue
+        if lines[0].startswith("|"):
+            yield _table(lines, classes)
+        elif lines[0].startswith("- "):
+            items = " \n".join(lines)[2:].split("\n- ")
+            yield "<ul>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
+        elif all(PICTURE.fullmatch(line.strip()) for line in lines):
+            for line in lines:
+                alt, name = PICTURE.fullmatch(line.strip()).groups()  # type: ignore[union-attr]
+                yield f"<figure>{_picture(folder / name, alt)}<figcaption>{escape(alt)}</figcaption></figure>"
+        else:
+            yield f"<p>{_inline(' '.join(lines))}</p>"
+
+
+def _table(lines: list[str], classes: ClassSet | None) -> str:
+    """A table whose second line is the rule between head and body."""
+    head, _, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)
+    colors = {} if classes is None else dict(zip(classes.names, classes.palette.tolist(), strict=True))
+    values = np.array([[_number(cell) for cell in row] for row in rows]).reshape(len(rows), len(head))
+    best = np.where(np.isnan(values), -np.inf, values).max(0, initial=-np.inf)
+    parts = ["<tr>"]
+    for cell in head:
+        r, g, b = colors.get(_plain(cell), (0, 0, 0))
+        swatch = f'<span class="swatch" style="background:rgb({r},{g},{b})"></span>' if _plain(cell) in colors else ""
+        parts.append(f'<th scope="col">{swatch}{_inline(cell)}</th>')
+    parts.append("</tr>")
+    for row, numbers in zip(rows, values, strict=True):
+        parts.append("<tr>")
+        for cell, number, most in zip(row, numbers, best, strict=True):
+            mark = ' class="best"' if len(rows) > 1 and number == most else ""
+            parts.append(f"<td{mark}>{_inline(cell)}</td>")
+        parts.append("</tr>")
+    return '<div class="scroll"><table>' + "".join(parts) + "</table></div>"
+
+
+def _picture(path: Path, alt: str) -> str:
+    """A PNG as part of the page."""
+    content = path.read_bytes()
+    if not content.startswith(b"\x89PNG"):
+        raise ValueError(f"Expected the picture {path} of the report to be a PNG, but it is not.")
+    width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
+    data = base64.b64encode(content).decode("ascii")
+    return f'<img alt="{escape(alt)}" width="{width}" height="{height}" src="data:image/png;base64,{data}">'
+
+
+def _inline(text: str) -> str:
+    """Bold, code and links inside a line; everything else as it is written."""
+    text = escape(text, quote=False)
+    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    return re.sub(r"(?<!!)\[([^\]]+)\]\((https?://[^)\s\"]+)\)", r'<a href="\2">\1</a>', text)
+
+
+def _plain(text: str) -> str:
+    return text.replace("**", "").replace("`", "").strip()
+
+
+def _number(cell: str) -> float:
+    found = re.match(r"-?\d+(\.\d+)?", _plain(cell))
+    return float(found.group()) if found else float("nan")
