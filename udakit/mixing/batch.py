@@ -16,7 +16,7 @@ class SegBatch(NamedTuple):
 
     A missing weight counts as 1 wherever the batch is mixed with one that has weights.
 
-    Args:
+    Attributes:
         images: (N, 3, H, W) float.
         labels: (N, H, W) int64 or uint8, true or pseudo.
         weight: (N, H, W) float, or None.

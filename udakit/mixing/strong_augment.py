@@ -19,7 +19,7 @@ from udakit.mixing._color import Channels, channels_like, check_channels, check_
 class StrongAugmentDraw(NamedTuple):
     """What to do to each image, as (N,) tensors; None for an operation that is switched off for all.
 
-    Args:
+    Attributes:
         jitter: bool, whether the four colour factors below are applied.
         brightness: added to the values.
         contrast: factor of the values.
