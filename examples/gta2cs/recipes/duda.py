@@ -58,6 +58,8 @@ class DudaPre(Recipe):
         parsed = cls.parse(options)
         if parsed.base not in BASES:
             raise ValueError(f"Expected `base` to be one of {sorted(BASES)}, but got {parsed.base!r}.")
+        if parsed.base == "ehtdi":  # which labels with its student unless told otherwise; here the teacher teaches
+            parsed.base_options = {"labels_from": "teacher", **parsed.base_options}
         large = make_net(**parsed.large)
         if parsed.large_init:
             load_net(large, Path(parsed.large_init))
