@@ -64,7 +64,7 @@ def setting(pair: str) -> Setting:
 POLICY: dict[str, dict[str, Any]] = {
     "camvid": {"teacher_mode": "eval", "buffers": "ema"},
     "carla2camvid": {"translate": "color"},
-    "toy": {},
+    "toy": {"translate": "color"},
 }
 
 
@@ -72,7 +72,7 @@ def recipe_configs(pair: str = "toy") -> dict[str, dict[str, Any]]:
     """Rows of the table: the recipe, its options, and changes to the data."""
     return {
         "source_only": {"recipe": "source_only"},
-        "dacs": {"recipe": "dacs", "options": POLICY[pair]},
+        "dacs": {"recipe": "dacs", "options": POLICY[pair], "lr": 3e-4 if pair == "toy" else setting(pair).lr},
         "oracle": {"recipe": "source_only", "data": {"oracle": True}},
     }
 
@@ -107,7 +107,9 @@ def run(pair: str, name: str, seed: int, data_root: Path | None, cache: Path) ->
     config = base_config(pair, seed, data_root, cache / pair / f"seed{seed}" / name)
     config.data = dataclasses.replace(config.data, **{**shared.adaptation_data, **row.get("data", {})})
     options = {**shared.augment, **row.get("options", {})}
-    config.stages = [train_gta2cs.Stage(row["recipe"], shared.steps, lr=shared.lr, lr_warmup=20, options=options)]
+    config.stages = [
+        train_gta2cs.Stage(row["recipe"], shared.steps, lr=row.get("lr", shared.lr), lr_warmup=20, options=options)
+    ]
     config.init = warm_start(pair, seed, data_root, cache)
     config.seed = seed + 100  # other batches than those of the warm start
     began = time.perf_counter()
