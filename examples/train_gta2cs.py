@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gta2cs import report
+from gta2cs import html, report
 from gta2cs.checkpoints import load_checkpoint, load_net, save_checkpoint
 from gta2cs.datasets import Pair, build_pair, check_data
 from gta2cs.evaluation import Score, evaluate, predict, with_bn_statistics
@@ -344,9 +344,8 @@ def main(config: Config) -> dict[str, Score]:
         for name, net in recipe.nets().items():
             row = stage.recipe if single else f"{stage.recipe}, {name}"
             rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
-            nets[row] = net
+            nets[row] = copy.deepcopy(net)  # the next stage goes on from it
         if stage.recipe == "source_only":
-            nets[stage.recipe] = copy.deepcopy(student)
             adapted = with_bn_statistics(student, target_batches(config, pair, accelerator.device))
             rows["source_only + BatchNorm statistics of target"] = evaluate_net(
                 config, adapted, pair, accelerator.device
@@ -393,9 +392,8 @@ def write_report(
     for i in picked:
         image, label = pair.target_val[i]
         row = {"image": image.permute(1, 2, 0).numpy(), "truth": label.numpy()}
-        shown = {"source-only": next(iter(nets.values())), "adapted": nets[list(nets)[-1]]}
-        for name, net in shown.items() if len(nets) > 1 else [("prediction", next(iter(nets.values())))]:
-            probabilities = predict(net.eval(), image, device).cpu()
+        for name in dict.fromkeys((next(iter(nets)), list(nets)[-1])):  # where the run began, and what it came to
+            probabilities = predict(nets[name].eval(), image, device).cpu()
             row[name] = probabilities.argmax(0).byte().numpy()
         row["confidence"] = probabilities.amax(0).numpy()
         panels.append(row)
@@ -413,6 +411,7 @@ def write_report(
         f"Best of the last stage's evaluations, for information only (it was chosen on this very set): {best:.1f}.\n\n"
         "![panels](panels.png)\n\n![curves](curves.png)\n",
     )
+    html.write_html(config.out / "report.md", pair.classes)
     console.print(report.rich_table(rows, pair.classes))
     console.print(f"Report, panels and curves: {config.out / 'report.md'}")
 
