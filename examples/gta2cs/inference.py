@@ -1,0 +1,242 @@
+"""A trained net on images of any size: what a checkpoint holds, whole images, and windows that slide over them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from gta2cs.checkpoints import load_checkpoint, load_net
+from gta2cs.datasets import CITYSCAPES_19, SMALL, SYNTHETIC, ClassSet, Pair, build_pair, load_classes
+from gta2cs.layouts import _rainbow
+from gta2cs.loading import normalise
+from gta2cs.nets import MIT, SegNet, build_net
+from gta2cs.samples import Size, read_image, resize_image
+
+PUBLISHED = {"gta2cs": (512, 1024), "synthia2cs": (512, 1024), "cs2acdc": (540, 960), "cs2darkzurich": (540, 960)}
+NETS = {"student": "student", "teacher": "teacher.module"}  # a table's row -> where a checkpoint keeps the net
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint of train_gta2cs.py, opened: its configuration says all that is needed to use its nets."""
+
+    path: Path
+    config: dict[str, Any]
+    history: dict[str, Any]
+    names: tuple[str, ...]  # the keys of `NETS` that it holds
+    classes_file: Path | None = None
+
+    @classmethod
+    def open(cls, path: Path, classes_file: Path | None = None) -> Trained:
+        """Read the configuration of a checkpoint."""
+        saved = load_checkpoint(path)
+        for key in ("config", "history"):
+            if key not in saved:
+                raise ValueError(f"Expected {path} to be a checkpoint of train_gta2cs.py, but it has no key {key!r}.")
+        names = tuple(n for n, prefix in NETS.items() if any(k.startswith(f"{prefix}.") for k in saved["recipe"]))
+        return cls(path, json.loads(saved["config"]), json.loads(saved["history"]), names, classes_file)
+
+    @cached_property
+    def classes(self) -> ClassSet:
+        """Names and colours: of `classes_file`, of the pair, or as the last evaluation named them."""
+        pair, data = self.config["data"]["pair"], self.config["data"]
+        if self.classes_file is not None:
+            return load_classes(self.classes_file)[0]
+        if pair == "toy":
+            from gta2cs.toy import CLASSES, PALETTE
+
+            return ClassSet(tuple(CLASSES), np.asarray(PALETTE, np.uint8))
+        known = {"cs2acdc": CITYSCAPES_19, "cs2darkzurich": CITYSCAPES_19, **SMALL, **SYNTHETIC}.get(pair)
+        if known is not None:
+            return known
+        roots = [data["source_root"], data["target_root"], data["data_root"]]
+        roots += [Path(data["data_root"]) / part for part in ("source", "target")] if data["data_root"] else []
+        for root in roots:
+            if root is not None and (found := Path(root) / "classes.yaml").is_file():
+                return load_classes(found)[0]
+        if not self.history["scores"]:
+            raise ValueError(
+                f"Expected `classes` to name the classes.yaml of the pair {pair!r}: {self.path} was written before the "
+                "first evaluation, which would have told their names."
+            )
+        names = next(iter(self.history["scores"][-1]["nets"].values()))["iou"]
+        return ClassSet(tuple(names), _rainbow(len(names)))
+
+    @property
+    def seen_size(self) -> Size | None:
+        """(height, width) that the run resized its target images to, None for none."""
+        given = self.config["data"]["target_size"]
+        if isinstance(given, list):
+            return (given[0], given[1])
+        return None if given == "native" else PUBLISHED.get(self.config["data"]["pair"])
+
+    def net(self, name: str = "student", **changes: str) -> SegNet:
+        """Build one of its nets, in eval mode: a key of `NETS` or any prefix of the recipe's tensors.
+
+        `changes` (`arch`, `encoder`) are for a net that is not built like the student, such as DUDA's large ones.
+        """
+        options = {**self.config["net"], **changes}
+        if options["arch"] != "hf_segformer" or options["encoder"] in MIT:
+            options["weights"] = "random"  # all tensors come from the checkpoint, none from a package or the hub
+        net = build_net(**options, num_classes=len(self.classes.names))
+        load_net(net, self.path, NETS.get(name, name))
+        return net.eval()  # type: ignore[return-value]
+
+    def pair(self, **roots: Path | None) -> Pair:
+        """Open the pair it was trained on, from where the folders are now if `roots` name them."""
+        data = self.config["data"]
+        options = {k: data[k] for k in ("data_root", "source_root", "target_root", "source_size", "target_size")}
+        options |= {k: v for k, v in roots.items() if v is not None}
+        for key in ("source_size", "target_size"):
+            options[key] = tuple(options[key]) if isinstance(options[key], list) else options[key]
+        return build_pair(data["pair"], cache=data["cache"], **options)
+
+
+class Logits(NamedTuple):
+    """What an evaluation reads of a net's output."""
+
+    logits: Tensor
+
+
+class SlidingWindow(nn.Module):
+    """A net that looks at one window at a time; its logits are the logarithm of the averaged probabilities."""
+
+    def __init__(self, net: nn.Module, window: Size, stride: Size | None = None) -> None:
+        super().__init__()
+        self.net, self.window, self.stride = net, window, check_window(window, stride)
+
+    def forward(self, images: Tensor) -> Logits:
+        """Logits (N, C, H, W) whose softmax is the average."""
+        bands = [p for _, p in probability_bands(self.net, images, window=self.window, stride=self.stride)]
+        return Logits(torch.cat(bands, dim=2).clamp_min(1e-30).log())
+
+
+def check_window(window: Size | None, stride: Size | None) -> Size | None:
+    """Check both and fill in the stride: half a window."""
+    if window is None:
+        if stride is not None:
+            raise ValueError(f"Expected `window` with `stride`, but got stride {stride} and no window.")
+        return None
+    if min(window) < 1:
+        raise ValueError(f"Expected `window` to be two positive numbers (height, width), but got {window}.")
+    if stride is None:
+        return (max(1, window[0] // 2), max(1, window[1] // 2))
+    if not all(1 <= s <= w for s, w in zip(stride, window, strict=True)):
+        raise ValueError(f"Expected `stride` to be in [1, window] {window} along both axes, but got {stride}.")
+    return stride
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """First pixel of each window along an axis; the last one ends with the axis."""
+    return [0] if length <= window else [*range(0, length - window, stride), length - window]
+
+
+@torch.no_grad()
+def probability_bands(
+    net: nn.Module, images: Tensor, *, window: Size | None = None, stride: Size | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Class probabilities of normalised images (N, 3, H, W) from top to bottom: (first row, (N, C, rows, W)).
+
+    Without a window there is one band, the whole image. With one, every pixel's probabilities are averaged over the
+    windows that see it, and a band is handed out as soon as no further window reaches it: what is held at any time is
+    one row of windows, whatever the height of the image.
+    """
+    stride = check_window(window, stride)
+    if window is None or stride is None:
+        yield 0, _probabilities(net, images)
+        return
+    height, width = images.shape[-2:]
+    h, w = min(window[0], height), min(window[1], width)
+    tops, lefts = window_starts(height, h, stride[0]), window_starts(width, w, stride[1])
+    rows, columns = (_coverage(*axis).to(images.device) for axis in ((height, h, tops), (width, w, lefts)))
+    held: Tensor | None = None
+    for number, top in enumerate(tops):
+        band: Tensor | None = None
+        for left in lefts:
+            seen = _probabilities(net, images[..., top : top + h, left : left + w])
+            if band is None:
+                band = seen.new_zeros(*seen.shape[:2], h, width)
+                if held is not None:  # the rows that the windows above have seen as well
+                    shared = tops[number - 1] + h - top
+                    band[:, :, :shared] = held[:, :, h - shared :]
+            band[..., left : left + w] += seen
+        assert band is not None
+        end = tops[number + 1] if number + 1 < len(tops) else height
+        yield top, band[:, :, : end - top] / (rows[top:end, None] * columns)
+        held = band
+
+
+def segment(
+    net: nn.Module,
+    image: Tensor,
+    *,
+    window: Size | None = None,
+    stride: Size | None = None,
+    size: Size | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Label map (H, W) uint8 and confidence (H, W) float32 of one uint8 image (3, H, W), at its own size.
+
+    Args:
+        net: in eval mode, on `device`.
+        image: of any size.
+        window: (height, width) of the windows; without it the whole image at once.
+        stride: of the windows, half a window by default.
+        size: (height, width) that the net sees; its probabilities are brought back to the image's size (bilinear).
+        device: where the net is.
+    """
+    height, width = image.shape[-2:]
+    seen = normalise(resize_image(image, size)[None].to(device))
+    if tuple(seen.shape[-2:]) == (height, width):
+        labels, confidence = np.empty((height, width), np.uint8), np.empty((height, width), np.float32)
+        for top, p in probability_bands(net, seen, window=window, stride=stride):
+            best = p[0].max(0)
+            labels[top : top + p.shape[2]] = best.indices.byte().cpu().numpy()
+            confidence[top : top + p.shape[2]] = best.values.cpu().numpy()
+        return labels, confidence
+    p = torch.cat([band for _, band in probability_bands(net, seen, window=window, stride=stride)], dim=2)
+    best_p = torch.full((height, width), -1.0, device=p.device)
+    best_c = torch.zeros(height, width, dtype=torch.uint8, device=p.device)
+    for c in range(p.shape[1]):  # class by class: all classes at full size are never in memory together
+        full = F.interpolate(p[:, c : c + 1], (height, width), mode="bilinear", align_corners=False)[0, 0]
+        best_c = torch.where(full > best_p, c, best_c)
+        best_p = torch.maximum(full, best_p)
+    return best_c.byte().cpu().numpy(), best_p.cpu().numpy()
+
+
+def open_image(path: Path) -> Tensor:
+    """Decode an image as uint8 (3, H, W), or say what is wrong with the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"Cannot read the image {path}: no such file (a broken link?).")
+    try:
+        with Image.open(path) as image:
+            mode = image.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise OSError(f"Cannot read the image {path}: {error}") from error
+    if mode.startswith(("I", "F")):  # Pillow would clip these to 0..255, mostly to white
+        raise ValueError(
+            f"Expected the image {path} to have 8 bits a channel, but its mode is {mode}: convert it first."
+        )
+    return read_image(path)
+
+
+def _probabilities(net: nn.Module, images: Tensor) -> Tensor:
+    return net(images.contiguous(memory_format=torch.channels_last)).logits.float().softmax(1)  # type: ignore[no-any-return]
+
+
+def _coverage(length: int, window: int, starts: list[int]) -> Tensor:
+    """How many windows see each pixel of an axis."""
+    count = torch.zeros(length)
+    for start in starts:
+        count[start : start + window] += 1
+    return count

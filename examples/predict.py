@@ -1,0 +1,264 @@
+"""Label images with a net of train_gta2cs.py, or score it again.
+
+    python examples/predict.py --checkpoint runs/toy/stage2_dacs/last.pt --images photos --out predictions
+    python examples/predict.py --checkpoint ... --images ... --out ... --window [512,1024]  # large images
+    python examples/predict.py --checkpoint runs/toy/stage2_dacs/last.pt --evaluate         # the table of training
+
+For `photos/a/b.jpg` it writes, at the image's own size, `labels/a/b.png` (class ids 0..C-1, with the palette),
+`overlays/a/b.png` (the colours over the image) and `confidence/a/b.png` (largest class probability, 255 is 1), and
+`classes.yaml` with the names of the ids. A bad file is named, skipped and named again at the end; the exit status is
+then 1. Results that exist are replaced only with `--overwrite`, images never.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import yaml
+from jsonargparse import auto_cli
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gta2cs.datasets import ClassSet
+from gta2cs.evaluation import Score, evaluate
+from gta2cs.inference import SlidingWindow, Trained, check_window, open_image, segment
+from gta2cs.layouts import IMAGE_SUFFIXES
+from gta2cs.report import colorize, rich_table, write_text
+from gta2cs.samples import Size
+
+console = Console(soft_wrap=True)
+KINDS = ("labels", "overlays", "confidence")
+
+
+@dataclass
+class Config:
+    """What to predict, and how."""
+
+    checkpoint: Path
+    images: Path | None = None  # a folder, searched with its subfolders, or one image
+    out: Path | None = None
+    evaluate: bool = False  # score on the target images that the run was scored on
+    net: str = ""  # student (default), teacher, or another prefix in the checkpoint; --evaluate: all by default
+    arch: str | None = None  # for a net of the checkpoint that is not built like the student
+    encoder: str | None = None
+    window: tuple[int, int] | None = None  # (height, width) of sliding windows; without it the whole image
+    stride: tuple[int, int] | None = None  # of the windows; half a window
+    size: Literal["native", "training"] | tuple[int, int] = "native"  # that the net sees; results are native always
+    overlay: float = 0.5  # share of the colours in the overlays
+    overwrite: bool = False  # replace results of an earlier run
+    classes: Path | None = None  # classes.yaml, for a pair "folder" whose folders are gone
+    data_root: Path | None = None  # --evaluate: where the data sets are now, if not where they were
+    source_root: Path | None = None
+    target_root: Path | None = None
+    limit: int | None = None  # --evaluate: only the first images
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def parse(arguments: list[str] | None = None) -> Config:
+    """Read the command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    flags = {"--evaluate", "--overwrite"}  # may stand without a value
+    arguments = [f"{a}=true" if a in flags else a for a in arguments]
+    return auto_cli(Config, args=arguments, as_positional=False)
+
+
+def main(config: Config) -> int:
+    """Evaluate, or predict a folder. Returns the exit status."""
+    check_window(config.window, config.stride)
+    if not 0 <= config.overlay <= 1:
+        raise ValueError(f"Expected `overlay` to be in [0, 1], but got {config.overlay}.")
+    trained = Trained.open(config.checkpoint, config.classes)
+    if config.evaluate:
+        score(config, trained)
+        return 0
+    if config.images is None or config.out is None:
+        raise ValueError("Expected `images` and `out`, or `evaluate`: there is nothing to do.")
+    bad = predict(config, trained, config.images, config.out)
+    if bad:
+        console.print(f"[yellow]Skipped {len(bad)} bad files:[/]")
+        for path, why in bad.items():
+            console.print(escape(f"  {path}: {why}"))
+    return 1 if bad else 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A folder of images
+
+
+def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[Path, str]:
+    """Label every image; returns what could not be, with the reason."""
+    classes = trained.classes
+    jobs, bad = plan(images, out)
+    check_out(jobs, out, overwrite=config.overwrite)
+    net = load(config, trained, config.net or "student")
+    size = trained.seen_size if config.size == "training" else None if config.size == "native" else config.size
+    if config.size == "native" and trained.seen_size is not None:
+        height, width = trained.seen_size
+        console.print(f"The run resized its target images to {height} x {width}: --size training does so here.")
+    with progress_bar() as progress:
+        task = progress.add_task("predicting", total=len(jobs), status="")
+        for image_path, name in jobs.items():
+            progress.update(task, status=escape(image_path.name))
+            try:
+                image = open_image(image_path)
+                labels, confidence = segment_or_explain(config, net, image, size)
+                save_results(out, name, image, labels, confidence, classes, config.overlay)
+            except (OSError, ValueError) as error:
+                bad[image_path] = str(error)
+                progress.console.print(f"[yellow]Skipped {escape(str(image_path))}: {escape(str(error))}[/]")
+            progress.advance(task)
+    names = {"names": list(classes.names), "palette": classes.palette.tolist()}
+    write_text(out / "classes.yaml", yaml.safe_dump(names, sort_keys=False, default_flow_style=None))
+    console.print(f"{len(jobs) - len(bad.keys() & jobs.keys())} of {len(jobs)} images labelled: {out}")
+    return bad
+
+
+def plan(images: Path, out: Path) -> tuple[dict[Path, Path], dict[Path, str]]:
+    """Images with the names of their results below the folders of `out`, and those that have no name of their own."""
+    if images.is_file():
+        found, root = [images], images.parent
+    elif images.is_dir():
+        if out.resolve().is_relative_to(images.resolve()):
+            raise ValueError(f"Expected `out` outside the image folder {images}, but got {out}: it would be searched.")
+        found, root = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), images
+    else:
+        raise FileNotFoundError(f"Expected `images` to be a folder or an image, but there is no {images}.")
+    found = [p for p in found if not p.is_dir()]
+    if not found:
+        raise FileNotFoundError(f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {images}, but found none.")
+    jobs: dict[Path, Path] = {}
+    first: dict[Path, Path] = {}
+    bad: dict[Path, str] = {}
+    for path in found:
+        name = path.relative_to(root).with_suffix(".png")
+        if first.setdefault(name, path) is path:
+            jobs[path] = name
+        else:
+            bad[path] = f"its results would have the name of those of {first[name].name}, which was taken"
+    return jobs, bad
+
+
+def check_out(jobs: dict[Path, Path], out: Path, *, overwrite: bool) -> None:
+    """Refuse before any work what would replace a file that is not ours to replace."""
+    results = [out / kind / name for kind in KINDS for name in jobs.values()]
+    taken = {path.resolve() for path in jobs}
+    clash = [path for path in results if path.resolve() in taken]
+    if clash:
+        raise ValueError(f"Expected `out` to keep results and images apart, but {clash[0]} is an image to predict.")
+    existing = [path for path in (*results, out / "classes.yaml") if path.exists()]
+    if existing and not overwrite:
+        raise FileExistsError(
+            f"Expected `out` to be free of results, but {len(existing)} files exist, for example {existing[0]}. "
+            "--overwrite replaces them."
+        )
+
+
+def segment_or_explain(
+    config: Config, net: torch.nn.Module, image: Tensor, size: Size | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Segment one image; too little memory is the image's fault, anything else is not."""
+    try:
+        return segment(net, image, window=config.window, stride=config.stride, size=size, device=config.device)
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            height, width = image.shape[-2:]
+            raise OSError(f"{height} x {width} pixels do not fit into memory: a smaller --window needs less") from error
+        raise
+
+
+def save_results(
+    out: Path,
+    name: Path,
+    image: Tensor,
+    labels: np.ndarray,
+    confidence: np.ndarray,
+    classes: ClassSet,
+    share: float,
+) -> None:
+    """Write the three pictures of one image, each whole or not at all."""
+    ids = Image.fromarray(labels).convert("L")
+    ids.putpalette(classes.palette.tobytes())  # turns the mode to "P": the ids stay, viewers see the colours
+    pixels = image.permute(1, 2, 0).numpy()
+    mixed = (1 - share) * pixels + share * colorize(labels, classes.palette)
+    pictures = (ids, Image.fromarray(mixed.round().astype(np.uint8)), (255 * confidence).round().astype(np.uint8))
+    for kind, picture in zip(KINDS, pictures, strict=True):
+        save_png(out / kind / name, picture if isinstance(picture, Image.Image) else Image.fromarray(picture))
+
+
+def save_png(path: Path, picture: Image.Image) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        picture.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The table again
+
+
+def score(config: Config, trained: Trained) -> dict[str, Score]:
+    """Score the nets of the checkpoint as training did, and print its table."""
+    pair = trained.pair(data_root=config.data_root, source_root=config.source_root, target_root=config.target_root)
+    stage, names = trained.history["name"], [config.net] if config.net else list(trained.names)
+    rows: dict[str, Score] = {}
+    for name in names:
+        net = load(config, trained, name)
+        row = stage if len(names) == 1 and not config.net else f"{stage}, {name}"
+        tested = net if config.window is None else SlidingWindow(net, config.window, config.stride)
+        with console.status(f"Scoring {row} on {config.limit or len(pair.target_val)} images"):
+            found = evaluate(
+                tested,
+                pair.target_val,
+                pair.classes,
+                device=config.device,
+                limit=config.limit,
+                batch_size=8 if config.window is None else 1,
+            )
+        rows[row] = Score.from_json(found.to_json())  # rounded as training keeps it, so that no last digit differs
+    console.print(rich_table(rows, pair.classes))
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Small helpers
+
+
+def load(config: Config, trained: Trained, name: str) -> torch.nn.Module:
+    """One net of the checkpoint, where it is to work."""
+    changes = {k: v for k, v in {"arch": config.arch, "encoder": config.encoder}.items() if v is not None}
+    return trained.net(name, **changes).to(config.device, memory_format=torch.channels_last)
+
+
+def progress_bar() -> Progress:
+    """One line that is rewritten: images, time left, the file at work."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(parse()))
+    except (OSError, ValueError) as error:  # asked for something that cannot be: the message says it, no trace needed
+        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(str(error))}[/]")
+        sys.exit(2)
