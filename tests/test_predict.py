@@ -256,7 +256,9 @@ def test_evaluate_prints_the_table_of_training(tmp_path, capsys, monkeypatch):
     assert table in trained
     score = predict.score(predict.parse([f"--checkpoint={checkpoint}", "--limit=2"]), Trained.open(checkpoint))
     assert score["dacs, teacher"].to_json() == rows["dacs, teacher"].to_json()
+    capsys.readouterr()
 
+    capsys.readouterr()  # the table that `score` printed
     run("--checkpoint", checkpoint, "--evaluate", "--limit", 1, "--net", "student", "--window", "[64,128]")
     table = capsys.readouterr().out
     assert "dacs, student" in table
