@@ -27,7 +27,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(
-    worker: Callable[..., Any], world_size: int, *args: Any, tmp_path: Path | None = None, timeout: float = 120.0
+    worker: Callable[..., Any], world_size: int, *args: Any, tmp_path: Path | None = None, timeout: float = 300.0
 ) -> list[Any]:
     """Run `worker(rank, world_size, *args)` in `world_size` fresh processes joined by gloo; return their results.
 

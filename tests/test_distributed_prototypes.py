@@ -1,4 +1,4 @@
-"""Two real processes against one process on the global batch: integers bit-equal, floats within 1e-6."""
+"""Real processes against one process on the global batch: integers bit-equal, floats within 1e-6."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from torch import Tensor
 
 import udakit
 from distributed import run_ranks
+from udakit._state import gather_ranks, sum_ranks
 
 pytestmark = pytest.mark.slow
 
 MODES = [(mode, per_image) for mode in ("ema", "mean") for per_image in (True, False)]
-SPLIT = {0: slice(0, 3), 1: slice(3, 4)}  # ranks of unequal batch sizes
+# Which images of the global batch a rank holds: unequal batches, and at four ranks one that is empty.
+SPLIT = {
+    2: [slice(0, 3), slice(3, 4)],
+    4: [slice(0, 1), slice(1, 1), slice(1, 3), slice(3, 4)],
+}
+ranks = pytest.mark.parametrize("world_size", SPLIT)
 
 
 def _steps() -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Global batches of 4 images: class 2 is on rank 0 alone, class 1 on rank 1 alone, class 3 comes late."""
+    """Global batches of 4 images: class 2 is not in the last, class 1 in no other, class 3 comes late."""
     generator = torch.Generator().manual_seed(0)
     steps = []
     for step in range(3):
@@ -46,37 +52,59 @@ def _run(rank: int, world_size: int, part: slice, sync: bool) -> dict[str, Any]:
     for _, _, logits in _steps():
         found["selected"] = selector(logits[part]).labels
     found["histogram"] = selector.histogram
+    criterion = udakit.InconsistencyLoss(4, momentum=0.5, sync=sync)
+    for _, _, logits in _steps():
+        criterion(logits[part], logits[part].roll(1, 1) + 4 * logits[part])
+    found["inconsistency"] = criterion.state_dict()
     return found
 
 
 def _rank(rank: int, world_size: int) -> dict[str, Any]:
-    return _run(rank, world_size, SPLIT[rank], sync=True)
+    return _run(rank, world_size, SPLIT[world_size][rank], sync=True)
 
 
 def _rank_alone(rank: int, world_size: int) -> dict[str, Any]:
-    return _run(rank, world_size, SPLIT[rank], sync=False)
+    return _run(rank, world_size, SPLIT[world_size][rank], sync=False)
 
 
-def test_two_ranks_equal_one_process_on_the_global_batch(tmp_path: Path) -> None:
-    ranks = run_ranks(_rank, 2, tmp_path=tmp_path)
-    assert len({os.getpid(), *(found["process"] for found in ranks)}) == 3
+@ranks
+def test_ranks_equal_one_process_on_the_global_batch(world_size: int, tmp_path: Path) -> None:
+    found = run_ranks(_rank, world_size, tmp_path=tmp_path)
+    assert len({os.getpid(), *(x["process"] for x in found)}) == world_size + 1
     alone = _run(0, 1, slice(None), sync=True)  # no process group: one rank
-    for found in ranks:
+    for own in found:
         for mode, per_image in MODES:
-            ours, expected = found[f"{mode} {per_image}"], alone[f"{mode} {per_image}"]
+            ours, expected = own[f"{mode} {per_image}"], alone[f"{mode} {per_image}"]
             assert torch.equal(ours["counts"], expected["counts"])
             torch.testing.assert_close(ours["prototypes"], expected["prototypes"], rtol=1e-6, atol=1e-6)
-        assert torch.equal(found["histogram"], alone["histogram"])
-    for mode, per_image in MODES:
-        first, second = (found[f"{mode} {per_image}"]["prototypes"] for found in ranks)
-        assert torch.equal(first, second)
-    assert torch.equal(torch.cat([found["selected"] for found in ranks]), alone["selected"])
+            assert torch.equal(ours["prototypes"], found[0][f"{mode} {per_image}"]["prototypes"])
+        assert torch.equal(own["histogram"], alone["histogram"])
+        for name, x in alone["inconsistency"].items():
+            assert torch.equal(own["inconsistency"][name], x), name
+    assert torch.equal(torch.cat([own["selected"] for own in found]), alone["selected"])
 
 
-def test_without_sync_every_rank_keeps_to_itself(tmp_path: Path) -> None:
-    ranks = run_ranks(_rank_alone, 2, tmp_path=tmp_path)
-    for rank, found in enumerate(ranks):
-        own = _run(0, 1, SPLIT[rank], sync=False)
-        assert torch.equal(found["ema True"]["prototypes"], own["ema True"]["prototypes"])
-        assert torch.equal(found["histogram"], own["histogram"])
-    assert not torch.equal(ranks[0]["histogram"], ranks[1]["histogram"])
+@ranks
+def test_without_sync_every_rank_keeps_to_itself(world_size: int, tmp_path: Path) -> None:
+    found = run_ranks(_rank_alone, world_size, tmp_path=tmp_path)
+    for own, part in zip(found, SPLIT[world_size], strict=True):
+        expected = _run(0, 1, part, sync=False)
+        assert torch.equal(own["ema True"]["prototypes"], expected["ema True"]["prototypes"])
+        assert torch.equal(own["histogram"], expected["histogram"])
+    assert not torch.equal(found[0]["histogram"], found[-1]["histogram"])
+
+
+def _gather(rank: int, world_size: int) -> list[Tensor]:
+    mine = torch.full((2, 3), float("nan")), torch.tensor([2**60 + rank]), torch.tensor([rank % 2 == 0])
+    return [*gather_ranks(*mine), sum_ranks(torch.tensor([2**53 + 1]))]
+
+
+@ranks
+def test_tensors_of_any_kind_travel_together(world_size: int, tmp_path: Path) -> None:
+    """As bytes: through float32 the integers would be rounded."""
+    for nan, numbers, flags, total in run_ranks(_gather, world_size, tmp_path=tmp_path):
+        assert nan.shape == (world_size, 2, 3)
+        assert nan.isnan().all()
+        assert numbers.flatten().tolist() == [2**60 + rank for rank in range(world_size)]
+        assert flags.flatten().tolist() == [rank % 2 == 0 for rank in range(world_size)]
+        assert total.tolist() == [world_size * (2**53 + 1)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,11 +31,13 @@ def _train(rank: int, world_size: int, steps: int) -> dict[str, Tensor]:
     return {**teacher.state_dict(), "student": net[0].weight.detach(), "images": images}
 
 
-def test_equal_students_make_equal_teachers(tmp_path) -> None:
-    first, second = run_ranks(_train, 2, 4, tmp_path=tmp_path)
-    assert not torch.equal(first.pop("images"), second.pop("images"))
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_equal_students_make_equal_teachers(world_size: int, tmp_path: Path) -> None:
+    first, *others = run_ranks(_train, world_size, 4, tmp_path=tmp_path)
+    images = first.pop("images")
+    assert not any(torch.equal(images, other.pop("images")) for other in others)
     assert list(first) == ["step", "module.0.weight", "module.0.bias", "module.2.weight", "module.2.bias", "student"]
     for name, x in first.items():
-        assert torch.equal(x, second[name]), name
+        assert all(torch.equal(x, other[name]) for other in others), name
     assert int(first["step"]) == 4
     assert not torch.equal(first["module.0.weight"], first["student"])

@@ -183,7 +183,7 @@ def test_downscale_errors() -> None:
     labels = torch.zeros(1, 6, 9, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"`labels` to have an H and W that `factor` 2 divides, but got \(1, 6, 9\)"):
         downscale_labels(labels, 2, num_classes=2)
-    with pytest.raises(ValueError, match=r"`factor` to be in \[1, inf\], but got 0"):
+    with pytest.raises(ValueError, match=r"`factor` to be at least 1, but got 0"):
         downscale_labels(labels, 0, num_classes=2)
     with pytest.raises(ValueError, match=r"`min_ratio` to be in \[0, 1\], but got 75"):
         downscale_labels(labels, 3, num_classes=2, min_ratio=75)
@@ -219,5 +219,5 @@ def test_resize_errors() -> None:
         resize_labels(torch.zeros(1, 2, 2), (2, 2))
     with pytest.raises(ValueError, match=r"`labels` to be \(N, H, W\), but got \(2, 2\)"):
         resize_labels(torch.zeros(2, 2, dtype=torch.int64), (2, 2))
-    with pytest.raises(ValueError, match=r"`size` to be \(H, W\) of positive numbers, but got \(0, 2\)"):
+    with pytest.raises(ValueError, match=r"`size` to be \(height, width\), two positive integers, but got \(0, 2\)"):
         resize_labels(torch.zeros(1, 2, 2, dtype=torch.int64), (0, 2))

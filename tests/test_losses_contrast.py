@@ -278,7 +278,7 @@ def test_errors_name_the_argument() -> None:
         udakit.pixel_prototype_contrast_loss(a, labels, torch.zeros(3, 3), seen=torch.ones(3))
     with pytest.raises(ValueError, match="`denominator` to be one of"):
         udakit.SupervisedPixelContrastLoss(3, denominator="none")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"`max_anchors` to be in \[1, inf\]"):
+    with pytest.raises(ValueError, match=r"`max_anchors` to be at least 1"):
         udakit.SupervisedPixelContrastLoss(3, max_anchors=0)
     with pytest.raises(ValueError, match="`features` to have 4 channels"):
         udakit.ProjectedFeatureLoss(4, 3)(a, b)

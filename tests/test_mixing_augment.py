@@ -1,5 +1,6 @@
 """Strong augmentation against the operations one image at a time."""
 
+import importlib
 import math
 
 import pytest
@@ -67,6 +68,44 @@ def test_strong_augment(seed, n, h, w, grey, sharp, blur, jitter):
     )  # fmt: skip
     got = udakit.strong_augment(images, draw, mean=MEAN, std=STD)
     torch.testing.assert_close(got, textbook(images, draw), atol=1e-5, rtol=1e-5)
+
+
+def colours(dtype: torch.dtype) -> Tensor:
+    """Greys, primaries and every other tie between channels, then random colours; as one image a hue angle."""
+    levels = torch.tensor([0.0, 1e-9, 0.25, 0.5, 1.0])
+    ties = torch.cartesian_prod(levels, levels, levels)
+    some = torch.rand(900, 3, generator=torch.Generator().manual_seed(0))
+    return torch.cat([ties, some]).T.reshape(1, 3, 25, 41).to(dtype).expand(13, -1, -1, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("saturation", [None, 0.0, 0.6, 1.9])
+def test_saturation_and_hue_are_those_of_kornia(dtype, saturation):
+    """Without the way through HSV and back: at every angle, at every tie, and for colours without a hue."""
+    images, angles = colours(dtype), torch.linspace(-math.pi, math.pi, 13, dtype=dtype)
+    factors = None if saturation is None else torch.full((13,), saturation, dtype=dtype)
+    draw = udakit.StrongAugmentDraw(jitter=torch.ones(13, dtype=torch.bool), saturation=factors, hue=angles)
+    got = udakit.strong_augment(images, draw, mean=None, std=None)
+    want = adjust_hue(images if factors is None else adjust_saturation(images, factors), angles)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_gradient_is_finite_for_every_colour():
+    images = colours(torch.float32).clone().requires_grad_()
+    draw = udakit.draw_strong_augment(13, jitter_probability=1.0, generator=torch.Generator().manual_seed(0))
+    udakit.strong_augment(images, draw, mean=None, std=None).square().sum().backward()
+    assert images.grad.isfinite().all()
+    assert images.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("block", [1, 700, 10**9])
+def test_blocks_of_rows_change_nothing(block, monkeypatch):
+    module = importlib.import_module("udakit.mixing.strong_augment")
+    images = normalised(0, 3, 13, 17).float()
+    draw = udakit.draw_strong_augment(3, greyscale_probability=0.3, generator=torch.Generator().manual_seed(1))
+    whole = udakit.strong_augment(images, draw, mean=MEAN, std=STD)
+    monkeypatch.setattr(module, "BLOCK", block)
+    torch.testing.assert_close(udakit.strong_augment(images, draw, mean=MEAN, std=STD), whole, atol=1e-6, rtol=0)
 
 
 def test_draw_statistics():

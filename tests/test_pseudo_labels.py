@@ -200,7 +200,7 @@ def test_daformer_counts_its_zeroed_rows_in_the_ratio() -> None:
         (lambda: udakit.ClassQuantileSelector(4, 0.5, 1.0), r"Expected `momentum` to be in \[0, 1\), but got 1.0"),
         (lambda: udakit.BilateralConsensus(torch.zeros(3, 2)), "Expected `prototypes` to be a ClassPrototypes"),
         (lambda: udakit.row_mask(4, 4, 2, 2), "Expected `top` \\+ `bottom` to leave at least one"),
-        (lambda: udakit.row_mask(4, 4, -1, 2), "Expected `top` to be in"),
+        (lambda: udakit.row_mask(4, 4, -1, 2), "Expected `top` to be at least 0"),
         (lambda: udakit.ClassQuantileSelector(3)(torch.zeros(1, 4, 2, 2)), "with C = 3, but got"),
         (lambda: udakit.BilateralConsensus(_prototypes())(torch.zeros(1, 4, 2, 2)), "Expected `features` to be"),
         (
@@ -209,7 +209,7 @@ def test_daformer_counts_its_zeroed_rows_in_the_ratio() -> None:
         ),
         (
             lambda: udakit.BilateralConsensus(_prototypes())(torch.zeros(1, 4, 2, 2), torch.zeros(2, 3, 2, 2)),
-            "Expected `features` to hold 1 images",
+            "Expected `features` to hold the 1 images of `logits`",
         ),
         (
             lambda: udakit.bilateral_consensus(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 3).long()),

@@ -8,6 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from udakit._checks import check_option
+
 Reduction = Literal["mean", "mean_all", "sum", "none"]
 
 
@@ -23,8 +25,7 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
 
 def check_reduction(reduction: str) -> None:
     """Raise for a `reduction` that is not one of the four."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"Expected `reduction` to be one of {get_args(Reduction)}, but got {reduction!r}.")
+    check_option("reduction", reduction, get_args(Reduction))
 
 
 def reduce_pixels(

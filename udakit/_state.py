@@ -25,10 +25,28 @@ class FullPrecisionState(nn.Module):
         return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
 
 
-def gather_ranks(x: Tensor) -> Tensor:
-    """Stack the ranks' tensors of one shape in rank order: (R, ...); without a process group there is one rank."""
+def gather_ranks(*tensors: Tensor) -> list[Tensor]:
+    """Stack the ranks' tensors of one shape in rank order, each (R, ...); without a process group there is one rank.
+
+    All of them travel in one collective, as bytes: at these sizes a collective costs its latency.
+    """
     if not (dist.is_available() and dist.is_initialized()):
-        return x.unsqueeze(0)
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.stack(parts)
+        return [x.unsqueeze(0) for x in tensors]
+    packed = torch.cat([x.contiguous().view(torch.uint8).flatten() for x in tensors])
+    parts = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, packed)
+    pieces = torch.split(torch.stack(parts), [x.numel() * x.element_size() for x in tensors], dim=1)
+    # A copy, because a view in another dtype asks for aligned bytes.
+    return [
+        p.clone(memory_format=torch.contiguous_format).view(x.dtype).view(-1, *x.shape)
+        for p, x in zip(pieces, tensors, strict=True)
+    ]
+
+
+def sum_ranks(counts: Tensor) -> Tensor:
+    """Sum of the ranks' integers, the same in any order; its traffic does not grow with the ranks as a gather's."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return counts
+    total = counts.clone()
+    dist.all_reduce(total)
+    return total

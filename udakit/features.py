@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from udakit._checks import check_option
+from udakit._checks import check_option, kind_of
 from udakit.teachers import unwrap_model
 
 __all__ = ["FeatureTap"]
@@ -41,6 +41,7 @@ class FeatureTap:
             key of a dict-like output.
 
     Raises:
+        TypeError: a `layer` that is no name, or a `model` that is no Module.
         ValueError: a `layer` that does not exist (the nearest names are listed), or an unknown `when`.
 
     Example:
@@ -53,6 +54,11 @@ class FeatureTap:
 
     def __init__(self, model: nn.Module, layer: str, *, when: When = "output", index: int | str = -1) -> None:
         check_option("when", when, get_args(When))
+        if not isinstance(layer, str):
+            raise TypeError(
+                f"Expected `layer` to be the dotted name of a submodule, but got {kind_of(layer)}. "
+                "model.named_modules() lists the names."
+            )
         self.model = model
         self.layer = layer
         self.when: When = when

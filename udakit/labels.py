@@ -12,7 +12,17 @@ from jaxtyping import Integer, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
-from udakit._checks import check_label_map, check_range, shape_of
+from udakit._checks import (
+    axis_hint,
+    check_integer,
+    check_label_map,
+    check_range,
+    check_size,
+    check_tensor,
+    is_integer,
+    kind_of,
+    shape_of,
+)
 
 __all__ = [
     "CITYSCAPES_CLASSES",
@@ -92,6 +102,9 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         >>> map_ids(torch.tensor([[7, 26, 0]], dtype=torch.uint8), CITYSCAPES_IDS)
         tensor([[  0,  13, 255]], dtype=torch.uint8)
     """
+    if not isinstance(table, (dict, Mapping)) or not all(is_integer(i) for pair in table.items() for i in pair):
+        given = f"{dict(list(table.items())[:3])}" if isinstance(table, Mapping) else kind_of(table)
+        raise TypeError(f"Expected `table` to map integer ids to integer ids, but got {given}.")
     if isinstance(labels, Tensor):
         _check_integer(labels)
         low, high = _key_range(table, torch.iinfo(labels.dtype), default)
@@ -101,8 +114,13 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
                 lookup[old - low].fill_(new)
         ids = labels.long()
         return lookup[torch.where((ids >= low) & (ids <= high), ids - low, high - low + 1)]
+    if not isinstance(labels, np.ndarray | np.generic):
+        raise TypeError(
+            f"Expected `labels` to be an integer tensor or array, but got {kind_of(labels)}. "
+            "Lists and Pillow images become an array by np.asarray."
+        )
     if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(f"Expected `labels` to be an integer array, but got {labels.dtype}.")
+        raise TypeError(f"Expected `labels` to be an integer array, but got {labels.dtype}. .astype makes one.")
     low, high = _key_range(table, np.iinfo(labels.dtype), default)
     array_lookup: NDArray[Any] = np.full(high - low + 2, default, dtype=labels.dtype)
     for old, new in table.items():
@@ -120,7 +138,8 @@ def _key_range(table: Mapping[int, int], limits: torch.iinfo | np.iinfo[Any], de
     if min(new) < limits.min or max(new) > limits.max:
         raise ValueError(
             "Expected `labels` to have a dtype that holds the new ids "
-            f"{min(new)}..{max(new)}, but got {str(limits.dtype).removeprefix('torch.')}."
+            f"{min(new)}..{max(new)}, but got {str(limits.dtype).removeprefix('torch.')}. "
+            "Widen it first: .long() of a tensor, .astype(np.int64) of an array."
         )
     if limits.min == 0 and limits.max < 2**16:  # every id that the dtype has: no comparison is needed
         return 0, limits.max
@@ -128,8 +147,11 @@ def _key_range(table: Mapping[int, int], limits: torch.iinfo | np.iinfo[Any], de
 
 
 def _check_integer(labels: Tensor, name: str = "labels") -> None:
+    check_tensor(name, labels, "an integer tensor")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"Expected `{name}` to be an integer tensor, but got {labels.dtype}.")
+        raise TypeError(
+            f"Expected `{name}` to be an integer tensor, but got {kind_of(labels)}. Class ids become one by .long()."
+        )
 
 
 def check_labels(
@@ -153,8 +175,10 @@ def check_labels(
         >>> check_labels(torch.tensor([0, 18, 255]), num_classes=19)
         >>> check_labels(torch.tensor([0, 26, 26, 33]), num_classes=19)
         Traceback (most recent call last):
-        ValueError: Expected `labels` to hold ids 0..18 or 255, but got 26 (2 pixels), 33 (1 pixel).
+        ValueError: Expected `labels` to hold ids 0..18 or 255, but got 26 (2 pixels), 33 (1 pixel). Bring the ids \
+of a data set to these with map_ids, or correct `num_classes` or `ignore_index`.
     """
+    check_integer("num_classes", num_classes)
     _check_integer(labels, name)
     found = dict(zip(*(x.tolist() for x in torch.unique(labels, return_counts=True)), strict=True))
     wrong = {i: n for i, n in found.items() if not 0 <= i < num_classes and i != ignore_index}
@@ -162,7 +186,8 @@ def check_labels(
         listed = [f"{i} ({n} pixel{'s' * (n != 1)})" for i, n in list(wrong.items())[:8]]
         more = f" and {len(wrong) - 8} more ids" if len(wrong) > 8 else ""
         raise ValueError(
-            f"Expected `{name}` to hold ids 0..{num_classes - 1} or {ignore_index}, but got {', '.join(listed)}{more}."
+            f"Expected `{name}` to hold ids 0..{num_classes - 1} or {ignore_index}, but got {', '.join(listed)}{more}. "
+            "Bring the ids of a data set to these with map_ids, or correct `num_classes` or `ignore_index`."
         )
 
 
@@ -201,15 +226,16 @@ def downscale_labels(
         tensor([[[  1, 255]]])
     """
     check_label_map(labels)
-    check_range("factor", factor, 1)
-    check_range("num_classes", num_classes, 1)
+    check_integer("factor", factor)
+    check_integer("num_classes", num_classes)
     check_range("min_ratio", min_ratio, 0, 1)
     if labels.dtype == torch.uint8:
         check_range("ignore_index", ignore_index, 0, 255)
     n, height, width = labels.shape
     if height % factor or width % factor:
         raise ValueError(
-            f"Expected `labels` to have an H and W that `factor` {factor} divides, but got {shape_of(labels)}."
+            f"Expected `labels` to have an H and W that `factor` {factor} divides, but got {shape_of(labels)}. "
+            f"Crop or pad to a multiple of {factor}."
         )
     h, w = height // factor, width // factor
     ids = labels.reshape(n, h, factor, w, factor).permute(0, 2, 4, 1, 3).reshape(n, factor * factor, h, w).long()
@@ -247,9 +273,8 @@ def resize_labels(labels: Integer[Tensor, "n h w"], size: tuple[int, int]) -> In
     """
     _check_integer(labels)
     if labels.ndim != 3:
-        raise ValueError(f"Expected `labels` to be (N, H, W), but got {shape_of(labels)}.")
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"Expected `size` to be (H, W) of positive numbers, but got {tuple(size)}.")
+        raise ValueError(f"Expected `labels` to be (N, H, W), but got {shape_of(labels)}.{axis_hint(labels)}")
+    check_size("size", size)
     rows, columns = (_nearest(labels, axis, new) for axis, new in zip((1, 2), size, strict=True))
     return labels.index_select(1, rows).index_select(2, columns)
 

@@ -9,7 +9,17 @@ import torch
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
-from udakit._checks import check_float, check_labels_like, check_option, check_range, shape_of
+from udakit._checks import (
+    check_device,
+    check_float,
+    check_integer,
+    check_labels_like,
+    check_option,
+    check_range,
+    check_tensor,
+    kind_of,
+    shape_of,
+)
 from udakit._reduce import full_precision, upcast
 from udakit._state import FullPrecisionState, gather_ranks
 
@@ -59,8 +69,8 @@ def class_means(
         >>> means.flatten().tolist(), counts.tolist(), features.grad.flatten().tolist()
         ([2.0, 0.0], [2, 0], [0.5, 0.5, 0.0])
     """
-    check_range("num_classes", num_classes, 1)
-    check_range("min_pixels", min_pixels, 1)
+    check_integer("num_classes", num_classes)
+    check_integer("min_pixels", min_pixels)
     check_float("features", features, 4, "(N, D, h, w)")
     check_labels_like(labels, features, reference_name="features")
     sums, counts = _class_sums(features, labels, num_classes, ignore_index)
@@ -161,11 +171,11 @@ class ClassPrototypes(FullPrecisionState):
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
-        check_range("num_classes", num_classes, 1)
-        check_range("dim", dim, 1)
+        check_integer("num_classes", num_classes)
+        check_integer("dim", dim)
         check_range("momentum", momentum, 0.0, 1.0)
         check_option("mode", mode, get_args(Mode))
-        check_range("min_pixels", min_pixels, 1)
+        check_integer("min_pixels", min_pixels)
         self.num_classes, self.dim, self.momentum = num_classes, dim, momentum
         self.mode: Mode = mode
         self.per_image, self.min_pixels, self.ignore_index = per_image, min_pixels, ignore_index
@@ -200,11 +210,10 @@ class ClassPrototypes(FullPrecisionState):
             if not self.per_image:
                 sums, pixels = sums.sum(0, keepdim=True), pixels.sum(0, keepdim=True)
                 if sync:
-                    sums, pixels = gather_ranks(sums).sum(0), gather_ranks(pixels).sum(0)
+                    sums, pixels = (x.sum(0) for x in gather_ranks(sums, pixels))
             first, spread, number = self._summarise(_divide(sums, pixels, self.min_pixels), pixels >= self.min_pixels)
             if sync and self.per_image:
-                first, spread = gather_ranks(torch.stack([first, spread])).unbind(1)
-                number = gather_ranks(number)
+                first, spread, number = gather_ranks(first, spread, number)
             else:
                 first, spread, number = first[None], spread[None], number[None]
             self._merge(first, spread, number)
@@ -308,9 +317,10 @@ class ClassPrototypes(FullPrecisionState):
             )
         if counts is None:
             counts = torch.zeros_like(self.counts)
-        elif counts.is_floating_point() or counts.dtype == torch.bool:
-            raise TypeError(f"Expected `counts` to be an integer tensor, but got {counts.dtype}.")
-        elif counts.shape != self.counts.shape:
+        check_tensor("counts", counts, "an integer tensor")
+        if counts.is_floating_point() or counts.dtype == torch.bool:
+            raise TypeError(f"Expected `counts` to be an integer tensor, but got {kind_of(counts)}.")
+        if counts.shape != self.counts.shape:
             raise ValueError(f"Expected `counts` to be (C,) = {shape_of(self.counts)}, but got {shape_of(counts)}.")
         with torch.no_grad():
             self.prototypes.copy_(prototypes)
@@ -324,6 +334,7 @@ class ClassPrototypes(FullPrecisionState):
             raise ValueError(
                 f"Expected `features` to be (N, D, h, w) with D = {self.dim}, but got {shape_of(features)}."
             )
+        check_device("features", features, self.prototypes, "prototypes")
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

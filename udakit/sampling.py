@@ -15,7 +15,15 @@ from jaxtyping import Float, Int64, Num
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from udakit._checks import check_range, shape_of
+from udakit._checks import (
+    check_callable,
+    check_generator,
+    check_integer,
+    check_range,
+    check_tensor,
+    kind_of,
+    shape_of,
+)
 
 __all__ = ["RareClassSampler", "count_classes", "rare_class_probabilities", "read_class_stats"]
 
@@ -51,10 +59,24 @@ def count_classes(
         tensor([[2, 0, 1],
                 [0, 4, 0]])
     """
-    check_range("num_classes", num_classes, 1)
+    check_integer("num_classes", num_classes)
+    if isinstance(labels, str | os.PathLike) or not (isinstance(labels, Iterable) or hasattr(labels, "__getitem__")):
+        raise TypeError(
+            f"Expected `labels` to be an iterable of label maps or paths, but got {kind_of(labels)}. "
+            'The files of a folder are sorted(Path(folder).glob("*.png")).'
+        )
+    if load is not None:
+        check_callable("load", load, "load(item)")
     rows: list[Tensor] = []
     for item in _items(labels):
-        ids = torch.as_tensor(load(item) if load else _read(item))
+        found = load(item) if load else _read(item)
+        try:
+            ids = torch.as_tensor(found)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"Expected `labels` to hold integer maps, but got {kind_of(found)} in item {len(rows)}. "
+                "Pass `load=` to make a map of an item, for example load=lambda item: item[1]."
+            ) from error
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"Expected `labels` to hold integer maps, but got {ids.dtype} in item {len(rows)}.")
         ids = ids.flatten().cpu().long()
@@ -84,7 +106,10 @@ def _read(item: Any) -> Any:
     with Image.open(item) as image:
         ids = np.array(image)
     if ids.ndim != 2:
-        raise ValueError(f"Expected {os.fspath(item)!r} to be a one-channel label image, but got shape {ids.shape}.")
+        raise ValueError(
+            f"Expected `labels` item {os.fspath(item)!r} to be a one-channel label image, but got shape {ids.shape}. "
+            "Pass `load=` to make class ids of colours."
+        )
     return ids.astype(np.int64)
 
 
@@ -107,8 +132,9 @@ def read_class_stats(path: str | os.PathLike[str], *, num_classes: int) -> tuple
     Raises:
         ValueError: a file of another form.
     """
-    content = json.loads(Path(path).read_text())
+    text = Path(path).read_text()
     try:
+        content = json.loads(text)
         if isinstance(content, dict):
             pairs = list(content.items())
         else:
@@ -120,8 +146,8 @@ def read_class_stats(path: str | os.PathLike[str], *, num_classes: int) -> tuple
                     counts[row, int(label_id)] = int(pixels)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f'Expected {os.fspath(path)!r} to be a list of {{"<train id>": pixels, "file": path}} or a mapping '
-            f"path -> {{train id: pixels}}, but got {type(error).__name__}: {error}."
+            f'Expected `path` {os.fspath(path)!r} to be a list of {{"<train id>": pixels, "file": path}} or a mapping '
+            f"path -> {{train id: pixels}}, but got another form ({error})."
         ) from error
     return [str(name) for name, _ in pairs], counts
 
@@ -151,6 +177,7 @@ def rare_class_probabilities(class_pixels: Num[Tensor, "c"], *, temperature: flo
         tensor([0.3100, 0.6900, 0.0000])
     """
     check_range("temperature", temperature, 0.0, open_low=True)
+    check_tensor("class_pixels", class_pixels, "a tensor (C,)")
     if class_pixels.ndim != 1:
         raise ValueError(
             f"Expected `class_pixels` to be (C,), but got {shape_of(class_pixels)}. "
@@ -205,9 +232,17 @@ class RareClassSampler(Sampler[int]):
         num_samples: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        counts = torch.as_tensor(class_pixels).cpu()
+        try:
+            counts = torch.as_tensor(class_pixels).cpu()
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"Expected `class_pixels` to be numbers (images, C), but got {kind_of(class_pixels)}. "
+                "count_classes and read_class_stats make them."
+            ) from error
         if counts.ndim != 2:
-            raise ValueError(f"Expected `class_pixels` to be (images, C), but got {shape_of(counts)}.")
+            raise ValueError(
+                f"Expected `class_pixels` to be (images, C), but got {shape_of(counts)}. count_classes makes it."
+            )
         if not bool((counts > 0).any()):
             raise ValueError("Expected `class_pixels` to count a pixel of some class, but got only zeros.")
         if isinstance(min_pixels, float) and min_pixels < 1:
@@ -217,9 +252,14 @@ class RareClassSampler(Sampler[int]):
             check_range("min_pixels", min_pixels, 0)
             limit = torch.tensor(min_pixels)
         if num_samples is not None:
-            check_range("num_samples", num_samples, 1)
+            check_integer("num_samples", num_samples)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            check_generator(generator, torch.device("cpu"))
         if generator is not None and generator.device.type != "cpu":
-            raise ValueError(f"Expected `generator` to be on the CPU, but got one on '{generator.device}'.")
+            raise ValueError(
+                f"Expected `generator` to be on the CPU, but got one on '{generator.device}'. "
+                "Make it with torch.Generator()."
+            )
         self.class_probabilities = rare_class_probabilities(counts.sum(0).double(), temperature=temperature)
         self.num_samples = len(counts) if num_samples is None else num_samples
         self.generator = generator

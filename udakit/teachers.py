@@ -12,7 +12,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from udakit._checks import check_float, check_option, check_range, shape_of
+from udakit._checks import (
+    check_device,
+    check_float,
+    check_integer,
+    check_option,
+    check_range,
+    check_size,
+    is_sequence,
+    kind_of,
+    shape_of,
+)
 from udakit._reduce import upcast
 from udakit._state import FullPrecisionState
 
@@ -23,6 +33,7 @@ TeacherMode = Literal["batch_statistics", "train", "eval"]
 Fusion = Literal["mean", "max_confidence", "agreement"]
 TeacherKind = Literal["logits", "probabilities"]
 
+_ONE_NET = "A teacher averages the net that it was made of: make another one for another net."
 _HALF = (torch.float16, torch.bfloat16)
 _Named = list[tuple[str, Tensor]]
 
@@ -41,6 +52,9 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         >>> unwrap_model(nn.DataParallel(torch.compile(net))) is net
         True
     """
+    if not isinstance(model, nn.Module):
+        hint = " Pass the net itself, not its state_dict or parameters." if not callable(model) else ""
+        raise TypeError(f"Expected `model` to be an nn.Module, but got {kind_of(model)}.{hint}")
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -168,6 +182,7 @@ class EMATeacher(nn.Module):
         student = {name: x for name, x, _ in _named_state(model)}
         self._check_match({name: x for name, (x, _) in own.items()}, student)
         if step is not None:
+            check_integer("step", step, 0)
             self.step.fill_(step)
         averaged: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
@@ -260,25 +275,28 @@ class EMATeacher(nn.Module):
         unknown = [name for name in student if name not in own]
         if missing or unknown:
             raise ValueError(
-                "Expected `model` to have the parameters and buffers of the averaged net, but "
-                f"{len(own) - len(missing)} of {len(own)} match: missing {_first(missing)}, unknown {_first(unknown)}."
+                "Expected `model` to have the parameters and buffers of the averaged net, but got a "
+                f"net of which {len(own) - len(missing)} of {len(own)} match: "
+                f"missing {_first(missing)}, unknown {_first(unknown)}. {_ONE_NET}"
             )
         unlike = [n for n, x in own.items() if x.shape != student[n].shape]
         if unlike:
             listed = [f"{n} {shape_of(own[n])} but got {shape_of(student[n])}" for n in unlike]
-            raise ValueError(f"Expected `model` to have the shapes of the averaged net: {_first(listed)}.")
+            raise ValueError(f"Expected `model` to have the shapes of the averaged net: {_first(listed)}. {_ONE_NET}")
         apart = [
             f"{n} on '{x.device}' but got '{student[n].device}'"
             for n, x in own.items()
             if x.device != student[n].device
         ]
         if apart:
-            raise ValueError(f"Expected `model` to be on the devices of the averaged net: {_first(apart)}.")
+            raise ValueError(
+                f"Expected `model` to be on the devices of the averaged net: {_first(apart)}. Move one with .to()."
+            )
         thawed = [name for name in self._shared if student[name].requires_grad]
         if thawed:
             raise ValueError(
-                "Expected parameters shared by `share_frozen=True` to stay frozen, but these require a gradient: "
-                f"{_first(sorted(thawed))}."
+                "Expected `model` to keep frozen what `share_frozen=True` shares, but got parameters that require a "
+                f"gradient: {_first(sorted(thawed))}. Make the teacher anew after unfreezing."
             )
 
 
@@ -387,8 +405,13 @@ def _agree(maps: list[Tensor]) -> Tensor:
 
 def _teacher_maps(logits: Sequence[Tensor], size: tuple[int, int] | None, kind: str) -> list[Tensor]:
     check_option("kind", kind, get_args(TeacherKind))
-    if isinstance(logits, Tensor) or not len(logits):
-        raise ValueError("Expected `logits` to be a non-empty sequence of (N, C, H, W) tensors, one a teacher.")
+    if not is_sequence(logits) or not len(logits):
+        given = "an empty one" if is_sequence(logits) else kind_of(logits)
+        raise ValueError(
+            f"Expected `logits` to be a non-empty sequence of (N, C, H, W) tensors, one a teacher, but got {given}."
+        )
+    if size is not None:
+        check_size("size", size)
     maps = []
     for k, x in enumerate(logits):
         check_float(f"logits[{k}]", x, 4, "(N, C, H, W)")
@@ -398,6 +421,7 @@ def _teacher_maps(logits: Sequence[Tensor], size: tuple[int, int] | None, kind: 
             raise ValueError(
                 f"Expected `logits[{k}]` to match `logits[0]` {shape_of(logits[0])}, but got {shape_of(x)}.{hint}"
             )
+        check_device(f"logits[{k}]", x, logits[0], "logits[0]")
         x = upcast(x.detach())
         if size is not None and tuple(x.shape[2:]) != tuple(size):
             x = F.interpolate(x, size, mode="bilinear", align_corners=False)
@@ -412,6 +436,10 @@ def _teacher_weights(weights: Sequence[float] | Tensor | None, maps: list[Tensor
             raise ValueError(f"Expected `weights` to be (K,) with K = {len(maps)}, but got {shape_of(weights)}.")
         weights = weights.detach().to(maps[0].dtype)
         return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    if weights is not None and not is_sequence(weights):
+        raise TypeError(
+            f"Expected `weights` to be {len(maps)} numbers, one for each teacher, but got {kind_of(weights)}."
+        )
     numbers = [1.0] * len(maps) if weights is None else list(weights)
     if len(numbers) != len(maps) or not min(numbers) >= 0 or not sum(numbers) > 0:
         raise ValueError(

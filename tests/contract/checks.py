@@ -311,7 +311,7 @@ def extreme_values(op: Operation) -> None:
 
 def _extreme(x: Tensor, role: str | None, pattern: int, scale: float) -> Tensor:
     if role == "logits":
-        return (torch.zeros_like(x), 1e4 * x.sign(), 1e4 * x / x.abs().max())[pattern]
+        return (torch.zeros_like(x), 1e4 * x.sign(), 1e4 * (x / x.abs().max()))[pattern]
     if role == "probabilities":
         largest = x >= x.amax(1, keepdim=True)
         return (torch.full_like(x, 1 / x.shape[1]), largest.to(x.dtype), x)[pattern]
@@ -371,10 +371,14 @@ def _fake(ex: Example, mode: FakeTensorMode, device: str) -> Example:
     return faked
 
 
+# Without a card, torch 2.5 aborts the interpreter in some operators on fake CUDA tensors.
+FAKE_DEVICES = ("cpu",) if torch.__version__.startswith("2.5.") and not torch.cuda.is_available() else ("cpu", "cuda")
+
+
 def fake_tensors(op: Operation) -> None:
     """Runs on fake CPU and fake CUDA tensors: no data-dependent shape, no value read; results stay on the device."""
     real = run(make(op))
-    for device in ("cpu", "cuda"):
+    for device in FAKE_DEVICES:
         mode = FakeTensorMode()
         ex = _fake(make(op).differentiable(), mode, device)
         with mode:
@@ -421,10 +425,11 @@ def no_device_copy(op: Operation) -> None:
     with NoHostRead():
         out = run(ex, seed=None)
     gradients(out, ex)
-    mode = FakeTensorMode()
-    ex = _fake(make(op), mode, "cuda")
-    with mode, NoHostRead():
-        run(ex, seed=None)
+    for device in FAKE_DEVICES[1:]:
+        mode = FakeTensorMode()
+        ex = _fake(make(op), mode, device)
+        with mode, NoHostRead():
+            run(ex, seed=None)
 
 
 def compile(op: Operation, backend: str = "aot_eager") -> None:
@@ -550,7 +555,7 @@ def seed(op: Operation) -> None:
     run(make(op), seed=1)
     assert torch.equal(state, torch.random.get_rng_state()), "a given generator leaves the global one alone"
 
-    if any(isinstance(x, Tensor) for x in make(op).leaves) and not _exempt(op, "seed.device"):
+    if FAKE_DEVICES[1:] and any(isinstance(x, Tensor) for x in make(op).leaves) and not _exempt(op, "seed.device"):
         mode = FakeTensorMode()
         ex = _fake(make(op), mode, "cuda")
         with mode, pytest.raises(ValueError, match="Expected `generator`"):

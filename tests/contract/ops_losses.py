@@ -26,6 +26,30 @@ def _kd_loss(s: Sample) -> Call:
     )
 
 
+def _upsampled_cross_entropy(s: Sample) -> Call:
+    return Call(
+        (s.logits(s.h // 2, s.w // 2 - 1), s.labels()),
+        {"pixel_weight": s.weight()},
+        {"class_weight": s.class_values(), "chunk_rows": 3},
+    )
+
+
+def _upsampled_kd_loss(s: Sample) -> Call:
+    return Call(
+        (s.logits(s.h // 2, s.w // 2 - 1), s.logits()),
+        {"valid": s.valid(), "pixel_weight": s.weight()},
+        {"temperature": 2.0, "divergence": "kl", "chunk_rows": 3},
+    )
+
+
+def _upsampled_kd_loss_sizes(s: Sample) -> Call:
+    return Call(
+        (s.logits(s.h // 2, s.w // 2 - 1), s.logits(s.h // 4, s.w // 4)),
+        {"valid": s.valid()},
+        {"size": (s.h, s.w), "align_corners": True},
+    )
+
+
 def _feature_distance_loss(s: Sample) -> Call:
     return Call((s.features(), s.features()), {"valid": s.valid()}, {"reduction": "mean"})
 
@@ -104,6 +128,27 @@ OPERATIONS = [
         inductor=True,
     ),
     Operation("kd_loss", _kd_loss, udakit.kd_loss, udakit.KDLoss, covers=("KDLoss",), inductor=True),
+    Operation(
+        "upsampled_cross_entropy",
+        _upsampled_cross_entropy,
+        udakit.upsampled_cross_entropy,
+        udakit.UpsampledCrossEntropyLoss,
+        covers=("UpsampledCrossEntropyLoss",),
+        inductor=True,
+    ),
+    Operation(
+        "upsampled_kd_loss",
+        _upsampled_kd_loss,
+        udakit.upsampled_kd_loss,
+        udakit.UpsampledKDLoss,
+        covers=("UpsampledKDLoss",),
+    ),
+    Operation(
+        "upsampled_kd_loss[sizes]",
+        _upsampled_kd_loss_sizes,
+        udakit.upsampled_kd_loss,
+        udakit.UpsampledKDLoss,
+    ),
     Operation(
         "feature_distance_loss",
         _feature_distance_loss,

@@ -13,6 +13,8 @@ from udakit.losses.prototype_contrast import PrototypeContrastLoss, prototype_co
 from udakit.losses.supervised_pixel_contrast import SupervisedPixelContrastLoss, supervised_pixel_contrast_loss
 from udakit.losses.symmetric_cross_entropy import SymmetricCrossEntropyLoss, symmetric_cross_entropy
 from udakit.losses.symmetric_kd import SymmetricKDLoss, symmetric_kd_loss
+from udakit.losses.upsampled_cross_entropy import UpsampledCrossEntropyLoss, upsampled_cross_entropy
+from udakit.losses.upsampled_kd import UpsampledKDLoss, upsampled_kd_loss
 
 __all__ = [
     "CrossEntropyLoss",
@@ -28,6 +30,8 @@ __all__ = [
     "SupervisedPixelContrastLoss",
     "SymmetricCrossEntropyLoss",
     "SymmetricKDLoss",
+    "UpsampledCrossEntropyLoss",
+    "UpsampledKDLoss",
     "class_inconsistency",
     "cross_entropy",
     "entropy_loss",
@@ -41,4 +45,6 @@ __all__ = [
     "supervised_pixel_contrast_loss",
     "symmetric_cross_entropy",
     "symmetric_kd_loss",
+    "upsampled_cross_entropy",
+    "upsampled_kd_loss",
 ]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_labels_like, check_weight_like, shape_of
+from udakit._checks import check_float, check_labels_like, check_per_class, check_weight_like, check_weight_option
 from udakit._reduce import check_reduction, reduce_pixels, upcast
 
 
@@ -31,8 +31,8 @@ def cross_entropy(
 
     Args:
         logits: class scores before the softmax, any float dtype.
-        labels: class ids 0..C-1 or `ignore_index`, int64 or uint8. Other ids are an error of `F.cross_entropy`
-            (a device-side assertion on CUDA): `udakit.labels.check_labels` finds them by name.
+        labels: class ids 0..C-1 or `ignore_index`, int64 or uint8. Other ids are an error (on CUDA a
+            device-side assertion): `udakit.labels.check_labels` finds them by name.
         pixel_weight: factor of each pixel's loss, for example a pseudo-label's confidence weight.
         class_weight: factor of each class.
         ignore_index: the label that takes no part.
@@ -43,7 +43,7 @@ def cross_entropy(
 
     Raises:
         TypeError: an integer `logits`, or `labels` that are neither int64 nor uint8.
-        ValueError: shapes that do not match, or an unknown `reduction`.
+        ValueError: shapes that do not match, ids that are no class, or an unknown `reduction`.
 
     Example:
         >>> import torch
@@ -57,18 +57,43 @@ def cross_entropy(
     check_reduction(reduction)
     check_float("logits", logits, 4, "(N, C, H, W)")
     check_labels_like(labels, logits)
-    labels = labels.long()
-    loss = F.cross_entropy(upcast(logits), labels, ignore_index=ignore_index, reduction="none")
-    valid = labels != ignore_index
     if class_weight is not None:
-        if class_weight.ndim != 1 or class_weight.shape[0] != logits.shape[1]:
-            raise ValueError(
-                f"Expected `class_weight` to be (C,) matching `logits` {shape_of(logits)}, "
-                f"but got {shape_of(class_weight)}."
-            )
-        loss = loss * class_weight.to(loss.dtype)[labels.where(valid, 0)]
+        check_class_weight(class_weight, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
+    labels = labels.long()
+    loss = labelled_cross_entropy(upcast(logits), labels, ignore_index)
+    return reduce_labelled(loss, labels, class_weight, pixel_weight, ignore_index, reduction)
+
+
+def check_class_weight(class_weight: Tensor, logits: Tensor) -> None:
+    """Raise unless there is a weight of each class of `logits`."""
+    check_per_class("class_weight", class_weight, logits.shape[1], reference=logits, reference_name="logits")
+
+
+def labelled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """`F.cross_entropy` at each pixel, with our message where the CPU meets an id that is no class."""
+    try:
+        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+    except IndexError as error:
+        raise ValueError(
+            f"Expected `labels` to hold ids 0..{logits.shape[1] - 1} or `ignore_index` {ignore_index}, but got others. "
+            "udakit.check_labels lists them."
+        ) from error
+
+
+def reduce_labelled(
+    loss: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None,
+    pixel_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
+    """Weights, then the mean, of a loss at labelled pixels."""
+    valid = labels != ignore_index
+    if class_weight is not None:
+        loss = loss * class_weight.to(loss.dtype)[labels.where(valid, 0).long()]
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 
@@ -87,6 +112,7 @@ class CrossEntropyLoss(nn.Module):
     def __init__(self, *, class_weight: Tensor | None = None, ignore_index: int = 255, reduction: str = "mean") -> None:
         super().__init__()
         check_reduction(reduction)
+        check_weight_option(class_weight)
         self.register_buffer("class_weight", class_weight)
         self.ignore_index = ignore_index
         self.reduction = reduction

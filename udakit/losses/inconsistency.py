@@ -9,9 +9,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_float, check_mask_like, check_option, check_range, shape_of
+from udakit._checks import (
+    check_callable,
+    check_float,
+    check_integer,
+    check_mask_like,
+    check_option,
+    check_pair,
+    check_per_class,
+    check_range,
+    shape_of,
+)
 from udakit._reduce import check_reduction, upcast
-from udakit._state import FullPrecisionState, gather_ranks
+from udakit._state import FullPrecisionState, sum_ranks
 from udakit.losses.kd import Resize, TeacherKind, kd_loss, match_logits
 
 WeightFn = Callable[[Tensor], Tensor]
@@ -53,10 +63,10 @@ def class_inconsistency(
         tensor([0.5000, 0.5000, 0.0000])
     """
     check_option("resize", resize, get_args(Resize))
-    student, teacher = match_logits(student_logits.detach(), teacher_logits, resize)
+    student, teacher = match_logits(student_logits, teacher_logits, resize)
     if valid is not None:
         check_mask_like(valid, student, reference_name="student_logits")
-    return _ratio(*_overlap(student, teacher, valid).float())
+    return _ratio(*_overlap(student.detach(), teacher, valid).float())
 
 
 def _overlap(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
@@ -134,18 +144,18 @@ def inconsistency_loss(
         >>> bool((plain - kd_loss(student, teacher)).abs() < 1e-5)
         True
     """
-    _check_options(weight_range, weight_temperature, temperature, teacher_kind, resize, reduction)
+    _check_options(weight_range, weight_temperature, temperature, weight_fn, teacher_kind, resize, reduction)
     student, teacher = match_logits(student_logits, teacher_logits, resize)
-    check_float("inconsistency", inconsistency, 1, "(C,)")
-    if inconsistency.shape[0] != student.shape[1]:
-        raise ValueError(
-            f"Expected `inconsistency` to be (C,) matching `student_logits` {shape_of(student_logits)}, "
-            f"but got {shape_of(inconsistency)}."
-        )
+    check_float("inconsistency", inconsistency)
+    check_per_class(
+        "inconsistency", inconsistency, student.shape[1], reference=student_logits, reference_name="student_logits"
+    )
     if valid is not None:
         check_mask_like(valid, student, reference_name="student_logits")
     d = upcast(inconsistency.detach())
     w = (weight_fn or _default_weight(weight_range, weight_temperature))(d).detach()
+    if w.shape != d.shape:
+        raise ValueError(f"Expected `weight_fn` to return (C,) = {shape_of(d)}, but got {shape_of(w)}.")
     pixel_weight = w[teacher.argmax(dim=1)]
     counted = torch.ones_like(pixel_weight) if valid is None else valid.to(pixel_weight.dtype)
     mean = (pixel_weight * counted).sum() / counted.sum().clamp_min(1)
@@ -169,12 +179,16 @@ def _check_options(
     weight_range: tuple[float, float],
     weight_temperature: float,
     temperature: float,
+    weight_fn: WeightFn | None,
     teacher_kind: str,
     resize: str,
     reduction: str,
 ) -> None:
-    if len(weight_range) != 2 or not 0 <= weight_range[0] <= weight_range[1]:
+    check_pair("weight_range", weight_range, "(low, high) with 0 <= low <= high")
+    if not 0 <= weight_range[0] <= weight_range[1]:
         raise ValueError(f"Expected `weight_range` to be (low, high) with 0 <= low <= high, but got {weight_range!r}.")
+    if weight_fn is not None:
+        check_callable("weight_fn", weight_fn, "weight_fn(inconsistency)")
     check_range("weight_temperature", weight_temperature, 0.0, open_low=True)
     check_range("temperature", temperature, 0.0, open_low=True)
     check_option("teacher_kind", teacher_kind, get_args(TeacherKind))
@@ -192,7 +206,7 @@ class InconsistencyLoss(FullPrecisionState):
     Args:
         num_classes: C.
         momentum: share of the old average that is kept at each call, in [0, 1).
-        sync: add the ranks' pixel counts, gathered as integers; every rank must make the call.
+        sync: add the ranks' pixel counts, as integers; every rank must make the call.
         weight_range: as in the function, like all further options.
         weight_temperature: tau.
         temperature: T.
@@ -228,9 +242,9 @@ class InconsistencyLoss(FullPrecisionState):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        check_range("num_classes", num_classes, 1)
+        check_integer("num_classes", num_classes)
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
-        _check_options(weight_range, weight_temperature, temperature, teacher_kind, resize, reduction)
+        _check_options(weight_range, weight_temperature, temperature, weight_fn, teacher_kind, resize, reduction)
         self.register_buffer("intersection", torch.zeros(num_classes))
         self.register_buffer("union", torch.zeros(num_classes))
         self.momentum = momentum
@@ -260,13 +274,14 @@ class InconsistencyLoss(FullPrecisionState):
         student, teacher = match_logits(student_logits, teacher_logits, self.resize)
         if student.shape[1] != self.union.shape[0]:
             raise ValueError(
-                f"Expected `student_logits` to have {self.union.shape[0]} classes, but got {shape_of(student_logits)}."
+                f"Expected `student_logits` to have {self.union.shape[0]} classes, the "
+                f"`num_classes` of the loss, but got {shape_of(student_logits)}."
             )
         if valid is not None:
             check_mask_like(valid, student, reference_name="student_logits")
         counts = _overlap(student, teacher, valid)
         if self.sync:
-            counts = gather_ranks(counts).sum(dim=0)
+            counts = sum_ranks(counts)
         for average, count in zip((self.intersection, self.union), counts.to(self.union.dtype), strict=True):
             average.copy_(self.momentum * average + (1 - self.momentum) * count)
 

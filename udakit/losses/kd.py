@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import (
+    check_device,
     check_float,
     check_mask_like,
     check_option,
@@ -24,7 +25,8 @@ TeacherKind = Literal["logits", "probabilities"]
 Resize = Literal["error", "student", "teacher"]
 
 
-def _check_options(temperature: float, divergence: str, teacher_kind: str, resize: str, reduction: str) -> None:
+def check_options(temperature: float, divergence: str, teacher_kind: str, resize: str, reduction: str) -> None:
+    """Raise for an option that `kd_loss` does not have."""
     check_range("temperature", temperature, 0.0, open_low=True)
     check_option("divergence", divergence, get_args(Divergence))
     check_option("teacher_kind", teacher_kind, get_args(TeacherKind))
@@ -82,14 +84,14 @@ def kd_loss(
         >>> student.grad.shape
         torch.Size([2, 5, 8, 8])
     """
-    _check_options(temperature, divergence, teacher_kind, resize, reduction)
+    check_options(temperature, divergence, teacher_kind, resize, reduction)
     student, teacher = match_logits(student_logits, teacher_logits, resize)
     if valid is not None:
         check_mask_like(valid, student, reference_name="student_logits")
     if pixel_weight is not None:
         check_weight_like(pixel_weight, student, reference_name="student_logits")
 
-    target = _soften(teacher, temperature, teacher_kind).to(student.dtype)
+    target = soften(teacher, temperature, teacher_kind).to(student.dtype)
     loss = -(target * F.log_softmax(student / temperature, dim=1)).sum(dim=1)
     if divergence == "kl":
         loss = loss + torch.special.xlogy(target, target).sum(dim=1)
@@ -98,13 +100,7 @@ def kd_loss(
 
 def match_logits(student_logits: Tensor, teacher_logits: Tensor, resize: str) -> tuple[Tensor, Tensor]:
     """Both maps in float32 at least, checked and of one size, the teacher detached."""
-    check_float("student_logits", student_logits, 4, "(N, C, H, W)")
-    check_float("teacher_logits", teacher_logits, 4, "(N, C, H, W)")
-    if student_logits.shape[:2] != teacher_logits.shape[:2]:
-        raise ValueError(
-            f"Expected `teacher_logits` to have the N and C of `student_logits` {shape_of(student_logits)}, "
-            f"but got {shape_of(teacher_logits)}."
-        )
+    check_logits_pair(student_logits, teacher_logits)
     student, teacher = upcast(student_logits), upcast(teacher_logits.detach())
     if student.shape[2:] == teacher.shape[2:]:
         return student, teacher
@@ -118,7 +114,20 @@ def match_logits(student_logits: Tensor, teacher_logits: Tensor, resize: str) ->
     return F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False), teacher
 
 
-def _soften(teacher: Tensor, temperature: float, kind: str) -> Tensor:
+def check_logits_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
+    """Raise unless both are logits of one N and C; their sizes are not compared."""
+    check_float("student_logits", student_logits, 4, "(N, C, H, W)")
+    check_float("teacher_logits", teacher_logits, 4, "(N, C, H, W)")
+    if student_logits.shape[:2] != teacher_logits.shape[:2]:
+        raise ValueError(
+            f"Expected `teacher_logits` to have the N and C of `student_logits` {shape_of(student_logits)}, "
+            f"but got {shape_of(teacher_logits)}."
+        )
+    check_device("teacher_logits", teacher_logits, student_logits, "student_logits")
+
+
+def soften(teacher: Tensor, temperature: float, kind: str) -> Tensor:
+    """Class probabilities at a temperature, of logits or probabilities."""
     if kind == "logits":
         return F.softmax(teacher / temperature, dim=1)
     if temperature == 1.0:
@@ -148,7 +157,7 @@ class KDLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_options(temperature, divergence, teacher_kind, resize, reduction)
+        check_options(temperature, divergence, teacher_kind, resize, reduction)
         self.temperature = temperature
         self.divergence: Divergence = divergence
         self.teacher_kind: TeacherKind = teacher_kind

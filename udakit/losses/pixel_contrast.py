@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_mask_like, check_range, check_same_shape
+from udakit._checks import check_float, check_integer, check_mask_like, check_range, check_same_shape
 from udakit._reduce import check_reduction, reduce_pixels, upcast
 from udakit.losses._infonce import infonce
 
@@ -75,7 +75,7 @@ def pixel_contrast_loss(
 def _check_options(temperature: float, chunk_size: int | None, reduction: str) -> None:
     check_range("temperature", temperature, 0.0, open_low=True)
     if chunk_size is not None:
-        check_range("chunk_size", chunk_size, 1)
+        check_integer("chunk_size", chunk_size)
     check_reduction(reduction)
 
 

@@ -7,7 +7,17 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_labels_like, check_range, check_weight_like, shape_of
+from udakit._checks import (
+    check_device,
+    check_float,
+    check_labels_like,
+    check_per_class,
+    check_range,
+    check_weight_like,
+    check_weight_option,
+    kind_of,
+    shape_of,
+)
 from udakit._reduce import check_reduction, reduce_pixels, upcast
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
@@ -74,10 +84,12 @@ def pixel_prototype_contrast_loss(
             f"Expected `prototypes` to be (C, D) matching `features` {shape_of(features)}, "
             f"but got {shape_of(prototypes)}."
         )
+    check_device("prototypes", prototypes, features, "features")
+    for name, x in (("seen", seen), ("class_weight", class_weight)):
+        if x is not None:
+            check_per_class(name, x, prototypes.shape[0], reference=prototypes, reference_name="prototypes")
     if seen is not None and seen.dtype != torch.bool:
-        raise TypeError(f"Expected `seen` to be a bool tensor, but got {seen.dtype}.")
-    _check_per_class("seen", seen, prototypes)
-    _check_per_class("class_weight", class_weight, prototypes)
+        raise TypeError(f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}. ClassPrototypes.seen is one.")
     if pixel_weight is not None:
         check_weight_like(pixel_weight, features, reference_name="features")
     c = prototypes.shape[0]
@@ -101,13 +113,6 @@ def pixel_prototype_contrast_loss(
 def _check_options(temperature: float, reduction: str) -> None:
     check_range("temperature", temperature, 0.0, open_low=True)
     check_reduction(reduction)
-
-
-def _check_per_class(name: str, x: Tensor | None, prototypes: Tensor) -> None:
-    if x is not None and x.shape != prototypes.shape[:1]:
-        raise ValueError(
-            f"Expected `{name}` to be (C,) matching `prototypes` {shape_of(prototypes)}, but got {shape_of(x)}."
-        )
 
 
 class PixelPrototypeContrastLoss(nn.Module):
@@ -135,6 +140,7 @@ class PixelPrototypeContrastLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(temperature, reduction)
+        check_weight_option(class_weight)
         self.register_buffer("class_weight", class_weight)
         self.temperature = temperature
         self.normalize = normalize

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_option, check_range, shape_of
+from udakit._checks import check_device, check_float, check_integer, check_option, shape_of
 from udakit._reduce import check_reduction, full_precision, upcast
 from udakit.losses._unit import unit_vectors
 from udakit.losses.feature_distance import feature_distance_loss
@@ -52,8 +52,8 @@ class ProjectedFeatureLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        check_range("dim", dim, 1)
-        check_range("reference_dim", reference_dim, 1)
+        check_integer("dim", dim)
+        check_integer("reference_dim", reference_dim)
         check_option("resize", resize, get_args(Resize))
         check_reduction(reduction)
         self.projection = nn.Conv2d(dim, reference_dim, kernel_size=1)
@@ -82,8 +82,9 @@ class ProjectedFeatureLoss(nn.Module):
             TypeError: tensors that are not float, or a `valid` that is not bool.
             ValueError: unlike shapes.
         """
-        self._check("features", features, self.projection.in_channels)
-        self._check("reference_features", reference_features, self.projection.out_channels)
+        self._check("features", features, "dim", self.projection.in_channels)
+        self._check("reference_features", reference_features, "reference_dim", self.projection.out_channels)
+        check_device("reference_features", reference_features, features, "features")
         x, reference = upcast(features), upcast(reference_features.detach())
         weight, bias = upcast(self.projection.weight).to(x.dtype), self.projection.bias
         with full_precision(x):
@@ -93,19 +94,22 @@ class ProjectedFeatureLoss(nn.Module):
         elif x.shape[2:] != reference.shape[2:] and self.resize == "teacher":
             x = F.interpolate(x, reference.shape[2:], mode="bilinear", align_corners=False)
         elif x.shape[0] != reference.shape[0] or x.shape[2:] != reference.shape[2:]:
+            hint = ' Pass resize="student" or resize="teacher" to interpolate.' if len(x) == len(reference) else ""
             raise ValueError(
                 f"Expected `reference_features` to have the batch and size of `features` {shape_of(features)}, "
-                f'but got {shape_of(reference_features)}. Pass resize="student" or resize="teacher" to interpolate.'
+                f"but got {shape_of(reference_features)}.{hint}"
             )
         if self.normalize:
             x, reference = unit_vectors(x, 1), unit_vectors(reference, 1)
         return feature_distance_loss(x, reference, valid=valid, reduction=self.reduction)
 
     @staticmethod
-    def _check(name: str, x: Tensor, dim: int) -> None:
+    def _check(name: str, x: Tensor, option: str, dim: int) -> None:
         check_float(name, x, 4, "(N, D, h, w)")
         if x.shape[1] != dim:
-            raise ValueError(f"Expected `{name}` to have {dim} channels, but got {shape_of(x)}.")
+            raise ValueError(
+                f"Expected `{name}` to have {dim} channels, the `{option}` of the loss, but got {shape_of(x)}."
+            )
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_labels_like, check_range, check_same_shape
+from udakit._checks import check_float, check_integer, check_labels_like, check_range, check_same_shape
 from udakit._reduce import check_reduction, reduce_pixels
 from udakit.losses._matmul import matmul
 from udakit.prototypes import class_means
@@ -80,7 +80,7 @@ def prototype_contrast_loss(
 
 
 def _check_options(num_classes: int, temperature: float, reduction: str) -> None:
-    check_range("num_classes", num_classes, 1)
+    check_integer("num_classes", num_classes)
     check_range("temperature", temperature, 0.0, open_low=True)
     check_reduction(reduction)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_generator, check_labels_like, check_option, check_range
+from udakit._checks import check_float, check_generator, check_integer, check_labels_like, check_option, check_range
 from udakit._reduce import check_reduction, reduce_pixels, upcast
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
@@ -122,9 +122,9 @@ def _contrast(similarity: Tensor, positive: Tensor, others: Tensor, denominator:
 
 
 def _check_options(num_classes: int, temperature: float, max_anchors: int, denominator: str, reduction: str) -> None:
-    check_range("num_classes", num_classes, 1)
+    check_integer("num_classes", num_classes)
     check_range("temperature", temperature, 0.0, open_low=True)
-    check_range("max_anchors", max_anchors, 1)
+    check_integer("max_anchors", max_anchors)
     check_option("denominator", denominator, get_args(Denominator))
     check_reduction(reduction)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from udakit._checks import check_float, check_labels_like, check_range, check_weight_like
 from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit.losses.cross_entropy import labelled_cross_entropy
 
 
 def symmetric_cross_entropy(
@@ -69,7 +70,7 @@ def symmetric_cross_entropy(
     labels = labels.long()
     valid = labels != ignore_index
     x = upcast(logits)
-    ce = F.cross_entropy(x, labels, ignore_index=ignore_index, reduction="none")
+    ce = labelled_cross_entropy(x, labels, ignore_index)
     # log of the label is 0 at the labelled class: what remains is the probability of all the others, summed as such
     # (1 - p_y would lose it to rounding).
     other = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1) != labels.unsqueeze(1)

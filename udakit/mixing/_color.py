@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from udakit._checks import shape_of
+from udakit._checks import check_float, is_sequence, kind_of, shape_of
 
 Channels = Sequence[float] | Tensor
 
@@ -30,8 +30,9 @@ def check_channels(name: str, values: Channels | None) -> None:
     if isinstance(values, Tensor):
         if values.shape != (3,):
             raise ValueError(f"Expected `{name}` to be three numbers, one a channel, but got {shape_of(values)}.")
-    elif values is not None and len(values) != 3:
-        raise ValueError(f"Expected `{name}` to be three numbers, one a channel, but got {tuple(values)}.")
+    elif values is not None and (isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 3):
+        given = tuple(values) if is_sequence(values) else kind_of(values)
+        raise ValueError(f"Expected `{name}` to be three numbers, one a channel, but got {given}.")
 
 
 def channels_like(values: Channels | None, default: float, like: Tensor) -> Tensor:
@@ -45,10 +46,10 @@ def channels_like(values: Channels | None, default: float, like: Tensor) -> Tens
 
 def check_rgb(name: str, images: Tensor) -> None:
     """Raise unless `images` is float (N, 3, H, W)."""
-    if not images.is_floating_point():
-        raise TypeError(f"Expected `{name}` to be a float tensor, but got {images.dtype}.")
-    if images.ndim != 4 or images.shape[1] != 3:
-        raise ValueError(f"Expected `{name}` to be (N, 3, H, W), but got {shape_of(images)}.")
+    check_float(name, images, 4, "(N, 3, H, W)")
+    if images.shape[1] != 3:
+        hint = " Channels come first by .permute(0, 3, 1, 2)." if images.shape[3] == 3 else ""
+        raise ValueError(f"Expected `{name}` to be (N, 3, H, W), but got {shape_of(images)}.{hint}")
 
 
 def restore(result: Tensor, images: Tensor) -> Tensor:

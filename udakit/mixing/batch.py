@@ -8,7 +8,18 @@ import torch
 from jaxtyping import Bool, Float, Integer, Num
 from torch import Tensor
 
-from udakit._checks import check_float, check_label_map, check_weight_like, shape_of
+from udakit._checks import (
+    check_float,
+    check_labels_like,
+    check_mask_like,
+    check_same_shape,
+    check_tensor,
+    check_weight_like,
+    kind_of,
+    shape_of,
+)
+
+RESIZE_HINT = " Crop or resize them to one size before mixing."
 
 
 class SegBatch(NamedTuple):
@@ -62,24 +73,17 @@ def paste(
         >>> paste(mask, torch.tensor([[[26001, 26001]]]), torch.tensor([[[255, 255]]], dtype=torch.uint8))
         tensor([[[26001,   255]]])
     """
+    check_tensor("foreground", foreground)
+    check_tensor("background", background)
     if foreground.ndim not in (3, 4):
         raise ValueError(f"Expected `foreground` to be (N, C, H, W) or (N, H, W), but got {shape_of(foreground)}.")
-    if background.shape != foreground.shape:
-        raise ValueError(
-            f"Expected `background` to have the shape of `foreground` {shape_of(foreground)}, "
-            f"but got {shape_of(background)}. Crop or resize them to one size before mixing."
-        )
+    check_same_shape(background, foreground, name="background", reference_name="foreground", hint=RESIZE_HINT)
     if foreground.is_floating_point() != background.is_floating_point():
         raise TypeError(
             "Expected `background` to be float or integer as `foreground` is "
-            f"({foreground.dtype}), but got {background.dtype}."
+            f"({foreground.dtype}), but got {background.dtype}. Paste images onto images, labels onto labels."
         )
-    if mask.dtype != torch.bool:
-        raise TypeError(f"Expected `mask` to be a bool tensor, but got {mask.dtype}.")
-    if mask.ndim != 3 or (mask.shape[0], *mask.shape[1:]) != (foreground.shape[0], *foreground.shape[-2:]):
-        raise ValueError(
-            f"Expected `mask` to be (N, H, W) matching `foreground` {shape_of(foreground)}, but got {shape_of(mask)}."
-        )
+    check_mask_like(mask, foreground, name="mask", reference_name="foreground")
     if foreground.ndim == 4:
         mask = mask.unsqueeze(1)
     return torch.where(mask, foreground, background)
@@ -99,23 +103,25 @@ def mix(mask: Tensor, foreground: SegBatch, background: SegBatch) -> SegBatch:
     )
 
 
-def check_batches(source: SegBatch, target: SegBatch) -> tuple[SegBatch, SegBatch]:
+def check_batches(
+    source: SegBatch | tuple[Tensor, ...], target: SegBatch | tuple[Tensor, ...]
+) -> tuple[SegBatch, SegBatch]:
     """Both as SegBatch (plain tuples are welcome), of one size, or an error that names the field."""
-    pair = SegBatch(*source), SegBatch(*target)
+    pair = _as_batch("source", source), _as_batch("target", target)
     for name, batch in zip(("source", "target"), pair, strict=True):
         images = f"{name}.images"
         check_float(images, batch.images, 4, "(N, 3, H, W)")
-        check_label_map(batch.labels, name=f"{name}.labels", reference=batch.images, reference_name=images)
-        if batch.labels.shape != (batch.images.shape[0], *batch.images.shape[2:]):
-            raise ValueError(
-                f"Expected `{name}.labels` to be (N, H, W) matching `{images}` {shape_of(batch.images)}, "
-                f"but got {shape_of(batch.labels)}."
-            )
+        check_labels_like(batch.labels, batch.images, name=f"{name}.labels", reference_name=images)
         if batch.weight is not None:
             check_weight_like(batch.weight, batch.images, name=f"{name}.weight", reference_name=images)
-    if pair[0].images.shape != pair[1].images.shape:
-        raise ValueError(
-            f"Expected `target.images` to have the shape of `source.images` {shape_of(pair[0].images)}, "
-            f"but got {shape_of(pair[1].images)}. Crop or resize them to one size before mixing."
-        )
+    check_same_shape(
+        pair[1].images, pair[0].images, name="target.images", reference_name="source.images", hint=RESIZE_HINT
+    )
     return pair
+
+
+def _as_batch(name: str, batch: object) -> SegBatch:
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        found = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else kind_of(batch)
+        raise TypeError(f"Expected `{name}` to be a SegBatch or (images, labels[, weight]), but got {found}.")
+    return SegBatch(*batch)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_generator, check_label_map, check_mask_like, check_option, check_range, shape_of
+from udakit._checks import (
+    check_generator,
+    check_integer,
+    check_label_map,
+    check_mask_like,
+    check_option,
+    check_range,
+    check_tensor,
+    is_integer,
+    kind_of,
+    shape_of,
+)
 from udakit.mixing.batch import SegBatch, check_batches, mix
 
 Rounding = Literal["up", "down"]
@@ -17,7 +28,7 @@ Scope = Literal["image", "batch"]
 
 
 def _check_draw(num_classes: int, fraction: float, rounding: str, scope: str) -> None:
-    check_range("num_classes", num_classes, 1)
+    check_integer("num_classes", num_classes)
     check_range("fraction", fraction, 0.0, 1.0)
     check_option("rounding", rounding, get_args(Rounding))
     check_option("scope", scope, get_args(Scope))
@@ -29,10 +40,12 @@ def _candidate_mask(candidates: Sequence[int] | Tensor, num_classes: int, device
         if candidates.dtype != torch.bool or candidates.shape != (num_classes,):
             raise ValueError(
                 f"Expected `candidates` to be class ids or a bool tensor ({num_classes},), "
-                f"but got {candidates.dtype} {shape_of(candidates)}."
+                f"but got {kind_of(candidates)}. Ids are a list, for example [6, 7]."
             )
         return candidates
-    if not all(0 <= c < num_classes for c in candidates):
+    if not isinstance(candidates, (tuple, list)):
+        candidates = list(candidates) if isinstance(candidates, Iterable) else [candidates]
+    if not all(is_integer(c) and 0 <= c < num_classes for c in candidates):
         raise ValueError(f"Expected `candidates` to be class ids in [0, {num_classes}), but got {list(candidates)}.")
     allowed = torch.zeros(num_classes, dtype=torch.bool, device=device)
     for c in candidates:
@@ -159,8 +172,12 @@ def class_mask(
         tensor([[[ True, False,  True]]])
     """
     check_label_map(labels)
+    check_tensor("chosen", chosen, "a bool tensor")
     if chosen.dtype != torch.bool:
-        raise TypeError(f"Expected `chosen` to be a bool tensor, but got {chosen.dtype}.")
+        raise TypeError(
+            f"Expected `chosen` to be a bool tensor, but got {kind_of(chosen)}. "
+            "It has a column for each class: draw_classes makes one."
+        )
     wanted = "C" if num_classes is None else f"{num_classes} or {num_classes + 1}"
     columns = num_classes if num_classes is not None or chosen.ndim != 2 else chosen.shape[1]
     if columns is None or chosen.ndim != 2 or chosen.shape[0] != len(labels) or chosen.shape[1] - columns not in (0, 1):
@@ -201,7 +218,7 @@ def class_mix(
         >>> mixed.labels, mixed.weight
         (tensor([[[0, 7]]]), tensor([[[1.0000, 0.5000]]]))
     """
-    source, target = check_batches(SegBatch(*source), SegBatch(*target))
+    source, target = check_batches(source, target)
     check_mask_like(mask, source.images, name="mask", reference_name="source.images")
     return mix(mask, source, target)
 
@@ -279,7 +296,7 @@ class ClassMix(nn.Module):
         generator: torch.Generator | None = None,
     ) -> tuple[SegBatch, Bool[Tensor, "n h w"]]:
         """Draw one mask from the source labels, mix with it, and return both."""
-        source, target = check_batches(SegBatch(*source), SegBatch(*target))
+        source, target = check_batches(source, target)
         mask = self.draw_mask(source.labels, generator=generator)
         return mix(mask, source, target), mask
 

@@ -9,8 +9,18 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_generator, check_labels_like, check_mask_like, check_range, shape_of
-from udakit.mixing.batch import paste
+from udakit._checks import (
+    check_callable,
+    check_float,
+    check_generator,
+    check_labels_like,
+    check_mask_like,
+    check_range,
+    check_same_shape,
+    kind_of,
+    shape_of,
+)
+from udakit.mixing.batch import RESIZE_HINT, paste
 from udakit.mixing.class_mix import ClassMix, Rounding, Scope
 
 
@@ -48,13 +58,15 @@ def cross_domain_mix(
     """
     check_float("augmented", augmented, 4, "(N, 3, H, W)")
     check_float("translated", translated, 4, "(N, 3, H, W)")
-    if translated.shape != augmented.shape:
-        raise ValueError(
-            f"Expected `translated` to have the shape of `augmented` {shape_of(augmented)}, "
-            f"but got {shape_of(translated)}."
-        )
+    check_same_shape(translated, augmented, name="translated", reference_name="augmented", hint=RESIZE_HINT)
     check_mask_like(mask, augmented, name="mask", reference_name="augmented")
     return paste(mask, augmented, translated)
+
+
+def _check_rendering(name: str, rendering: object, images: Tensor) -> None:
+    if not isinstance(rendering, Tensor) or rendering.shape != images.shape:
+        given = shape_of(rendering) if isinstance(rendering, Tensor) else kind_of(rendering)
+        raise ValueError(f"Expected `{name}` to return images of the shape {shape_of(images)}, but got {given}.")
 
 
 class CrossDomainMix(nn.Module):
@@ -114,6 +126,8 @@ class CrossDomainMix(nn.Module):
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
+        check_callable("translate", translate, "translate(source_images, target_images)")
+        check_callable("augment", augment, "augment(images)")
         check_range("blend", blend, 0.0, 1.0)
         self.classes = ClassMix(
             num_classes,
@@ -147,18 +161,10 @@ class CrossDomainMix(nn.Module):
         mask = self.classes.draw_mask(labels, generator=generator)
         with torch.no_grad():
             augmented = self.augment(images, generator=generator) if self._hand_on_generator else self.augment(images)
-            if augmented.shape != images.shape:
-                raise ValueError(
-                    f"Expected `augment` to return images of the shape {shape_of(images)}, "
-                    f"but got {shape_of(augmented)}."
-                )
+            _check_rendering("augment", augmented, images)
             augmented = torch.lerp(images, augmented.to(images.dtype), self.blend)
             translated = self.translate(images, target_images)
-            if translated.shape != images.shape:
-                raise ValueError(
-                    f"Expected `translate` to return images of the shape {shape_of(images)}, "
-                    f"but got {shape_of(translated)}."
-                )
+            _check_rendering("translate", translated, images)
             return cross_domain_mix(augmented, translated.to(images.dtype), mask), mask
 
     def extra_repr(self) -> str:

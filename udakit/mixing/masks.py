@@ -7,7 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
-from udakit._checks import check_generator, check_range, shape_of
+from udakit._checks import check_generator, check_integer, check_mask, check_pair, check_range, check_size
 
 
 def _device(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device:
@@ -19,9 +19,8 @@ def _device(generator: torch.Generator | None, device: torch.device | str | None
 
 
 def _check_size(n: int, size: tuple[int, int]) -> None:
-    check_range("n", n, 0)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"Expected `size` to be (height, width), both at least 1, but got {size}.")
+    check_integer("n", n, 0)
+    check_size("size", size)
 
 
 def draw_box_mask(
@@ -58,6 +57,7 @@ def draw_box_mask(
         True
     """
     _check_size(n, size)
+    check_pair("area", area, "(low, high), shares of the image")
     check_range("area", area[0], 0.0, 1.0, open_low=True)
     check_range("area", area[1], area[0], 1.0)
     device = _device(generator, device)
@@ -110,7 +110,7 @@ def draw_block_mask(
         True
     """
     _check_size(n, size)
-    check_range("block_size", block_size, 1)
+    check_integer("block_size", block_size)
     check_range("ratio", ratio, 0.0, 1.0)
     device = _device(generator, device)
     rows, columns = (max(round(length / block_size), 1) for length in size)
@@ -150,11 +150,8 @@ def boundary_band(mask: Bool[Tensor, "n h w"], *, kernel_size: int = 3) -> Bool[
         >>> boundary_band(torch.tensor([[[False, False, True, True]]]), kernel_size=2)
         tensor([[[False, False,  True, False]]])
     """
-    check_range("kernel_size", kernel_size, 1)
-    if mask.dtype != torch.bool:
-        raise TypeError(f"Expected `mask` to be a bool tensor, but got {mask.dtype}.")
-    if mask.ndim != 3:
-        raise ValueError(f"Expected `mask` to be (N, H, W), but got {shape_of(mask)}.")
+    check_integer("kernel_size", kernel_size)
+    check_mask(mask)
     # Bytes instead of booleans: inductor cannot pad a boolean on the CPU.
     inside = mask.to(torch.uint8)
     return (_any_near(inside, kernel_size) & _any_near(1 - inside, kernel_size)).to(torch.bool)

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from udakit._checks import check_range, shape_of
+from udakit._checks import check_device, check_integer, check_range, shape_of
 from udakit._reduce import full_precision, upcast
 from udakit.mixing._color import (
     Channels,
@@ -24,8 +24,10 @@ def _check_pair(content: Tensor, style: Tensor, *, same_size: bool) -> None:
     check_rgb("style", style)
     if style.shape[0] != content.shape[0]:
         raise ValueError(
-            f"Expected `style` to have the batch size of `content` {shape_of(content)}, but got {shape_of(style)}."
+            f"Expected `style` to have the batch size of `content` {shape_of(content)}, but got {shape_of(style)}. "
+            "Each image takes one style: style[:1].expand_as(content) gives all the same."
         )
+    check_device("style", style, content, "content")
     if same_size and style.shape != content.shape:
         raise ValueError(
             f"Expected `style` to have the size of `content` {shape_of(content)}, but got {shape_of(style)}. "
@@ -174,7 +176,7 @@ def histogram_transfer(
         >>> histogram_transfer(content, style)[0, 0].round(decimals=1)
         tensor([[5., 6., 7., 8.]])
     """
-    check_range("bins", bins, 2)
+    check_integer("bins", bins, 2)
     _check_pair(content, style, same_size=False)
     x = upcast(content.detach()).flatten(2)
     s = style.detach().to(x.dtype).flatten(2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_mask_like, check_weight_like
+from udakit._checks import check_mask_like, check_range, check_weight_like
 from udakit._reduce import upcast
 from udakit.mixing.batch import SegBatch, check_batches, mix
 
@@ -32,7 +32,7 @@ def target_paste(
         source: labelled batch that is pasted onto; a plain tuple (images, labels[, weight]) is welcome.
         target: batch with pseudo-labels, of the same size.
         confidence: (N, H, W), largest class probability of the target prediction.
-        threshold: confidence above which a pixel is pasted.
+        threshold: confidence in [0, 1] above which a pixel is pasted.
         extra_mask: True where a pixel is pasted anyway.
 
     Returns:
@@ -40,7 +40,7 @@ def target_paste(
 
     Raises:
         TypeError: a mask that is not bool, or a confidence that is not float.
-        ValueError: sizes that do not match.
+        ValueError: sizes that do not match, or a `threshold` outside [0, 1].
 
     Example:
         >>> import torch
@@ -50,7 +50,8 @@ def target_paste(
         >>> mixed.labels
         tensor([[[5, 0]]])
     """
-    source, target = check_batches(SegBatch(*source), SegBatch(*target))
+    check_range("threshold", threshold, 0.0, 1.0)
+    source, target = check_batches(source, target)
     check_weight_like(confidence, source.images, name="confidence", reference_name="source.images")
     mask = upcast(confidence.detach()) > threshold
     if extra_mask is not None:
@@ -72,6 +73,7 @@ class TargetPaste(nn.Module):
 
     def __init__(self, *, threshold: float = 0.95) -> None:
         super().__init__()
+        check_range("threshold", threshold, 0.0, 1.0)
         self.threshold = threshold
 
     def forward(

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_float, check_range, shape_of
-from udakit._state import FullPrecisionState, gather_ranks
+from udakit._checks import check_float, check_integer, check_range, shape_of
+from udakit._state import FullPrecisionState, sum_ranks
 from udakit.pseudo_labels.selection import Kind, PseudoLabels, Selector
 
 # Confidences are float32: the smallest 1 - p above 0 is 2^-24.
@@ -62,10 +62,10 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         ignore_index: int = 255,
     ) -> None:
         super().__init__(ignore_index=ignore_index)
-        check_range("num_classes", num_classes, 1)
+        check_integer("num_classes", num_classes)
         check_range("share", share, 0.0, 1.0, open_low=True)
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
-        check_range("bins", bins, 2)
+        check_integer("bins", bins, 2)
         self.num_classes, self.share, self.momentum, self.bins, self.sync = num_classes, share, momentum, bins, sync
         self.register_buffer("histogram", torch.zeros(num_classes, bins))
 
@@ -108,7 +108,7 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         counts = torch.zeros(self.histogram.numel(), dtype=torch.int64, device=cell.device)
         counts = counts.index_add(0, cell.flatten(), counted.flatten()).view_as(self.histogram)
         if self.sync:
-            counts = gather_ranks(counts).sum(0)
+            counts = sum_ranks(counts)
         averaged = self.momentum * self.histogram + (1 - self.momentum) * counts
         self.histogram.copy_(averaged.where(counts.sum(1, keepdim=True) > 0, self.histogram))
 

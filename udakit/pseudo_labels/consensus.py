@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
-from udakit._checks import check_label_map, check_same_shape, shape_of
+from udakit._checks import check_label_map, check_same_shape, kind_of, shape_of
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels.selection import Kind, PseudoLabels, Selector
 
@@ -85,7 +85,10 @@ class BilateralConsensus(Selector):
     ) -> None:
         super().__init__(ignore_index=ignore_index)
         if not isinstance(prototypes, ClassPrototypes):
-            raise TypeError(f"Expected `prototypes` to be a ClassPrototypes, but got {type(prototypes).__name__}.")
+            raise TypeError(
+                f"Expected `prototypes` to be a ClassPrototypes, but got {kind_of(prototypes)}. "
+                "ClassPrototypes(C, D).set_(tensor) makes one of a tensor (C, D)."
+            )
         self._reference = (prototypes,)  # a tuple keeps nn.Module from registering it
         self.align_corners, self.include_unseen = align_corners, include_unseen
 
@@ -109,7 +112,10 @@ class BilateralConsensus(Selector):
             ValueError: shapes, class numbers or batch sizes that do not match.
         """
         if features is None:
-            raise TypeError("Expected `features` to be a float tensor (N, D, h, w), but got None.")
+            raise TypeError(
+                "Expected `features` to be a float tensor (N, D, h, w), but got None. "
+                "Pass them beside the logits, for example those of udakit.FeatureTap."
+            )
         return super().forward(logits, features, kind=kind, valid=valid)
 
     def keep(
@@ -129,7 +135,9 @@ class BilateralConsensus(Selector):
     def _nearest(self, features: Tensor, labels: Tensor) -> Tensor:
         distance = self.prototypes.distances(features, include_unseen=self.include_unseen)
         if len(features) != len(labels):
-            raise ValueError(f"Expected `features` to hold {len(labels)} images, but got {shape_of(features)}.")
+            raise ValueError(
+                f"Expected `features` to hold the {len(labels)} images of `logits`, but got {shape_of(features)}."
+            )
         # A finite maximum in place of +inf keeps the softmax finite while no class at all is seen.
         similarity = F.softmax(-distance.clamp_max(torch.finfo(distance.dtype).max), dim=1)
         size = labels.shape[1:]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from udakit._checks import check_float, check_option
+from udakit._checks import check_callable, check_float, check_option
 from udakit._reduce import upcast
 
 Average = Literal["probabilities", "logits"]
@@ -52,6 +52,7 @@ def hflip_average(
     """
     check_option("average", average, get_args(Average))
     check_float("images", images, 4, "(N, 3, H, W)")
+    check_callable("model", model, "model(images)")
     with torch.no_grad():
         straight, mirrored = (_logits(model(x)) for x in (images, images.flip(-1)))
         if average == "probabilities":

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from udakit._checks import check_range
+from udakit._checks import check_integer
 
 
 def row_mask(
@@ -36,10 +36,10 @@ def row_mask(
         >>> row_mask(4, 2, 1, 1)[:, 0].tolist()
         [False, True, True, False]
     """
-    check_range("height", height, 1)
-    check_range("width", width, 1)
-    check_range("top", top, 0)
-    check_range("bottom", bottom, 0)
+    check_integer("height", height)
+    check_integer("width", width)
+    check_integer("top", top, 0)
+    check_integer("bottom", bottom, 0)
     if top + bottom >= height:
         raise ValueError(
             f"Expected `top` + `bottom` to leave at least one of `height` = {height} rows, but got {top} + {bottom}."

@@ -1,0 +1,194 @@
+"""Losses of bilinearly upsampled logits, a band of rows at a time, as an operator pair that compilers see as one node.
+
+A band is `F.interpolate` of those rows alone: bilinear upsampling is separable, so the few rows below the band are
+widened to W columns and then mixed. The backward pass makes the bands again and applies the transpose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from udakit._reduce import full_precision, upcast
+from udakit.losses.cross_entropy import labelled_cross_entropy
+from udakit.losses.kd import Divergence, TeacherKind, kd_loss, soften
+
+BAND = {"cpu": 2**19, "other": 2**22}  # elements of a band: 2 MiB stay in a CPU's cache, 16 MiB fill a GPU
+
+
+def upsampled_loss(
+    logits: Tensor,
+    target: Tensor,
+    size: tuple[int, int],
+    *,
+    align_corners: bool,
+    chunk_rows: int | None,
+    ignore_index: int = 255,
+    temperature: float = 1.0,
+    divergence: Divergence = "cross_entropy",
+    teacher_kind: TeacherKind = "logits",
+) -> Tensor:
+    """Loss (N, H, W) of `logits` at `size` against labels of that size, or against a teacher's map of any size."""
+    options = align_corners, chunk_rows or 0, ignore_index, temperature, divergence, teacher_kind
+    loss: Tensor = torch.ops.udakit.upsampled_loss(logits, target, *size, *options)
+    return loss
+
+
+def _upsampled_loss(
+    logits: Tensor,
+    target: Tensor,
+    height: int,
+    width: int,
+    align_corners: bool,
+    rows: int,
+    ignore_index: int,
+    temperature: float,
+    divergence: Divergence,
+    teacher_kind: TeacherKind,
+) -> Tensor:
+    loss = _fake(logits, target, height, width)
+    student, teacher = (_Upsampling(x, height, width, align_corners, loss.dtype) for x in (logits, target))
+    with full_precision(logits):
+        for start, stop in _bands(logits, height, width, rows):
+            z = student.band(start, stop)
+            if target.is_floating_point():
+                t = teacher.band(start, stop)
+                options: dict[str, Any] = {"divergence": divergence, "teacher_kind": teacher_kind}
+                loss[:, start:stop] = kd_loss(z, t, temperature=temperature, reduction="none", **options)
+            else:
+                loss[:, start:stop] = labelled_cross_entropy(z, target[:, start:stop].long(), ignore_index)
+    return loss
+
+
+def _upsampled_loss_backward(
+    grad: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    align_corners: bool,
+    rows: int,
+    ignore_index: int,
+    temperature: float,
+    teacher_kind: TeacherKind,
+) -> Tensor:
+    _, height, width = grad.shape
+    student, teacher = (_Upsampling(x, height, width, align_corners, grad.dtype) for x in (logits, target))
+    result = torch.zeros_like(logits, dtype=grad.dtype, memory_format=torch.contiguous_format)
+    with full_precision(logits):
+        for start, stop in _bands(logits, height, width, rows):
+            g = grad[:, None, start:stop]
+            p = student.band(start, stop)
+            if target.is_floating_point():
+                p = torch.softmax(p.div_(temperature), 1)
+                q = soften(teacher.band(start, stop), temperature, teacher_kind)
+                p.mul_(q.sum(1, keepdim=True)).sub_(q).mul_(g * temperature)
+            else:
+                p = torch.softmax(p, 1)
+                label = target[:, None, start:stop].long()
+                label = label.where(label != ignore_index, 0)  # any class: g is 0 there
+                p.scatter_(1, label, p.gather(1, label) - 1).mul_(g)
+            student.add_transposed(result, p, start, stop)
+    return result.to(logits.dtype)
+
+
+def _bands(logits: Tensor, height: int, width: int, rows: int) -> Iterator[tuple[int, int]]:
+    n, c = logits.shape[:2]
+    rows = rows or max(BAND.get(logits.device.type, BAND["other"]) // max(n * c * width, 1), 1)
+    for start in range(0, height, rows):
+        yield start, min(start + rows, height)
+
+
+class _Upsampling:
+    """`F.interpolate(x, (height, width), mode="bilinear")` by rows, and its transpose."""
+
+    def __init__(self, x: Tensor, height: int, width: int, align_corners: bool, dtype: torch.dtype) -> None:
+        self.x, self.height, self.width, self.align_corners, self.dtype = x, height, width, align_corners, dtype
+        self.identity = x.shape[-2:] == (height, width)
+        if not self.identity:
+            self.columns = self._neighbours(x.shape[3], width, 0, width)
+
+    def band(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop of the upsampled map, in memory of their own."""
+        if self.identity:
+            return self.x[:, :, start:stop].to(self.dtype, copy=True)
+        first, last = self._source_rows(start, stop)
+        x = self.x[:, :, first:last].to(self.dtype)
+        low, high, weight = self.columns
+        shape = (*x.shape[:3], self.width)
+        # On the CPU `gather` is the fast one along the last axis, `index_select` along the others.
+        x = (x.gather(3, low.expand(shape)) * (1 - weight)).addcmul_(x.gather(3, high.expand(shape)), weight)
+        low, high, weight = self._neighbours(self.x.shape[2], self.height, start, stop)
+        weight = weight[:, None]
+        x, above = x.index_select(2, low - first), x.index_select(2, high - first)
+        return x.mul_(1 - weight).addcmul_(above, weight)
+
+    def add_transposed(self, result: Tensor, grad: Tensor, start: int, stop: int) -> None:
+        """Add what the gradient of rows start..stop is for x."""
+        if self.identity:
+            result[:, :, start:stop] += grad
+            return
+        first, last = self._source_rows(start, stop)
+        low, high, weight = self._neighbours(self.x.shape[2], self.height, start, stop)
+        weight = weight[:, None]
+        wide = grad.new_zeros(*grad.shape[:2], last - first, self.width)
+        wide.index_add_(2, low - first, grad * (1 - weight)).index_add_(2, high - first, grad * weight)
+        low, high, weight = self.columns
+        result[:, :, first:last].index_add_(3, low, wide * (1 - weight)).index_add_(3, high, wide * weight)
+
+    def _neighbours(self, count: int, size: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of output pixels start..stop of one axis: the input pixels before and after, and the weight of the latter."""
+        at = torch.arange(start, stop, dtype=self.dtype, device=self.x.device)
+        scale = _scale(count, size, self.align_corners)
+        source = at * scale if self.align_corners else ((at + 0.5) * scale - 0.5).clamp_(min=0)
+        low = source.long().clamp_(max=count - 1)
+        return low, (low + 1).clamp_(max=count - 1), (source - low).clamp_(0, 1)
+
+    def _source_rows(self, start: int, stop: int) -> tuple[int, int]:
+        """Input rows that output rows start..stop touch, with one to spare for the rounding of `_neighbours`."""
+        count = self.x.shape[2]
+        scale, shift = _scale(count, self.height, self.align_corners), 0.0 if self.align_corners else 0.5
+        first, last = ((y + shift) * scale - shift for y in (start, stop - 1))
+        return max(int(first) - 1, 0), min(int(last) + 3, count)
+
+
+def _scale(count: int, size: int, align_corners: bool) -> float:
+    return (count - 1) / max(size - 1, 1) if align_corners else count / size
+
+
+def _fake(logits: Tensor, target: Tensor, height: int, width: int, *_: Any) -> Tensor:
+    return upcast(logits.new_empty(0)).new_empty(logits.shape[0], height, width)
+
+
+def _fake_backward(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, target, _, _, align_corners, rows, ignore_index, temperature, _, teacher_kind = inputs
+    ctx.options = align_corners, rows, ignore_index, temperature, teacher_kind
+    ctx.save_for_backward(logits, target)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.udakit.upsampled_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 9
+
+
+_op = torch.library.custom_op(
+    "udakit::upsampled_loss",
+    _upsampled_loss,
+    mutates_args=(),
+    schema="(Tensor logits, Tensor target, SymInt height, SymInt width, bool align_corners, int rows, "
+    "int ignore_index, float temperature, str divergence, str teacher_kind) -> Tensor",
+)
+_op.register_fake(_fake)
+_op.register_autograd(_backward, setup_context=_setup_context)
+_op_backward = torch.library.custom_op(
+    "udakit::upsampled_loss_backward",
+    _upsampled_loss_backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor logits, Tensor target, bool align_corners, int rows, int ignore_index, "
+    "float temperature, str teacher_kind) -> Tensor",
+)
+_op_backward.register_fake(_fake_backward)

@@ -1,0 +1,154 @@
+"""Cross-entropy at label size from logits of a lower resolution, without the upsampled logits."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Integer
+from torch import Tensor, nn
+
+from udakit._checks import (
+    check_device,
+    check_float,
+    check_integer,
+    check_label_map,
+    check_weight_like,
+    check_weight_option,
+    shape_of,
+)
+from udakit._reduce import check_reduction
+from udakit.losses._upsampled import upsampled_loss
+from udakit.losses.cross_entropy import check_class_weight, reduce_labelled
+
+
+def upsampled_cross_entropy(
+    logits: Float[Tensor, "n c h w"],
+    labels: Integer[Tensor, "n h2 w2"],
+    *,
+    pixel_weight: Float[Tensor, "n h2 w2"] | None = None,
+    class_weight: Float[Tensor, "c"] | None = None,
+    ignore_index: int = 255,
+    align_corners: bool = False,
+    chunk_rows: int | None = None,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n h2 w2"]:
+    r"""`cross_entropy` of the logits bilinearly upsampled to the labels, a band of rows at a time.
+
+    $$\ell_p = -\,w_p\,w_{y_p} \log \operatorname{softmax}\big((U z)_p\big)_{y_p}, \qquad
+    U \text{ bilinear, to } (H, W)$$
+
+    **Convention.** Value and gradient of `F.interpolate(logits, labels.shape[1:], mode="bilinear")` followed by
+    [`cross_entropy`][udakit.losses.cross_entropy], with its weights, means and ignored pixels.
+
+    **Source.** Nets whose head has a quarter or an eighth of the input's resolution are trained so.
+
+    **Cost.** Beyond the inputs, their gradient and a few (N, H, W) maps: a few bands of N C `chunk_rows` W numbers,
+    where the plain path holds several of N C H W. The backward pass makes the bands again from the logits: nothing
+    else is kept. It cannot be differentiated twice. With the logits at label size it is `cross_entropy` in bands.
+
+    Args:
+        logits: class scores before the softmax, any float dtype, of any size.
+        labels: class ids 0..C-1 or `ignore_index`, int64 or uint8, at the size of the loss.
+        pixel_weight: factor of each pixel's loss, at the labels' size.
+        class_weight: factor of each class.
+        ignore_index: the label that takes no part.
+        align_corners: of the upsampling, as in `F.interpolate`.
+        chunk_rows: rows of a band, at the labels' size; None takes as many as 2 MiB of float32 hold (16 MiB on a GPU).
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 logits), or (N, H, W) of the labels' size for "none".
+
+    Raises:
+        TypeError: an integer `logits`, or `labels` that are neither int64 nor uint8.
+        ValueError: shapes that do not match, ids that are no class, or an option out of range.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.randn(2, 19, 8, 16, requires_grad=True)
+        >>> labels = torch.randint(19, (2, 32, 64))
+        >>> loss = upsampled_cross_entropy(logits, labels)
+        >>> loss.backward()
+        >>> logits.grad.shape
+        torch.Size([2, 19, 8, 16])
+    """
+    _check_options(chunk_rows, reduction)
+    check_float("logits", logits, 4, "(N, C, h, w)")
+    check_label_map(labels, reference=logits)
+    if labels.shape[0] != logits.shape[0]:
+        raise ValueError(f"Expected `labels` to have the N of `logits` {shape_of(logits)}, but got {shape_of(labels)}.")
+    check_device("labels", labels, logits, "logits")
+    if class_weight is not None:
+        check_class_weight(class_weight, logits)
+    if pixel_weight is not None:
+        check_weight_like(pixel_weight, labels, reference_name="labels")
+    loss = upsampled_loss(
+        logits,
+        labels,
+        (labels.shape[1], labels.shape[2]),
+        align_corners=align_corners,
+        chunk_rows=chunk_rows,
+        ignore_index=ignore_index,
+    )
+    return reduce_labelled(loss, labels, class_weight, pixel_weight, ignore_index, reduction)
+
+
+def _check_options(chunk_rows: int | None, reduction: str) -> None:
+    if chunk_rows is not None:
+        check_integer("chunk_rows", chunk_rows)
+    check_reduction(reduction)
+
+
+class UpsampledCrossEntropyLoss(nn.Module):
+    """Module of [`upsampled_cross_entropy`][udakit.losses.upsampled_cross_entropy]; `class_weight` is a buffer.
+
+    Example:
+        >>> import torch
+        >>> criterion = UpsampledCrossEntropyLoss()
+        >>> criterion(torch.zeros(1, 2, 1, 1), torch.tensor([[[1, 255, 0]]]))
+        tensor(0.6931)
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        class_weight: Tensor | None = None,
+        ignore_index: int = 255,
+        align_corners: bool = False,
+        chunk_rows: int | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_options(chunk_rows, reduction)
+        check_weight_option(class_weight)
+        self.register_buffer("class_weight", class_weight)
+        self.ignore_index = ignore_index
+        self.align_corners = align_corners
+        self.chunk_rows = chunk_rows
+        self.reduction = reduction
+
+    def forward(
+        self,
+        logits: Float[Tensor, "n c h w"],
+        labels: Integer[Tensor, "n h2 w2"],
+        *,
+        pixel_weight: Float[Tensor, "n h2 w2"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return upsampled_cross_entropy(
+            logits,
+            labels,
+            pixel_weight=pixel_weight,
+            class_weight=self.class_weight,
+            ignore_index=self.ignore_index,
+            align_corners=self.align_corners,
+            chunk_rows=self.chunk_rows,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"ignore_index={self.ignore_index}, align_corners={self.align_corners}, chunk_rows={self.chunk_rows}, "
+            f"reduction={self.reduction!r}"
+        )
