@@ -2,7 +2,8 @@
 
     UDAKIT_DATA=/data python benchmarks/real_pairs.py            # whatever is not in the JSON yet
     python benchmarks/real_pairs.py --data-root /data --pairs camvid --recipes source_only dacs --seeds 0 1 2
-    python benchmarks/real_pairs.py --table                      # only rewrite the table of docs/results.md
+    python benchmarks/real_pairs.py --group diga_ablation        # DiGA part by part, on one pair
+    python benchmarks/real_pairs.py --table                      # only rewrite the tables of docs/results.md
 
 A run is (pair, recipe, seed). A source-only warm start is trained once for each (pair, seed) and shared; every recipe
 then takes the same number of optimiser steps from it. The last checkpoint counts, never the best on validation.
@@ -12,24 +13,31 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import torch
 
 import train_gta2cs
+from benchmarks import selection_quality
+from gta2cs.datasets import build_pair
 from gta2cs.report import write_json, write_text
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_pairs.json"
+MARKERS = {"main": "real_pairs"}  # of docs/results.md, where a group's is not its name
+NOTHING = "Not measured yet.\n"
 PAIRS = {
     "camvid": "CamVid day → dusk (real, 62 validation images, 11 classes)",
     "carla2camvid": "CARLA → CamVid day (synthetic → real, 57 validation images)",
@@ -38,6 +46,8 @@ PAIRS = {
 # Colour jitter of source and mixed images, the same in every row.
 AUGMENT = {"jitter": 0.4, "hue": 0.05}
 RARE = {"rare_class_temperature": 0.05}
+# As in examples/configs/dacs_toy.yaml: half the channels, for two CPU cores.
+TOY_DECODER = {"decoder_pyramid_channels": 128, "decoder_segmentation_channels": 64}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +64,8 @@ class Setting:
 
 def setting(pair: str) -> Setting:
     if pair == "toy":
-        return Setting(300, 450, 2e-4, {"data": {"crop": (128, 192)}, "net": {"arch": "fpn"}}, {}, {})
+        config = {"data": {"crop": (128, 192)}, "net": {"arch": "fpn", "options": TOY_DECODER}}
+        return Setting(300, 450, 2e-4, config, {}, {})
     data = {"crop": (160, 208), "source_scale": (0.7, 1.5), "target_scale": (0.8, 1.3)}
     return Setting(600, 400, 2e-4, {"data": data, "net": {"arch": "deeplabv3plus"}}, AUGMENT, RARE)
 
@@ -69,12 +80,73 @@ POLICY: dict[str, dict[str, Any]] = {
 
 
 def recipe_configs(pair: str = "toy") -> dict[str, dict[str, Any]]:
-    """Rows of the table: the recipe, its options, and changes to the data."""
+    """Rows of the table: the recipe, its options, and changes to the data.
+
+    A row of several `stages` gives each an equal share of the pair's steps; `options` are then those of all stages.
+    `from_imagenet` leaves out the warm start and takes its steps as well: the toy pair's oracle never sees the game.
+    """
+    oracle = {"recipe": "source_only", "data": {"oracle": True}}
+    if pair == "toy":
+        oracle |= {"from_imagenet": True, "lr": 6e-4}
     return {
         "source_only": {"recipe": "source_only"},
-        "dacs": {"recipe": "dacs", "options": POLICY[pair], "lr": 3e-4 if pair == "toy" else setting(pair).lr},
-        "oracle": {"recipe": "source_only", "data": {"oracle": True}},
+        "dacs": {"recipe": "dacs", "options": POLICY[pair], "lr": 4e-4 if pair == "toy" else setting(pair).lr},
+        "diga": {"stages": [{"recipe": "diga_warmup"}, {"recipe": "diga"}], "options": POLICY[pair]},
+        "oracle": oracle,
     }
+
+
+def diga_ablation(pair: str = "camvid") -> dict[str, dict[str, Any]]:
+    """Rows of DiGA part by part: each one stage of half the pair's steps, from the warm start or another row's end."""
+    common = {k: v for k, v in POLICY[pair].items() if k != "translate"}
+    warmups = {"warmup_no_crdomix": {"crdomix": False}}
+    warmups |= {f"warmup_{name}": {"translate": name} for name in ("none", "color", "fourier", "histogram", "learned")}
+    selectors: dict[str, dict[str, Any]] = {
+        "self_consensus": {"selector": "consensus"},
+        "self_threshold_0.9": {"selector": "threshold", "threshold": 0.9},
+        "self_threshold_0.968": {"selector": "threshold", "threshold": 0.968},
+        "self_confident_ratio": {"selector": "confident_ratio"},
+        "self_class_quantile": {"selector": "class_quantile", "share": 0.5},
+        "self_argmax": {"selector": "argmax"},
+    }
+    rows: dict[str, dict[str, Any]] = {"source_only_half": {"recipe": "source_only"}}
+    rows |= {k: {"recipe": "diga_warmup", "options": {**common, **v}} for k, v in warmups.items()}
+    rows |= {k: {"recipe": "diga", "options": {**common, **v}, "start": "warmup_fourier"} for k, v in selectors.items()}
+    return {name: {**row, "share": 0.5} for name, row in rows.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Rows that make one table, and where they are run unless told otherwise."""
+
+    rows: Callable[[str], dict[str, dict[str, Any]]]
+    pairs: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+GROUPS = {
+    "main": Group(recipe_configs, tuple(PAIRS), (0, 1, 2)),
+    "diga_ablation": Group(diga_ablation, ("camvid",), (0, 1)),
+}
+
+
+def row_of(pair: str, name: str) -> dict[str, Any]:
+    return {k: v for group in GROUPS.values() for k, v in group.rows(pair).items()}[name]
+
+
+def stages_of(pair: str, row: dict[str, Any]) -> list[train_gta2cs.Stage]:
+    """Stages of a row; their steps sum to the row's share of the pair's steps."""
+    shared = setting(pair)
+    total = round((shared.steps + (shared.warm_steps if row.get("from_imagenet") else 0)) * row.get("share", 1))
+    parts = row.get("stages") or [{"recipe": row["recipe"]}]
+    options = {**shared.augment, **row.get("options", {})}
+    steps = [total // len(parts)] * len(parts)
+    steps[-1] += total - sum(steps)
+    lr = row.get("lr", shared.lr)
+    return [
+        train_gta2cs.Stage(part["recipe"], n, lr=lr, lr_warmup=20, options={**options, **part.get("options", {})})
+        for part, n in zip(parts, steps, strict=True)
+    ]
 
 
 def base_config(pair: str, seed: int, data_root: Path | None, out: Path) -> train_gta2cs.Config:
@@ -91,10 +163,11 @@ def base_config(pair: str, seed: int, data_root: Path | None, out: Path) -> trai
     )
 
 
-def warm_start(pair: str, seed: int, data_root: Path | None, cache: Path) -> Path:
+def warm_start(pair: str, seed: int, data_root: Path | None, cache: Path, dry_run: bool = False) -> Path:
     """Train the source-only net that every recipe starts from, the oracle too, or find it."""
     out = cache / pair / f"seed{seed}" / "warm"
     config = base_config(pair, seed, data_root, out)
+    config.dry_run = dry_run
     steps, augment = setting(pair).warm_steps, setting(pair).augment
     config.stages = [train_gta2cs.Stage("source_only", steps, lr=3e-4, lr_warmup=20, options=dict(augment))]
     if not (out / "results.json").is_file():
@@ -102,46 +175,75 @@ def warm_start(pair: str, seed: int, data_root: Path | None, cache: Path) -> Pat
     return out / "stage1_source_only" / "last.pt"
 
 
-def run(pair: str, name: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, Any]:
-    row, shared = recipe_configs(pair)[name], setting(pair)
+def last_checkpoint(config: train_gta2cs.Config) -> Path:
+    return config.out / f"stage{len(config.stages)}_{config.stages[-1].recipe}" / "last.pt"
+
+
+def configure(pair: str, name: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
+    """The run of a row, but for where it starts."""
+    row = row_of(pair, name)
     config = base_config(pair, seed, data_root, cache / pair / f"seed{seed}" / name)
-    config.data = dataclasses.replace(config.data, **{**shared.adaptation_data, **row.get("data", {})})
-    options = {**shared.augment, **row.get("options", {})}
-    config.stages = [
-        train_gta2cs.Stage(row["recipe"], shared.steps, lr=row.get("lr", shared.lr), lr_warmup=20, options=options)
-    ]
-    config.init = warm_start(pair, seed, data_root, cache)
-    config.seed = seed + 100  # other batches than those of the warm start
+    config.data = dataclasses.replace(config.data, **{**setting(pair).adaptation_data, **row.get("data", {})})
+    config.stages = stages_of(pair, row)
+    config.seed = seed + (200 if "start" in row else 100)  # other batches than those of what it starts from
+    if config.stages[-1].recipe == "diga":  # the quality of its selection is measured along the way
+        config.keep_checkpoints, config.save_every = True, 50
+    return config
+
+
+def start_of(
+    pair: str, name: str, seed: int, data_root: Path | None, cache: Path, dry_run: bool = False
+) -> Path | None:
+    """Checkpoint that a row starts from: none, the warm start, or the end of another row, which is made or found."""
+    row = row_of(pair, name)
+    if row.get("from_imagenet"):
+        return None
+    if "start" not in row:
+        return warm_start(pair, seed, data_root, cache, dry_run)
+    before = configure(pair, row["start"], seed, data_root, cache)
+    if not (before.out / "results.json").is_file():
+        run(pair, row["start"], seed, data_root, cache, dry_run)
+    return last_checkpoint(before)
+
+
+def run(pair: str, name: str, seed: int, data_root: Path | None, cache: Path, dry_run: bool = False) -> dict[str, Any]:
+    config = configure(pair, name, seed, data_root, cache)
+    config.dry_run = dry_run
+    config.init = start_of(pair, name, seed, data_root, cache, dry_run)
     began = time.perf_counter()
     rows = train_gta2cs.main(config)
-    return {
+    result: dict[str, Any] = {
         "pair": pair,
         "recipe": name,
         "seed": seed,
         "rows": {title: score.to_json() for title, score in rows.items()},
         "seconds": round(time.perf_counter() - began, 1),
-        "stage": dataclasses.asdict(config.stages[0]),
+        "stages": [dataclasses.asdict(stage) for stage in config.stages],
         "machine": {"torch": torch.__version__, "cpu": platform.machine(), "cores": os.cpu_count()},
     }
+    if config.keep_checkpoints:
+        images = selection_quality.BATCH if dry_run else selection_quality.IMAGES
+        folder, domains = last_checkpoint(config).parent, build_pair(pair, data_root=data_root)
+        result["selection"] = selection_quality.measure_run(folder, domains, images)
+        for checkpoint in config.out.rglob("step_*.pt"):  # of the stages before, too
+            checkpoint.unlink()
+    return result
 
 
 def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def summarize(results: dict[str, Any]) -> str:
-    """Markdown: for each pair one table of the means with spread, and one of IoU per class."""
+def summarize(results: dict[str, Any], group: str = "main") -> str:
+    """Markdown: for each pair one table of the means with spread, and of IoU per class."""
     parts = []
     for pair, title in PAIRS.items():
-        runs = [r for r in results.values() if r["pair"] == pair]
         rows: dict[str, list[dict[str, Any]]] = {}
-        for recipe in recipe_configs():
-            for r in sorted((r for r in runs if r["recipe"] == recipe), key=lambda r: r["seed"]):
-                for name, score in r["rows"].items():
-                    label = name.replace("source_only", "oracle (labelled target)") if recipe == "oracle" else name
-                    if recipe == "oracle" and "BatchNorm" in name:
-                        continue
-                    rows.setdefault(label.replace(r["stage"]["recipe"], recipe), []).append(score)
+        for recipe in GROUPS[group].rows(pair):
+            runs = [r for r in results.values() if (r["pair"], r["recipe"]) == (pair, recipe)]
+            for r in sorted(runs, key=lambda r: r["seed"]):
+                for name, score in last_rows(r).items():
+                    rows.setdefault(name, []).append(score)
         if not rows:
             continue
         first = next(iter(rows.values()))[0]
@@ -153,7 +255,64 @@ def summarize(results: dict[str, Any]) -> str:
             cells += [mean([s["iou"][c] for s in scores]) for c in classes]
             table.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
         parts.append("\n".join(table))
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n" if parts else NOTHING
+
+
+def last_rows(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Scores of what a run's last stage came to, under the name of its row."""
+    stages = result.get("stages") or [result["stage"]]
+    recipe, last = result["recipe"], stages[-1]["recipe"]
+    found = {}
+    for name, score in result["rows"].items():
+        if name.split(",")[0].split(" + ")[0] != last or (recipe == "oracle" and "BatchNorm" in name):
+            continue
+        found[name.replace(last, "oracle (labelled target)" if recipe == "oracle" else recipe)] = score
+    return found
+
+
+def summarize_selection(results: dict[str, Any], pictures: Path) -> str:
+    """Markdown and a plot: the selectors on the same nets along DiGA's own run, averaged over its seeds."""
+    parts = []
+    for pair, title in PAIRS.items():
+        row = "self_consensus" if any(k.startswith(f"{pair}/self_consensus/") for k in results) else "diga"
+        runs = [r["selection"] for r in results.values() if (r["pair"], r["recipe"]) == (pair, row)]
+        if not runs:
+            continue
+        merged = [average(entries) for entries in zip(*runs, strict=True)]
+        last = merged[-1]
+        picture = pictures / f"selection_{pair}.png"
+        plot_selection(merged, picture)
+        parts.append(
+            f"### {title}\n\nLabels of the row `{row}` at step {last['step']} mean over {len(runs)} seeds: "
+            "precision of all labels and of the labels of each class, share of all pixels that carry one.\n\n"
+            f"{selection_quality.markdown(last)}\n![precision and coverage over the steps](pictures/{picture.name})"
+        )
+    return "\n\n".join(parts) + "\n" if parts else NOTHING
+
+
+def average(entries: Sequence[Any]) -> Any:
+    """Mean of the numbers of equally nested entries; None where none is known."""
+    if isinstance(entries[0], dict):
+        return {k: average([e[k] for e in entries]) for k in entries[0]}
+    known = [e for e in entries if e is not None]
+    return statistics.mean(known) if known else None
+
+
+def plot_selection(entries: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    steps = [entry["step"] for entry in entries]
+    for axis, quantity in zip(axes, ("precision", "coverage"), strict=True):
+        for name in entries[0]["selectors"]:
+            axis.plot(steps, [e["selectors"][name][quantity] for e in entries], marker="o", ms=3, lw=1, label=name)
+        axis.set(title=f"{quantity}, %", xlabel="step of self-training")
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def spread(values: list[float]) -> str:
@@ -166,42 +325,57 @@ def mean(values: list[float | None]) -> str:
     return f"{statistics.mean(known):.1f}" if known else "–"
 
 
-def write_table(results: dict[str, Any], page: Path) -> None:
-    """Put the tables between the two markers of the page."""
-    begin, end = "<!-- real_pairs: begin -->", "<!-- real_pairs: end -->"
-    text = page.read_text()
-    head, rest = text.split(begin)
-    _, tail = rest.split(end)
-    write_text(page, f"{head}{begin}\n\n{summarize(results)}\n{end}{tail}")
+def write_tables(results: dict[str, Any], page: Path) -> None:
+    """Put each group's tables between the two markers that bear its name."""
+    texts = {MARKERS.get(group, group): summarize(results, group) for group in GROUPS}
+    texts["diga_selection"] = summarize_selection(results, page.parent / "pictures")
+    for name, text in texts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, rest = page.read_text().split(begin)
+        _, tail = rest.split(end)
+        write_text(page, f"{head}{begin}\n\n{text}\n{end}{tail}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-root", type=Path, default=os.environ.get("UDAKIT_DATA"))
-    parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
-    parser.add_argument("--recipes", nargs="+", default=list(recipe_configs()), choices=list(recipe_configs()))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--group", default="main", choices=list(GROUPS))
+    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), help="default: those of the group")
+    parser.add_argument("--recipes", nargs="+", help="rows; default: all of the group")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the group")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "real_pairs")
-    parser.add_argument("--table", action="store_true", help="train nothing, rewrite the table")
+    parser.add_argument("--table", action="store_true", help="train nothing, rewrite the tables")
     parser.add_argument("--no-table", action="store_true", help="leave docs/results.md alone")
+    parser.add_argument("--dry-run", action="store_true", help="two steps a stage, in a folder that is thrown away")
     options = parser.parse_args()
+    group = GROUPS[options.group]
+    recipes = options.recipes or list(group.rows("toy"))
+    if unknown := set(recipes) - set(group.rows("toy")):
+        parser.error(f"Expected rows of {options.group}, {list(group.rows('toy'))}, but got {sorted(unknown)}.")
+    with tempfile.TemporaryDirectory() as thrown_away:
+        if options.dry_run:
+            options.results, options.cache = Path(thrown_away) / "results.json", Path(thrown_away)
+        if not options.table:
+            train_rows(options, recipes, options.pairs or group.pairs, options.seeds or group.seeds)
+    if not options.no_table and not options.dry_run:
+        write_tables(load(options.results), ROOT / "docs" / "results.md")
+
+
+def train_rows(options: argparse.Namespace, recipes: list[str], pairs: Sequence[str], seeds: Sequence[int]) -> None:
+    """Run whatever has no entry in the results yet."""
     root = Path(options.data_root) if options.data_root else None
-    for pair in options.pairs if not options.table else []:
-        for seed in options.seeds:
-            for recipe in options.recipes:
-                key = f"{pair}/{recipe}/{seed}"
-                if key in load(options.results):
-                    continue
-                if pair != "toy" and (root is None or not root.is_dir()):
-                    print(f"skipped {key}: no --data-root and no UDAKIT_DATA")
-                    continue
-                print(f"== {key}", flush=True)
-                result = run(pair, recipe, seed, root, options.cache)
-                options.results.parent.mkdir(parents=True, exist_ok=True)
-                write_json(options.results, {**load(options.results), key: result})
-    if not options.no_table:
-        write_table(load(options.results), ROOT / "docs" / "results.md")
+    for pair, seed, recipe in itertools.product(pairs, seeds, recipes):
+        key = f"{pair}/{recipe}/{seed}"
+        if key in load(options.results):
+            continue
+        if pair != "toy" and (root is None or not root.is_dir()):
+            print(f"skipped {key}: no --data-root and no UDAKIT_DATA")
+            continue
+        print(f"== {key}", flush=True)
+        result = run(pair, recipe, seed, root, options.cache, options.dry_run)
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.results, {**load(options.results), key: result})
 
 
 if __name__ == "__main__":

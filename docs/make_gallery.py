@@ -1,8 +1,12 @@
 """Draw docs/gallery.md's pictures: run the blocks of the page, then lay out what they computed.
 
 `python docs/make_gallery.py [folder]`
+
+`--translator FILE` draws docs/methods/diga.md's picture of the translators instead, with the learned one of FILE: the
+`translator.pt` of a run on the built-in pair or, where there is no such file, one that is first trained there: minutes.
 """
 
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -143,11 +147,62 @@ def pictures(v: dict[str, Any]) -> dict[str, list[list[Panel]]]:
     }
 
 
+def translations(path: Path) -> list[list[Panel]]:
+    """Source and target images of the built-in pair, and the one in the style of the other by every translator."""
+    import torch
+    from rich.console import Console
+
+    from gta2cs.datasets import build_pair
+    from gta2cs.learned_translator import Translator, train_translator
+    from gta2cs.loading import MEAN, STD, StepData, normalise, step_loader
+    from gta2cs.nets import build_net
+    from gta2cs.translators import TRANSLATORS
+
+    pair = build_pair("toy")
+    if not path.is_file():
+        data = StepData(pair.source_train, pair.target_train, batch_size=4, crop=(128, 192))
+        torch.manual_seed(0)
+        translator, net = Translator(), build_net("fpn", num_classes=len(pair.classes))
+        train_translator(
+            translator,
+            lambda start, stop: step_loader(data, start=start, stop=stop),
+            net,
+            steps=200,
+            lr=2e-3,
+            path=path,
+            console=Console(),
+        )
+    learned = Translator()
+    learned.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["translator"])
+    source = normalise(torch.stack([pair.source_train[i][0] for i in (3, 120)]))
+    target = normalise(torch.stack([pair.target_train[i] for i in (60, 130)]))
+    names = ("color", "fourier", "histogram")
+    columns = {"source": source, "target": target} | {name: TRANSLATORS[name](source, target) for name in names}
+    with torch.no_grad():
+        columns["learned"] = learned(source, target)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    shown = {name: images * std + mean for name, images in columns.items()}
+    rows = []
+    for i in range(len(source)):
+        panels = [(name, photo(images[i])) for name, images in shown.items()]
+        rows += [panels[:3], panels[3:]]
+    return rows
+
+
+def save(rows: list[list[Panel]], path: Path) -> None:
+    """Write a sheet with 256 colours: photographs with camera noise would be three times as large without."""
+    sheet(rows).quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else DOCS / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=DOCS / "pictures")
+    parser.add_argument("--translator", type=Path)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.translator is not None:
+        save(translations(options.translator), options.folder / "diga_translators.png")
+        sys.exit()
     for name, rows in pictures(run(DOCS / "gallery.md")).items():
-        # A palette of 256 colours: photographs with camera noise would be three times as large without.
-        path = folder / f"gallery_{name}.png"
-        sheet(rows).quantize(256, method=Image.Quantize.MEDIANCUT, kmeans=1).save(path, optimize=True)
-        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+        save(rows, options.folder / f"gallery_{name}.png")

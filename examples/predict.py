@@ -82,7 +82,7 @@ def main(config: Config) -> int:
         score(config, trained)
         return 0
     if config.images is None or config.out is None:
-        raise ValueError("Expected `images` and `out`, or `evaluate`: there is nothing to do.")
+        raise ValueError("Expected `images` and `out`, or `evaluate`, but got neither: there is nothing to do.")
     bad = predict(config, trained, config.images, config.out)
     if bad:
         console.print(f"[yellow]Skipped {len(bad)} bad files:[/]")

@@ -19,6 +19,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +38,7 @@ from gta2cs.datasets import Pair, build_pair, check_data
 from gta2cs.evaluation import Score, evaluate, predict, with_bn_statistics
 from gta2cs.loading import Batch, StepData, sample_generator, step_loader
 from gta2cs.nets import build_net, param_groups
-from gta2cs.recipes import RECIPES, Draws, Recipe
+from gta2cs.recipes import RECIPES, Draws, Preparation, Recipe
 
 console = Console(soft_wrap=True)
 
@@ -73,6 +74,12 @@ class NetConfig:
     arch: str = "fpn"  # fpn, deeplabv3plus, unet, segformer (smp decoders), or hf_segformer
     encoder: str = "tu-tf_efficientnet_lite0"
     weights: str = "imagenet"  # imagenet (offline packages, else the hub), a checkpoint's path, or "random"
+    options: dict[str, Any] = field(default_factory=dict)  # of the decoder's class, such as decoder_channels
+
+    def build(self, num_classes: int, **changes: Any) -> torch.nn.Module:
+        """Build the net, or one like it but for `changes`."""
+        settings = {**asdict(self), **changes}
+        return build_net(**settings.pop("options"), **settings, num_classes=num_classes)
 
 
 @dataclass
@@ -104,6 +111,7 @@ class Config:
     init: Path | None = None  # a checkpoint whose student is where the first stage starts
     eval_every: int = 100  # steps between evaluations on target; 0: only at the end of a stage
     save_every: int = 100
+    keep_checkpoints: bool = False  # keep a step_000100.pt, without optimiser state, of everything that is saved
     log_every: int = 10
     resume: bool = False
     dry_run: bool = False  # two steps a stage and two images an evaluation: does everything run?
@@ -140,7 +148,7 @@ def train_stage(
 
     # The recipe holds the student, the teachers and whatever else a method needs.
     def make_net(**changes: Any) -> torch.nn.Module:
-        return build_net(**{**asdict(config.net), **changes}, num_classes=len(classes.names))
+        return config.net.build(len(classes.names), **changes)
 
     recipe = RECIPES[stage.recipe].build(student, len(classes.names), stage.options, make_net, previous)
     recipe = recipe.to(device, memory_format=torch.channels_last).train()
@@ -164,7 +172,16 @@ def train_stage(
         optimizer.load_state_dict(saved["optimizer"])
         start, history = saved["step"], json.loads(saved["history"])
     else:
-        recipe.prepare(target_batches(config, pair, device))
+        main_process = accelerator.is_main_process
+        recipe.prepare(
+            Preparation(
+                plain_batches(config, pair, device),
+                seed=config.seed,
+                folder=config.out if main_process else None,
+                resume=config.resume,
+                console=console if main_process else None,
+            )
+        )
     wrapped, optimizer = accelerator.prepare(recipe, optimizer)
 
     data = StepData(
@@ -229,18 +246,17 @@ def train_stage(
                 history["seconds"] = time.perf_counter() - began
                 agree = parameters_agree(recipe.student, accelerator)
                 if accelerator.is_main_process:
-                    save_checkpoint(
-                        checkpoint,
-                        {
-                            "recipe": recipe.state_dict(),
-                            "optimizer": optimizer.state_dict(),
-                            "step": done,
-                            "world_size": accelerator.num_processes,
-                            "parameters_agree": agree,
-                            "history": json.dumps(history),
-                            "config": json.dumps(plain(config)),
-                        },
-                    )
+                    saved = {
+                        "recipe": recipe.state_dict(),
+                        "step": done,
+                        "world_size": accelerator.num_processes,
+                        "parameters_agree": agree,
+                        "history": json.dumps(history),
+                        "config": json.dumps(plain(config)),
+                    }
+                    if config.keep_checkpoints:
+                        save_checkpoint(folder / f"step_{done:06d}.pt", saved)
+                    save_checkpoint(checkpoint, {**saved, "optimizer": optimizer.state_dict()})
     return recipe, history
 
 
@@ -310,7 +326,9 @@ def main(config: Config) -> dict[str, Score]:
     )
     if data.oracle:
         if pair.target_train_labelled is None:
-            raise ValueError(f"Expected labels of the target training set for the oracle, but {data.pair} has none.")
+            raise ValueError(
+                f"Expected `data.pair` to label its target training set for `data.oracle`, but {data.pair!r} does not."
+            )
         pair = dataclasses.replace(pair, source_train=pair.target_train_labelled())
     if config.check_data:
         found = check_data(pair)
@@ -328,7 +346,7 @@ def main(config: Config) -> dict[str, Score]:
     if accelerator.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)
         report.write_text(config.out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
-    student = build_net(**asdict(config.net), num_classes=len(pair.classes.names))
+    student = config.net.build(len(pair.classes.names))
     if config.init is not None:
         load_net(student, config.init)
 
@@ -359,11 +377,21 @@ def main(config: Config) -> dict[str, Score]:
 
 def target_batches(config: Config, pair: Pair, device: torch.device) -> Any:
     """Yield target crops for BatchNorm statistics: 50 batches, the same whatever was trained before."""
+    for batch in plain_batches(config, pair, device)(0, 50):
+        yield batch.target_images
+
+
+def plain_batches(config: Config, pair: Pair, device: torch.device) -> Callable[[int, int], Iterator[Batch]]:
+    """Return a function of (start, stop) that yields steps of crops as they are: not scaled, the same for all ranks."""
     data = StepData(
         pair.source_train, pair.target_train, batch_size=config.batch_size, crop=config.data.crop, seed=config.seed
     )
-    for batch in step_loader(data, stop=2 if config.dry_run else 50):
-        yield batch.target_images.to(device)
+
+    def batches(start: int, stop: int) -> Iterator[Batch]:
+        for batch in step_loader(data, start=start, stop=min(stop, 2) if config.dry_run else stop):
+            yield Batch(*(x.to(device) for x in batch))
+
+    return batches
 
 
 def rare_class_sampler(config: Config, pair: Pair) -> Any:
@@ -409,7 +437,8 @@ def write_report(
         f"{count} target images, one confusion matrix, last checkpoint.\n\n"
         f"{report.markdown_table(rows, pair.classes)}\n"
         f"Best of the last stage's evaluations, for information only (it was chosen on this very set): {best:.1f}.\n\n"
-        "![panels](panels.png)\n\n![curves](curves.png)\n",
+        "![Target images and their truth, what the nets predict, and how sure the last one is](panels.png)\n\n"
+        "![Losses, mIoU on target and, with pseudo-labels, the share that was kept](curves.png)\n",
     )
     html.write_html(config.out / "report.md", pair.classes)
     console.print(report.rich_table(rows, pair.classes))
@@ -427,7 +456,8 @@ def plain(config: Config) -> dict[str, Any]:
 
 def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path) -> None:
     """Refuse to continue a run whose result would be neither the old configuration's nor the new one's."""
-    now, free = plain(config), {"out", "resume", "eval_every", "save_every", "log_every", "check_data", "dry_run"}
+    now = plain(config)
+    free = {"out", "resume", "eval_every", "save_every", "keep_checkpoints", "log_every", "check_data", "dry_run"}
     for side in (saved, now):
         side["stages"] = side["stages"][: index + 1]
     changed = [k for k in now if k not in free and now[k] != saved.get(k)]

@@ -73,18 +73,19 @@ def test_options_of_dacs(tmp_path, stage):
     assert set(rows) == {"dacs, student", "dacs, teacher"}
 
 
-def test_killed_and_resumed_run_is_bit_identical(tmp_path):
-    arguments = [
-        *TINY,
-        "--save_every=2",
-        "--eval_every=0",
-        '--stages=[{"recipe": "dacs", "steps": 6, "lr": 0.001, "lr_warmup": 2}]',
-    ]
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [("dacs", {}), ("diga", {"translate": "learned", "translator_steps": 3})],
+    ids=["dacs", "diga with a learned translator"],
+)
+def test_killed_and_resumed_run_is_bit_identical(tmp_path, recipe, options):
+    stage = {"recipe": recipe, "steps": 6, "lr": 0.001, "lr_warmup": 2, "options": options}
+    arguments = [*TINY, "--save_every=2", "--eval_every=0", f"--stages={json.dumps([stage])}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run_script(*arguments, f"--out={whole}")
     assert done.returncode == 0, done.stderr
 
-    checkpoint = killed / "stage1_dacs" / "last.pt"
+    checkpoint = killed / f"stage1_{recipe}" / "last.pt"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments, f"--out={killed}"],
@@ -101,7 +102,7 @@ def test_killed_and_resumed_run_is_bit_identical(tmp_path):
 
     done = run_script(*arguments, f"--out={killed}", "--resume")
     assert done.returncode == 0, done.stderr
-    first, second = load_checkpoint(whole / "stage1_dacs" / "last.pt"), load_checkpoint(checkpoint)
+    first, second = load_checkpoint(whole / f"stage1_{recipe}" / "last.pt"), load_checkpoint(checkpoint)
     assert first["step"] == second["step"] == 6
     assert first["recipe"].keys() == second["recipe"].keys()
     for name, value in first["recipe"].items():

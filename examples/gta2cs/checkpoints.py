@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def save_checkpoint(path: Path, value: dict[str, Any]) -> None:
@@ -34,10 +34,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def load_net(net: nn.Module, path: Path, name: str = "student") -> None:
-    """Copy a net of a checkpoint (its student, or another by name: "teacher.module") into `net`."""
-    state = load_checkpoint(path)["recipe"]
+    """Read a checkpoint and copy one of its nets (its student, or another by name: "teacher.module") into `net`."""
+    copy_net(net, load_checkpoint(path)["recipe"], name, path)
+
+
+def copy_net(net: nn.Module, recipe: dict[str, Tensor], name: str, path: Path) -> None:
+    """Copy the net `name` of a recipe's tensors into `net`; `path` is where they are from, for the message."""
     prefix = f"{name}."
-    saved = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    saved = {k.removeprefix(prefix): v for k, v in recipe.items() if k.startswith(prefix)}
     own = net.state_dict()
     wrong = [k for k in own if k not in saved or saved[k].shape != own[k].shape] + [k for k in saved if k not in own]
     if wrong:

@@ -75,6 +75,13 @@ CAMVID = ClassSet(
 # CARLA's frames have no bicyclist: the mean over the ten shared classes is the one that adaptation can move.
 CARLA_CAMVID = ClassSet(CAMVID.names, CAMVID.palette, {"mIoU11": tuple(range(11)), "mIoU10": tuple(range(10))})
 
+# (height, width) of source and of target images in the published settings; the other pairs are read as they are.
+PUBLISHED_SIZES: dict[str, tuple[Size, Size]] = {
+    "gta2cs": ((720, 1280), (512, 1024)),
+    "synthia2cs": ((760, 1280), (512, 1024)),
+    "cs2acdc": ((512, 1024), (540, 960)),
+    "cs2darkzurich": ((512, 1024), (540, 960)),
+}
 SMALL = {"camvid": CAMVID, "carla2camvid": CARLA_CAMVID, "folder": None}
 SYNTHETIC = {"gta2cs": CITYSCAPES_19, "synthia2cs": CITYSCAPES_16}
 FOLDERS = {  # of source and target under `data_root`, with the names in use
@@ -144,7 +151,7 @@ def build_pair(
         target_root: the same for the target.
         source_list: names of the source images to use (a list, or a text file), for the published subsets.
         source_size: (height, width) that source images and labels are resized to on load, "native" for none; without
-            it the published setting (GTA5 720 x 1280, Cityscapes 512 x 1024, ACDC and Dark Zurich 540 x 960).
+            it the published setting (`PUBLISHED_SIZES`).
         target_size: the same for target images. Validation labels always keep their own size.
         cache: keep decoded images in memory; without it only for the small pairs.
         classes: for "folder": the classes, where there is no classes.yaml.
@@ -172,8 +179,9 @@ def build_pair(
         classes, ids = _folder_classes(classes, ids, [r for r in (source_folder, target_folder, data_root) if r])
     find = _find_folders if name in SMALL else _find_synthetic if name in SYNTHETIC else _find_adverse
     found = find(name, source_folder, target_folder, classes=classes, ids=ids, strict=strict)
-    source_hw = _size("source_size", source_size, found.source_size)
-    target_hw = _size("target_size", target_size, found.target_size)
+    source_published, target_published = PUBLISHED_SIZES.get(name, (None, None))
+    source_hw = _size("source_size", source_size, source_published)
+    target_hw = _size("target_size", target_size, target_published)
     options: dict[str, Any] = {"cache": name in SMALL if cache is None else cache, "strict": strict}
     return Pair(
         name,
@@ -187,15 +195,13 @@ def build_pair(
 
 
 class _Found(NamedTuple):
-    """The files of a pair, and the sizes of the published setting."""
+    """The files of a pair."""
 
     source: Listing
     target: Listing
     target_val: Listing
     classes: ClassSet
     source_val: Listing | None = None
-    source_size: Size | None = None
-    target_size: Size | None = None
     target_labels: bool = True
 
 
@@ -226,8 +232,6 @@ def _find_synthetic(name: str, source: Path, target: Path, **_: object) -> _Foun
         cityscapes(target, "train", keep=keep),
         cityscapes(target, "val", keep=keep),
         SYNTHETIC[name],
-        source_size=(720, 1280) if name == "gta2cs" else (760, 1280),
-        target_size=(512, 1024),
     )
 
 
@@ -239,8 +243,6 @@ def _find_adverse(name: str, source: Path, target: Path, **_: object) -> _Found:
         layout(target, "val"),
         CITYSCAPES_19,
         source_val=cityscapes(source, "val"),
-        source_size=(512, 1024),
-        target_size=(540, 960),
         target_labels=name == "cs2acdc",  # Dark Zurich's training images have none
     )
 
@@ -295,14 +297,17 @@ def _root(pair: str, given: str | Path | None, data_root: str | Path | None, fol
     elif data_root is None:
         raise ValueError(
             f"Expected `data_root` (or the environment variable UDAKIT_DATA) to be the folder that holds {folders[0]}/ "
-            f"for the pair {pair!r}, but got None."
+            f"for the pair {pair!r}, but got None. The pair 'toy' needs no data."
         )
     else:
         candidates = [Path(data_root) / name for name in folders]
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
-    raise FileNotFoundError(f"Expected a folder {' or '.join(map(str, candidates))} for {pair!r}, but found none.")
+    raise FileNotFoundError(
+        f"Expected a folder {' or '.join(map(str, candidates))} for {pair!r}, but found none. "
+        "`data_root`, `source_root` and `target_root` say where the data is."
+    )
 
 
 def _folder_classes(

@@ -31,7 +31,8 @@ h1 { font-size: 1.6rem; line-height: 1.25 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; margin: 1rem 0 }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th { vertical-align: bottom; font-weight: 600 }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page) }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page);
+                                 white-space: normal; min-width: 7rem; max-width: 40vw }
 td.best { background: var(--best) }
 .swatch { display: block; height: .35rem; border-radius: .2rem; margin-bottom: .2rem }
 figure { margin: 1.5rem 0 }

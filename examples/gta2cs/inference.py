@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,14 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from gta2cs.checkpoints import load_checkpoint, load_net
-from gta2cs.datasets import CITYSCAPES_19, SMALL, SYNTHETIC, ClassSet, Pair, build_pair, load_classes
-from gta2cs.layouts import _rainbow
+from gta2cs.checkpoints import copy_net, load_checkpoint
+from gta2cs.datasets import CITYSCAPES_19, PUBLISHED_SIZES, SMALL, SYNTHETIC, ClassSet, Pair, build_pair, load_classes
 from gta2cs.loading import normalise
 from gta2cs.nets import MIT, SegNet, build_net
-from gta2cs.samples import Size, read_image, resize_image
+from gta2cs.samples import Size, rainbow, read_image, resize_image
 
-PUBLISHED = {"gta2cs": (512, 1024), "synthia2cs": (512, 1024), "cs2acdc": (540, 960), "cs2darkzurich": (540, 960)}
 NETS = {"student": "student", "teacher": "teacher.module"}  # a table's row -> where a checkpoint keeps the net
 
 
@@ -35,16 +33,18 @@ class Trained:
     history: dict[str, Any]
     names: tuple[str, ...]  # the keys of `NETS` that it holds
     classes_file: Path | None = None
+    recipe: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the tensors, read once for all nets
 
     @classmethod
     def open(cls, path: Path, classes_file: Path | None = None) -> Trained:
-        """Read the configuration of a checkpoint."""
+        """Read a checkpoint."""
         saved = load_checkpoint(path)
         for key in ("config", "history"):
             if key not in saved:
                 raise ValueError(f"Expected {path} to be a checkpoint of train_gta2cs.py, but it has no key {key!r}.")
-        names = tuple(n for n, prefix in NETS.items() if any(k.startswith(f"{prefix}.") for k in saved["recipe"]))
-        return cls(path, json.loads(saved["config"]), json.loads(saved["history"]), names, classes_file)
+        recipe = saved["recipe"]
+        names = tuple(n for n, prefix in NETS.items() if any(k.startswith(f"{prefix}.") for k in recipe))
+        return cls(path, json.loads(saved["config"]), json.loads(saved["history"]), names, classes_file, recipe)
 
     @cached_property
     def classes(self) -> ClassSet:
@@ -70,7 +70,7 @@ class Trained:
                 "first evaluation, which would have told their names."
             )
         names = next(iter(self.history["scores"][-1]["nets"].values()))["iou"]
-        return ClassSet(tuple(names), _rainbow(len(names)))
+        return ClassSet(tuple(names), rainbow(len(names)))
 
     @property
     def seen_size(self) -> Size | None:
@@ -78,7 +78,8 @@ class Trained:
         given = self.config["data"]["target_size"]
         if isinstance(given, list):
             return (given[0], given[1])
-        return None if given == "native" else PUBLISHED.get(self.config["data"]["pair"])
+        _, published = PUBLISHED_SIZES.get(self.config["data"]["pair"], (None, None))
+        return None if given == "native" else published
 
     def net(self, name: str = "student", **changes: str) -> SegNet:
         """Build one of its nets, in eval mode: a key of `NETS` or any prefix of the recipe's tensors.
@@ -88,8 +89,9 @@ class Trained:
         options = {**self.config["net"], **changes}
         if options["arch"] != "hf_segformer" or options["encoder"] in MIT:
             options["weights"] = "random"  # all tensors come from the checkpoint, none from a package or the hub
-        net = build_net(**options, num_classes=len(self.classes.names))
-        load_net(net, self.path, NETS.get(name, name))
+        decoder = options.pop("options", {})  # checkpoints of before it existed have none
+        net = build_net(**decoder, **options, num_classes=len(self.classes.names))
+        copy_net(net, self.recipe, NETS.get(name, name), self.path)
         return net.eval()  # type: ignore[return-value]
 
     def pair(self, **roots: Path | None) -> Pair:

@@ -6,7 +6,6 @@ is converted on disk.
 
 from __future__ import annotations
 
-import colorsys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from gta2cs.samples import (
     Unlabelled,
     image_files,
     label_files,
+    rainbow,
     read_index_png,
 )
 from udakit.labels import CITYSCAPES_CLASSES, CITYSCAPES_IDS, GTA5_IDS, SYNTHIA_16_CLASSES, SYNTHIA_IDS
@@ -184,7 +184,7 @@ def load_classes(path: str | Path) -> tuple[ClassSet, dict[int, int] | None]:
         raise ValueError(f"Expected {path} to be a mapping with `names` and only {sorted(known)}, but got {content!r}.")
     names = tuple(str(name) for name in content["names"])
     colours = content.get("palette")
-    palette = _rainbow(len(names)) if colours is None else np.array(colours, dtype=np.uint8)
+    palette = rainbow(len(names)) if colours is None else np.array(colours, dtype=np.uint8)
     scores = {str(name): tuple(ids) for name, ids in (content.get("scores") or {}).items()}
     ids = content.get("ids")
     if ids is not None:
@@ -289,12 +289,6 @@ def _read_list(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"Expected a list of image names {path}, but it does not exist.")
     return [line.strip() for line in path.read_text().splitlines() if line.strip()]
-
-
-def _rainbow(count: int) -> np.ndarray:
-    """Colours for classes without a palette: hues a golden angle apart."""
-    colours = [colorsys.hsv_to_rgb(i * 0.618 % 1, 0.65, 0.55 + 0.4 * (i % 2)) for i in range(count)]
-    return (255 * np.array(colours)).astype(np.uint8)
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:

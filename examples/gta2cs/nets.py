@@ -73,9 +73,8 @@ class SegNet(nn.Module):
         height, width = images.shape[-2:]
         stages = self.stages(self._prepare(images))
         features = self.decode(stages)
-        logits = self.head(features)
         padded = (_round_up(height, self.stride), _round_up(width, self.stride))
-        logits = F.interpolate(logits, padded, mode="bilinear", align_corners=False)[..., :height, :width]
+        logits = self.enlarge(self.head(features), padded)[..., :height, :width]
         return SegOutput(logits, _cut(features, padded, height, width), _cut(stages[-1], padded, height, width))
 
     @property
@@ -88,6 +87,10 @@ class SegNet(nn.Module):
         padded = (_round_up(images.shape[-2], self.stride), _round_up(images.shape[-1], self.stride))
         return _cut(self.stages(self._prepare(images))[-1], padded, images.shape[-2], images.shape[-1])
 
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """Run the encoder alone and return all its feature maps, finest first, of the padded images."""
+        return self.stages(self._prepare(images))
+
     def stages(self, images: Tensor) -> list[Tensor]:
         """Feature maps of the encoder, finest first."""
         return list(self.encoder(images))
@@ -95,6 +98,10 @@ class SegNet(nn.Module):
     def decode(self, stages: list[Tensor]) -> Tensor:
         """Fuse the feature maps to the features that the head sees."""
         return self.decoder(stages)  # type: ignore[no-any-return]
+
+    def enlarge(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
+        """Bring the head's logits to the size of the padded image."""
+        return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
     def _prepare(self, images: Tensor) -> Tensor:
         images = images * self.image_scale + self.image_shift

@@ -83,8 +83,9 @@ def save_panels(path: Path, rows: list[dict[str, np.ndarray]], classes: ClassSet
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name, fontsize=9)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color / 255) for color in np.asarray(classes.palette, dtype=float)]
-    figure.legend(handles, classes.names, loc="lower center", ncol=min(len(handles), 10), fontsize=7, frameon=False)
-    figure.tight_layout(rect=(0, 0.25 / figure.get_figheight() * (1 + (len(handles) - 1) // 10), 1, 1))
+    lines = -(-len(handles) // 10)
+    figure.legend(handles, classes.names, loc="lower center", ncol=-(-len(handles) // lines), fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.25 / figure.get_figheight() * lines, 1, 1))
     _save(figure, path)
 
 
@@ -116,6 +117,8 @@ def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=7, frameon=False, ncol=2 if axis is right else 1)
+        else:  # a run without pseudo-labels keeps none
+            axis.set_visible(False)
     left.set_yscale("log")
     figure.tight_layout()
     _save(figure, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from functools import partial
@@ -49,6 +50,12 @@ class ClassSet:
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+def rainbow(count: int) -> np.ndarray:
+    """Colours (count, 3) uint8 for classes without a palette: hues a golden angle apart."""
+    colours = [colorsys.hsv_to_rgb(i * 0.618 % 1, 0.65, 0.55 + 0.4 * (i % 2)) for i in range(count)]
+    return (255 * np.array(colours)).astype(np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,12 +210,17 @@ def label_files(
 
 def read_image(path: Path) -> Tensor:
     """Decode an image as uint8 (3, H, W)."""
+    return _decode(path).contiguous()
+
+
+def _decode(path: Path) -> Tensor:
+    """The same with the channels innermost in memory, as files have them."""
     try:
         with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
+            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise OSError(f"Cannot read the image {path}: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def read_index_png(path: Path) -> np.ndarray:
@@ -247,7 +259,8 @@ def nearest_index(old: int, new: int) -> Tensor:
 
 
 def _image_at(paths: tuple[Path, ...], size: Size | None, index: int) -> Tensor:
-    return resize_image(read_image(paths[index]), size)
+    # Contiguous last: resizing is quickest with the channels innermost, and what is left to copy is smaller.
+    return resize_image(_decode(paths[index]), size).contiguous()
 
 
 def _label_at(paths: tuple[Path, ...], format: LabelFormat, size: Size | None, index: int) -> Tensor:

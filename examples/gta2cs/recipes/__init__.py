@@ -1,11 +1,11 @@
 """The methods, each a `Recipe`: a Module whose forward is the training loss."""
 
-from gta2cs.recipes.base import Draws, Losses, Recipe, Shared
+from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, Shared
 from gta2cs.recipes.dacs import Dacs
 from gta2cs.recipes.diga import Diga, DigaWarmup
 from gta2cs.recipes.duda import Duda, DudaPre
 from gta2cs.recipes.ehtdi import Ehtdi
-from gta2cs.recipes.self_training import Selection, SelfTraining
+from gta2cs.recipes.self_training import Selection, SelfTraining, TargetStyled
 from gta2cs.recipes.source_only import SourceOnly
 
 RECIPES: dict[str, type[Recipe]] = {
@@ -28,9 +28,11 @@ __all__ = [
     "DudaPre",
     "Ehtdi",
     "Losses",
+    "Preparation",
     "Recipe",
     "Selection",
     "SelfTraining",
     "Shared",
     "SourceOnly",
+    "TargetStyled",
 ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -68,6 +70,16 @@ class Losses(NamedTuple):
         return torch.stack([term.float() for term in self.terms.values()]).sum()
 
 
+class Preparation(NamedTuple):
+    """What a recipe may look at before its first step: images of both domains, and no target label."""
+
+    batches: Callable[[int, int], Iterable[Batch]]  # of the steps start ... stop - 1, as a function of the step
+    seed: int = 0
+    folder: Path | None = None  # of the run, for what takes long to make; None in all processes but the first
+    resume: bool = False  # whether to use what lies there
+    console: Console | None = None  # for a progress bar
+
+
 class Recipe(nn.Module):
     """A training method around a student net.
 
@@ -104,8 +116,8 @@ class Recipe(nn.Module):
         """Return the losses of one step."""
         raise NotImplementedError
 
-    def prepare(self, target_images: Iterable[Tensor]) -> None:
-        """Look at target once before the first step. `target_images` yields normalised batches, without labels."""
+    def prepare(self, data: Preparation) -> None:
+        """Look at the images once, before the first step; a resumed run loads what came of it instead."""
 
     def after_step(self) -> None:
         """Move what is not moved by gradients. Called once after each optimiser step."""

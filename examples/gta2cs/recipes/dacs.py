@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Recipe, Shared
-from gta2cs.recipes.self_training import Selection, SelfTraining
-from gta2cs.translators import translator
+from gta2cs.recipes.self_training import Selection, TargetStyled
 from udakit import (
     ArgmaxSelector,
     ClassQuantileSelector,
@@ -30,18 +29,18 @@ from udakit import (
 )
 
 
-class Dacs(SelfTraining):
+class Dacs(TargetStyled):
     """Cross-entropy on source, and on source classes pasted onto pseudo-labelled target."""
 
     @dataclass
-    class Options(SelfTraining.Options):
+    class Options(TargetStyled.Options):
         """Options of the recipe."""
 
         selector: Literal["confident_ratio", "argmax", "threshold", "class_quantile"] = "confident_ratio"
         threshold: float = 0.968
         share: float = 0.5  # of each predicted class, for class_quantile
         mix_weight: float = 1.0
-        translate: str = "none"  # color, fourier, histogram: source images in the style of target ...
+        translate: str = "none"  # color, fourier, histogram, learned: source images in the style of target ...
         translate_share: float = 0.5  # ... this share of them
         feature_distance: float = 0.0  # DAFormer: 0.005
         feature_distance_classes: list[int] = field(default_factory=list)  # DAFormer: the thing classes; empty: all
@@ -64,7 +63,8 @@ class Dacs(SelfTraining):
     ) -> Dacs:
         """Make the recipe, with a fresh ImageNet net as the reference of the feature distance where that is on."""
         parsed = cls.parse(options)
-        return cls(student, num_classes, parsed, make_net() if parsed.feature_distance > 0 else None)
+        recipe = cls(student, num_classes, parsed, make_net() if parsed.feature_distance > 0 else None)
+        return recipe.translating(make_net, previous)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""
@@ -96,14 +96,14 @@ class Dacs(SelfTraining):
             batch.target_images,
             teacher_logits,
         )
-        return Losses(terms, Selection.of(teacher_logits, pseudo.labels, pseudo.weight), shared)
+        return Losses(terms, Selection(teacher_logits, pseudo.labels, pseudo.weight), shared)
 
     def translate(self, batch: Batch, draws: Draws) -> Tensor:
         """Give a share of the source images the style of a target image."""
-        name, share = self.options.translate, self.options.translate_share
-        if name == "none":
+        if self.options.translate == "none":
             return batch.source_images
-        styled = translator(name)(batch.source_images, batch.target_images)
+        share = self.options.translate_share
+        styled = self.in_target_style(batch.source_images, batch.target_images)
         chosen = draws(lambda i, g: torch.rand(1, 1, 1, 1, generator=g, device=g.device) < share)
         return torch.where(chosen, styled, batch.source_images)
 

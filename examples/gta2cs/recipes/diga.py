@@ -2,22 +2,23 @@
 
 Two recipes for two stages. `diga_warmup` trains on labelled source and distils between two renderings of the same
 source image; target is a style there, nothing more. `diga` adapts: the labels of the previous stage's net are kept
-where the nearest class centroid agrees. A second `diga` stage in a config is the paper's second round.
+where the nearest class centroid agrees. A second `diga` stage in a config is the paper's second round: the student of
+the first labels target anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gta2cs.loading import Batch
-from gta2cs.recipes.base import Draws, Losses, Shared
-from gta2cs.recipes.self_training import Selection, SelfTraining
-from gta2cs.translators import translator
+from gta2cs.recipes.base import Draws, Losses, Preparation, Shared
+from gta2cs.recipes.dacs import make_selector
+from gta2cs.recipes.self_training import Selection, TargetStyled
 from udakit import (
     BilateralConsensus,
     ClassPrototypes,
@@ -31,18 +32,20 @@ from udakit import (
     symmetric_kd_loss,
 )
 
+CENTROID_BATCHES = 50  # of target, for the first centroids
 
-class DigaWarmup(SelfTraining):
+
+class DigaWarmup(TargetStyled):
     """Cross-entropy on source, symmetric distillation between the source image and its CrDoMix rendering."""
 
     @dataclass
-    class Options(SelfTraining.Options):
+    class Options(TargetStyled.Options):
         """Options of the recipe."""
 
         skd: float = 0.5  # GTA5; SYNTHIA: 0.25
         reverse_weight: float = 0.5  # of the direction whose teacher saw the mixed view
         blend: float = 0.4  # of the strongly augmented image in the augmented rendering
-        translate: str = "fourier"  # color, fourier, histogram, none
+        crdomix: bool = True  # False: the mixed view is the augmented rendering alone, nothing of it in target's style
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""
@@ -51,7 +54,7 @@ class DigaWarmup(SelfTraining):
         return Losses(terms)
 
     def student_views(self, batch: Batch, draws: Draws) -> tuple[Any, Any]:
-        """Student outputs on the clean source images and on their CrDoMix rendering; the teacher sees the same two."""
+        """Student outputs on the clean source images and on their mixed view; the teacher sees the same two."""
         self.views = (batch.source_images, self.crdomix(batch, draws))
         return self.both(*self.views)
 
@@ -59,7 +62,9 @@ class DigaWarmup(SelfTraining):
         """Half of the classes from an augmented rendering, the rest in the style of target: the layout stays."""
         images, blend = batch.source_images, self.options.blend
         augmented = blend * self.augment(images, draws) + (1 - blend) * images
-        translated = translator(self.options.translate)(images, batch.target_images)
+        if not self.options.crdomix:
+            return augmented
+        translated = self.in_target_style(images, batch.target_images)
         chosen = self.draw_classes(batch.source_labels, draws, rounding="down")
         return cross_domain_mix(augmented, translated, class_mask(batch.source_labels, chosen, paste_ignore=True))
 
@@ -87,47 +92,55 @@ class Diga(DigaWarmup):
         skd: float = 0.25
         blend: float = 0.3
         mix_weight: float = 1.0
+        # Consensus is the method; the others are for comparison, all else being equal.
+        selector: Literal["consensus", "threshold", "confident_ratio", "class_quantile", "argmax"] = "consensus"
+        threshold: float = 0.968  # of threshold and confident_ratio
+        share: float = 0.5  # of each predicted class, for class_quantile
         prototype_momentum: float = 1e-2  # the paper: 1e-4 over 80k steps
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__(student, num_classes, options)
-        # The net of the previous stage labels the target images.
+        # The net of the previous stage (its student: that is where this stage starts) labels the target images.
         self.labeller = EMATeacher(student, mode=options.teacher_mode)  # never updated: frozen
         self.prototypes = ClassPrototypes(num_classes, student.feature_dim, momentum=options.prototype_momentum)
         self.consensus = BilateralConsensus(self.prototypes)
+        self.selector = self.consensus if options.selector == "consensus" else make_selector(options, num_classes)
 
-    def prepare(self, target_images: Iterable[Tensor]) -> None:
+    def prepare(self, data: Preparation) -> None:
         """Class centroids of target: the mean over one pass with the labeller, of what it predicts."""
+        super().prepare(data)
         mean = ClassPrototypes(self.num_classes, self.student.feature_dim, mode="mean").to(
             self.prototypes.counts.device
         )
         with torch.no_grad():
-            for images in target_images:
-                output = self.labeller(images)
-                mean.update(output.features, self._small(output.logits.argmax(1), output.features))
+            for batch in data.batches(0, CENTROID_BATCHES):
+                output = self.labeller(batch.target_images)
+                mean.update(output.features, self._classes(output))
         self.prototypes.set_(mean.prototypes, mean.counts)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""
         source = SegBatch(batch.source_images, batch.source_labels)
 
-        # 1. The labeller's classes, kept where the nearest centroid of the teacher's features agrees.
+        # 1. The labeller's classes, kept where the nearest centroid of the teacher's features agrees (or as the
+        # option says). The centroids are kept up to date in any case: the consensus can be measured beside another.
         with torch.no_grad():
             labelled = self.labeller(batch.target_images).logits
             teacher_target = self.teacher(batch.target_images)
-            pseudo = self.consensus(labelled, teacher_target.features, valid=self.valid_rows(labelled))
+            pseudo = self.selector(labelled, teacher_target.features, valid=self.valid_rows(labelled))
 
         # 2. Source classes onto target, and both renderings of source, through the student.
         chosen = self.draw_classes(source.labels, draws, rounding="down")
         mask = class_mask(source.labels, chosen, paste_ignore=True)
-        target = SegBatch(batch.target_images, pseudo.labels)
+        target = SegBatch(batch.target_images, pseudo.labels, pseudo.weight)
         mixed = class_mix(source, target._replace(images=self.augment(target.images, draws)), mask)
         clean, crdomix = self.student_views(batch, draws)
         on_mixed = self.student(mixed.images)
 
+        mix = cross_entropy(on_mixed.logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
         terms = {
             "source": cross_entropy(clean.logits, source.labels),
-            "mix": self.options.mix_weight * cross_entropy(on_mixed.logits, mixed.labels, reduction="mean_all"),
+            "mix": self.options.mix_weight * mix,
             "skd": self.distil(clean, crdomix),
         }
 
@@ -135,13 +148,14 @@ class Diga(DigaWarmup):
         self._follow(teacher_target, pseudo.labels)
         self._follow(self.teacher_views[1], source.labels)
         shared = Shared(source, mixed, batch.target_images, teacher_target.logits)
-        return Losses(terms, Selection.of(labelled, pseudo.labels, pseudo.weight), shared)
+        return Losses(terms, Selection(labelled, pseudo.labels, pseudo.weight), shared)
 
     def _follow(self, teacher: Any, labels: Tensor) -> None:
         """Update the centroids on the pixels where the teacher's arg-max agrees with the label."""
-        agreed = labels.where(teacher.logits.argmax(1) == labels, 255)
-        self.prototypes.update(teacher.features, self._small(agreed, teacher.features))
+        small = resize_labels(labels, teacher.features.shape[-2:])
+        self.prototypes.update(teacher.features, small.where(self._classes(teacher) == small, 255))
 
     @staticmethod
-    def _small(labels: Tensor, features: Tensor) -> Tensor:
-        return resize_labels(labels, features.shape[-2:])
+    def _classes(output: Any) -> Tensor:
+        """Arg-max at feature size: of the logits at those pixels alone, not of all."""
+        return F.interpolate(output.logits, output.features.shape[-2:], mode="nearest").argmax(1)

@@ -17,7 +17,7 @@ from torch import nn
 
 from gta2cs.checkpoints import load_net
 from gta2cs.loading import Batch
-from gta2cs.recipes.base import Draws, Losses, Recipe
+from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.dacs import Dacs
 from gta2cs.recipes.diga import Diga
 from gta2cs.recipes.ehtdi import Ehtdi
@@ -66,9 +66,9 @@ class DudaPre(Recipe):
         base = BASES[parsed.base].build(large, num_classes, parsed.base_options, lambda: make_net(**parsed.large))
         return cls(student, num_classes, parsed, base)  # type: ignore[arg-type]
 
-    def prepare(self, target_images: Any) -> None:
-        """What the base recipe wants to see of target."""
-        self.base.prepare(target_images)
+    def prepare(self, data: Preparation) -> None:
+        """What the base recipe wants to see."""
+        self.base.prepare(data)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step: the large student's and, marked `small_`, the small one's."""
@@ -174,4 +174,4 @@ class Duda(SelfTraining):
             if options.inconsistency
             else kd_loss(on_target.logits, fused, temperature=options.temperature, teacher_kind="probabilities")
         )
-        return Losses(terms, Selection.of(fused, fused.argmax(1), torch.ones_like(fused[:, 0])))
+        return Losses(terms, Selection(fused))

@@ -106,7 +106,7 @@ class Ehtdi(SelfTraining):
                     strong, weak, labels, num_classes=self.num_classes
                 )
         shared = Shared(strong_source, mixed._replace(images=strong_mixed), batch.target_images, target_logits)
-        return Losses(terms, Selection.of(target_logits, pseudo.labels, pseudo.weight), shared)
+        return Losses(terms, Selection(target_logits, pseudo.labels, pseudo.weight), shared)
 
     def _small(self, logits: Tensor) -> Tensor:
         return F.avg_pool2d(logits, self.options.contrast_stride, ceil_mode=True)

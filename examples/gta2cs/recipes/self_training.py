@@ -1,15 +1,22 @@
-"""What the self-training recipes share: an EMA teacher, strong augmentation, class draws, a policy for BatchNorm."""
+"""What the self-training recipes share: an EMA teacher, class draws, a policy for BatchNorm, styles of target."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gta2cs.recipes.base import Draws, Recipe
+from gta2cs.learned_translator import Translator, train_translator
+from gta2cs.recipes.base import Draws, Preparation, Recipe
+from gta2cs.translators import TRANSLATORS
 from udakit import EMATeacher, draw_classes, row_mask
+
+LEARNED = "learned"
+S = TypeVar("S", bound="TargetStyled")
 
 
 class SelfTraining(Recipe):
@@ -67,16 +74,98 @@ class SelfTraining(Recipe):
         return row_mask(h, w, top, bottom).to(logits.device).expand(n, h, w)
 
 
-class Selection(NamedTuple):
-    """How the pseudo-labels of a step fared, per predicted class: pixels predicted, pixels kept (by their weight)."""
+class TargetStyled(SelfTraining):
+    """Self-training that also renders source images in the style of target."""
 
-    predicted: Tensor
-    kept: Tensor
+    @dataclass
+    class Options(SelfTraining.Options):
+        """Options of the renderings."""
+
+        translate: str = "fourier"  # color, fourier, histogram, none; learned: a net, trained before the first step
+        translator_steps: int = 200  # of "learned" (DiGA: 50k steps at 1e-4)
+        translator_lr: float = 2e-3
+
+    def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
+        super().__init__(student, num_classes, options)
+        if (name := options.translate) != LEARNED and name not in TRANSLATORS:
+            raise ValueError(f"Expected `translate` to be one of {[*TRANSLATORS, LEARNED]}, but got {name!r}.")
+        self.translator = Translator().requires_grad_(False) if name == LEARNED else None
 
     @classmethod
-    def of(cls, logits: Tensor, labels: Tensor, weight: Tensor) -> Selection:
-        """Count from the logits that were selected from, and what the selector made of them."""
-        predicted = logits.argmax(1).flatten()
-        kept = (labels.flatten() == predicted) * weight.flatten()
-        zeros = torch.zeros(logits.shape[1], device=logits.device)
-        return cls(zeros.scatter_add(0, predicted, torch.ones_like(kept)), zeros.scatter_add(0, predicted, kept))
+    def build(
+        cls: type[S],
+        student: nn.Module,
+        num_classes: int,
+        options: dict[str, Any],
+        make_net: Callable[..., nn.Module],
+        previous: Recipe | None = None,
+    ) -> S:
+        """Make the recipe; a translator that the stage before has trained is taken over."""
+        return cls(student, num_classes, cls.parse(options)).translating(make_net, previous)
+
+    def translating(self: S, make_net: Callable[..., nn.Module], previous: Recipe | None) -> S:
+        """Say where the translator comes from, where there is to be one."""
+        trained = getattr(previous, "translator", None)
+        if self.translator is not None and trained is not None and int(trained.steps) > 0:
+            self.translator.load_state_dict(trained.state_dict())
+        self.make_net = make_net  # called only where a translator is trained
+        return self
+
+    def prepare(self, data: Preparation) -> None:
+        """Train the translator, once for all stages."""
+        if self.translator is None or int(self.translator.steps) > 0:
+            return
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(data.seed)
+            self.translator.load_state_dict(Translator().state_dict())
+            encoder = self.make_net().to(self.translator.steps.device)
+        train_translator(
+            self.translator,
+            data.batches,
+            encoder,  # type: ignore[arg-type]
+            steps=self.options.translator_steps,
+            lr=self.options.translator_lr,
+            seed=data.seed,
+            path=None if data.folder is None else data.folder / "translator.pt",
+            resume=data.resume,
+            console=data.console,
+        )
+
+    def in_target_style(self, source: Tensor, target: Tensor) -> Tensor:
+        """Source images in the style of target images, one each."""
+        if self.translator is None:
+            return TRANSLATORS[self.options.translate](source, target)
+        with torch.no_grad():
+            return self.translator(source, target).to(source.dtype)  # type: ignore[no-any-return]
+
+
+class Selection:
+    """How the pseudo-labels of a step fared, per predicted class: pixels predicted, pixels kept (by their weight).
+
+    Counted when asked for: few steps are logged, and the arg-max of full-size logits costs as much as a loss.
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """Without `labels` and `weight` every pixel was kept."""
+        self._logits, self._labels, self._weight = logits.detach(), labels, weight
+
+    @cached_property
+    def _counts(self) -> Tensor:
+        predicted = self._logits.max(1).indices.flatten()
+        counted = torch.ones(2, len(predicted), device=predicted.device)
+        if self._labels is not None:
+            counted[1] *= self._labels.flatten() == predicted
+        if self._weight is not None:
+            counted[1] *= self._weight.flatten()
+        zeros = counted.new_zeros(2, self._logits.shape[1])
+        return zeros.scatter_add(1, predicted.expand(2, -1), counted)
+
+    @property
+    def predicted(self) -> Tensor:
+        """(C,) pixels of each predicted class."""
+        return self._counts[0]
+
+    @property
+    def kept(self) -> Tensor:
+        """(C,) the weights of those that kept their class."""
+        return self._counts[1]

@@ -1,0 +1,34 @@
+"""What the recipes compute late or at few pixels is what they would have computed at once, at all of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gta2cs.nets import SegOutput
+from gta2cs.recipes import Diga, Selection
+from udakit import resize_labels
+
+
+def draws(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_selection_counts_each_predicted_class() -> None:
+    logits = draws(2, 5, 9, 7)
+    predicted = logits.argmax(1)
+    labels = predicted.where(draws(2, 9, 7) > 0, 255)
+    weight = draws(2, 9, 7).abs()
+    selection = Selection(logits, labels, weight)
+    for c in range(5):
+        mine = predicted == c
+        assert selection.predicted[c] == mine.sum()
+        torch.testing.assert_close(selection.kept[c], weight[mine & (labels == c)].sum())
+    everything = Selection(logits)
+    assert torch.equal(everything.kept, everything.predicted)
+
+
+@pytest.mark.parametrize("size", [(8, 16), (7, 5), (32, 64)])
+def test_diga_takes_the_arg_max_of_few_pixels(size: tuple[int, int]) -> None:
+    output = SegOutput(draws(2, 6, 32, 64), draws(2, 3, *size), draws(2, 3, 2, 4))
+    assert torch.equal(Diga._classes(output), resize_labels(output.logits.argmax(1), size))
