@@ -42,7 +42,7 @@ IGNORE = 255
 GROUND, FACADE, FRONT = range(3)  # the plane a part lies in: y = 0; x = `at`; z = `at`
 SUPERSAMPLE = 2
 FAR = 90.0
-SEVERITY = (1.5, 1.5)  # of the beta distribution that places a camera image between the two styles
+SEVERITY = (1.4, 1.4)  # of the beta distribution that places a camera image between the two styles
 LAMP_LIGHT = np.array([250.0, 214.0, 140.0], dtype=np.float32)
 BLACK = np.full(3, 26.0)
 
@@ -111,7 +111,7 @@ GAME = Style(
     sun=0.14, clouds=0.0, haze=0.001, haze_colour=np.array([190.0, 220.0, 250.0]),
     tint=np.ones(3), vignette=0.0, blur=0.0, noise=0.0,
     focal=(0.62, 0.70), camera_height=(1.45, 1.7), horizon=(0.44, 0.5), roll=0.0,
-    road=(3.8, 5.2), sidewalk=(2.8, 4.2), verge=0.6, storeys=(2, 6), houses=0.62, crossing=0.3,
+    road=(3.8, 5.2), sidewalk=(2.8, 4.2), verge=0.75, storeys=(2, 6), houses=0.58, crossing=0.3,
     cars=4.5, people=5.0, trees=4.0, signs=2.6, lamp_posts=3.0,
 )
 CAMERA = Style(
@@ -119,23 +119,23 @@ CAMERA = Style(
         road=[(190, 178, 160), (180, 172, 158), (194, 180, 156)],
         sidewalk=[(98, 98, 104), (104, 100, 100), (92, 94, 102)],
         building=[(104, 126, 78), (136, 142, 112), (92, 106, 100)],
-        fence=[(92, 116, 84), (110, 112, 116), (84, 78, 72)],
+        fence=[(96, 112, 158), (128, 138, 166), (70, 78, 112)],
         pole=[(150, 146, 138), (132, 120, 106), (112, 120, 112)],
         traffic_sign=[(186, 92, 70), (84, 116, 150), (198, 182, 130)],
         vegetation=[(188, 112, 62), (160, 92, 58), (196, 146, 80)],
-        terrain=[(180, 152, 104), (166, 142, 100), (150, 134, 92)],
+        terrain=[(160, 156, 76), (148, 146, 70), (134, 132, 64)],
         sky=[(206, 194, 186), (190, 188, 192), (214, 198, 178)],
-        person=[(74, 66, 62), (104, 88, 72), (58, 70, 82)],
+        person=[(128, 62, 66), (150, 122, 66), (58, 82, 132)],
         car=[(124, 124, 122), (64, 68, 72), (150, 128, 108)],
         other=[(70, 84, 80), (96, 80, 72), (60, 60, 60)],
     ),
     grain=_per_class(road=0.3, sidewalk=0.1, building=0.42, fence=0.2, pole=0.1, vegetation=0.12, terrain=0.35,
                      person=0.15, car=0.12, other=0.2),
-    joints=_per_class(road=0.32, building=0.2, fence=0.5), windows=np.array([58.0, 62.0, 64.0]), lamps=0.35,
-    sun=0.05, clouds=0.3, haze=0.02, haze_colour=np.array([196.0, 184.0, 172.0]),
-    tint=np.array([0.72, 0.66, 0.64]), vignette=0.35, blur=0.5, noise=8.0,
-    focal=(0.54, 0.66), camera_height=(1.7, 2.1), horizon=(0.38, 0.46), roll=0.03,
-    road=(3.0, 4.2), sidewalk=(3.0, 4.6), verge=0.7, storeys=(2, 4), houses=0.5, crossing=0.4,
+    joints=_per_class(road=0.32, building=0.2, fence=0.6), windows=np.array([58.0, 62.0, 64.0]), lamps=0.35,
+    sun=0.05, clouds=0.3, haze=0.013, haze_colour=np.array([196.0, 184.0, 172.0]),
+    tint=np.array([0.72, 0.66, 0.64]), vignette=0.35, blur=0.4, noise=5.0,
+    focal=(0.58, 0.68), camera_height=(1.7, 2.1), horizon=(0.38, 0.46), roll=0.03,
+    road=(3.0, 4.2), sidewalk=(3.0, 4.6), verge=0.8, storeys=(2, 4), houses=0.5, crossing=0.4,
     cars=5.0, people=6.0, trees=6.0, signs=3.2, lamp_posts=2.4,
 )
 # fmt: on
@@ -257,7 +257,7 @@ def lay_out(canvas: Canvas) -> None:
     """Furnish the street and paint it from far to near."""
     style, rng = canvas.style, canvas.rng
     middle = rng.uniform(-1.6, 0.4)  # of the road; the camera drives on the right
-    road, verge = rng.uniform(*style.road), rng.uniform(2, 4) if rng.random() < style.verge else 0.0
+    road, verge = rng.uniform(*style.road), rng.uniform(3, 5) if rng.random() < style.verge else 0.0
     kerb = road + rng.uniform(*style.sidewalk)
     side_street = rng.uniform(9, 26) if rng.random() < style.crossing else np.inf
 
@@ -285,12 +285,12 @@ def lay_out(canvas: Canvas) -> None:
         for _ in range(rng.poisson(mean)):
             things.append((rng.uniform(near, far), middle + rng.choice([-1, 1]) * rng.uniform(x0, x1), painter))
 
-    place(style.cars, 5, 32, 0.36 * road, 0.76 * road, _paint_car)
-    place(style.people * 0.85, 4, 16, road + 0.5, kerb, _paint_person)
-    place(style.people * 0.15, 6, 16, 0, road, _paint_person)
-    place(style.trees, 5, 30, kerb - 0.4, kerb - 0.4 + verge, _paint_tree)
+    place(style.cars, 5, 26, 0.36 * road, 0.76 * road, _paint_car)
+    place(style.people * 0.85, 4, 13, road + 0.5, kerb, _paint_person)
+    place(style.people * 0.15, 6, 13, 0, road, _paint_person)
+    place(style.trees, 5, 24, kerb - 0.4, kerb - 0.4 + verge, _paint_tree)
     place(style.signs, 4, 13, road + 0.5, road + 1.0, _paint_sign)
-    place(style.lamp_posts, 4, 20, road + 0.5, road + 0.7, _paint_lamp_post)
+    place(style.lamp_posts, 4, 16, road + 0.5, road + 0.7, _paint_lamp_post)
     place(0.5, 5, 15, road + 1.0, road + 1.4, _paint_bin)
     for z, x, painter in sorted(things, key=lambda thing: -thing[0]):
         painter(canvas, x, z, -1 if x > middle else 1)
@@ -322,7 +322,7 @@ def _paint_lots(canvas: Canvas, side: int, wall: float, side_street: float) -> N
         else:
             for _ in range(rng.integers(1, 3)):
                 _paint_tree(canvas, wall + side * rng.uniform(2, 6), rng.uniform(near, far), side)
-            cls, top = (FENCE, rng.uniform(1.3, 2.0)) if rng.random() < 0.65 else (VEGETATION, rng.uniform(1.2, 2.4))
+            cls, top = (FENCE, rng.uniform(2.0, 2.8)) if rng.random() < 0.75 else (VEGETATION, rng.uniform(1.2, 2.0))
         colour = canvas.colour(cls)
         if near > 1:
             front = [(wall + dx, y, near) for dx, y in _box(0, side * 14, 0, top)]
@@ -385,8 +385,8 @@ def _paint_tree(canvas: Canvas, x: float, z: float, side: int) -> None:
 
 def _paint_sign(canvas: Canvas, x: float, z: float, side: int) -> None:
     rng, face, white = canvas.rng, canvas.colour(SIGN), canvas.style.colours[CAR, 2]
-    y, r, shape = rng.uniform(2.2, 2.7), rng.uniform(0.48, 0.66), rng.integers(3)
-    canvas.upright(POLE, canvas.colour(POLE), x, z, _box(-0.09, 0.09, 0, y))
+    y, r, shape = rng.uniform(2.2, 2.7), rng.uniform(0.52, 0.7), rng.integers(3)
+    canvas.upright(POLE, canvas.colour(POLE), x, z, _box(-0.14, 0.14, 0, y))
     for s, colour in ((r, face), (0.62 * r, white if rng.random() < 0.7 else face * 0.8)):
         triangle = [(-1.1 * s, y - 0.62 * s), (1.1 * s, y - 0.62 * s), (0, y + 1.2 * s)]
         outline = (_disc(0, y, s, s), triangle, _box(-0.9 * s, 0.9 * s, y - s, y + s))[shape]
@@ -395,7 +395,7 @@ def _paint_sign(canvas: Canvas, x: float, z: float, side: int) -> None:
 
 def _paint_lamp_post(canvas: Canvas, x: float, z: float, side: int) -> None:
     top, metal = canvas.rng.uniform(4.6, 6.0), canvas.colour(POLE)
-    canvas.upright(POLE, metal, x, z, _taper(0.2, 0.13, 0, top))
+    canvas.upright(POLE, metal, x, z, _taper(0.3, 0.2, 0, top))
     canvas.upright(POLE, metal, x, z, [(0, top), (side * 1.5, top + 0.2), (side * 1.5, top + 0.42), (0, top + 0.22)])
     canvas.upright(POLE, LAMP_LIGHT, x + side * 1.5, z, _taper(0.34, 0.24, top + 0.1, top + 0.42), glow=0.7)
 
