@@ -1,0 +1,143 @@
+"""The benchmarks of a training step and of the loaders: their clocks, their sums, and what they keep and write."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import data_path, harness, step_overhead
+from benchmarks.step_overhead import INSIDE, REST, ROWS, Clock, Stretch, outside
+from gta2cs.recipes import dacs
+from gta2cs.samples import image_files, read_image, resize_image
+
+MARKED = "before\n<!-- {0}: begin -->\nold\n<!-- {0}: end -->\nafter\n"
+
+
+@pytest.fixture(autouse=True)
+def _quick_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "copy_bandwidth", lambda: 1e10)
+
+
+class Slow(torch.autograd.Function):
+    """Doubles; known times forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        time.sleep(0.02)
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        time.sleep(0.04)
+        return 2 * grad
+
+
+def test_clock_sees_both_directions() -> None:
+    clock = Clock()
+    slow, scale = clock.wrap("slow", Slow.apply), clock.wrap("scale", lambda x: 3 * x)
+    x = torch.ones(3, requires_grad=True)
+    y = scale(slow(scale(x)))
+    with clock.around("backward"):
+        y.sum().backward()
+    assert torch.equal(x.grad, torch.full((3,), 18.0))
+    found = clock.exclusive()
+    assert 0.06 <= found["slow"] < 0.5
+    assert 0 < found["scale"] < found["slow"]
+    assert found["backward"] < 0.04  # what is left of it
+
+
+def test_clock_without_a_graph() -> None:
+    clock = Clock()
+    with torch.no_grad():
+        clock.wrap("slow", lambda x: time.sleep(0.01))(torch.ones(1, requires_grad=True))
+    assert clock.exclusive()["slow"] >= 0.01
+    clock.wrap("data", lambda x: x + 1)(torch.ones(1))
+    assert set(clock.exclusive()) == {"slow", "data"}
+
+
+def test_parts_inside_parts_count_once() -> None:
+    clock = Clock()
+    clock.stretches = [Stretch("a", 0, 10), Stretch("c", 12, 13), Stretch("b", 2, 6), Stretch("a", 3, 4)]
+    assert clock.exclusive() == {"a": 7, "b": 3, "c": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dacs", "ehtdi"])
+def test_step(name: str, tmp_path: Path) -> None:
+    net = {"arch": "fpn", "encoder": "tu-tf_efficientnet_lite0", "weights": "random"}
+    untouched = dacs.cross_entropy
+    row = step_overhead.measure(dataclasses.replace(ROWS[name], size=64, net=net), steps=1, classes=4)
+    assert dacs.cross_entropy is untouched
+    parts = row["parts"]
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert sum(parts.values()) == pytest.approx(row["seconds"])
+    assert 0 < outside(row) < 1
+    assert row["net_only_seconds"] > 0
+    wanted = {"augmentation", "blur", "mixing", "selection", "cross-entropy", "enlarging logits", "EMA", *INSIDE, REST}
+    contrasts = {"pixel contrast", "prototype contrast", "label resizing", "shrinking logits"}
+    assert set(parts) == (wanted | contrasts if name == "ehtdi" else wanted)
+    assert row["passes"] == (5 if name == "ehtdi" else 3)
+
+    results = harness.Results(tmp_path / "results.json")
+    results.add(name, row)
+    page = tmp_path / "page.md"
+    page.write_text(MARKED.format("step"))
+    step_overhead.main(["--table", "--results", str(results.path), "--page", str(page)])
+    text = page.read_text()
+    assert f"| {name}, 64 × 64, fpn / tu-tf_efficientnet_lite0 | {row['passes']} |" in text
+    assert "\nold\n" not in text
+    assert json.loads(results.path.read_text())["rows"][name]["parts"] == parts
+
+
+def test_tables_without_results(tmp_path: Path) -> None:
+    for module, name in ((step_overhead, "step"), (data_path, "data")):
+        page = tmp_path / f"{name}.md"
+        page.write_text(MARKED.format(name))
+        module.main(["--table", "--results", str(tmp_path / "none.json"), "--page", str(page)])
+        assert "Not measured yet." in page.read_text()
+
+
+def test_data_path(tmp_path: Path) -> None:
+    row = data_path.measure(count=2, steps=2, workers=(0,), shrink=8)
+    assert row["images_per_second"]["0"] > 0
+    assert set(row["milliseconds"]["source"]) > set(row["milliseconds"]["target"])
+    assert all(ms >= 0 for domain in row["milliseconds"].values() for ms in domain.values())
+    assert all(size > 0 for size in row["megabytes"].values())
+
+    results = harness.Results(tmp_path / "results.json")
+    results.add("gta2cs", {**row, "images_per_second": {"0": 30.0, "1": 16.0, "2": 30.0}})
+    page = tmp_path / "page.md"
+    page.write_text(MARKED.format("data"))
+    data_path.main(["--table", "--results", str(results.path), "--page", str(page)])
+    text = page.read_text()
+    assert "| 1 | 16.0 | 250 |" in text
+    assert "A GPU step of 0.3 s needs 4 / 16.0 / 0.3 = 0.8, so 1 worker." in text
+    assert "A GPU step of 0.1 s needs 4 / 16.0 / 0.1 = 2.5, so 3 workers." in text
+
+
+@pytest.mark.parametrize(("speed", "step", "workers"), [(20.0, 0.2, 1), (20.0, 0.1, 2), (19.9, 0.2, 2), (4.0, 0.1, 10)])
+def test_workers_needed(speed: float, step: float, workers: int) -> None:
+    assert data_path.workers_needed(speed, 2, step) == workers
+
+
+def test_files_have_the_real_format(tmp_path: Path) -> None:
+    data_path.make_files(tmp_path, 1, shrink=16)
+    from PIL import Image
+
+    with Image.open(tmp_path / "gta/labels/00000.png") as label, Image.open(tmp_path / "gta/images/00000.png") as image:
+        assert (label.mode, image.mode) == ("P", "RGB")
+        assert label.size == image.size == (1914 // 16, 1052 // 16)
+
+
+def test_resizing_with_the_channels_innermost_changes_nothing(tmp_path: Path) -> None:
+    data_path.make_files(tmp_path, 1, shrink=8)
+    path = tmp_path / "gta/images/00000.png"
+    image = image_files([path], size=(90, 160))[0]
+    assert image.is_contiguous()
+    assert torch.equal(image, resize_image(read_image(path).contiguous(), (90, 160)))
