@@ -1,6 +1,6 @@
 """Train a segmentation net on a labelled source domain and adapt it to an unlabelled target domain.
 
-    python examples/train_gta2cs.py                                    # the built-in toy pair, two cores, five minutes
+    python examples/train_gta2cs.py                                    # the built-in toy pair: two CPU cores, minutes
     python examples/train_gta2cs.py --config examples/configs/dacs_gta2cs.yaml --data.data_root /data
     python examples/train_gta2cs.py --config ... --check-data     # what is missing or wrong in the folders?
     torchrun --nproc_per_node 4 examples/train_gta2cs.py --config ...  # several processes: batch_size is per process
