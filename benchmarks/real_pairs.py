@@ -32,8 +32,9 @@ import torch
 
 import train_gta2cs
 from benchmarks import selection_quality
+from benchmarks.harness import write_section
 from gta2cs.datasets import build_pair
-from gta2cs.report import write_json, write_text
+from gta2cs.report import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_pairs.json"
 MARKERS = {"main": "real_pairs"}  # of docs/results.md, where a group's is not its name
@@ -330,10 +331,7 @@ def write_tables(results: dict[str, Any], page: Path) -> None:
     texts = {MARKERS.get(group, group): summarize(results, group) for group in GROUPS}
     texts["diga_selection"] = summarize_selection(results, page.parent / "pictures")
     for name, text in texts.items():
-        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-        head, rest = page.read_text().split(begin)
-        _, tail = rest.split(end)
-        write_text(page, f"{head}{begin}\n\n{text}\n{end}{tail}")
+        write_section(name, text, page)
 
 
 def main() -> None:

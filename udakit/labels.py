@@ -180,6 +180,7 @@ of a data set to these with map_ids, or correct `num_classes` or `ignore_index`.
     """
     check_integer("num_classes", num_classes)
     _check_integer(labels, name)
+    # Reads values because it is asked to: for the first batches of a data set, not for each step.
     found = dict(zip(*(x.tolist() for x in torch.unique(labels, return_counts=True)), strict=True))
     wrong = {i: n for i, n in found.items() if not 0 <= i < num_classes and i != ignore_index}
     if wrong:

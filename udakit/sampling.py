@@ -79,7 +79,7 @@ def count_classes(
             ) from error
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"Expected `labels` to hold integer maps, but got {ids.dtype} in item {len(rows)}.")
-        ids = ids.flatten().cpu().long()
+        ids = ids.flatten().cpu().long()  # a data set is counted once, before training
         inside = (ids >= 0) & (ids < num_classes)
         rows.append(torch.bincount(torch.where(inside, ids, num_classes), minlength=num_classes + 1)[:num_classes])
         if progress:
@@ -233,7 +233,7 @@ class RareClassSampler(Sampler[int]):
         generator: torch.Generator | None = None,
     ) -> None:
         try:
-            counts = torch.as_tensor(class_pixels).cpu()
+            counts = torch.as_tensor(class_pixels).cpu()  # a sampler draws indices for the loader, on the host
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"Expected `class_pixels` to be numbers (images, C), but got {kind_of(class_pixels)}. "
@@ -266,12 +266,14 @@ class RareClassSampler(Sampler[int]):
         shows = counts > 0
         enough = shows & (counts >= limit)
         chosen = torch.where(enough.any(0), enough, shows)
+        # Read once, here: a draw then costs two random numbers and two look-ups.
         self._images: list[list[int]] = [column.nonzero().flatten().tolist() for column in chosen.T]
         self._cumulative: list[float] = self.class_probabilities.cumsum(0).tolist()
         self._last = int(self.class_probabilities.nonzero().max())
 
     def draw(self, generator: torch.Generator) -> tuple[int, int]:
         """Draw one (image index, class id) from `generator`."""
+        # Of a CPU generator that the caller hands in: reading it waits for nothing.
         by_class, by_image = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
         # bisect_right never lands on a class of probability 0; rounding of the last sum must not pass the last class.
         class_id = min(bisect.bisect_right(self._cumulative, by_class), self._last)
