@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,108 +33,13 @@ import torch
 import train_gta2cs
 from benchmarks import selection_quality
 from benchmarks.harness import write_section
+from benchmarks.rows import GROUPS, PAIRS, row_of, setting
 from gta2cs.datasets import build_pair
 from gta2cs.report import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_pairs.json"
 MARKERS = {"main": "real_pairs"}  # of docs/results.md, where a group's is not its name
 NOTHING = "Not measured yet.\n"
-PAIRS = {
-    "camvid": "CamVid day → dusk (real, 62 validation images, 11 classes)",
-    "carla2camvid": "CARLA → CamVid day (synthetic → real, 57 validation images)",
-    "toy": "toy pair: game → camera (rendered)",
-}
-# Colour jitter of source and mixed images, the same in every row.
-AUGMENT = {"jitter": 0.4, "hue": 0.05}
-RARE = {"rare_class_temperature": 0.05}
-# As in examples/configs/dacs_toy.yaml: half the channels, for two CPU cores.
-TOY_DECODER = {"decoder_pyramid_channels": 128, "decoder_segmentation_channels": 64}
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What the runs of a pair share, whatever the recipe."""
-
-    warm_steps: int
-    steps: int
-    lr: float
-    config: dict[str, Any]
-    augment: dict[str, float]
-    adaptation_data: dict[str, Any]  # of the recipes' steps, not of the warm start
-
-
-def setting(pair: str) -> Setting:
-    if pair == "toy":
-        config = {"data": {"crop": (128, 192)}, "net": {"arch": "fpn", "options": TOY_DECODER}}
-        return Setting(300, 450, 2e-4, config, {}, {})
-    data = {"crop": (160, 208), "source_scale": (0.7, 1.5), "target_scale": (0.8, 1.3)}
-    return Setting(600, 400, 2e-4, {"data": data, "net": {"arch": "deeplabv3plus"}}, AUGMENT, RARE)
-
-
-# How DACS's teacher sees target, chosen on seed 0: where BatchNorm statistics of target hurt the source-trained net
-# (day -> dusk), the teacher labels with running statistics; elsewhere with those of the batch.
-POLICY: dict[str, dict[str, Any]] = {
-    "camvid": {"teacher_mode": "eval", "buffers": "ema"},
-    "carla2camvid": {"translate": "color"},
-    "toy": {"translate": "color"},
-}
-
-
-def recipe_configs(pair: str = "toy") -> dict[str, dict[str, Any]]:
-    """Rows of the table: the recipe, its options, and changes to the data.
-
-    A row of several `stages` gives each an equal share of the pair's steps; `options` are then those of all stages.
-    `from_imagenet` leaves out the warm start and takes its steps as well: the toy pair's oracle never sees the game.
-    """
-    oracle = {"recipe": "source_only", "data": {"oracle": True}}
-    if pair == "toy":
-        oracle |= {"from_imagenet": True, "lr": 6e-4}
-    return {
-        "source_only": {"recipe": "source_only"},
-        "dacs": {"recipe": "dacs", "options": POLICY[pair], "lr": 4e-4 if pair == "toy" else setting(pair).lr},
-        "diga": {"stages": [{"recipe": "diga_warmup"}, {"recipe": "diga"}], "options": POLICY[pair]},
-        "oracle": oracle,
-    }
-
-
-def diga_ablation(pair: str = "camvid") -> dict[str, dict[str, Any]]:
-    """Rows of DiGA part by part: each one stage of half the pair's steps, from the warm start or another row's end."""
-    common = {k: v for k, v in POLICY[pair].items() if k != "translate"}
-    warmups = {"warmup_no_crdomix": {"crdomix": False}}
-    warmups |= {f"warmup_{name}": {"translate": name} for name in ("none", "color", "fourier", "histogram", "learned")}
-    selectors: dict[str, dict[str, Any]] = {
-        "self_consensus": {"selector": "consensus"},
-        "self_threshold_0.9": {"selector": "threshold", "threshold": 0.9},
-        "self_threshold_0.968": {"selector": "threshold", "threshold": 0.968},
-        "self_confident_ratio": {"selector": "confident_ratio"},
-        "self_class_quantile": {"selector": "class_quantile", "share": 0.5},
-        "self_argmax": {"selector": "argmax"},
-    }
-    rows: dict[str, dict[str, Any]] = {"source_only_half": {"recipe": "source_only"}}
-    rows |= {k: {"recipe": "diga_warmup", "options": {**common, **v}} for k, v in warmups.items()}
-    rows |= {k: {"recipe": "diga", "options": {**common, **v}, "start": "warmup_fourier"} for k, v in selectors.items()}
-    return {name: {**row, "share": 0.5} for name, row in rows.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Rows that make one table, and where they are run unless told otherwise."""
-
-    rows: Callable[[str], dict[str, dict[str, Any]]]
-    pairs: tuple[str, ...]
-    seeds: tuple[int, ...]
-
-
-GROUPS = {
-    "main": Group(recipe_configs, tuple(PAIRS), (0, 1, 2)),
-    "diga_ablation": Group(diga_ablation, ("camvid",), (0, 1)),
-}
-
-
-def row_of(pair: str, name: str) -> dict[str, Any]:
-    return {k: v for group in GROUPS.values() for k, v in group.rows(pair).items()}[name]
-
-
 def stages_of(pair: str, row: dict[str, Any]) -> list[train_gta2cs.Stage]:
     """Stages of a row; their steps sum to the row's share of the pair's steps."""
     shared = setting(pair)
@@ -159,6 +64,7 @@ def base_config(pair: str, seed: int, data_root: Path | None, out: Path) -> trai
         seed=seed,
         out=out,
         eval_every=0,
+        eval_trimap=3,
         save_every=100,
         resume=True,
     )
@@ -248,11 +154,12 @@ def summarize(results: dict[str, Any], group: str = "main") -> str:
         if not rows:
             continue
         first = next(iter(rows.values()))[0]
-        means, classes = list(first["means"]), list(first["iou"])
+        means = list(dict.fromkeys(m for scores in rows.values() for s in scores for m in s["means"]))
+        classes = list(first["iou"])
         table = [f"### {title}", "", "| row | seeds | " + " | ".join(means + classes) + " |"]
         table.append("|---|---:|" + "---:|" * len(means + classes))
         for name, scores in rows.items():
-            cells = [spread([s["means"][m] for s in scores]) for m in means]
+            cells = [spread([s["means"][m] for s in scores if m in s["means"]]) for m in means]
             cells += [mean([s["iou"][c] for s in scores]) for c in classes]
             table.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
         parts.append("\n".join(table))
@@ -317,6 +224,8 @@ def plot_selection(entries: list[dict[str, Any]], path: Path) -> None:
 
 
 def spread(values: list[float]) -> str:
+    if not values:
+        return "–"
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"**{statistics.mean(values):.1f}**{deviation}"
 

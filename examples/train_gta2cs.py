@@ -110,6 +110,7 @@ class Config:
     out: Path = Path("runs/toy")
     init: Path | None = None  # a checkpoint whose student is where the first stage starts
     eval_every: int = 100  # steps between evaluations on target; 0: only at the end of a stage
+    eval_trimap: int = 0  # also score the pixels within this distance of a true boundary, as "boundary"
     save_every: int = 100
     keep_checkpoints: bool = False  # keep a step_000100.pt, without optimiser state, of everything that is saved
     log_every: int = 10
@@ -268,7 +269,8 @@ def lr_factor(step: int, steps: int, stage: Stage) -> float:
 
 def evaluate_net(config: Config, net: torch.nn.Module, pair: Pair, device: torch.device) -> Score:
     """Score on the labelled part of target that no training step sees."""
-    return evaluate(net, pair.target_val, pair.classes, device=device, limit=2 if config.dry_run else None)
+    limit = 2 if config.dry_run else None
+    return evaluate(net, pair.target_val, pair.classes, device=device, limit=limit, trimap=config.eval_trimap)
 
 
 class ClassAlarm:
@@ -457,7 +459,7 @@ def plain(config: Config) -> dict[str, Any]:
 def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path) -> None:
     """Refuse to continue a run whose result would be neither the old configuration's nor the new one's."""
     now = plain(config)
-    free = {"out", "resume", "eval_every", "save_every", "keep_checkpoints", "log_every", "check_data", "dry_run"}
+    free = {"out", "resume", "eval_every", "eval_trimap", "save_every", "keep_checkpoints", "log_every", "check_data", "dry_run"}
     for side in (saved, now):
         side["stages"] = side["stages"][: index + 1]
     changed = [k for k in now if k not in free and now[k] != saved.get(k)]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_gta2cs
-from benchmarks import real_pairs, selection_quality
+from benchmarks import real_pairs, rows, selection_quality
 from gta2cs import learned_translator
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.learned_translator import Translator, adain, statistics, train_translator
@@ -310,11 +310,11 @@ def test_every_selector_is_scored_on_the_same_logits():
 @pytest.mark.parametrize("pair", list(real_pairs.PAIRS))
 def test_steps_of_a_row_sum_to_those_of_the_pair(pair):
     shared = real_pairs.setting(pair)
-    for name, row in real_pairs.recipe_configs(pair).items():
+    for name, row in rows.main.recipe_configs(pair).items():
         extra = shared.warm_steps if row.get("from_imagenet") else 0
         assert sum(stage.steps for stage in real_pairs.stages_of(pair, row)) == shared.steps + extra, name
     assert [s.recipe for s in real_pairs.stages_of(pair, real_pairs.row_of(pair, "diga"))] == ["diga_warmup", "diga"]
-    for name, row in real_pairs.diga_ablation(pair).items():
+    for name, row in rows.diga.diga_ablation(pair).items():
         (stage,) = real_pairs.stages_of(pair, row)
         assert stage.steps == shared.steps // 2, name
         assert row.get("start") in (None, "warmup_fourier")

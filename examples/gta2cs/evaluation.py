@@ -71,9 +71,16 @@ def evaluate(
     device: torch.device | str = "cpu",
     limit: int | None = None,
     batch_size: int = 8,
+    trimap: int = 0,
 ) -> Score:
-    """Score a net in eval mode on a labelled data set (or its first `limit` images); modes are restored afterwards."""
-    metric = MulticlassConfusionMatrix(len(classes.names), ignore_index=255, validate_args=False).to(device)
+    """Score a net in eval mode on a labelled data set (or its first `limit` images); modes are restored afterwards.
+
+    With `trimap` > 0 the last of the means, "boundary", is the first one over the pixels that are at most so far from
+    a true boundary: how sharp the edges are, whatever the size of the regions.
+    """
+    metric, near = (
+        MulticlassConfusionMatrix(len(classes.names), ignore_index=255, validate_args=False).to(device) for _ in "12"
+    )
     indices = range(min(limit or len(dataset), len(dataset)))
     with evaluating(net):
         for images, labels, _ in evaluation_batches(dataset, batch_size=batch_size, indices=indices):
@@ -81,8 +88,22 @@ def evaluate(
             probabilities = _probabilities(net, images.to(device))
             if probabilities.shape[-2:] != labels.shape[-2:]:  # images were resized on loading, the truth never is
                 probabilities = F.interpolate(probabilities, labels.shape[-2:], mode="bilinear", align_corners=False)
-            metric.update(probabilities.argmax(1), labels.to(device))
-    return Score.of(metric.compute(), classes)
+            predicted, labels = probabilities.argmax(1), labels.to(device)
+            metric.update(predicted, labels)
+            if trimap > 0:
+                near.update(predicted, labels.where(near_boundary(labels, trimap), 255))
+    score = Score.of(metric.compute(), classes)
+    if trimap > 0:
+        score.means["boundary"] = Score.of(near.compute(), classes).miou
+    return score
+
+
+def near_boundary(labels: Tensor, distance: int, ignore_index: int = 255) -> Tensor:
+    """Pixels with another class at most `distance` rows and columns away; ignored pixels are nobody's neighbours."""
+    ignored = labels == ignore_index
+    high, low = labels.float().masked_fill(ignored, -torch.inf), -labels.float().masked_fill(ignored, torch.inf)
+    widest, lowest = (F.max_pool2d(x, 2 * distance + 1, stride=1, padding=distance) for x in (high, low))
+    return (widest > -lowest) & ~ignored
 
 
 def _probabilities(net: nn.Module, images: Tensor) -> Tensor:
