@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from udakit._checks import check_option
 
 Reduction = Literal["mean", "mean_all", "sum", "none"]
+# Named here and not in the functions: torch.compile of torch 2.5 does not trace get_args.
+REDUCTIONS = get_args(Reduction)
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -23,9 +25,47 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False)
 
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
+    """`torch.where(mask, x, other)`, to the last bit; `other=None` is 0.
+
+    On the CPU `torch.where` is a branch at every element, ten times slower than arithmetic where the mask is ragged.
+    Arithmetic, m x + (1 - m) y, would let a NaN of the side that was not taken through. Operations on bits do not.
+    """
+    pair = x.dtype if other is None else torch.promote_types(x.dtype, other.dtype)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or pair.itemsize not in _BITS:
+        return torch.where(mask, x, 0 if other is None else other)
+    x, other = x.to(pair), None if other is None else other.to(pair)
+    selected: Tensor = _Select.apply(mask, x, other)
+    return selected
+
+
+class _Select(torch.autograd.Function):
+    @staticmethod
+    def forward(mask: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
+        bits = _BITS[x.itemsize]
+        ones = mask.to(bits).neg_()  # -1 has all bits set
+        if other is None:
+            return torch.bitwise_and(x.view(bits), ones).view(x.dtype)
+        rest = other.view(bits)
+        return torch.bitwise_xor(x.view(bits), rest).bitwise_and_(ones).bitwise_xor_(rest).view(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        (mask,) = ctx.saved_tensors
+        _, wants_x, wants_other = ctx.needs_input_grad
+        return None, select(mask, grad) if wants_x else None, select(~mask, grad) if wants_other else None
+
+
 def check_reduction(reduction: str) -> None:
     """Raise for a `reduction` that is not one of the four."""
-    check_option("reduction", reduction, get_args(Reduction))
+    check_option("reduction", reduction, REDUCTIONS)
 
 
 def reduce_pixels(
@@ -41,7 +81,7 @@ def reduce_pixels(
     if pixel_weight is not None:
         loss = loss * pixel_weight.to(loss.dtype)
     if valid is not None:
-        loss = torch.where(valid, loss, 0)
+        loss = select(valid, loss)
     if reduction == "none":
         return loss
     if reduction == "sum":

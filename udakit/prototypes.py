@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from udakit._checks import (
     check_device,
@@ -95,13 +97,10 @@ class _SumMembers(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(values: Tensor, member: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, member: Tensor) -> Tensor:
+        ctx.save_for_backward(member)
         with full_precision(values):
             return torch.bmm(member.to(values.dtype), values.transpose(1, 2))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -113,6 +112,49 @@ class _SumMembers(torch.autograd.Function):
 def _divide(sums: Tensor, counts: Tensor, min_pixels: int) -> Tensor:
     enough = (counts >= min_pixels).unsqueeze(-1)
     return torch.where(enough, sums / counts.clamp_min(1).unsqueeze(-1), 0)
+
+
+class _Distances(torch.autograd.Function):
+    """L2 distances (N, C, P) of pixels (N, D, P) to centres (C, D), computed in the dtype of the centres.
+
+    Written out to keep nothing but its inputs and its result: in pieces that stay in a CPU's cache (elsewhere they
+    only bound the memory) it runs three times as fast as on the whole map.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, centres: Tensor) -> Tensor:
+        n, _, pixels = values.shape
+        result = values.new_empty(n, len(centres), pixels)
+        square = centres.square().sum(1, keepdim=True)
+        with full_precision(values):
+            for k, at in _pieces(values):
+                x = values[k, :, at].to(centres.dtype)
+                squared = torch.addmm(square, centres, x, alpha=-2).add_(torch.linalg.vecdot(x, x, dim=0))
+                result[k, :, at] = squared.clamp_min_(0).sqrt_()
+        ctx.save_for_backward(values, centres, result)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        values, centres, distance = ctx.saved_tensors
+        result = torch.empty_like(values, memory_format=torch.contiguous_format)
+        with full_precision(values):
+            for k, at in _pieces(values):
+                apart = distance[k, :, at]
+                # 0 where the distance is: the square root has no slope there.
+                slope = (gradient[k, :, at] / apart).masked_fill_(apart == 0, 0).to(centres.dtype)
+                pulled = values[k, :, at].to(centres.dtype) * slope.sum(0)
+                result[k, :, at] = pulled.addmm_(centres.T, slope, alpha=-1)
+        return result, None
+
+
+def _pieces(values: Tensor) -> Iterator[tuple[int, slice]]:
+    n, d, pixels = values.shape
+    piece = max(1, (2**17 if values.device.type == "cpu" else 2**26) // d)
+    for k in range(n):
+        for start in range(0, pixels, piece):
+            yield k, slice(start, min(start + piece, pixels))
 
 
 class ClassPrototypes(FullPrecisionState):
@@ -274,19 +316,9 @@ class ClassPrototypes(FullPrecisionState):
             Float32 (float64 for float64 features).
         """
         self._check(features)
-        wide = torch.float32 if features.device.type == "mps" else torch.float64
-        centres = self.prototypes.to(wide).expand(len(features), -1, -1)
-        square = centres.square().sum(2, keepdim=True)
-        # Pieces that stay in a CPU's cache run three times as fast; on other devices they only bound the memory.
-        piece = max(1, (2**17 if features.device.type == "cpu" else 2**26) // self.dim)
-        pieces = []
-        with full_precision(features):
-            for part in torch.split(features.flatten(2), piece, dim=2):
-                values = part.to(wide)
-                squared = torch.baddbmm(square, centres, values, alpha=-2) + values.square().sum(1, keepdim=True)
-                apart = squared > 0  # where(), twice: the square root has no slope at 0
-                pieces.append(torch.where(apart, squared.where(apart, 1).sqrt(), 0).to(upcast(part).dtype))
-        result = torch.cat(pieces, dim=2).view(len(features), self.num_classes, *features.shape[2:])
+        centres = self.prototypes.to(torch.float32 if features.device.type == "mps" else torch.float64)
+        distance: Tensor = _Distances.apply(upcast(features).flatten(2), centres)
+        result = distance.view(len(features), self.num_classes, *features.shape[2:])
         return result if include_unseen else torch.where(self.seen.view(-1, 1, 1), result, float("inf"))
 
     def forward(self, features: Float[Tensor, "n d h w"], *, include_unseen: bool = False) -> Float[Tensor, "n c h w"]:

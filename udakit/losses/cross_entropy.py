@@ -62,8 +62,8 @@ def cross_entropy(
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
     labels = labels.long()
-    loss = labelled_cross_entropy(upcast(logits), labels, ignore_index)
-    return reduce_labelled(loss, labels, class_weight, pixel_weight, ignore_index, reduction)
+    loss = labelled_cross_entropy(upcast(logits), labels, ignore_index, class_weight)
+    return reduce_pixels(loss, labels != ignore_index, pixel_weight=pixel_weight, reduction=reduction)
 
 
 def check_class_weight(class_weight: Tensor, logits: Tensor) -> None:
@@ -71,10 +71,13 @@ def check_class_weight(class_weight: Tensor, logits: Tensor) -> None:
     check_per_class("class_weight", class_weight, logits.shape[1], reference=logits, reference_name="logits")
 
 
-def labelled_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def labelled_cross_entropy(
+    logits: Tensor, labels: Tensor, ignore_index: int, class_weight: Tensor | None = None
+) -> Tensor:
     """`F.cross_entropy` at each pixel, with our message where the CPU meets an id that is no class."""
+    weight = None if class_weight is None else class_weight.detach().to(logits.dtype)
     try:
-        return F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+        return F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction="none")
     except IndexError as error:
         raise ValueError(
             f"Expected `labels` to hold ids 0..{logits.shape[1] - 1} or `ignore_index` {ignore_index}, but got others. "

@@ -18,6 +18,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
+from udakit._reduce import select
 
 RESIZE_HINT = " Crop or resize them to one size before mixing."
 
@@ -86,17 +87,18 @@ def paste(
     check_mask_like(mask, foreground, name="mask", reference_name="foreground")
     if foreground.ndim == 4:
         mask = mask.unsqueeze(1)
-    return torch.where(mask, foreground, background)
+    return select(mask, foreground, background)
 
 
 def mix(mask: Tensor, foreground: SegBatch, background: SegBatch) -> SegBatch:
     """Paste images, labels and weights of two checked batches with one mask."""
     weight = None
     if foreground.weight is not None or background.weight is not None:
-        weight = torch.where(
+        ones = torch.ones_like(background.weight if foreground.weight is None else foreground.weight)
+        weight = select(
             mask,
-            1.0 if foreground.weight is None else foreground.weight,
-            1.0 if background.weight is None else background.weight,
+            ones if foreground.weight is None else foreground.weight,
+            ones if background.weight is None else background.weight,
         )
     return SegBatch(
         paste(mask, foreground.images, background.images), paste(mask, foreground.labels, background.labels), weight
