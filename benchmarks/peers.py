@@ -27,12 +27,17 @@ def cross_entropy_unit(call: Call) -> Callable[..., Any]:
     return lambda logits, *args, **tensors: F.cross_entropy(logits, labels, ignore_index=IGNORE)
 
 
-def _pixel_contrast(call: Call) -> Callable[..., Any]:
-    """SupCon with one positive each is InfoNCE. Its distance normalises; the embeddings are unit vectors."""
-    from pytorch_metric_learning.losses import SupConLoss
+def metric_learning(name: str, temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """`SupConLoss` or `NTXentLoss` of pytorch-metric-learning on (rows, classes), the mean of all that it lists."""
+    from pytorch_metric_learning import losses
     from pytorch_metric_learning.reducers import MeanReducer
 
-    loss = SupConLoss(temperature=call.options["temperature"], reducer=MeanReducer())
+    return getattr(losses, name)(temperature=temperature, reducer=MeanReducer())  # type: ignore[no-any-return]
+
+
+def _pixel_contrast(call: Call) -> Callable[..., Any]:
+    """SupCon with one positive each is InfoNCE. Its distance normalises; the embeddings are unit vectors."""
+    loss = metric_learning("SupConLoss", call.options["temperature"])
 
     def contrast(view_a: Tensor, view_b: Tensor, *, valid: Tensor) -> Tensor:
         a, b, kept = (x.flatten(2).transpose(1, 2) for x in (view_a, view_b, valid.unsqueeze(1)))
@@ -46,10 +51,7 @@ def _pixel_contrast(call: Call) -> Callable[..., Any]:
 
 
 def _supervised_contrast(call: Call) -> Callable[..., Any]:
-    from pytorch_metric_learning.losses import SupConLoss
-    from pytorch_metric_learning.reducers import MeanReducer
-
-    loss = SupConLoss(temperature=0.1, reducer=MeanReducer())
+    loss = metric_learning("SupConLoss", 0.1)
     classes, anchors = call.options["num_classes"], call.options["max_anchors"]
     return lambda features, labels: loss(*sample_pixels(features, labels, classes, anchors))
 

@@ -48,6 +48,7 @@ class Ehtdi(SelfTraining):
         paste_threshold: float = 0.95
         boundary_weight: float = 0.1  # on the band of the source paste
         boundary_paste_weight: float = 0.01  # on the band of the target paste, outside the source paste
+        boundary_kernel: int = 3  # side of the element that makes a band; released: 2, a pixel and those up and left
         pixel_contrast: float = 0.01
         prototype_contrast: float = 0.01
         contrast_stride: int = 8  # the contrasts see the logits averaged over cells of this size
@@ -82,13 +83,19 @@ class Ehtdi(SelfTraining):
             "mix": options.mix_weight * cross_entropy(on_mixed.logits, mixed.labels),
         }
         if options.boundary_weight > 0:
-            terms["boundary"] = options.boundary_weight * band_loss(on_mixed.logits, mixed.labels, source_mask)
+            terms["boundary"] = options.boundary_weight * band_loss(
+                on_mixed.logits, mixed.labels, source_mask, kernel_size=options.boundary_kernel
+            )
         if options.paste_weight > 0:
             on_pasted = self.student(pasted.images)
             terms["paste"] = options.paste_weight * cross_entropy(on_pasted.logits, pasted.labels)
             if options.boundary_paste_weight > 0:
                 terms["paste_boundary"] = options.boundary_paste_weight * band_loss(
-                    on_pasted.logits, pasted.labels, target_mask, outside=source_mask
+                    on_pasted.logits,
+                    pasted.labels,
+                    target_mask,
+                    outside=source_mask,
+                    kernel_size=options.boundary_kernel,
                 )
 
         # 3. Two views of the mixed image: its weak and its strong rendering.
@@ -112,9 +119,11 @@ class Ehtdi(SelfTraining):
         return F.avg_pool2d(logits, self.options.contrast_stride, ceil_mode=True)
 
 
-def band_loss(logits: Tensor, labels: Tensor, mask: Tensor, *, outside: Tensor | None = None) -> Tensor:
+def band_loss(
+    logits: Tensor, labels: Tensor, mask: Tensor, *, outside: Tensor | None = None, kernel_size: int = 3
+) -> Tensor:
     """Cross-entropy on the boundary band of a paste; an empty band gives 0."""
-    band = boundary_band(mask, kernel_size=3)
+    band = boundary_band(mask, kernel_size=kernel_size)
     if outside is not None:
         band = band & ~outside
     return cross_entropy(logits, labels.where(band, 255))
