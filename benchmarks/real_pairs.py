@@ -5,8 +5,8 @@
     python benchmarks/real_pairs.py --group diga_ablation        # DiGA part by part, on one pair
     python benchmarks/real_pairs.py --table                      # only rewrite the tables of docs/results.md
 
-A run is (pair, recipe, seed). A source-only warm start is trained once for each (pair, seed) and shared; every recipe
-then takes the same number of optimiser steps from it. The last checkpoint counts, never the best on validation.
+A run is (pair, recipe, seed). A source-only warm start is trained once for each (pair, seed) and net, and shared; every
+recipe then takes the same number of optimiser steps from it. The last checkpoint counts, never the best on validation.
 """
 
 from __future__ import annotations
@@ -31,35 +31,49 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import torch
 
 import train_gta2cs
-from benchmarks import selection_quality
+from benchmarks import class_weights, selection_quality
 from benchmarks.harness import write_section
-from benchmarks.rows import GROUPS, PAIRS, row_of, setting
+from benchmarks.rows import GROUPS, PAIRS, net_config, row_of, setting
+from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import build_pair
 from gta2cs.report import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_pairs.json"
 MARKERS = {"main": "real_pairs"}  # of docs/results.md, where a group's is not its name
 NOTHING = "Not measured yet.\n"
+
+
 def stages_of(pair: str, row: dict[str, Any]) -> list[train_gta2cs.Stage]:
     """Stages of a row; their steps sum to the row's share of the pair's steps."""
     shared = setting(pair)
     total = round((shared.steps + (shared.warm_steps if row.get("from_imagenet") else 0)) * row.get("share", 1))
     parts = row.get("stages") or [{"recipe": row["recipe"]}]
-    options = {**shared.augment, **row.get("options", {})}
+    options = row.get("options", {})
     steps = [total // len(parts)] * len(parts)
     steps[-1] += total - sum(steps)
     lr = row.get("lr", shared.lr)
     return [
-        train_gta2cs.Stage(part["recipe"], n, lr=lr, lr_warmup=20, options={**options, **part.get("options", {})})
+        train_gta2cs.Stage(
+            part["recipe"],
+            n,
+            lr=lr,
+            lr_warmup=20,
+            options={**augment_of(pair, part["recipe"]), **options, **part.get("options", {})},
+        )
         for part, n in zip(parts, steps, strict=True)
     ]
 
 
-def base_config(pair: str, seed: int, data_root: Path | None, out: Path) -> train_gta2cs.Config:
-    changes = setting(pair).config
+def augment_of(pair: str, recipe: str) -> dict[str, float]:
+    """The pair's augmentation, for a recipe that augments by itself: `duda_pre` leaves it to its base."""
+    known = {field.name for field in dataclasses.fields(train_gta2cs.RECIPES[recipe].Options)}
+    return {name: value for name, value in setting(pair).augment.items() if name in known}
+
+
+def base_config(pair: str, seed: int, data_root: Path | None, out: Path, net: str = "standard") -> train_gta2cs.Config:
     return train_gta2cs.Config(
-        data=train_gta2cs.DataConfig(pair=pair, data_root=data_root, **changes["data"]),
-        net=train_gta2cs.NetConfig(**changes["net"]),
+        data=train_gta2cs.DataConfig(pair=pair, data_root=data_root, **setting(pair).config["data"]),
+        net=train_gta2cs.NetConfig(**net_config(pair, net)),
         head_multiplier=3.0,
         seed=seed,
         out=out,
@@ -70,10 +84,12 @@ def base_config(pair: str, seed: int, data_root: Path | None, out: Path) -> trai
     )
 
 
-def warm_start(pair: str, seed: int, data_root: Path | None, cache: Path, dry_run: bool = False) -> Path:
+def warm_start(
+    pair: str, seed: int, data_root: Path | None, cache: Path, dry_run: bool = False, net: str = "standard"
+) -> Path:
     """Train the source-only net that every recipe starts from, the oracle too, or find it."""
-    out = cache / pair / f"seed{seed}" / "warm"
-    config = base_config(pair, seed, data_root, out)
+    out = cache / pair / f"seed{seed}" / ("warm" if net == "standard" else f"warm_{net}")
+    config = base_config(pair, seed, data_root, out, net)
     config.dry_run = dry_run
     steps, augment = setting(pair).warm_steps, setting(pair).augment
     config.stages = [train_gta2cs.Stage("source_only", steps, lr=3e-4, lr_warmup=20, options=dict(augment))]
@@ -89,7 +105,7 @@ def last_checkpoint(config: train_gta2cs.Config) -> Path:
 def configure(pair: str, name: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
     """The run of a row, but for where it starts."""
     row = row_of(pair, name)
-    config = base_config(pair, seed, data_root, cache / pair / f"seed{seed}" / name)
+    config = base_config(pair, seed, data_root, cache / pair / f"seed{seed}" / name, row.get("net", "standard"))
     config.data = dataclasses.replace(config.data, **{**setting(pair).adaptation_data, **row.get("data", {})})
     config.stages = stages_of(pair, row)
     config.seed = seed + (200 if "start" in row else 100)  # other batches than those of what it starts from
@@ -106,28 +122,56 @@ def start_of(
     if row.get("from_imagenet"):
         return None
     if "start" not in row:
-        return warm_start(pair, seed, data_root, cache, dry_run)
-    before = configure(pair, row["start"], seed, data_root, cache)
-    if not (before.out / "results.json").is_file():
-        run(pair, row["start"], seed, data_root, cache, dry_run)
-    return last_checkpoint(before)
+        return warm_start(pair, seed, data_root, cache, dry_run, row.get("net", "standard"))
+    return end_of(pair, row["start"], seed, data_root, cache, dry_run)
+
+
+def end_of(pair: str, name: str, seed: int, data_root: Path | None, cache: Path, dry_run: bool = False) -> Path:
+    """Last checkpoint of a row, which is made or found."""
+    config = configure(pair, name, seed, data_root, cache)
+    if not (config.out / "results.json").is_file():
+        run(pair, name, seed, data_root, cache, dry_run)
+    return last_checkpoint(config)
+
+
+def checkpoints_of(
+    pair: str, name: str, seed: int, data_root: Path | None, cache: Path, dry_run: bool = False
+) -> dict[str, str]:
+    """Options of a row that name a checkpoint: the standard net's warm start ("warm"), or the end of another row."""
+    return {
+        option: str(
+            warm_start(pair, seed, data_root, cache, dry_run)
+            if source == "warm"
+            else end_of(pair, source, seed, data_root, cache, dry_run)
+        )
+        for option, source in row_of(pair, name).get("checkpoints", {}).items()
+    }
 
 
 def run(pair: str, name: str, seed: int, data_root: Path | None, cache: Path, dry_run: bool = False) -> dict[str, Any]:
     config = configure(pair, name, seed, data_root, cache)
     config.dry_run = dry_run
     config.init = start_of(pair, name, seed, data_root, cache, dry_run)
+    stages = [dataclasses.asdict(stage) for stage in config.stages]  # as the results have them: without paths
+    checkpoints = checkpoints_of(pair, name, seed, data_root, cache, dry_run)
+    for stage in config.stages:
+        stage.options = {**stage.options, **checkpoints}
     began = time.perf_counter()
     rows = train_gta2cs.main(config)
+    histories = histories_of(config)
     result: dict[str, Any] = {
         "pair": pair,
         "recipe": name,
         "seed": seed,
         "rows": {title: score.to_json() for title, score in rows.items()},
         "seconds": round(time.perf_counter() - began, 1),
-        "stages": [dataclasses.asdict(stage) for stage in config.stages],
+        "stages": stages,
+        "parameters": parameters_of(config, len(next(iter(rows.values())).iou)),
+        "step_seconds": [round(h.get("step_seconds", h["seconds"]) / h["steps"], 3) for h in histories],
         "machine": {"torch": torch.__version__, "cpu": platform.machine(), "cores": os.cpu_count()},
     }
+    if per_class := class_weights.thin(histories[-1]):
+        result["per_class"] = per_class
     if config.keep_checkpoints:
         images = selection_quality.BATCH if dry_run else selection_quality.IMAGES
         folder, domains = last_checkpoint(config).parent, build_pair(pair, data_root=data_root)
@@ -135,6 +179,17 @@ def run(pair: str, name: str, seed: int, data_root: Path | None, cache: Path, dr
         for checkpoint in config.out.rglob("step_*.pt"):  # of the stages before, too
             checkpoint.unlink()
     return result
+
+
+def histories_of(config: train_gta2cs.Config) -> list[dict[str, Any]]:
+    """What each stage logged."""
+    folders = [config.out / f"stage{i}_{stage.recipe}" for i, stage in enumerate(config.stages, 1)]
+    return [json.loads(load_checkpoint(folder / "last.pt")["history"]) for folder in folders]
+
+
+def parameters_of(config: train_gta2cs.Config, classes: int) -> int:
+    """Parameters of the net that is deployed."""
+    return sum(p.numel() for p in config.net.build(classes, weights="random").parameters())
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -235,11 +290,24 @@ def mean(values: list[float | None]) -> str:
     return f"{statistics.mean(known):.1f}" if known else "–"
 
 
-def write_tables(results: dict[str, Any], page: Path) -> None:
-    """Put each group's tables between the two markers that bear its name."""
+def sections(results: dict[str, Any], pictures: Path) -> dict[str, str]:
+    """The text of each marker of docs/results.md; plots go into the folder `pictures`."""
     texts = {MARKERS.get(group, group): summarize(results, group) for group in GROUPS}
-    texts["diga_selection"] = summarize_selection(results, page.parent / "pictures")
-    for name, text in texts.items():
+    texts["diga_selection"] = summarize_selection(results, pictures)
+    texts["duda_classes"] = summarize_classes(results, pictures)
+    return texts
+
+
+def summarize_classes(results: dict[str, Any], pictures: Path) -> str:
+    """Markdown and a plot: DUDA's most inconsistent classes of each pair."""
+    found = {title: class_weights.markdown(results, pair, pictures) for pair, title in PAIRS.items()}
+    parts = [f"### {title}\n\n{text}" for title, text in found.items() if text]
+    return "\n\n".join(parts) + "\n" if parts else NOTHING
+
+
+def write_tables(results: dict[str, Any], page: Path) -> None:
+    """Put each group's tables, and what else is made of the results, between the two markers that bear its name."""
+    for name, text in sections(results, page.parent / "pictures").items():
         write_section(name, text, page)
 
 

@@ -31,9 +31,10 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.datasets import ClassSet
 from gta2cs.evaluation import Score, evaluate
+from gta2cs.files import write_text
 from gta2cs.inference import SlidingWindow, Trained, check_window, open_image, segment
 from gta2cs.layouts import IMAGE_SUFFIXES
-from gta2cs.report import colorize, rich_table, write_text
+from gta2cs.report import colorize, rich_table
 from gta2cs.samples import Size
 
 console = Console(soft_wrap=True)

@@ -120,12 +120,13 @@ class Config:
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """Read YAML and command line; without arguments the toy configuration."""
+    """Read YAML and command line; without `--config` on top of the toy configuration."""
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = {"--resume", "--dry-run", "--check-data"}  # may stand without a value
     arguments = [f"{a.replace('-', '_').replace('__', '--', 1)}=true" if a in flags else a for a in arguments]
-    toy = Path(__file__).parent / "configs" / "dacs_toy.yaml"
-    return auto_cli(Config, args=arguments, as_positional=False, default_config_files=[str(toy)])
+    named = any(a.partition("=")[0] == "--config" for a in arguments)  # a file says all that is not the default
+    toy = [] if named else [str(Path(__file__).parent / "configs" / "dacs_toy.yaml")]
+    return auto_cli(Config, args=arguments, as_positional=False, default_config_files=toy)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def train_stage(
     recipe = recipe.to(device, memory_format=torch.channels_last).train()
     groups = [
         *param_groups(recipe.student, lr=stage.lr, head_multiplier=config.head_multiplier),
-        *recipe.extra_param_groups(stage.lr),
+        *recipe.extra_param_groups(stage.lr, config.head_multiplier),
     ]
     if config.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
@@ -165,13 +166,14 @@ def train_stage(
 
     # Resume: nothing but the step is needed to know what data and draws come next.
     start, history = 0, {"name": stage.recipe, "steps": steps, "losses": [], "scores": [], "seconds": 0.0}
+    history["step_seconds"] = 0.0  # of the steps alone: no evaluation, no saving
     checkpoint = folder / "last.pt"
     if config.resume and checkpoint.is_file():
         saved = load_checkpoint(checkpoint, device)
         check_same_run(json.loads(saved["config"]), config, index, checkpoint)
         recipe.load_state_dict(saved["recipe"])
         optimizer.load_state_dict(saved["optimizer"])
-        start, history = saved["step"], json.loads(saved["history"])
+        start, history = saved["step"], {**history, **json.loads(saved["history"])}
     else:
         main_process = accelerator.is_main_process
         recipe.prepare(
@@ -204,6 +206,7 @@ def train_stage(
     with progress_bar(accelerator) as progress:
         task = progress.add_task(f"{stage.recipe}", total=steps, completed=start, status="")
         for step, batch in enumerate(loader, start):
+            step_began = time.perf_counter()
             # Dropout and the like draw from the global generator: it, too, is a function of the step.
             torch.manual_seed(sample_generator(seed, step, rank, "net").initial_seed())
             for group, base in zip(optimizer.param_groups, base_lrs, strict=True):
@@ -216,6 +219,7 @@ def train_stage(
             accelerator.backward(losses.total)
             optimizer.step()
             recipe.after_step()
+            history["step_seconds"] += time.perf_counter() - step_began
 
             done = step + 1
             if done % config.log_every == 0 or done == steps:
@@ -226,6 +230,10 @@ def train_stage(
                     entry["kept"] = alarm.shares(losses.selection)
                     for warning in alarm.check():
                         progress.console.print(f"[yellow]step {done}: {warning}[/]")
+                if losses.per_class:
+                    entry["per_class"] = {
+                        k: dict(zip(classes.names, v.tolist(), strict=True)) for k, v in losses.per_class.items()
+                    }
                 history["losses"].append(entry)
                 latest = f"mIoU {history['scores'][-1]['miou']:.1f}" if history["scores"] else ""
                 loss = "  ".join(f"{k} {v:.3f}" for k, v in entry["terms"].items())
@@ -238,7 +246,7 @@ def train_stage(
                     progress.console.print(f"{stage.recipe}, step {done} of {steps}: mIoU on target {found}")
                     if kept := (history["losses"] or [{}])[-1].get("kept"):
                         shares = ", ".join(f"{name} {100 * share:.0f}" for name, share in kept.items())
-                        progress.console.print(f"  [dim]% of each predicted class kept as pseudo-label: {shares}[/]")
+                        progress.console.print(f"  [dim]% of each predicted class that is sure enough: {shares}[/]")
                     progress.update(task, status=f"mIoU {first.miou:.1f}")
                 history["scores"].append(
                     {"step": done, "miou": first.miou, "nets": {n: s.to_json() for n, s in scores.items()}}
@@ -459,7 +467,8 @@ def plain(config: Config) -> dict[str, Any]:
 def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path) -> None:
     """Refuse to continue a run whose result would be neither the old configuration's nor the new one's."""
     now = plain(config)
-    free = {"out", "resume", "eval_every", "eval_trimap", "save_every", "keep_checkpoints", "log_every", "check_data", "dry_run"}
+    free = {"out", "resume", "eval_every", "eval_trimap", "save_every", "keep_checkpoints", "log_every"}
+    free |= {"check_data", "dry_run"}
     for side in (saved, now):
         side["stages"] = side["stages"][: index + 1]
     changed = [k for k in now if k not in free and now[k] != saved.get(k)]

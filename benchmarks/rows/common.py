@@ -39,6 +39,17 @@ def setting(pair: str) -> Setting:
     return Setting(600, 400, 2e-4, 2e-4, {"data": data, "net": {"arch": "deeplabv3plus"}}, AUGMENT, RARE)
 
 
+# Under a million parameters, for DUDA: the standard nets' encoder cut after its fourth level, a narrow decoder.
+SMALL = {"arch": "deeplabv3plus", "options": {"encoder_depth": 4, "decoder_channels": 64}}
+
+
+def net_config(pair: str, name: str = "standard") -> dict[str, Any]:
+    """Fields of NetConfig: of the pair's standard net, or of the small one."""
+    if name not in ("standard", "small"):
+        raise ValueError(f'Expected `name` to be "standard" or "small", but got {name!r}.')
+    return SMALL if name == "small" else {"options": {}, **setting(pair).config["net"]}
+
+
 # How DACS's teacher sees target, chosen on seed 0: where BatchNorm statistics of target hurt the source-trained net
 # (day -> dusk), the teacher labels with running statistics; elsewhere with those of the batch.
 POLICY: dict[str, dict[str, Any]] = {

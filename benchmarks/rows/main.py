@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.rows import diga, ehtdi
 from benchmarks.rows.common import PAIRS, POLICY, Group, setting
 
 
@@ -20,7 +21,8 @@ def recipe_configs(pair: str = "toy") -> dict[str, dict[str, Any]]:
     return {
         "source_only": {"recipe": "source_only"},
         "dacs": {"recipe": "dacs", **adapt},
-        "diga": {"stages": [{"recipe": "diga_warmup"}, {"recipe": "diga"}], **adapt},
+        "diga": diga.row(pair),
+        "ehtdi": ehtdi.row(pair),
         "oracle": oracle,
     }
 

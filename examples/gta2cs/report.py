@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,8 @@ from rich.table import Table
 
 from gta2cs.datasets import ClassSet
 from gta2cs.evaluation import Score
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
-    write_text(path, json.dumps(value, indent=1) + "\n")
+from gta2cs.files import write_json as write_json
+from gta2cs.files import write_text as write_text
 
 
 def markdown_table(rows: dict[str, Score], classes: ClassSet) -> str:
@@ -90,8 +79,11 @@ def save_panels(path: Path, rows: list[dict[str, np.ndarray]], classes: ClassSet
 
 
 def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
-    """Losses, mIoU on target, and the kept share of each predicted class, over the steps of all stages."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 3.8))
+    """Losses, mIoU, the kept share of each predicted class, and what else is logged for each class, over all steps."""
+    logged = [entry.get("per_class", {}) for stage in stages for entry in stage["losses"]]
+    quantities = list(dict.fromkeys(quantity for entry in logged for quantity in entry))
+    count = 3 + len(quantities)
+    figure, (left, middle, right, *more) = plt.subplots(1, count, figsize=(14 * count / 3, 3.8))
     start = 0
     colors: dict[str, Any] = {}
     for stage in stages:
@@ -110,13 +102,19 @@ def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
             name for e in kept for name in e["kept"]
         ):  # a class may be predicted only now and then
             right.plot([start + e["step"] for e in kept], [e["kept"].get(name, np.nan) for e in kept], lw=1, label=name)
+        for quantity, axis in zip(quantities, more, strict=True):
+            found = [entry for entry in stage["losses"] if quantity in entry.get("per_class", {})]
+            for name in found[0]["per_class"][quantity] if found else []:
+                x, y = [start + e["step"] for e in found], [e["per_class"][quantity][name] for e in found]
+                axis.plot(x, y, lw=1, label=name)
         start += stage["steps"]
-    for axis, title in ((left, "loss"), (middle, "mIoU on target, %"), (right, "kept share of each predicted class")):
+    titles = ["loss", "mIoU on target, %", "share of each predicted class that is sure enough", *quantities]
+    for axis, title in zip((left, middle, right, *more), titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, frameon=False, ncol=2 if axis is right else 1)
+            axis.legend(fontsize=7, frameon=False, ncol=1 if axis in (left, middle) else 2)
         else:  # a run without pseudo-labels keeps none
             axis.set_visible(False)
     left.set_yscale("log")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +21,7 @@ from udakit._checks import (
 )
 from udakit._reduce import check_reduction, upcast
 from udakit._state import FullPrecisionState, sum_ranks
-from udakit.losses.kd import Resize, TeacherKind, kd_loss, match_logits
+from udakit.losses.kd import RESIZES, TEACHER_KINDS, Resize, TeacherKind, kd_loss, match_logits
 
 WeightFn = Callable[[Tensor], Tensor]
 
@@ -62,7 +61,7 @@ def class_inconsistency(
         >>> class_inconsistency(student, teacher)
         tensor([0.5000, 0.5000, 0.0000])
     """
-    check_option("resize", resize, get_args(Resize))
+    check_option("resize", resize, RESIZES)
     student, teacher = match_logits(student_logits, teacher_logits, resize)
     if valid is not None:
         check_mask_like(valid, student, reference_name="student_logits")
@@ -191,8 +190,8 @@ def _check_options(
         check_callable("weight_fn", weight_fn, "weight_fn(inconsistency)")
     check_range("weight_temperature", weight_temperature, 0.0, open_low=True)
     check_range("temperature", temperature, 0.0, open_low=True)
-    check_option("teacher_kind", teacher_kind, get_args(TeacherKind))
-    check_option("resize", resize, get_args(Resize))
+    check_option("teacher_kind", teacher_kind, TEACHER_KINDS)
+    check_option("resize", resize, RESIZES)
     check_reduction(reduction)
 
 
@@ -261,6 +260,12 @@ class InconsistencyLoss(FullPrecisionState):
     def inconsistency(self) -> Float[Tensor, "c"]:
         """The inconsistency of each class so far, in [0, 1]."""
         return _ratio(self.intersection, self.union)
+
+    @property
+    def class_weight(self) -> Float[Tensor, "c"]:
+        """The weight w of each class so far, before it is divided by its mean over the pixels of a batch."""
+        weigh = self.weight_fn or _default_weight(self.weight_range, self.weight_temperature)
+        return weigh(self.inconsistency).detach()
 
     @torch.no_grad()
     def update(

@@ -23,14 +23,17 @@ from udakit._reduce import check_reduction, reduce_pixels, upcast
 Divergence = Literal["cross_entropy", "kl"]
 TeacherKind = Literal["logits", "probabilities"]
 Resize = Literal["error", "student", "teacher"]
+DIVERGENCES = get_args(Divergence)
+TEACHER_KINDS = get_args(TeacherKind)
+RESIZES = get_args(Resize)
 
 
 def check_options(temperature: float, divergence: str, teacher_kind: str, resize: str, reduction: str) -> None:
     """Raise for an option that `kd_loss` does not have."""
     check_range("temperature", temperature, 0.0, open_low=True)
-    check_option("divergence", divergence, get_args(Divergence))
-    check_option("teacher_kind", teacher_kind, get_args(TeacherKind))
-    check_option("resize", resize, get_args(Resize))
+    check_option("divergence", divergence, DIVERGENCES)
+    check_option("teacher_kind", teacher_kind, TEACHER_KINDS)
+    check_option("resize", resize, RESIZES)
     check_reduction(reduction)
 
 

@@ -57,12 +57,13 @@ class Shared(NamedTuple):
 class Losses(NamedTuple):
     """Named losses, already weighted: their sum is minimised.
 
-    `selection` (a `Selection` of the pseudo-labels) is for the log.
+    `selection` (a `Selection` of the pseudo-labels) and `per_class`, named quantities of (C,), are for the log.
     """
 
     terms: dict[str, Tensor]
     selection: Any = None
     shared: Shared | None = None
+    per_class: dict[str, Tensor] | None = None
 
     @property
     def total(self) -> Tensor:
@@ -126,8 +127,8 @@ class Recipe(nn.Module):
         """Return the nets that a table reports, by name; the first is the one that is deployed."""
         return {"student": self.student}
 
-    def extra_param_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Optimiser groups of whatever learns beside the student."""
+    def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
+        """Optimiser groups of whatever learns beside the student; the arguments are those of the student's groups."""
         return []
 
     @classmethod

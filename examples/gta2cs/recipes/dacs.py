@@ -19,6 +19,7 @@ from udakit import (
     ArgmaxSelector,
     ClassQuantileSelector,
     ConfidentRatioSelector,
+    PseudoLabels,
     SegBatch,
     ThresholdSelector,
     class_mask,
@@ -96,7 +97,7 @@ class Dacs(TargetStyled):
             batch.target_images,
             teacher_logits,
         )
-        return Losses(terms, Selection(teacher_logits, pseudo.labels, pseudo.weight), shared)
+        return Losses(terms, selection_of(options, teacher_logits, pseudo), shared)
 
     def translate(self, batch: Batch, draws: Draws) -> Tensor:
         """Give a share of the source images the style of a target image."""
@@ -138,3 +139,11 @@ def make_selector(options: Any, num_classes: int) -> nn.Module:
     if options.selector == "confident_ratio":
         return ConfidentRatioSelector(options.threshold)
     raise ValueError(f"Expected `selector` to be a known pseudo-label selector, but got {options.selector!r}.")
+
+
+def selection_of(options: Any, logits: Tensor, pseudo: PseudoLabels) -> Selection:
+    """What was kept of each class. `confident_ratio` keeps all with one weight: there, what was confident."""
+    weight = pseudo.weight
+    if options.selector == "confident_ratio":
+        weight = ((pseudo.confidence >= options.threshold) & (weight > 0)).float()
+    return Selection(logits, pseudo.labels, weight)

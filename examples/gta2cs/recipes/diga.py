@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Preparation, Shared
-from gta2cs.recipes.dacs import make_selector
-from gta2cs.recipes.self_training import Selection, TargetStyled
+from gta2cs.recipes.dacs import make_selector, selection_of
+from gta2cs.recipes.self_training import TargetStyled
 from udakit import (
     BilateralConsensus,
     ClassPrototypes,
@@ -42,6 +42,7 @@ class DigaWarmup(TargetStyled):
     class Options(TargetStyled.Options):
         """Options of the recipe."""
 
+        augment_source: bool = False  # the paper: the labels teach the image as it is
         skd: float = 0.5  # GTA5; SYNTHIA: 0.25
         reverse_weight: float = 0.5  # of the direction whose teacher saw the mixed view
         blend: float = 0.4  # of the strongly augmented image in the augmented rendering
@@ -55,7 +56,9 @@ class DigaWarmup(TargetStyled):
 
     def student_views(self, batch: Batch, draws: Draws) -> tuple[Any, Any]:
         """Student outputs on the clean source images and on their mixed view; the teacher sees the same two."""
-        self.views = (batch.source_images, self.crdomix(batch, draws))
+        mixed = self.crdomix(batch, draws)
+        images = batch.source_images
+        self.views = (self.augment(images, draws) if self.options.augment_source else images, mixed)
         return self.both(*self.views)
 
     def crdomix(self, batch: Batch, draws: Draws) -> Tensor:
@@ -148,7 +151,7 @@ class Diga(DigaWarmup):
         self._follow(teacher_target, pseudo.labels)
         self._follow(self.teacher_views[1], source.labels)
         shared = Shared(source, mixed, batch.target_images, teacher_target.logits)
-        return Losses(terms, Selection(labelled, pseudo.labels, pseudo.weight), shared)
+        return Losses(terms, selection_of(self.options, labelled, pseudo), shared)
 
     def _follow(self, teacher: Any, labels: Tensor) -> None:
         """Update the centroids on the pixels where the teacher's arg-max agrees with the label."""

@@ -15,16 +15,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from gta2cs.checkpoints import load_net
+from gta2cs.checkpoints import copy_net, load_checkpoint, load_net
 from gta2cs.loading import Batch
+from gta2cs.nets import param_groups
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.dacs import Dacs
 from gta2cs.recipes.diga import Diga
 from gta2cs.recipes.ehtdi import Ehtdi
 from gta2cs.recipes.self_training import Selection, SelfTraining
-from udakit import EMATeacher, InconsistencyLoss, cross_entropy, fuse_teachers, kd_loss
+from udakit import EMATeacher, InconsistencyLoss, ProjectedFeatureLoss, cross_entropy, fuse_teachers, kd_loss
 
 BASES: dict[str, type[SelfTraining]] = {"dacs": Dacs, "diga": Diga, "ehtdi": Ehtdi}
+OWN = "own"
+LARGE_PAIR = {"large teacher": "teacher.module", "large student": "student"}  # where a self-training recipe holds them
+LITE2 = {"encoder": "tu-tf_efficientnet_lite2"}
 
 
 class DudaPre(Recipe):
@@ -34,7 +38,7 @@ class DudaPre(Recipe):
     class Options:
         """Options of the recipe."""
 
-        large: dict[str, Any] = field(default_factory=lambda: {"encoder": "tu-tf_efficientnet_lite2"})
+        large: dict[str, Any] = field(default_factory=lambda: dict(LITE2))
         large_init: str = ""  # a checkpoint whose student is where the large student starts; empty: from ImageNet
         base: str = "dacs"  # dacs, diga, ehtdi
         base_options: dict[str, Any] = field(default_factory=dict)
@@ -88,9 +92,10 @@ class DudaPre(Recipe):
             )
         return Losses(terms, large.selection)
 
-    def extra_param_groups(self, lr: float) -> list[dict[str, Any]]:
-        """The large student learns as well."""
-        return [{"params": [p for p in self.base.student.parameters() if p.requires_grad], "lr": lr}]
+    def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
+        """The large student learns as the small one does, with whatever its recipe learns beside it."""
+        large = param_groups(self.base.student, lr=lr, head_multiplier=head_multiplier)  # type: ignore[arg-type]
+        return [*large, *self.base.extra_param_groups(lr, head_multiplier)]
 
     def after_step(self) -> None:
         """The large teacher follows the large student."""
@@ -108,7 +113,9 @@ class Duda(SelfTraining):
     class Options(SelfTraining.Options):
         """Options of the recipe."""
 
-        teachers: list[str] = field(default_factory=lambda: ["large teacher", "large student", "own"])
+        large: dict[str, Any] = field(default_factory=lambda: dict(LITE2))  # with large_from: as in `duda_pre`
+        large_from: str = ""  # a checkpoint whose nets are the large teachers; empty: the stage before has them
+        teachers: list[str] = field(default_factory=lambda: ["large teacher", "large student", OWN])
         fuse: str = "mean"  # mean, max_confidence, agreement
         source_weight: float = 1.0
         kd_weight: float = 1.0
@@ -116,13 +123,10 @@ class Duda(SelfTraining):
         inconsistency: bool = True  # False: plain distillation
         inconsistency_momentum: float = 0.99
         weight_temperature: float = 1.0
+        feature_weight: float = 0.0  # distance of projected features to those of the first large teacher
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any, large: dict[str, nn.Module]) -> None:
         super().__init__(student, num_classes, options)
-        known = [*large, "own"]
-        for name in options.teachers:
-            if name not in known:
-                raise ValueError(f"Expected `teachers` to be among {known}, but got {name!r}.")
         # Never updated, so frozen; EMATeacher keeps their running statistics and their dropout still as well.
         self.large = nn.ModuleDict(
             {
@@ -138,6 +142,14 @@ class Duda(SelfTraining):
             temperature=options.temperature,
             teacher_kind="probabilities",
         )
+        self.projected: ProjectedFeatureLoss | None = None
+        if options.feature_weight > 0:
+            if not self.large:
+                raise ValueError(
+                    f"Expected a large net in `teachers` for feature_weight > 0, but got {options.teachers}."
+                )
+            dims = [net.feature_dim for net in (student, next(iter(self.large.values())).module)]
+            self.projected = ProjectedFeatureLoss(*dims, resize="student")
 
     @classmethod
     def build(
@@ -148,20 +160,33 @@ class Duda(SelfTraining):
         make_net: Callable[..., nn.Module],
         previous: Recipe | None = None,
     ) -> Duda:
-        """Make the recipe; the large teachers come from the stage before."""
-        if not isinstance(previous, DudaPre):
-            raise ValueError(f"Expected the stage before `duda` to be `duda_pre`, but got {type(previous).__name__}.")
-        large = {name: net for name, net in previous.nets().items() if name != "student"}
-        return cls(student, num_classes, cls.parse(options), large)
+        """Make the recipe; the large teachers come from a checkpoint or from the stage before."""
+        parsed = cls.parse(options)
+        for name in parsed.teachers:
+            if name not in (known := [*LARGE_PAIR, OWN]):
+                raise ValueError(f"Expected `teachers` to be among {known}, but got {name!r}.")
+        wanted = [name for name in parsed.teachers if name != OWN]
+        if parsed.large_from:
+            large = read_large(Path(parsed.large_from), wanted, lambda: make_net(**parsed.large))
+        elif isinstance(previous, DudaPre):
+            large = {name: previous.nets()[name] for name in wanted}
+        else:
+            raise ValueError(
+                "Expected the stage before `duda` to be `duda_pre`, or `large_from` to be a checkpoint, but got "
+                f"{type(previous).__name__} and no checkpoint."
+            )
+        return cls(student, num_classes, parsed, large)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""
         options = self.options
         with torch.no_grad():
-            teachers = [net(batch.target_images).logits for net in self.large.values()]
-            if "own" in options.teachers:
+            large = [net(batch.target_images) for net in self.large.values()]
+            teachers = [output.logits for output in large]
+            if OWN in options.teachers:
                 teachers.append(self.teacher(batch.target_images).logits)
             fused = fuse_teachers(teachers, mode=options.fuse)
+            valid = self.valid_rows(fused)
         source_images, target_images = batch.source_images, batch.target_images
         if options.augment_source:
             source_images = self.augment(source_images, draws)
@@ -169,9 +194,39 @@ class Duda(SelfTraining):
             target_images = self.augment(target_images, draws)
         on_source, on_target = self.both(source_images, target_images)
         terms = {"source": options.source_weight * cross_entropy(on_source.logits, batch.source_labels)}
-        terms["kd"] = options.kd_weight * (
-            self.inconsistency(on_target.logits, fused)
-            if options.inconsistency
-            else kd_loss(on_target.logits, fused, temperature=options.temperature, teacher_kind="probabilities")
-        )
-        return Losses(terms, Selection(fused))
+        per_class = None
+        if options.inconsistency:
+            kd = self.inconsistency(on_target.logits, fused, valid=valid)
+            per_class = {
+                "inconsistency": self.inconsistency.inconsistency,
+                "weight in the distillation": self.inconsistency.class_weight,
+            }
+        else:
+            kd = kd_loss(
+                on_target.logits,
+                fused,
+                temperature=options.temperature,
+                teacher_kind="probabilities",
+                valid=valid,
+            )
+        terms["kd"] = options.kd_weight * kd
+        if self.projected is not None:
+            terms["features"] = options.feature_weight * self.projected(on_target.features, large[0].features)
+        return Losses(terms, Selection(fused), per_class=per_class)
+
+    def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
+        """The projection learns beside the student, at the rate of the student's decoder: it, too, starts at random."""
+        if self.projected is None:
+            return []
+        return [{"params": list(self.projected.parameters()), "lr": lr * head_multiplier}]
+
+
+def read_large(path: Path, wanted: list[str], make_net: Callable[[], nn.Module]) -> dict[str, nn.Module]:
+    """Large nets by name from a checkpoint: of `duda_pre`, or of a self-training recipe that adapted the large net."""
+    saved = load_checkpoint(path)["recipe"]
+    base = "base." if any(name.startswith("base.") for name in saved) else ""
+    large = {}
+    for name in wanted:
+        large[name] = make_net()
+        copy_net(large[name], saved, base + LARGE_PAIR[name], path)
+    return large
