@@ -202,6 +202,18 @@ def diga(**options) -> Diga:
     return recipe
 
 
+@pytest.mark.parametrize("record", [True, False])
+def test_statistics_of_mixed_views_are_recorded_or_only_used(record):
+    recipe = diga(record_mixed=record)
+    recipe.student = norm = torch.nn.BatchNorm2d(3).train()
+    images = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(recipe.on_mixed(images), torch.nn.BatchNorm2d(3)(images))
+    assert int(norm.num_batches_tracked) == record
+    recipe.both(images, images)
+    assert int(norm.num_batches_tracked) == (3 if record else 1)
+    assert norm.track_running_stats
+
+
 def test_consensus_is_the_default_selector():
     recipe = diga()
     assert recipe.selector is recipe.consensus
@@ -317,11 +329,11 @@ def test_steps_of_a_row_sum_to_those_of_the_pair(pair):
         assert sum(stage.steps for stage in real_pairs.stages_of(pair, row)) == shared.steps + extra, name
     assert [s.recipe for s in real_pairs.stages_of(pair, real_pairs.row_of(pair, "diga"))] == ["diga_warmup", "diga"]
     for name, row in rows.diga.diga_ablation(pair).items():
-        if name == "diga_clean_source":  # the main row, but for one option
+        if name.startswith("diga_"):  # the main row, but for some options
             continue
         (stage,) = real_pairs.stages_of(pair, row)
         assert stage.steps == shared.steps // 2, name
-        assert row.get("start") in (None, "warmup_fourier")
+        assert row.get("start") in (None, "warmup_color")
         train_gta2cs.RECIPES[stage.recipe].parse(stage.options)
 
 

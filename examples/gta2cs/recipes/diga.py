@@ -138,7 +138,7 @@ class Diga(DigaWarmup):
         target = SegBatch(batch.target_images, pseudo.labels, pseudo.weight)
         mixed = class_mix(source, target._replace(images=self.augment(target.images, draws)), mask)
         clean, crdomix = self.student_views(batch, draws)
-        on_mixed = self.student(mixed.images)
+        on_mixed = self.on_mixed(mixed.images)
 
         mix = cross_entropy(on_mixed.logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
         terms = {

@@ -77,7 +77,7 @@ class Ehtdi(SelfTraining):
         )
 
         on_source = self.student(strong_source.images)
-        on_mixed = self.student(strong_mixed)
+        on_mixed = self.on_mixed(strong_mixed)
         terms = {
             "source": cross_entropy(on_source.logits, source.labels),
             "mix": options.mix_weight * cross_entropy(on_mixed.logits, mixed.labels),
@@ -87,7 +87,7 @@ class Ehtdi(SelfTraining):
                 on_mixed.logits, mixed.labels, source_mask, kernel_size=options.boundary_kernel
             )
         if options.paste_weight > 0:
-            on_pasted = self.student(pasted.images)
+            on_pasted = self.on_mixed(pasted.images)
             terms["paste"] = options.paste_weight * cross_entropy(on_pasted.logits, pasted.labels)
             if options.boundary_paste_weight > 0:
                 terms["paste_boundary"] = options.boundary_paste_weight * band_loss(
@@ -100,7 +100,7 @@ class Ehtdi(SelfTraining):
 
         # 3. Two views of the mixed image: its weak and its strong rendering.
         if options.pixel_contrast > 0 or options.prototype_contrast > 0:
-            weak, strong = (self._small(x) for x in (self.student(mixed.images).logits, on_mixed.logits))
+            weak, strong = (self._small(x) for x in (self.on_mixed(mixed.images).logits, on_mixed.logits))
             if options.pixel_contrast > 0:
                 terms["pixel_contrast"] = options.pixel_contrast * pixel_contrast_loss(
                     strong.softmax(1), weak.softmax(1), temperature=1 / 20

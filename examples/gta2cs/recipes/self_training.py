@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -30,6 +31,9 @@ class SelfTraining(Recipe):
         ema_warmup: bool = False  # True when the student starts from ImageNet instead of from a source-trained net
         teacher_mode: Literal["batch_statistics", "train", "eval"] = "batch_statistics"  # when it labels
         batch_norm: Literal["separate", "joint"] = "separate"  # one forward a domain, or both in one
+        record_mixed: bool = (
+            True  # False: the running statistics of BatchNorm, for evaluation, are those of source alone
+        )
         buffers: Literal["copy", "ema", "keep"] = "copy"  # BatchNorm statistics of the teacher
         mix_fraction: float = 0.5  # of the classes of a source image
         augment_mixed: bool = True
@@ -51,10 +55,15 @@ class SelfTraining(Recipe):
     def both(self, first: Tensor, second: Tensor) -> tuple[Any, Any]:
         """Student outputs of two batches, in one forward or in two: BatchNorm sees them together or apart."""
         if self.options.batch_norm == "separate":
-            return self.student(first), self.student(second)
+            return self.student(first), self.on_mixed(second)
         joint = self.student(torch.cat([first, second]))
         halves = [x.split([len(first), len(second)]) for x in joint]
         return type(joint)(*(h[0] for h in halves)), type(joint)(*(h[1] for h in halves))
+
+    def on_mixed(self, images: Tensor) -> Any:
+        """Student output of mixed images, whose statistics are recorded or only used."""
+        with nullcontext() if self.options.record_mixed else not_recording(self.student):
+            return self.student(images)
 
     def draw_classes(self, labels: Tensor, draws: Draws, **options: Any) -> Tensor:
         """Draw the classes of each label map that are pasted."""
@@ -72,6 +81,19 @@ class SelfTraining(Recipe):
             return None
         n, _, h, w = logits.shape
         return row_mask(h, w, top, bottom).to(logits.device).expand(n, h, w)
+
+
+@contextmanager
+def not_recording(net: nn.Module) -> Iterator[None]:
+    """Let BatchNorm work with the statistics of the batch as ever, and not record them."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 class TargetStyled(SelfTraining):
