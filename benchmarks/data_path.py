@@ -15,7 +15,6 @@ as in a worker.
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 import sys
@@ -34,7 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.harness import PAGE, RESULTS, SEED, Results, markdown_table, write_section
+from benchmarks.harness import SEED, Results, markdown_table, parser_for, write_section
 from gta2cs.datasets import Pair, build_pair
 from gta2cs.loading import StepData, crop_image, crop_label, draw_window, normalise, step_loader
 from gta2cs.samples import _decode, read_index_png, resize_image, resize_label
@@ -258,14 +257,9 @@ def table(results: Results) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = parser_for(__doc__, "data_path.json")
     parser.add_argument("--files", type=int, default=12, help="images of each domain")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--again", action="store_true", help="measure also what is in the JSON")
-    parser.add_argument("--table", action="store_true", help="measure nothing, write the table")
-    parser.add_argument("--no-table", action="store_true", help="leave the page alone")
-    parser.add_argument("--results", type=Path, default=RESULTS / "data_path.json")
-    parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     results = Results(options.results)
     if not options.table and ("gta2cs" not in results or options.again):

@@ -1,7 +1,7 @@
 """What the stateful parts send between processes at each step, and that their state is that of one process.
 
-    python benchmarks/distributed.py            # 2 and 4 gloo processes on this machine, written to the JSON
-    python benchmarks/distributed.py --table    # only write the table of docs/performance.md
+    python benchmarks/distributed.py            # 2 and 4 gloo processes on this machine, then the table
+    python benchmarks/distributed.py --table    # measures nothing, writes the table of docs/performance.md
 
 Bytes are counted by functions around `torch.distributed`'s collectives, and must equal the formula beside them. No
 time is measured: gloo between processes of one machine says nothing about a cluster.
@@ -9,7 +9,6 @@ time is measured: gloo between processes of one machine says nothing about a clu
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
@@ -25,10 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import udakit
-from benchmarks.harness import PAGE, RESULTS, markdown_table, write_section, write_text
+from benchmarks.harness import markdown_table, parser_for, write_json, write_section
 from distributed import run_ranks
 
-JSON = RESULTS / "distributed.json"
 CLASSES, DIM, BINS, STEPS, IMAGES = 19, 256, 4096, 3, 8  # images of the global batch
 SHOWN = 64  # ranks that the table counts traffic for
 SEED = 0
@@ -177,19 +175,18 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, "distributed.json")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--out", type=Path, default=JSON)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args(arguments)
-    if options.table:
-        write_section("distributed", table(json.loads(options.out.read_text())), options.page)
-        return
+    found = json.loads(options.results.read_text()) if options.results.is_file() else {}
     torch.set_num_threads(1)
-    found = {str(n): measure(n) for n in options.ranks}
-    write_text(options.out, json.dumps(found, indent=1) + "\n")
+    for n in options.ranks if not options.table else ():
+        if str(n) not in found or options.again:
+            found[str(n)] = measure(n)
+            write_json(options.results, found)
     print(table(found))
+    if not options.no_table:
+        write_section("distributed", table(found), options.page)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.harness import (
-    PAGE,
     PICTURES,
-    RESULTS,
     SEED,
     Results,
     markdown_table,
+    parser_for,
     peak_extra_bytes,
     time_together,
     write_section,
@@ -180,18 +179,13 @@ def summarize(results: Results, pictures: list[Path]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = parser_for(__doc__, "growth.json")
     parser.add_argument("--ops", nargs="+", metavar="NAME", choices=list(MAIN), help="only these")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
-    parser.add_argument("--again", action="store_true", help="measure points that are in the JSON already")
     parser.add_argument("--quick", action="store_true", help="three points an axis, two runs each")
-    parser.add_argument("--results", type=Path, default=RESULTS / "growth.json")
-    parser.add_argument("--page", type=Path, default=PAGE)
     parser.add_argument("--pictures", type=Path, default=PICTURES)
-    parser.add_argument("--table", action="store_true", help="measure nothing, draw and write what is there")
-    parser.add_argument("--no-table", action="store_true", help="leave the page and the pictures alone")
     options = parser.parse_args(arguments)
-    if options.quick and options.results == RESULTS / "growth.json":
+    if options.quick and options.results == parser.get_default("results"):
         parser.error("--quick measures nothing worth keeping: give it --results of its own")
     if options.threads:
         torch.set_num_threads(options.threads)

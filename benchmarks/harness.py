@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved timing, a memory meter, the copy bandwidth, and JSON written whole.
+"""What every benchmark shares: interleaved timing, a memory meter, the copy bandwidth, results, and options.
 
 Times are median and interquartile range by `torch.utils.benchmark`. The contestants of a row run in turns
 on the same inputs, so that a slow minute of the machine is slow for all of them.
@@ -6,10 +6,12 @@ on the same inputs, so that a slow minute of the machine is slow for all of them
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import re
+import sys
 import timeit
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -24,6 +26,10 @@ from torch.utils.benchmark import Measurement, TaskSpec
 from torch.utils.benchmark import timer as clock
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+from gta2cs.files import write_json, write_text
+
 PAGE = ROOT / "docs" / "performance.md"
 PICTURES = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -147,18 +153,10 @@ class Results:
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         self.rows[key] = {**row, "environment": self.here()}
-        write_text(self.path, json.dumps({"environments": self.environments, "rows": self.rows}, indent=1) + "\n")
+        write_json(self.path, {"environments": self.environments, "rows": self.rows})
 
     def bandwidth(self, row: dict[str, Any]) -> float:
         return float(self.environments[row["environment"]]["copy_bandwidth"])
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_section(name: str, text: str, page: Path = PAGE) -> None:
@@ -176,3 +174,18 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     """The first column is text, the others are numbers."""
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+# --- options --------------------------------------------------------------------------------------
+
+
+def parser_for(description: str, results: str, *, page: Path = PAGE) -> argparse.ArgumentParser:
+    """The options that every script has; it adds its own. `description` is its docstring, `results` its JSON's name."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("--again", action="store_true", help="measure also what is in the JSON")
+    parser.add_argument("--table", action="store_true", help="measure nothing, write the page")
+    parser.add_argument("--no-table", action="store_true", help="leave the page alone")
+    parser.add_argument("--results", type=Path, default=RESULTS / results, help="the JSON")
+    parser.add_argument("--page", type=Path, default=page)
+    return parser

@@ -1,9 +1,9 @@
 """Losses at label size from low-resolution logits: `F.interpolate` and the plain loss against the banded one.
 
-    python benchmarks/highres.py               # rows that the JSON does not have yet
+    python benchmarks/highres.py               # rows that the JSON does not have yet, then the table
     python benchmarks/highres.py --again       # every row anew
     python benchmarks/highres.py --side 32     # a quick look at another size; nothing is written
-    python benchmarks/highres.py --table       # only write the table of docs/performance.md
+    python benchmarks/highres.py --table       # measures nothing, writes the table of docs/performance.md
 
 A row is forward and backward to the gradient of the low-resolution logits. Memory is the most that the call holds at
 once beyond its inputs, by the events of torch's allocator. On a GPU (`--device cuda`) both are measured there.
@@ -11,7 +11,6 @@ once beyond its inputs, by the events of torch's allocator. On a GPU (`--device 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,17 +24,15 @@ from torch import Tensor
 
 import udakit
 from benchmarks.harness import (
-    PAGE,
-    RESULTS,
     SEED,
     Results,
     markdown_table,
+    parser_for,
     peak_extra_bytes,
     time_together,
     write_section,
 )
 
-JSON = RESULTS / "highres.json"
 CLASSES, SIDE, FACTOR = 19, 256, 4
 LOSSES = {"upsampled_cross_entropy": "cross_entropy", "upsampled_kd_loss": "kd_loss"}  # and their plain form
 
@@ -117,21 +114,14 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, "highres.json")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--side", type=int, default=SIDE, help="of the logits; another than the default is not written")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, default=JSON)
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--again", action="store_true")
-    parser.add_argument("--table", action="store_true")
     options = parser.parse_args(arguments)
-    results = Results(options.out)
-    if options.table:
-        write_section("highres", table(results.rows), options.page)
-        return
+    results = Results(options.results)
     found = {}
-    for loss in LOSSES:
+    for loss in LOSSES if not options.table else ():
         for n in options.batch:
             name = key(loss, n, options.side, options.device)
             if options.side == SIDE and name in results and not options.again:
@@ -140,6 +130,8 @@ def main(arguments: list[str] | None = None) -> None:
             if options.side == SIDE:
                 results.add(name, found[name])
     print(table(results.rows if options.side == SIDE else found))
+    if options.side == SIDE and not options.no_table:
+        write_section("highres", table(results.rows), options.page)
 
 
 if __name__ == "__main__":

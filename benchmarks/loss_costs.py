@@ -32,11 +32,10 @@ from torch import Tensor
 
 import udakit
 from benchmarks.harness import (
-    PAGE,
-    RESULTS,
     SEED,
     Results,
     markdown_table,
+    parser_for,
     peak_extra_bytes,
     time_together,
     write_section,
@@ -284,17 +283,12 @@ def peer_table(results: Results) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = parser_for(__doc__, "loss_costs.json")
     names = [*step_losses(Size(1, 8, 8, 2)), *(c.key for c in COMPARISONS)]
     parser.add_argument("--rows", nargs="+", choices=names, help="losses or comparisons; default: all")
-    parser.add_argument("--again", action="store_true", help="measure also what is in the JSON")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two runs each: does everything run?")
-    parser.add_argument("--results", type=Path, default=RESULTS / "loss_costs.json")
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--table", action="store_true", help="measure nothing, write the tables")
-    parser.add_argument("--no-table", action="store_true", help="leave the page alone")
     options = parser.parse_args(arguments)
-    if options.quick and options.results == RESULTS / "loss_costs.json":
+    if options.quick and options.results == parser.get_default("results"):
         parser.error("--quick measures nothing worth keeping: give it --results of its own")
     results = Results(options.results)
     if not options.table:

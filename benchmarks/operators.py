@@ -22,15 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.harness import (
-    PAGE,
-    RESULTS,
-    Results,
-    markdown_table,
-    peak_extra_bytes,
-    time_together,
-    write_section,
-)
+from benchmarks.harness import Results, markdown_table, parser_for, peak_extra_bytes, time_together, write_section
 from benchmarks.workloads import CLASSES, DTYPES, ELSEWHERE, SIZES, NotThere, Workload, build_case, workloads
 
 MODES = ("forward", "forward+backward")
@@ -256,23 +248,18 @@ def left_out(results: Results) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = parser_for(__doc__, "operators.json")
     names = [w.name for w in workloads()]
     parser.add_argument("--ops", nargs="+", metavar="NAME", choices=names, help="only these")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(MEASURED))
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), help="by default all; at large size float32 alone")
     parser.add_argument("--compile", choices=("some", "all", "none"), default="some", help="rows of torch.compile")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
-    parser.add_argument("--again", action="store_true", help="measure rows that are in the JSON already")
     parser.add_argument("--quick", action="store_true", help="tiny size, two runs each: does everything run?")
-    parser.add_argument("--results", type=Path, default=RESULTS / "operators.json")
-    parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--table", action="store_true", help="measure nothing, rewrite the tables")
-    parser.add_argument("--no-table", action="store_true", help="leave the page alone")
     options = parser.parse_args(arguments)
     if options.quick:
         options.sizes, options.compile = ["tiny"], "none"
-        if options.results == RESULTS / "operators.json":
+        if options.results == parser.get_default("results"):
             parser.error("--quick measures nothing worth keeping: give it --results of its own")
     return options
 

@@ -10,7 +10,6 @@ the process less what it held before the first net was built: weights, teachers,
 
 from __future__ import annotations
 
-import argparse
 import json
 import resource
 import statistics
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import real_pairs
-from benchmarks.harness import RESULTS, SEED, Results, markdown_table, write_section
+from benchmarks.harness import SEED, Results, markdown_table, parser_for, write_section
 from gta2cs.loading import Batch
 from gta2cs.nets import param_groups
 from gta2cs.recipes import RECIPES, Draws, Recipe
@@ -136,15 +135,10 @@ def table(results: Results) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = parser_for(__doc__, "step_cost.json", page=ROOT / "docs" / "results.md")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--again", action="store_true", help="measure also what is in the JSON")
-    parser.add_argument("--table", action="store_true", help="measure nothing, write the table")
-    parser.add_argument("--no-table", action="store_true", help="leave docs/results.md alone")
     parser.add_argument("--one", choices=list(ROWS), help="measure one row here and print it")
-    parser.add_argument("--results", type=Path, default=RESULTS / "step_cost.json")
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args(arguments)
     if options.one:
         print(json.dumps(measure(options.one, options.steps)))

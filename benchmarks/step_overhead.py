@@ -23,7 +23,6 @@ every pixel whatever its value, so that the time does not depend on what was lea
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import statistics
 import sys
@@ -44,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import udakit
-from benchmarks.harness import PAGE, RESULTS, SEED, Results, markdown_table, write_section
+from benchmarks.harness import SEED, Results, markdown_table, parser_for, write_section
 from gta2cs.loading import Batch
 from gta2cs.nets import SegNet, build_net, param_groups
 from gta2cs.recipes import RECIPES, Draws, Recipe
@@ -383,14 +382,9 @@ def table(results: Results) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = parser_for(__doc__, "step_overhead.json")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--again", action="store_true", help="measure also what is in the JSON")
-    parser.add_argument("--table", action="store_true", help="measure nothing, write the table")
-    parser.add_argument("--no-table", action="store_true", help="leave the page alone")
-    parser.add_argument("--results", type=Path, default=RESULTS / "step_overhead.json")
-    parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     results = Results(options.results)
     for name in options.rows if not options.table else []:

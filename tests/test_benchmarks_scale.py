@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from benchmarks import distributed, highres
+from benchmarks import data_path, distributed, growth, highres, loss_costs, operators, step_cost, step_overhead
+
+SCRIPTS = [data_path, distributed, growth, highres, loss_costs, operators, step_cost, step_overhead]
 
 
 def page(folder: Path, name: str) -> Path:
@@ -21,8 +25,10 @@ def test_both_ways_of_a_row_are_equal_and_the_banded_one_holds_less(tmp_path: Pa
         assert row["difference"] < 1e-4
         assert row["peak_bytes"]["banded"] > 0
         assert row["seconds"]["plain"]["median"] > 0
-    highres.write_section("highres", highres.table(rows), page(tmp_path, "highres"))
-    text = (tmp_path / "page.md").read_text()
+    path, where = tmp_path / "rows.json", page(tmp_path, "highres")
+    path.write_text(json.dumps({"environments": [], "rows": rows}))
+    highres.main(["--table", "--results", str(path), "--page", str(where)])
+    text = where.read_text()
     assert "| `upsampled_kd_loss`, 1 x 19 x 32² → 128² |" in text
     assert "old" not in text
 
@@ -32,6 +38,32 @@ def test_the_table_counts_a_ring() -> None:
     assert distributed.traffic("all_reduce", 100, 4) == 150
     rows = {name: {"largest_difference": 0.0} for name in distributed.FORMULAS}
     assert "| `InconsistencyLoss` | 1 `all_reduce` | 16 C = 304 |" in distributed.table({"2": rows})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_has_the_same_options(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("--again", "--table", "--no-table", "--results", "--page"))
+    assert script.__doc__.splitlines()[0] in text
+
+
+@pytest.mark.parametrize("again", [[], ["--again"]])
+def test_a_measured_number_of_ranks_is_kept(again: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(ranks: int) -> dict[str, dict[str, float]]:
+        return {name: {"largest_difference": ranks / 10} for name in distributed.FORMULAS}
+
+    monkeypatch.setattr(distributed, "measure", measure)
+    path, where = tmp_path / "found.json", page(tmp_path, "distributed")
+    kept = {name: {"largest_difference": 0.7} for name in distributed.FORMULAS}
+    path.write_text(json.dumps({"2": kept}))
+    arguments = ["--results", str(path), "--page", str(where)]
+    distributed.main([*arguments, *again, "--no-table"])
+    assert "old" in where.read_text()
+    distributed.main([*arguments, "--table"])
+    assert ("| 0.2 | 0.4 |" if again else "| 0.7 | 0.4 |") in where.read_text()
+    assert json.loads(path.read_text())["4"] == measure(4)
 
 
 def test_another_number_of_bytes_is_seen() -> None:

@@ -144,7 +144,10 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
             lambda: mix(IMAGES, BATCH, VALID),
             r"`source` to be a SegBatch or \(images, labels.*\), but got torch.float32 .*",
         ),
-        (lambda: mix(BATCH, (IMAGES,), VALID), "`target` to be a SegBatch or .* but got tuple of 1"),
+        (
+            lambda: mix(BATCH, (IMAGES,), VALID),
+            r"`target` to be a SegBatch or .* but got tuple of 1\. SegBatch.* makes one; .*",
+        ),
         (
             lambda: mix(BATCH, (IMAGES[..., ::2], LABELS[..., ::2]), VALID),
             "`target.images` to have the shape of `source.images` .* Crop or resize them to one size before mixing",
@@ -234,7 +237,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         ),
         (lambda: u.EMATeacher(net(), decay=99.9), r"`decay` to be in \[0, 1\], but got 99\.9\. .* 0\.999"),
         (lambda: u.EMATeacher(net(), mode="test"), "`mode` to be one of .* but got 'test'"),
-        (lambda: u.fuse_teachers(LOGITS), r"`logits` to be a non-empty sequence .* but got torch.float32 .*"),
+        (lambda: u.fuse_teachers(LOGITS), r"`logits` to be a non-empty sequence .* but got torch.float32 .*Pass \[.*"),
         (
             lambda: u.fuse_teachers([LOGITS, SMALL]),
             r"`logits\[1\]` to match .* but got .*\. Pass `size=` to interpolate",
@@ -249,7 +252,8 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         ),
         (lambda: u.check_labels(LABELS.numpy(), num_classes=C), r"`labels` .* but got ndarray\. .*as_tensor"),
         (lambda: u.map_ids([7, 8], u.GTA5_IDS), r"`labels` to be an integer tensor or array, but got list\. .*asarray"),
-        (lambda: u.map_ids(LABELS, {"7": 0}), r"`table` to map integer ids to integer ids, but got \{'7': 0\}"),
+        (lambda: u.map_ids(LABELS, {"7": 0}), r"`table` to map integer ids .* but got \{'7': 0\}\. A list .*"),
+        (lambda: u.map_ids(LABELS, [7, 8]), r"`table` to map integer ids .* but got list\. .* in enumerate\(ids\)\}"),
         (lambda: u.map_ids(LABELS.byte(), {}, default=-1), r"`labels` to have a dtype .* but got uint8\. Widen it .*"),
         (
             lambda: u.downscale_labels(LABELS, 3, num_classes=C),

@@ -135,7 +135,8 @@ def browser() -> str:
 
 def browse(profile: Path, *arguments: str) -> str:
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}")
-    done = subprocess.run([browser(), *options, *arguments], capture_output=True, text=True, timeout=300)
+    quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+    done = subprocess.run([browser(), *options, *quiet, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from contract.checks import NoHostRead
+from contract.checks import NoHostRead, needs_fake_cuda
 from udakit import EMATeacher, FeatureTap, unwrap_model
 
 
@@ -369,6 +369,7 @@ def test_a_copy_of_a_teacher_is_independent() -> None:
     assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
 
 
+@needs_fake_cuda
 @pytest.mark.parametrize("step", [None, 3])
 @pytest.mark.parametrize("buffers", ["copy", "ema", "keep"])
 def test_an_update_on_a_gpu_waits_for_nothing(buffers: str, step: int | None) -> None:

@@ -104,7 +104,10 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
     """
     if not isinstance(table, (dict, Mapping)) or not all(is_integer(i) for pair in table.items() for i in pair):
         given = f"{dict(list(table.items())[:3])}" if isinstance(table, Mapping) else kind_of(table)
-        raise TypeError(f"Expected `table` to map integer ids to integer ids, but got {given}.")
+        raise TypeError(
+            f"Expected `table` to map integer ids to integer ids, but got {given}. "
+            "A list of old ids, in the order of the new ones, becomes one by {old: new for new, old in enumerate(ids)}."
+        )
     if isinstance(labels, Tensor):
         _check_integer(labels)
         low, high = _key_range(table, torch.iinfo(labels.dtype), default)

@@ -60,7 +60,7 @@ def count_classes(
                 [0, 4, 0]])
     """
     check_integer("num_classes", num_classes)
-    if isinstance(labels, str | os.PathLike) or not (isinstance(labels, Iterable) or hasattr(labels, "__getitem__")):
+    if isinstance(labels, (str, os.PathLike)) or not (isinstance(labels, Iterable) or hasattr(labels, "__getitem__")):
         raise TypeError(
             f"Expected `labels` to be an iterable of label maps or paths, but got {kind_of(labels)}. "
             'The files of a folder are sorted(Path(folder).glob("*.png")).'
@@ -95,7 +95,7 @@ def _items(labels: Any) -> Iterator[Any]:
 
 
 def _read(item: Any) -> Any:
-    if not isinstance(item, str | os.PathLike):
+    if not isinstance(item, (str, os.PathLike)):
         return item
     try:
         from PIL import Image

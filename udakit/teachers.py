@@ -159,7 +159,8 @@ class EMATeacher(nn.Module):
         self.mode: TeacherMode = mode
         inner = unwrap_model(model)
         shared = {id(p) for p in inner.parameters() if share_frozen and not p.requires_grad}
-        self._shared = frozenset(name for name, p, _ in _named_state(inner) if id(p) in shared)
+        # A dict for its keys: torch.compile of torch 2.6 and 2.8 fails at a frozenset of a Module.
+        self._shared = {name: None for name, p, _ in _named_state(inner) if id(p) in shared}
         # deepcopy finds the tensors ready made, and so copies no gradients.
         copies: dict[int, Any] = {id(b): b.detach().clone() for b in inner.buffers()}
         for p in inner.parameters():
@@ -416,7 +417,8 @@ def _teacher_maps(logits: Sequence[Tensor], size: tuple[int, int] | None, kind: 
     if not is_sequence(logits) or not len(logits):
         given = "an empty one" if is_sequence(logits) else kind_of(logits)
         raise ValueError(
-            f"Expected `logits` to be a non-empty sequence of (N, C, H, W) tensors, one a teacher, but got {given}."
+            f"Expected `logits` to be a non-empty sequence of (N, C, H, W) tensors, one a teacher, but got {given}. "
+            "Pass [teacher_a(images), teacher_b(images)]."
         )
     if size is not None:
         check_size("size", size)

@@ -65,7 +65,13 @@ def test_exemptions(record_property: Callable[[str, object], None]) -> None:
 EXEMPT = [(op, key) for op in all_operations() for key in sorted(op.exempt) if key != "module"]
 
 
-@pytest.mark.parametrize(("op", "key"), EXEMPT, ids=[f"{op.name}-{key}" for op, key in EXEMPT])
+@pytest.mark.parametrize(
+    ("op", "key"),
+    [
+        pytest.param(op, key, id=f"{op.name}-{key}", marks=[checks.needs_fake_cuda] if key == "seed.device" else [])
+        for op, key in EXEMPT
+    ],
+)
 def test_exemption_is_needed(op: Operation, key: str) -> None:
     """Without the exemption the check fails; one that passes must be held to it."""
     strict = replace(op, exempt={k: why for k, why in op.exempt.items() if k != key})

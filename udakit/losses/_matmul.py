@@ -18,13 +18,10 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 class _MatMul(torch.autograd.Function):
     @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
         with full_precision(a):
             return torch.matmul(a, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:

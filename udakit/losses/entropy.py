@@ -14,6 +14,7 @@ from udakit._checks import check_float, check_mask_like, check_option, check_wei
 from udakit._reduce import check_reduction, reduce_pixels, upcast
 
 Kind = Literal["logits", "probabilities"]
+KINDS = get_args(Kind)
 
 
 def entropy_loss(
@@ -76,7 +77,7 @@ def entropy_loss(
 
 
 def _check_options(kind: str, reduction: str) -> None:
-    check_option("kind", kind, get_args(Kind))
+    check_option("kind", kind, KINDS)
     check_reduction(reduction)
 
 

@@ -13,6 +13,7 @@ from udakit._checks import check_float, check_mask_like, check_option, check_ran
 from udakit._reduce import check_reduction, reduce_pixels, upcast
 
 Kind = Literal["logits", "probabilities"]
+KINDS = get_args(Kind)
 
 
 def max_square_loss(
@@ -88,7 +89,7 @@ def _balancing(scores: Tensor, valid: Tensor | None, balance: float) -> Tensor:
 
 def _check_options(balance: float, kind: str, reduction: str) -> None:
     check_range("balance", balance, 0.0, 1.0)
-    check_option("kind", kind, get_args(Kind))
+    check_option("kind", kind, KINDS)
     check_reduction(reduction)
 
 

@@ -15,6 +15,7 @@ from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
 Denominator = Literal["negatives", "all"]
+DENOMINATORS = get_args(Denominator)
 
 
 def supervised_pixel_contrast_loss(
@@ -125,7 +126,7 @@ def _check_options(num_classes: int, temperature: float, max_anchors: int, denom
     check_integer("num_classes", num_classes)
     check_range("temperature", temperature, 0.0, open_low=True)
     check_integer("max_anchors", max_anchors)
-    check_option("denominator", denominator, get_args(Denominator))
+    check_option("denominator", denominator, DENOMINATORS)
     check_reduction(reduction)
 
 

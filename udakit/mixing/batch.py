@@ -93,8 +93,9 @@ def paste(
 def mix(mask: Tensor, foreground: SegBatch, background: SegBatch) -> SegBatch:
     """Paste images, labels and weights of two checked batches with one mask."""
     weight = None
-    if foreground.weight is not None or background.weight is not None:
-        ones = torch.ones_like(background.weight if foreground.weight is None else foreground.weight)
+    given = background.weight if foreground.weight is None else foreground.weight
+    if given is not None:
+        ones = torch.ones_like(given)
         weight = select(
             mask,
             ones if foreground.weight is None else foreground.weight,
@@ -125,5 +126,8 @@ def check_batches(
 def _as_batch(name: str, batch: object) -> SegBatch:
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
         found = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else kind_of(batch)
-        raise TypeError(f"Expected `{name}` to be a SegBatch or (images, labels[, weight]), but got {found}.")
+        raise TypeError(
+            f"Expected `{name}` to be a SegBatch or (images, labels[, weight]), but got {found}. "
+            "SegBatch(images, labels) makes one; target labels are a selector's."
+        )
     return SegBatch(*batch)

@@ -25,13 +25,15 @@ from udakit.mixing.batch import SegBatch, check_batches, mix
 
 Rounding = Literal["up", "down"]
 Scope = Literal["image", "batch"]
+ROUNDINGS = get_args(Rounding)
+SCOPES = get_args(Scope)
 
 
 def _check_draw(num_classes: int, fraction: float, rounding: str, scope: str) -> None:
     check_integer("num_classes", num_classes)
     check_range("fraction", fraction, 0.0, 1.0)
-    check_option("rounding", rounding, get_args(Rounding))
-    check_option("scope", scope, get_args(Scope))
+    check_option("rounding", rounding, ROUNDINGS)
+    check_option("scope", scope, SCOPES)
 
 
 def _candidate_mask(candidates: Sequence[int] | Tensor, num_classes: int, device: torch.device | None) -> Tensor:

@@ -64,7 +64,7 @@ def fourier_transfer(
         >>> import torch
         >>> content = torch.rand(1, 3, 16, 16, requires_grad=True)
         >>> styled = fourier_transfer(content, torch.rand(1, 3, 16, 16) + 1)
-        >>> styled.sum().backward()
+        >>> styled.square().sum().backward()
         >>> bool(styled.mean() > 1)
         True
     """

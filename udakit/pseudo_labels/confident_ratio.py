@@ -14,11 +14,13 @@ from udakit.pseudo_labels.selection import Kind, PseudoLabels, expand_valid, pre
 
 Scope = Literal["batch", "image"]
 RatioOver = Literal["all", "valid"]
+SCOPES = get_args(Scope)
+RATIOS = get_args(RatioOver)
 
 
 def _check_options(threshold: float, scope: str) -> None:
     check_range("threshold", threshold, 0.0, 1.0)
-    check_option("scope", scope, get_args(Scope))
+    check_option("scope", scope, SCOPES)
 
 
 def confident_ratio(
@@ -92,7 +94,7 @@ class ConfidentRatioSelector(nn.Module):
     def __init__(self, threshold: float = 0.968, scope: Scope = "batch", *, ratio_over: RatioOver = "all") -> None:
         super().__init__()
         _check_options(threshold, scope)
-        check_option("ratio_over", ratio_over, get_args(RatioOver))
+        check_option("ratio_over", ratio_over, RATIOS)
         self.threshold = threshold
         self.scope: Scope = scope
         self.ratio_over: RatioOver = ratio_over

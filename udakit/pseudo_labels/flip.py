@@ -13,6 +13,7 @@ from udakit._checks import check_callable, check_float, check_option
 from udakit._reduce import upcast
 
 Average = Literal["probabilities", "logits"]
+AVERAGES = get_args(Average)
 
 
 def hflip_average(
@@ -50,7 +51,7 @@ def hflip_average(
         >>> torch.allclose(p, mirrored.flip(-1), atol=1e-6)
         True
     """
-    check_option("average", average, get_args(Average))
+    check_option("average", average, AVERAGES)
     check_float("images", images, 4, "(N, 3, H, W)")
     check_callable("model", model, "model(images)")
     with torch.no_grad():

@@ -12,6 +12,7 @@ from udakit._checks import check_float, check_mask_like, check_option
 from udakit._reduce import upcast
 
 Kind = Literal["logits", "probabilities"]
+KINDS = get_args(Kind)
 
 
 class PseudoLabels(NamedTuple):
@@ -40,7 +41,7 @@ def predict(
     logits: Float[Tensor, "n c h w"], kind: Kind = "logits"
 ) -> tuple[Int64[Tensor, "n h w"], Float[Tensor, "n h w"]]:
     """Arg-max class and its probability, of logits or of probabilities."""
-    check_option("kind", kind, get_args(Kind))
+    check_option("kind", kind, KINDS)
     check_float("logits", logits, 4, "(N, C, H, W)")
     score, labels = logits.detach().max(dim=1)
     if kind == "probabilities":
