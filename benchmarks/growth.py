@@ -122,6 +122,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     made = []
     units = {"time": ("median", 1e-3, "ms"), "memory": ("peak_bytes", 2**20, "peak MiB beyond the inputs")}
@@ -141,6 +142,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
                 guide = [min(lows), min(lows) * end / start]
                 panel.plot([start, end], guide, color="0.6", linestyle="--", label="slope 1")
             panel.set(xscale="log", yscale="log", xlabel={"pixels": "pixels of an image"}.get(axis, axis))
+            panel.xaxis.set_minor_formatter(NullFormatter())  # a short axis would crowd its minor labels
             panel.grid(alpha=0.3)
         panels[0].set_ylabel(label)
         entries: dict[str, Any] = {}
