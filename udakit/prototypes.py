@@ -306,7 +306,8 @@ class ClassPrototypes(FullPrecisionState):
 
         **Convention.** Expanded to $\|f\|^2 - 2 f^\top \eta + \|\eta\|^2$ and evaluated in float64 (float32 on MPS,
         which has no other), where the cancellation of nearly equal vectors costs nothing that float32 would show.
-        Gradients flow to the features, and are 0 where the distance is. `forward` is this function.
+        Gradients flow to the features, and are 0 where the distance is; they cannot be differentiated again. `forward`
+        is this function.
 
         Args:
             features: (N, D, h, w).

@@ -31,9 +31,7 @@ class SelfTraining(Recipe):
         ema_warmup: bool = False  # True when the student starts from ImageNet instead of from a source-trained net
         teacher_mode: Literal["batch_statistics", "train", "eval"] = "batch_statistics"  # when it labels
         batch_norm: Literal["separate", "joint"] = "separate"  # one forward a domain, or both in one
-        record_mixed: bool = (
-            True  # False: the running statistics of BatchNorm, for evaluation, are those of source alone
-        )
+        record_mixed: bool = True  # False: the running statistics, for evaluation, are those of source alone
         buffers: Literal["copy", "ema", "keep"] = "copy"  # BatchNorm statistics of the teacher
         mix_fraction: float = 0.5  # of the classes of a source image
         augment_mixed: bool = True

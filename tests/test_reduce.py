@@ -1,0 +1,51 @@
+"""`select` against `torch.where`, which it replaces on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from udakit._reduce import select
+
+SPECIAL = [0.0, -0.0, 1.5, -2.25, float("inf"), float("-inf"), float("nan"), 1e-40]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
+
+
+def bits(x):
+    return x.contiguous().view(torch.uint8)
+
+
+def pair(dtype):
+    values = torch.tensor(SPECIAL) if dtype.is_floating_point else torch.tensor([0, 1, 5, 7, 100, 200, 254, 255])
+    x = values.to(dtype).repeat(2, 3, 4, 1)
+    return x, x.flip(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_select_is_where_to_the_last_bit(dtype, layout):
+    mask = torch.rand(2, 1, 4, 8, generator=torch.Generator().manual_seed(0)) < 0.5
+    x, other = pair(dtype)
+    x = x.contiguous(memory_format=layout)
+    assert torch.equal(bits(select(mask, x, other)), bits(torch.where(mask, x, other)))
+    assert torch.equal(bits(select(mask, x)), bits(torch.where(mask, x, 0)))
+
+
+@pytest.mark.parametrize("sides", [(torch.float32, torch.bfloat16), (torch.uint8, torch.int64)], ids=str)
+def test_select_takes_the_wider_dtype(sides):
+    mask = torch.tensor([True, False])
+    x, other = torch.tensor([3, 4], dtype=sides[0]), torch.tensor([5, 6], dtype=sides[1])
+    found = select(mask, x, other)
+    assert found.dtype == torch.promote_types(*sides)
+    assert found.tolist() == [3, 6]
+
+
+def test_gradients_of_select_flow_to_the_side_that_was_taken():
+    mask = torch.tensor([[True, False, True]])
+    x, other = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    nan = other.detach().where(~mask, float("nan")).requires_grad_()  # NaN where it is not taken
+    grads = torch.autograd.grad(select(mask, x, nan).sum(), (x, nan))
+    assert torch.equal(grads[0], mask.double().expand(2, 3))
+    assert torch.equal(grads[1], (~mask).double().expand(2, 3))
+    assert torch.autograd.gradcheck(lambda a, b: select(mask, a, b), (x, other))
+    assert torch.autograd.gradgradcheck(lambda a, b: select(mask, a * a, b * b), (x, other))
