@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from udakit import _reduce
 from udakit._reduce import select
 
 SPECIAL = [0.0, -0.0, 1.5, -2.25, float("inf"), float("-inf"), float("nan"), 1e-40]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
+
+
+@pytest.fixture(autouse=True)
+def _by_bits_at_every_size(monkeypatch):
+    monkeypatch.setattr(_reduce, "LARGE", 0)
 
 
 def bits(x):

@@ -25,17 +25,24 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def top_class(scores: Tensor) -> Tensor:
+    """`scores.argmax(dim=1)`, (N, H, W) of (N, C, H, W): `max` does it in half the time on the CPU."""
+    return scores.max(dim=1).indices
+
+
+LARGE = 2**17  # elements from which on `select` is quicker by bits than by branches
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
     """`torch.where(mask, x, other)`, to the last bit; `other=None` is 0.
 
-    On the CPU `torch.where` is a branch at every element, ten times slower than arithmetic where the mask is ragged.
-    Arithmetic, m x + (1 - m) y, would let a NaN of the side that was not taken through. Operations on bits do not.
+    On the CPU `torch.where` is a branch at every element, five times slower where a large mask is ragged. Arithmetic,
+    m x + (1 - m) y, would let a NaN of the side that was not taken through. Operations on bits do not.
     """
+    small = x.numel() < LARGE
     pair = x.dtype if other is None else torch.promote_types(x.dtype, other.dtype)
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or pair.itemsize not in _BITS:
+    if small or x.device.type != "cpu" or torch.compiler.is_compiling() or pair.itemsize not in _BITS:
         return torch.where(mask, x, 0 if other is None else other)
     x, other = x.to(pair), None if other is None else other.to(pair)
     selected: Tensor = _Select.apply(mask, x, other)

@@ -23,7 +23,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import upcast
+from udakit._reduce import top_class, upcast
 from udakit._state import FullPrecisionState
 
 __all__ = ["EMATeacher", "fuse_teachers", "teacher_agreement", "unwrap_model"]
@@ -405,10 +405,10 @@ def teacher_agreement(
 
 
 def _agree(maps: list[Tensor]) -> Tensor:
-    first = maps[0].argmax(1)
+    first = top_class(maps[0])
     agree = torch.ones_like(first, dtype=torch.bool)
     for p in maps[1:]:
-        agree = agree & (p.argmax(1) == first)
+        agree = agree & (top_class(p) == first)
     return agree
 
 

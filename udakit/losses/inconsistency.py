@@ -19,7 +19,7 @@ from udakit._checks import (
     check_range,
     shape_of,
 )
-from udakit._reduce import check_reduction, upcast
+from udakit._reduce import check_reduction, top_class, upcast
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.losses.kd import RESIZES, TEACHER_KINDS, Resize, TeacherKind, kd_loss, match_logits
 
@@ -71,16 +71,15 @@ def class_inconsistency(
 def _overlap(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
     """Pixels in the intersection and in the union of the two maps of each class: (2, C) int64."""
     c = student.shape[1]
-    ours, theirs = student.argmax(dim=1), teacher.argmax(dim=1)
-    counted = torch.ones_like(ours, dtype=torch.bool) if valid is None else valid
-    # Each pixel votes for a class, or for one bin more that is dropped; integers, so the order of the sum is no matter.
-    votes = torch.stack(
-        [torch.where(counted & keep, x, c) for x, keep in ((ours, ours == theirs), (ours, counted), (theirs, counted))]
-    )
-    votes = votes.flatten(1)
-    counts = torch.zeros(3, c + 1, dtype=torch.int64, device=votes.device)
-    both, a, b = counts.scatter_add(1, votes, torch.ones_like(votes))[:, :c]
-    return torch.stack([both, a + b - both])
+    ours, theirs = top_class(student), top_class(teacher)
+    # A pixel counts for its pair of classes, or for one bin more; integers, so the order of the sum is no matter.
+    pairs = ours * c + theirs
+    if valid is not None:
+        pairs = torch.where(valid, pairs, c * c)
+    counts = torch.zeros(c * c + 1, dtype=torch.int64, device=pairs.device)
+    confusion = counts.scatter_add(0, pairs.flatten(), torch.ones_like(pairs).flatten())[:-1].view(c, c)
+    both = confusion.diagonal()
+    return torch.stack([both, confusion.sum(0) + confusion.sum(1) - both])
 
 
 def _ratio(intersection: Tensor, union: Tensor) -> Tensor:
@@ -155,7 +154,7 @@ def inconsistency_loss(
     w = (weight_fn or _default_weight(weight_range, weight_temperature))(d).detach()
     if w.shape != d.shape:
         raise ValueError(f"Expected `weight_fn` to return (C,) = {shape_of(d)}, but got {shape_of(w)}.")
-    pixel_weight = w[teacher.argmax(dim=1)]
+    pixel_weight = w[top_class(teacher)]
     counted = torch.ones_like(pixel_weight) if valid is None else valid.to(pixel_weight.dtype)
     mean = (pixel_weight * counted).sum() / counted.sum().clamp_min(1)
     pixel_weight = pixel_weight / torch.where(mean > 0, mean, 1)

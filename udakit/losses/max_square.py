@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_option, check_range, check_weight_like
-from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit._reduce import check_reduction, reduce_pixels, top_class, upcast
 
 Kind = Literal["logits", "probabilities"]
 KINDS = get_args(Kind)
@@ -78,7 +78,7 @@ def max_square_loss(
 def _balancing(scores: Tensor, valid: Tensor | None, balance: float) -> Tensor:
     """(N / N_k)^alpha per pixel: integer counts per image, no data-dependent shape."""
     n, c, h, w = scores.shape
-    predicted = scores.argmax(dim=1).flatten(1)
+    predicted = top_class(scores).flatten(1)
     counted = torch.ones_like(predicted) if valid is None else valid.flatten(1).long()
     counts = torch.zeros(n, c, dtype=torch.int64, device=scores.device).scatter_add(1, predicted, counted)
     share = counts.to(scores.dtype) / counts.sum(dim=1, keepdim=True).clamp_min(1)

@@ -70,8 +70,9 @@ def draw_box_mask(
         # One of length - extent + 1 places, each equally likely.
         start = (offset * (length - extent + 1)).floor().clamp_max(length - extent)
         place = torch.arange(length, device=device)
-        inside.append((place >= start) & (place < start + extent))
-    return inside[0][:, :, None] & inside[1][:, None, :]
+        inside.append(((place >= start) & (place < start + extent)).to(torch.uint8))
+    # As bytes: "and" of booleans is ten times slower on the CPU.
+    return (inside[0][:, :, None] & inside[1][:, None, :]).to(torch.bool)
 
 
 def draw_block_mask(
@@ -117,7 +118,7 @@ def draw_block_mask(
     removed = torch.rand(n, rows, columns, generator=generator, device=device) < ratio
     row = torch.arange(size[0], device=device) * rows // size[0]
     column = torch.arange(size[1], device=device) * columns // size[1]
-    return removed.index_select(1, row).index_select(2, column)
+    return removed.index_select(2, column).index_select(1, row)  # whole rows last: they are copied at once
 
 
 def boundary_band(mask: Bool[Tensor, "n h w"], *, kernel_size: int = 3) -> Bool[Tensor, "n h w"]:
