@@ -4,6 +4,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import udakit
+from udakit.losses._unit import lengths, unit_vectors
 from udakit.losses.supervised_pixel_contrast import _draw_anchors
 
 IGNORE = 255
@@ -175,13 +177,21 @@ def test_supervised_value_and_gradient_without_a_cap(
     torch.testing.assert_close(actual, wanted, atol=1e-7, rtol=1e-5)
 
 
+@pytest.mark.parametrize("function", [unit_vectors, lengths])
+def test_lengths_and_directions_are_differentiated_twice(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+
+
 @given(seed=st.integers(0, 10_000), cap=st.integers(1, 6))
 def test_supervised_draws_distinct_pixels_of_each_class_up_to_the_cap(seed: int, cap: int) -> None:
     _, _, labels = draw(seed, 2, 2, 4, 3, 4)
-    pixels, drawn = _draw_anchors(labels, 4, cap, IGNORE, torch.Generator().manual_seed(seed))
-    pixels = pixels.view(4, cap)
+    pixels, slots, drawn = _draw_anchors(labels, 4, cap, IGNORE, torch.Generator().manual_seed(seed))
+    assert len(pixels) == min(4 * cap, labels.numel())
+    assert len(slots[drawn].unique()) == drawn.sum()
     for c in range(4):
-        chosen = pixels[c][drawn[c]].tolist()
+        chosen = pixels[drawn & (slots // cap == c)].tolist()
         assert len(chosen) == len(set(chosen)) == min(cap, int((labels == c).sum()))
         assert (labels.flatten()[chosen] == c).all()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_same_shape
 from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit.losses._unit import lengths
 
 
 def feature_distance_loss(
@@ -42,8 +42,7 @@ def feature_distance_loss(
         ValueError: unlike shapes, or an unknown `reduction`.
 
     Example:
-        >>> import torch
-        >>> features = torch.zeros(1, 2, 1, 1, requires_grad=True)
+        >>>         >>> features = torch.zeros(1, 2, 1, 1, requires_grad=True)
         >>> loss = feature_distance_loss(features, torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1))
         >>> loss.backward()
         >>> loss.item(), features.grad.flatten().tolist()
@@ -56,21 +55,14 @@ def feature_distance_loss(
     if valid is not None:
         check_mask_like(valid, features, reference_name="features")
     difference = upcast(features) - upcast(reference_features.detach())
-    # Scaled by the largest channel before squaring: 1e-22 squared would be 0 and 1e20 squared inf in float32. The norm
-    # does not depend on the scale, so the scale needs no gradient; the scale 1 where all is 0 keeps that gradient 0.
-    scale = difference.detach().abs().amax(dim=1, keepdim=True)
-    equal = scale == 0
-    squares = (difference / torch.where(equal, 1, scale)).square().sum(dim=1, keepdim=True)
-    distance = scale * torch.where(equal, 1, squares).sqrt()
-    return reduce_pixels(distance.squeeze(1), valid, reduction=reduction)
+    return reduce_pixels(lengths(difference).squeeze(1), valid, reduction=reduction)
 
 
 class FeatureDistanceLoss(nn.Module):
     """Module of [`feature_distance_loss`][udakit.losses.feature_distance_loss].
 
     Example:
-        >>> import torch
-        >>> FeatureDistanceLoss()(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
+        >>>         >>> FeatureDistanceLoss()(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
         tensor(2.)
     """
 

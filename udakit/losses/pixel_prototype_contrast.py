@@ -96,7 +96,7 @@ def pixel_prototype_contrast_loss(
     seen = prototypes.detach().ne(0).any(dim=1) if seen is None else seen
     x, bank = upcast(features), upcast(prototypes).to(upcast(features).dtype)
     if normalize:
-        x, bank = unit_vectors(x, 1), unit_vectors(bank, 1)
+        x, bank = unit_vectors(x), unit_vectors(bank)
     logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
     # Finite, so that a pixel with no candidate at all (ignored then) has no NaN to hide.
     logits = torch.where(seen.view(-1, 1, 1), logits, torch.finfo(logits.dtype).min / 4)

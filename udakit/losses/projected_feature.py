@@ -100,7 +100,7 @@ class ProjectedFeatureLoss(nn.Module):
                 f"but got {shape_of(reference_features)}.{hint}"
             )
         if self.normalize:
-            x, reference = unit_vectors(x, 1), unit_vectors(reference, 1)
+            x, reference = unit_vectors(x), unit_vectors(reference)
         return feature_distance_loss(x, reference, valid=valid, reduction=self.reduction)
 
     @staticmethod

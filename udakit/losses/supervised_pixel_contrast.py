@@ -80,38 +80,49 @@ def supervised_pixel_contrast_loss(
     check_generator(generator, features.device)
     if labels.numel() == 0:
         return reduce_pixels(features.sum() * upcast(features).new_zeros(num_classes, max_anchors), reduction=reduction)
-    pixels, drawn = _draw_anchors(labels, num_classes, max_anchors, ignore_index, generator)
+    pixels, slots, drawn = _draw_anchors(labels, num_classes, max_anchors, ignore_index, generator)
     h, w = labels.shape[1:]
     # Indexed before anything else touches the features: the rest costs the sample, not the map.
     z = upcast(features.permute(0, 2, 3, 1)[pixels // (h * w), pixels % (h * w) // w, pixels % w])
     if normalize:
-        z = unit_vectors(z, 1)
+        z = unit_vectors(z)
     similarity = matmul(z / temperature, z.T)
-    classes = torch.arange(num_classes, device=z.device).repeat_interleave(max_anchors)
-    drawn = drawn.flatten()
+    classes = slots // max_anchors
     pair = drawn & ~torch.eye(len(drawn), dtype=torch.bool, device=z.device)
     same = classes == classes.unsqueeze(1)
     loss = _contrast(similarity, pair & same, pair if denominator == "all" else pair & ~same, denominator)
     positives = (pair & same).sum(dim=1)
     loss = loss / positives.clamp_min(1)
     valid = drawn & (positives > 0)
-    return reduce_pixels(loss.view(num_classes, -1), valid.view(num_classes, -1), reduction=reduction)
+    if reduction != "none":
+        return reduce_pixels(loss, valid, reduction=reduction)
+    left_out = num_classes * max_anchors
+    every = loss.new_zeros(left_out + 1).scatter(0, torch.where(valid, slots, left_out), loss)
+    return every[:-1].view(num_classes, max_anchors)
 
 
 def _draw_anchors(
     labels: Tensor, num_classes: int, max_anchors: int, ignore_index: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Flat pixel indices (C * A,) of a random subset of each class, and which of them are drawn (C, A)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A random subset of the pixels of each class: flat pixel indices, their slots c A + 0..A-1, and which are drawn.
+
+    As many rows as there are slots, or as there are pixels if those are fewer.
+    """
     ids = labels.long().flatten()
     ids = torch.where((ids >= 0) & (ids < num_classes) & (ids != ignore_index), ids, num_classes)
     # A random order, sorted by class without disturbing it: the first A of each class are a uniform subset.
     order = torch.rand(ids.shape, generator=generator, device=ids.device).argsort()
     order = order[ids[order].argsort(stable=True)]
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=ids.device)
-    counts = counts.scatter_add(0, ids, torch.ones_like(ids))[:num_classes]
-    slots = torch.arange(max_anchors, device=ids.device)
-    index = (counts.cumsum(0) - counts).unsqueeze(1) + slots
-    return order[index.flatten().clamp_max(len(ids) - 1)], slots < counts.unsqueeze(1)
+    counts = counts.scatter_add(0, ids, torch.ones_like(ids))
+    first = counts.cumsum(0) - counts
+    if len(ids) <= num_classes * max_anchors:
+        ids = ids[order]
+        rank = torch.arange(len(ids), device=ids.device) - first[ids]
+        return order, ids * max_anchors + rank, (ids < num_classes) & (rank < max_anchors)
+    slots = torch.arange(num_classes * max_anchors, device=ids.device)
+    classes, rank = slots // max_anchors, slots % max_anchors
+    return order[(first[classes] + rank).clamp_max(len(ids) - 1)], slots, rank < counts[classes]
 
 
 def _contrast(similarity: Tensor, positive: Tensor, others: Tensor, denominator: str) -> Tensor:

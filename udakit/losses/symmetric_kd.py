@@ -98,6 +98,13 @@ def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) ->
     return loss
 
 
+def _soften(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """Logits / T, contiguous, in `out` unless there is nothing to do."""
+    if temperature == 1 and logits.is_contiguous():
+        return logits
+    return torch.div(logits, temperature, out=out)
+
+
 class _SoftCrossEntropy(torch.autograd.Function):
     """T^2 H(softmax(t / T), softmax(s / T)) per pixel, with softmax(s / T) - softmax(t / T), its gradient / T, kept."""
 
@@ -114,8 +121,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
             for j in range(0, h * w, pixels):
                 at = slice(i, i + images), slice(None), slice(j, j + pixels)
                 x, q, log_p = buffers[:, : s[at].numel()].view(3, *s[at].shape)
-                torch.softmax(torch.div(t[at], temperature, out=x), dim=1, out=q)
-                torch.log_softmax(torch.div(s[at], temperature, out=x), dim=1, out=log_p)
+                torch.softmax(_soften(t[at], temperature, x), dim=1, out=q)
+                torch.log_softmax(_soften(s[at], temperature, x), dim=1, out=log_p)
                 torch.sum(torch.mul(log_p, q, out=x), dim=1, out=loss[at[0], at[2]])
                 if keep is not None:
                     torch.sub(log_p.exp_(), q, out=keep[at])
