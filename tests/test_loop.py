@@ -16,7 +16,8 @@ import torch
 
 import train_gta2cs
 from gta2cs.checkpoints import load_checkpoint, load_net
-from gta2cs.evaluation import Score, evaluating, with_bn_statistics
+from gta2cs.datasets import build_pair
+from gta2cs.evaluation import Score, evaluate, evaluating, with_bn_statistics
 from gta2cs.recipes import RECIPES, Draws
 from gta2cs.report import markdown_table
 from gta2cs.samples import ClassSet
@@ -123,16 +124,22 @@ def test_two_processes_train_one_net(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)),
-            *("--dry-run", *TINY, f"--out={tmp_path}", '--stages=[{"recipe": "dacs", "steps": 2}]'),
+            *("--dry-run", *TINY, f"--out={tmp_path}", '--stages=[{"recipe": "diga", "steps": 2}]'),
         ],
         env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    saved = load_checkpoint(tmp_path / "stage1_dacs" / "last.pt")
+    saved = load_checkpoint(checkpoint := tmp_path / "stage1_diga" / "last.pt")
     assert saved["world_size"] == 2
     assert saved["parameters_agree"], "the ranks' students differ after an optimiser step"
+    # The score that the ranks found together is that of the net that was saved, on the same two images.
+    pair = build_pair("toy")
+    net = train_gta2cs.NetConfig(**json.loads(saved["config"])["net"]).build(len(pair.classes.names))
+    load_net(net, checkpoint)
+    alone = evaluate(net, pair.target_val, pair.classes, limit=2)
+    assert json.loads(saved["history"])["scores"][-1]["nets"]["student"]["iou"] == alone.to_json()["iou"]
 
 
 def test_bad_input_is_named(tmp_path):

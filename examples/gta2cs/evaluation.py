@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassConfusionMatrix
@@ -77,11 +78,18 @@ def evaluate(
 
     With `trimap` > 0 the last of the means, "boundary", is the first one over the pixels that are at most so far from
     a true boundary: how sharp the edges are, whatever the size of the regions.
+
+    Ranks share the images and come to the same score, of rank 0's net: its buffers are the ones that are saved.
     """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world > 1:
+        net = copy.deepcopy(net)
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
     metric, near = (
         MulticlassConfusionMatrix(len(classes.names), ignore_index=255, validate_args=False).to(device) for _ in "12"
     )
-    indices = range(min(limit or len(dataset), len(dataset)))
+    indices = range(rank, min(limit or len(dataset), len(dataset)), world)
     with evaluating(net):
         for images, labels, _ in evaluation_batches(dataset, batch_size=batch_size, indices=indices):
             assert labels is not None
@@ -92,7 +100,7 @@ def evaluate(
             metric.update(predicted, labels)
             if trimap > 0:
                 near.update(predicted, labels.where(near_boundary(labels, trimap), 255))
-    score = Score.of(metric.compute(), classes)
+    score = Score.of(metric.compute(), classes)  # torchmetrics adds up the ranks' counts
     if trimap > 0:
         score.means["boundary"] = Score.of(near.compute(), classes).miou
     return score

@@ -135,7 +135,7 @@ def make_selector(options: Any, num_classes: int) -> nn.Module:
     if options.selector == "threshold":
         return ThresholdSelector(options.threshold)
     if options.selector == "class_quantile":
-        return ClassQuantileSelector(num_classes, share=options.share, momentum=0.9)
+        return ClassQuantileSelector(num_classes, share=options.share, momentum=0.9, sync=True)
     if options.selector == "confident_ratio":
         return ConfidentRatioSelector(options.threshold)
     raise ValueError(f"Expected `selector` to be a known pseudo-label selector, but got {options.selector!r}.")

@@ -154,9 +154,9 @@ class Diga(DigaWarmup):
         return Losses(terms, selection_of(self.options, labelled, pseudo), shared)
 
     def _follow(self, teacher: Any, labels: Tensor) -> None:
-        """Update the centroids on the pixels where the teacher's arg-max agrees with the label."""
+        """Update the centroids on the pixels where the teacher's arg-max agrees with the label, of all ranks."""
         small = resize_labels(labels, teacher.features.shape[-2:])
-        self.prototypes.update(teacher.features, small.where(self._classes(teacher) == small, 255))
+        self.prototypes.update(teacher.features, small.where(self._classes(teacher) == small, 255), sync=True)
 
     @staticmethod
     def _classes(output: Any) -> Tensor:

@@ -138,6 +138,7 @@ class Duda(SelfTraining):
         self.inconsistency = InconsistencyLoss(
             num_classes,
             momentum=options.inconsistency_momentum,
+            sync=True,
             weight_temperature=options.weight_temperature,
             temperature=options.temperature,
             teacher_kind="probabilities",
