@@ -84,29 +84,38 @@ def class_means(
 def _class_sums(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Sums (N, C, D) and counts (N, C). The one-hot matrix product reads the features once, whatever C is."""
     ids = labels.long().flatten(1)
-    ids = ids.where(ids != ignore_index, -1)
-    member = ids.unsqueeze(1) == torch.arange(num_classes, device=labels.device).unsqueeze(1)
-    sums: Tensor = _SumMembers.apply(upcast(features).flatten(2), member)
-    return sums, member.sum(2)
+    ids = ids.where((ids >= 0) & (ids < num_classes) & (ids != ignore_index), num_classes)
+    counts = ids.new_zeros(len(ids), num_classes + 1).scatter_add(1, ids, torch.ones_like(ids))
+    sums: Tensor = _SumMembers.apply(upcast(features).flatten(2), ids, num_classes)
+    return sums, counts[:, :num_classes]
 
 
 class _SumMembers(torch.autograd.Function):
-    """Sums (N, C, D) of the pixels (N, D, P) that `member` (N, C, P) assigns to each class.
+    """Sums (N, C, D) of the pixels (N, D, P) of each class; `ids` (N, P) are 0..C-1, and C for none.
 
-    Written out for its backward: it stays in full precision under autocast, and keeps bytes instead of floats.
+    Written out for its backward: it stays in full precision under autocast, and keeps ids instead of their one-hot map.
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, member: Tensor) -> Tensor:
-        ctx.save_for_backward(member)
+    def forward(ctx: Any, values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.num_classes = num_classes
         with full_precision(values):
-            return torch.bmm(member.to(values.dtype), values.transpose(1, 2))
+            return torch.bmm(_one_hot(ids, num_classes, values.dtype), values.transpose(1, 2))[:, :num_classes]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (member,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
         with full_precision(gradient):
-            return torch.bmm(gradient.transpose(1, 2), member.to(gradient.dtype)), None
+            member = _one_hot(ids, ctx.num_classes, gradient.dtype)[:, : ctx.num_classes]
+            return torch.bmm(gradient.transpose(1, 2).contiguous(), member), None, None
+
+
+def _one_hot(ids: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """(N, C + 1, P) of ids (N, P)."""
+    n, pixels = ids.shape
+    rows = torch.zeros(n, num_classes + 1, pixels, dtype=dtype, device=ids.device)
+    return rows.scatter_(1, ids.unsqueeze(1), 1)
 
 
 def _divide(sums: Tensor, counts: Tensor, min_pixels: int) -> Tensor:
