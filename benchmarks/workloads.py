@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from benchmarks.harness import ROOT, SEED
 
@@ -285,7 +285,9 @@ def build_case(
 
     functions, skipped = {"udakit": workload.use(call)}, {}
     if rivals and workload.name in TEXTBOOK:
-        functions["textbook"] = partial(TEXTBOOK[workload.name], **call.options)
+        textbook = TEXTBOOK[workload.name]
+        in_full = dtype == torch.bfloat16 and workload.family in ("losses", "contrast")
+        functions["textbook"] = partial(_in_float32(textbook) if in_full else textbook, **call.options)
     elif rivals:
         skipped["textbook"] = NO_TEXTBOOK.get(workload.name, "not written yet")
     if compiled:
@@ -312,6 +314,19 @@ def build_case(
             skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error) else ''}"
             del steps[name]
     return Case(steps, skipped, moved_bytes(call, steps["udakit"](), inputs))
+
+
+def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss on float32 copies, as autocast computes softmax, norms and cross-entropy: as exact as ours."""
+
+    def single(x: Any) -> Any:
+        return x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tree_map(single, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return call
 
 
 def _requiring_gradients(call: Call, positions: tuple[int, ...]) -> tuple[Call, list[Tensor]]:
