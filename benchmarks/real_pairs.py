@@ -246,7 +246,7 @@ def summarize_selection(results: dict[str, Any], pictures: Path) -> str:
         picture = pictures / f"selection_{pair}.png"
         plot_selection(merged, picture)
         parts.append(
-            f"### {title}\n\nLabels of the row `{row}` at step {last['step']} mean over {len(runs)} seeds: "
+            f"### {title}\n\nLabels of the row `{row}` at step {last['step']} mean over {len(runs)} seed{"s" * (len(runs) > 1)}: "
             "precision of all labels and of the labels of each class, share of all pixels that carry one.\n\n"
             f"{selection_quality.markdown(last)}\n![precision and coverage over the steps](pictures/{picture.name})"
         )

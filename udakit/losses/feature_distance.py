@@ -42,7 +42,8 @@ def feature_distance_loss(
         ValueError: unlike shapes, or an unknown `reduction`.
 
     Example:
-        >>>         >>> features = torch.zeros(1, 2, 1, 1, requires_grad=True)
+        >>> import torch
+        >>> features = torch.zeros(1, 2, 1, 1, requires_grad=True)
         >>> loss = feature_distance_loss(features, torch.tensor([3.0, 4.0]).reshape(1, 2, 1, 1))
         >>> loss.backward()
         >>> loss.item(), features.grad.flatten().tolist()
@@ -62,7 +63,8 @@ class FeatureDistanceLoss(nn.Module):
     """Module of [`feature_distance_loss`][udakit.losses.feature_distance_loss].
 
     Example:
-        >>>         >>> FeatureDistanceLoss()(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
+        >>> import torch
+        >>> FeatureDistanceLoss()(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
         tensor(2.)
     """
 
