@@ -245,8 +245,9 @@ def summarize_selection(results: dict[str, Any], pictures: Path) -> str:
         last = merged[-1]
         picture = pictures / f"selection_{pair}.png"
         plot_selection(merged, picture)
+        seeds = f"{len(runs)} seed" + "s" * (len(runs) > 1)
         parts.append(
-            f"### {title}\n\nLabels of the row `{row}` at step {last['step']} mean over {len(runs)} seed{"s" * (len(runs) > 1)}: "
+            f"### {title}\n\nLabels of the row `{row}` at step {last['step']} mean over {seeds}: "
             "precision of all labels and of the labels of each class, share of all pixels that carry one.\n\n"
             f"{selection_quality.markdown(last)}\n![precision and coverage over the steps](pictures/{picture.name})"
         )
@@ -264,15 +265,14 @@ def average(entries: Sequence[Any]) -> Any:
 def plot_selection(entries: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5), layout="constrained")
     steps = [entry["step"] for entry in entries]
     for axis, quantity in zip(axes, ("precision", "coverage"), strict=True):
         for name in entries[0]["selectors"]:
             axis.plot(steps, [e["selectors"][name][quantity] for e in entries], marker="o", ms=3, lw=1, label=name)
         axis.set(title=f"{quantity}, %", xlabel="step of self-training")
         axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
