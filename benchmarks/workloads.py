@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from benchmarks.harness import ROOT, SEED
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 import udakit
 from benchmarks.peers import PEERS, cross_entropy_unit
 from contract.registry import FAMILIES, Call, Operation, Sample, all_operations
-from textbook import NO_TEXTBOOK, TEXTBOOK
+from textbook import NO_TEXTBOOK, TEXTBOOK, single
 
 CLASSES, WIDTH, STRIDE = 19, 256, 4
 # name -> images of a batch, side of a label map in pixels
@@ -319,11 +319,8 @@ def build_case(
 def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
     """A loss on float32 copies, as autocast computes softmax, norms and cross-entropy: as exact as ours."""
 
-    def single(x: Any) -> Any:
-        return x.float() if isinstance(x, Tensor) and x.dtype == torch.bfloat16 else x
-
     def call(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tree_map(single, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, single, (args, kwargs))
         return function(*args, **kwargs)
 
     return call

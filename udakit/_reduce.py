@@ -30,6 +30,13 @@ def top_class(scores: Tensor) -> Tensor:
     return scores.max(dim=1).indices
 
 
+def class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Labels as int64 ids 0..C-1; whatever is no class, ignored pixels and unknown ids, shares C."""
+    labels = labels.long()
+    ids = torch.where(labels.clamp(0, num_classes - 1) == labels, labels, num_classes)
+    return torch.where(labels == ignore_index, num_classes, ids) if 0 <= ignore_index < num_classes else ids
+
+
 LARGE = 2**17  # elements from which on `select` is quicker by bits than by branches
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

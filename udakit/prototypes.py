@@ -22,7 +22,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import full_precision, upcast
+from udakit._reduce import class_ids, full_precision, upcast
 from udakit._state import FullPrecisionState, gather_ranks
 
 __all__ = ["ClassPrototypes", "class_means"]
@@ -83,8 +83,7 @@ def class_means(
 
 def _class_sums(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Sums (N, C, D) and counts (N, C). The one-hot matrix product reads the features once, whatever C is."""
-    ids = labels.long().flatten(1)
-    ids = ids.where((ids >= 0) & (ids < num_classes) & (ids != ignore_index), num_classes)
+    ids = class_ids(labels, num_classes, ignore_index).flatten(1)
     counts = ids.new_zeros(len(ids), num_classes + 1).scatter_add(1, ids, torch.ones_like(ids))
     sums: Tensor = _SumMembers.apply(upcast(features).flatten(2), ids, num_classes)
     return sums, counts[:, :num_classes]

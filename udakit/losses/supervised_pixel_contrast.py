@@ -10,7 +10,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_generator, check_integer, check_labels_like, check_option, check_range
-from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit._reduce import check_reduction, class_ids, reduce_pixels, upcast
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
@@ -108,8 +108,7 @@ def _draw_anchors(
 
     As many rows as there are slots, or as there are pixels if those are fewer.
     """
-    ids = labels.long().flatten()
-    ids = torch.where((ids >= 0) & (ids < num_classes) & (ids != ignore_index), ids, num_classes)
+    ids = class_ids(labels, num_classes, ignore_index).flatten()
     # A random order, sorted by class without disturbing it: the first A of each class are a uniform subset.
     order = torch.rand(ids.shape, generator=generator, device=ids.device).argsort()
     order = order[ids[order].argsort(stable=True)]

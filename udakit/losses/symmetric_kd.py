@@ -98,7 +98,7 @@ def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) ->
     return loss
 
 
-def _soften(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
+def _divided(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     """Logits / T, contiguous, in `out` unless there is nothing to do."""
     if temperature == 1 and logits.is_contiguous():
         return logits
@@ -121,8 +121,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
             for j in range(0, h * w, pixels):
                 at = slice(i, i + images), slice(None), slice(j, j + pixels)
                 x, q, log_p = buffers[:, : s[at].numel()].view(3, *s[at].shape)
-                torch.softmax(_soften(t[at], temperature, x), dim=1, out=q)
-                torch.log_softmax(_soften(s[at], temperature, x), dim=1, out=log_p)
+                torch.softmax(_divided(t[at], temperature, x), dim=1, out=q)
+                torch.log_softmax(_divided(s[at], temperature, x), dim=1, out=log_p)
                 torch.sum(torch.mul(log_p, q, out=x), dim=1, out=loss[at[0], at[2]])
                 if keep is not None:
                     torch.sub(log_p.exp_(), q, out=keep[at])

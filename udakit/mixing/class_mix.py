@@ -21,6 +21,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
+from udakit._reduce import class_ids
 from udakit.mixing.batch import SegBatch, check_batches, mix
 
 Rounding = Literal["up", "down"]
@@ -53,15 +54,6 @@ def _candidate_mask(candidates: Sequence[int] | Tensor, num_classes: int, device
     for c in candidates:
         allowed[c].fill_(True)
     return allowed
-
-
-def _table_index(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Labels as columns of a (N, C + 1) table: whatever is no class shares the last one."""
-    labels = labels.long()
-    index = torch.where(labels.clamp(0, num_classes - 1) == labels, labels, num_classes)
-    if 0 <= ignore_index < num_classes:
-        index = torch.where(labels == ignore_index, num_classes, index)
-    return index.flatten(1)
 
 
 def draw_classes(
@@ -118,7 +110,7 @@ def draw_classes(
     check_generator(generator, labels.device)
     columns = num_classes + 1
     present = torch.zeros(labels.shape[0], columns, dtype=torch.bool, device=labels.device)
-    present = present.scatter(1, _table_index(labels, num_classes, ignore_index), True)
+    present = present.scatter(1, class_ids(labels, num_classes, ignore_index).flatten(1), True)
     if candidates is not None:
         allowed = _candidate_mask(candidates, num_classes, labels.device)
         present = present & torch.cat([allowed, allowed.new_ones(1)])
@@ -189,7 +181,7 @@ def class_mask(
     if paste_ignore or chosen.shape[1] == columns:
         last = torch.full_like(chosen[:, :1], paste_ignore)
         chosen = torch.cat([chosen[:, :columns], last], dim=1)
-    return chosen.gather(1, _table_index(labels, columns, ignore_index)).view(labels.shape)
+    return chosen.gather(1, class_ids(labels, columns, ignore_index).flatten(1)).view(labels.shape)
 
 
 def class_mix(
