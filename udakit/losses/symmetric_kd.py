@@ -39,8 +39,9 @@ def symmetric_kd_loss(
     **Source.** DiGA (Shen et al. 2023). Its released code has T = 1, all pixels, lambda = 0.5 (GTA5) or 0.25 (SYNTHIA)
     on the term whose teacher saw the mixed rendering, and this sum times 0.5 or 0.25 in the total loss.
 
-    **Cost.** Eagerly each term is computed block by block and keeps one class map for the backward pass, where the
-    textbook keeps two; it cannot be differentiated twice. `torch.compile` gets the textbook formula to fuse.
+    **Cost.** Each term is computed block by block and keeps one class map for the backward pass, where the
+    textbook keeps two; it cannot be differentiated twice. On the CPU `torch.compile` keeps these blocks; elsewhere it
+    gets the textbook formula to fuse.
 
     Args:
         student_clean: the student's logits on the clean rendering.
@@ -91,53 +92,68 @@ def _check_options(reverse_weight: float, temperature: float, reduction: str) ->
 
 def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """`kd_loss` at each pixel, (N, H, W)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and student.device.type != "cpu":
         return kd_loss(student, teacher, temperature=temperature, reduction="none")
     student, teacher = upcast(student), upcast(teacher.detach()).to(upcast(student).dtype)
-    loss: Tensor = _SoftCrossEntropy.apply(student, teacher, temperature)
+    keep = student.requires_grad and torch.is_grad_enabled()
+    loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep)[0]
     return loss
 
 
+def _forward(student: Tensor, teacher: Tensor, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
+    """T^2 H(softmax(t / T), softmax(s / T)) per pixel, and softmax(s / T) - softmax(t / T), its gradient / T."""
+    n, c, h, w = student.shape
+    s, t = student.flatten(2), teacher.flatten(2)
+    loss = s.new_empty(n, h * w)
+    kept = torch.empty_like(s, memory_format=torch.contiguous_format) if keep else s.new_empty(0)
+    # A GPU takes the batch at once; the CPU takes pieces of an image, so that the steps between stay in its cache.
+    images, pixels = (1, max(BLOCK // max(c, 1), 1)) if s.device.type == "cpu" else (max(n, 1), max(h * w, 1))
+    buffers = s.new_empty(3, images * c * min(pixels, h * w))  # fresh memory a block would cost more than the sums
+    for i in range(0, n, images):
+        for j in range(0, h * w, pixels):
+            at = slice(i, i + images), slice(None), slice(j, j + pixels)
+            x, q, log_p = buffers[:, : s[at].numel()].view(3, *s[at].shape)
+            torch.softmax(_divided(t[at], temperature, x), dim=1, out=q)
+            torch.log_softmax(_divided(s[at], temperature, x), dim=1, out=log_p)
+            torch.sum(torch.mul(log_p, q, out=x), dim=1, out=loss[at[0], at[2]])
+            if keep:
+                torch.sub(log_p.exp_(), q, out=kept[at])
+    return loss.view(n, h, w).mul_(-(temperature**2)), kept
+
+
 def _divided(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """Logits / T, contiguous, in `out` unless there is nothing to do."""
-    if temperature == 1 and logits.is_contiguous():
-        return logits
-    return torch.div(logits, temperature, out=out)
+    """Logits / T, in `out` unless there is nothing to do."""
+    return logits if temperature == 1 else torch.div(logits, temperature, out=out)
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
-    """T^2 H(softmax(t / T), softmax(s / T)) per pixel, with softmax(s / T) - softmax(t / T), its gradient / T, kept."""
+def _fake(student: Tensor, teacher: Tensor, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
+    n, c, h, w = student.shape
+    return student.new_empty(n, h, w), student.new_empty((n, c, h * w) if keep else (0,))
 
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-        n, c, h, w = student.shape
-        s, t = student.flatten(2), teacher.flatten(2)
-        loss = s.new_empty(n, h * w)
-        keep = torch.empty_like(s) if ctx.needs_input_grad[0] else None
-        # A GPU takes the batch at once; the CPU takes pieces of an image, so that the steps between stay in its cache.
-        images, pixels = (1, max(BLOCK // max(c, 1), 1)) if s.device.type == "cpu" else (max(n, 1), max(h * w, 1))
-        buffers = s.new_empty(3, images * c * min(pixels, h * w))  # fresh memory a block would cost more than the sums
-        for i in range(0, n, images):
-            for j in range(0, h * w, pixels):
-                at = slice(i, i + images), slice(None), slice(j, j + pixels)
-                x, q, log_p = buffers[:, : s[at].numel()].view(3, *s[at].shape)
-                torch.softmax(_divided(t[at], temperature, x), dim=1, out=q)
-                torch.log_softmax(_divided(s[at], temperature, x), dim=1, out=log_p)
-                torch.sum(torch.mul(log_p, q, out=x), dim=1, out=loss[at[0], at[2]])
-                if keep is not None:
-                    torch.sub(log_p.exp_(), q, out=keep[at])
-        ctx.save_for_backward(keep)
-        ctx.temperature = temperature
-        return loss.view(n, h, w).mul_(-(temperature**2))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
-        (keep,) = ctx.saved_tensors
-        if keep is None:
-            return None, None, None
-        grad = grad * ctx.temperature if ctx.temperature != 1 else grad
-        return (keep * grad.flatten(1).unsqueeze(1)).unflatten(2, grad.shape[1:]), None, None
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # or autograd makes a class map of zeros for the second output
+    ctx.save_for_backward(output[1])
+    ctx.temperature = inputs[2]
+
+
+@once_differentiable
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    if grad is None:
+        return None, None, None, None
+    (kept,) = ctx.saved_tensors
+    grad = grad * ctx.temperature if ctx.temperature != 1 else grad
+    return (kept * grad.flatten(1).unsqueeze(1)).unflatten(2, grad.shape[1:]), None, None, None
+
+
+_op = torch.library.custom_op(
+    "udakit::soft_cross_entropy",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor student, Tensor teacher, float temperature, bool keep) -> (Tensor, Tensor)",
+)
+_op.register_fake(_fake)
+_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 class SymmetricKDLoss(nn.Module):
