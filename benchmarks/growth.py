@@ -27,6 +27,7 @@ from benchmarks.harness import (
     markdown_table,
     parser_for,
     peak_extra_bytes,
+    settle_memory,
     time_together,
     write_section,
 )
@@ -191,6 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("--quick measures nothing worth keeping: give it --results of its own")
     if options.threads:
         torch.set_num_threads(options.threads)
+    settle_memory()
     if not options.table:
         run(options)
     results = Results(options.results)

@@ -7,6 +7,7 @@ on the same inputs, so that a slow minute of the machine is slow for all of them
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -76,6 +77,26 @@ def time_together(
 
 # --- memory ---------------------------------------------------------------------------------------
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
+MMAP_THRESHOLD = 32 * 2**20  # where glibc's own, which moves, comes to rest in a process that frees large blocks
+_freed_memory = "by chance"
+
+
+def settle_memory() -> bool:
+    """Let the C library keep freed blocks up to 32 MiB and return larger ones, from the start; False where it cannot.
+
+    Left alone, glibc decides that by what the process freed before, and gives the end of its heap back now and then:
+    whether a call pays for fresh pages is chance, and the same row took 60 or 100 ms.
+    """
+    global _freed_memory
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return False
+    settled = mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1
+    _freed_memory = "up to 32 MiB" if settled else _freed_memory
+    return settled
+
 
 def peak_extra_bytes(call: Callable[[], Any]) -> int:
     """Most bytes that a call holds at once beyond what was held before it, its result included.
@@ -117,6 +138,7 @@ def environment() -> dict[str, Any]:
         "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "freed_memory_kept": _freed_memory,
         "seed": SEED,
     }
 

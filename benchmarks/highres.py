@@ -29,6 +29,7 @@ from benchmarks.harness import (
     markdown_table,
     parser_for,
     peak_extra_bytes,
+    settle_memory,
     time_together,
     write_section,
 )
@@ -119,6 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--side", type=int, default=SIDE, help="of the logits; another than the default is not written")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args(arguments)
+    settle_memory()
     results = Results(options.results)
     found = {}
     for loss in LOSSES if not options.table else ():

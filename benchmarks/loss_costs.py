@@ -37,6 +37,7 @@ from benchmarks.harness import (
     markdown_table,
     parser_for,
     peak_extra_bytes,
+    settle_memory,
     time_together,
     write_section,
 )
@@ -291,6 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick and options.results == parser.get_default("results"):
         parser.error("--quick measures nothing worth keeping: give it --results of its own")
     results = Results(options.results)
+    settle_memory()
     if not options.table:
         run(options, results)
     if not options.no_table:

@@ -22,7 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.harness import Results, markdown_table, parser_for, peak_extra_bytes, time_together, write_section
+from benchmarks.harness import (
+    Results,
+    markdown_table,
+    parser_for,
+    peak_extra_bytes,
+    settle_memory,
+    time_together,
+    write_section,
+)
 from benchmarks.workloads import CLASSES, DTYPES, ELSEWHERE, SIZES, NotThere, Workload, build_case, workloads
 
 MODES = ("forward", "forward+backward")
@@ -167,7 +175,8 @@ def environments(results: Results) -> str:
         if rows:
             lines.append(
                 f"{rows} rows measured with torch {e['torch']} on {e['cpu']}, {e['capability']}, "
-                f"{e['threads']} threads, seed {e['seed']}; a large copy moves {e['copy_bandwidth'] / 1e9:.1f} GB/s."
+                f"{e['threads']} threads, seed {e['seed']}, freed memory kept "
+                f"{e.get('freed_memory_kept', 'by chance')}; a large copy moves {e['copy_bandwidth'] / 1e9:.1f} GB/s."
             )
     return "\n".join(lines)
 
@@ -279,6 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    settle_memory()
     if not options.table:
         run(options)
     results = Results(options.results)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +51,27 @@ def test_contestants_take_turns() -> None:
 def test_a_slow_call_has_few_runs() -> None:
     found = harness.time_together({"slow": seconds(0.05)}, min_run_time=9, min_runs=99, max_time=0.1)
     assert found["slow"]["runs"] == 3
+
+
+def test_freed_memory_is_kept_where_the_c_library_can() -> None:
+    code = """
+import resource
+import numpy as np
+from benchmarks import harness
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(3_000_000)  # 23 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+fresh, settled = faults(), harness.settle_memory()
+faults()
+print(harness.environment()["freed_memory_kept"] == ("up to 32 MiB" if settled else "by chance"))
+print(not settled or faults() < fresh / 10)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True"]
 
 
 def test_the_meter_finds_a_known_allocation() -> None:
