@@ -53,4 +53,4 @@ def ehtdi_ablation(pair: str = "camvid") -> dict[str, dict[str, Any]]:
     return rows
 
 
-GROUP = Group(ehtdi_ablation, ("camvid",), (0, 1))
+GROUP = Group(ehtdi_ablation, ("camvid",), (0, 1, 2))
