@@ -86,6 +86,13 @@ def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
     figure, (left, middle, right, *more) = plt.subplots(1, count, figsize=(14 * count / 3, 3.8))
     start = 0
     colors: dict[str, Any] = {}
+    styles: dict[str, tuple[str, str]] = {}
+
+    def plot_class(axis: Any, name: str, x: list[int], y: list[float]) -> None:
+        color, line = styles.setdefault(name, (f"C{len(styles) % 10}", ("-", "--", ":")[len(styles) // 10 % 3]))
+        seen = name in axis.get_legend_handles_labels()[1]
+        axis.plot(x, y, color=color, linestyle=line, lw=1, label=None if seen else name)
+
     for stage in stages:
         for term in stage["losses"][0]["terms"] if stage["losses"] else []:
             x = [start + entry["step"] for entry in stage["losses"]]
@@ -101,22 +108,24 @@ def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
         for name in dict.fromkeys(
             name for e in kept for name in e["kept"]
         ):  # a class may be predicted only now and then
-            right.plot([start + e["step"] for e in kept], [e["kept"].get(name, np.nan) for e in kept], lw=1, label=name)
+            plot_class(right, name, [start + e["step"] for e in kept], [e["kept"].get(name, np.nan) for e in kept])
         for quantity, axis in zip(quantities, more, strict=True):
             found = [entry for entry in stage["losses"] if quantity in entry.get("per_class", {})]
             for name in found[0]["per_class"][quantity] if found else []:
                 x, y = [start + e["step"] for e in found], [e["per_class"][quantity][name] for e in found]
-                axis.plot(x, y, lw=1, label=name)
+                plot_class(axis, name, x, y)
         start += stage["steps"]
     titles = ["loss", "mIoU on target, %", "share of each predicted class that is sure enough", *quantities]
     for axis, title in zip((left, middle, right, *more), titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7, frameon=False, ncol=1 if axis in (left, middle) else 2)
-        else:  # a run without pseudo-labels keeps none
+        if not axis.get_legend_handles_labels()[0]:  # a run without pseudo-labels keeps none
             axis.set_visible(False)
+        elif axis in (left, middle):
+            axis.legend(fontsize=7, frameon=False)
+        else:  # a line a class: below, where it covers none of them
+            axis.legend(fontsize=7, frameon=False, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     left.set_yscale("log")
     figure.tight_layout()
     _save(figure, path)
