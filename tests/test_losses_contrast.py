@@ -187,13 +187,34 @@ def test_lengths_and_directions_are_differentiated_twice(function: Callable[[tor
 @given(seed=st.integers(0, 10_000), cap=st.integers(1, 6))
 def test_supervised_draws_distinct_pixels_of_each_class_up_to_the_cap(seed: int, cap: int) -> None:
     _, _, labels = draw(seed, 2, 2, 4, 3, 4)
-    pixels, slots, drawn = _draw_anchors(labels, 4, cap, IGNORE, torch.Generator().manual_seed(seed))
+    pixels, classes, rank, drawn = _draw_anchors(labels, 4, cap, IGNORE, torch.Generator().manual_seed(seed))
     assert len(pixels) == min(4 * cap, labels.numel())
-    assert len(slots[drawn].unique()) == drawn.sum()
     for c in range(4):
-        chosen = pixels[drawn & (slots // cap == c)].tolist()
+        chosen = pixels[drawn & (classes == c)].tolist()
+        assert sorted(rank[drawn & (classes == c)].tolist()) == list(range(len(chosen)))
         assert len(chosen) == len(set(chosen)) == min(cap, int((labels == c).sum()))
         assert (labels.flatten()[chosen] == c).all()
+
+
+@pytest.mark.parametrize("denominator", ["negatives", "all"])
+@given(seed=st.integers(0, 10_000), cap=st.integers(1, 6))
+def test_supervised_value_and_gradient_on_the_pixels_that_are_drawn(denominator: str, seed: int, cap: int) -> None:
+    features, _, labels = draw(seed, 2, 3, 4, 3, 4)
+    pixels, _, _, drawn = _draw_anchors(labels, 4, cap, IGNORE, torch.Generator().manual_seed(seed))
+    chosen = pixels[drawn]
+    loss = udakit.supervised_pixel_contrast_loss(
+        features,
+        labels,
+        num_classes=4,
+        max_anchors=cap,
+        denominator=denominator,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    alone = features.transpose(0, 1).flatten(1)[:, chosen].view(1, 3, 1, -1)
+    expected = supervised(alone, labels.flatten()[chosen].view(1, 1, -1), 4, 0.1, denominator)
+    torch.testing.assert_close(loss, expected)
+    actual, wanted = (torch.autograd.grad(v, features)[0] for v in (loss, expected))
+    torch.testing.assert_close(actual, wanted, atol=1e-7, rtol=1e-5)
 
 
 def test_supervised_draw_is_even_and_seeded() -> None:

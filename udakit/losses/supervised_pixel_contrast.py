@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from udakit._checks import check_float, check_generator, check_integer, check_labels_like, check_option, check_range
-from udakit._reduce import check_reduction, class_ids, reduce_pixels, upcast
-from udakit.losses._matmul import matmul
+from udakit._reduce import check_reduction, class_ids, full_precision, reduce_pixels, upcast
 from udakit.losses._unit import unit_vectors
 
 Denominator = Literal["negatives", "all"]
@@ -80,33 +80,35 @@ def supervised_pixel_contrast_loss(
     check_generator(generator, features.device)
     if labels.numel() == 0:
         return reduce_pixels(features.sum() * upcast(features).new_zeros(num_classes, max_anchors), reduction=reduction)
-    pixels, slots, drawn = _draw_anchors(labels, num_classes, max_anchors, ignore_index, generator)
+    pixels, classes, rank, drawn = _draw_anchors(labels, num_classes, max_anchors, ignore_index, generator)
     h, w = labels.shape[1:]
     # Indexed before anything else touches the features: the rest costs the sample, not the map.
     z = upcast(features.permute(0, 2, 3, 1)[pixels // (h * w), pixels % (h * w) // w, pixels % w])
     if normalize:
         z = unit_vectors(z)
-    similarity = matmul(z / temperature, z.T)
-    classes = slots // max_anchors
-    pair = drawn & ~torch.eye(len(drawn), dtype=torch.bool, device=z.device)
-    same = classes == classes.unsqueeze(1)
-    loss = _contrast(similarity, pair & same, pair if denominator == "all" else pair & ~same, denominator)
-    positives = (pair & same).sum(dim=1)
-    loss = loss / positives.clamp_min(1)
+    others = drawn & ~torch.eye(len(drawn), dtype=torch.bool, device=z.device)
+    if denominator == "negatives":
+        others = others & (classes != classes.unsqueeze(1))
+    own, partners = _own_columns(classes, rank, drawn, max_anchors)
+    spread: Tensor = _Spread.apply(z, others, own, temperature)
+    loss = F.softplus(spread) if denominator == "negatives" else spread
+    positives = partners.sum(dim=1)
+    loss = torch.where(partners, loss, 0).sum(dim=1) / positives.clamp_min(1)
     valid = drawn & (positives > 0)
     if reduction != "none":
         return reduce_pixels(loss, valid, reduction=reduction)
     left_out = num_classes * max_anchors
-    every = loss.new_zeros(left_out + 1).scatter(0, torch.where(valid, slots, left_out), loss)
+    slots = torch.where(valid, classes * max_anchors + rank, left_out)
+    every = loss.new_zeros(left_out + 1).scatter(0, slots, loss)
     return every[:-1].view(num_classes, max_anchors)
 
 
 def _draw_anchors(
     labels: Tensor, num_classes: int, max_anchors: int, ignore_index: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A random subset of the pixels of each class: flat pixel indices, their slots c A + 0..A-1, and which are drawn.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A random subset of the pixels of each class: flat pixel indices, their classes, ranks, and which are drawn.
 
-    As many rows as there are slots, or as there are pixels if those are fewer.
+    Rows are sorted by class, then by rank: A of each class, or all pixels if those are fewer.
     """
     ids = class_ids(labels, num_classes, ignore_index).flatten()
     # A random order, sorted by class without disturbing it: the first A of each class are a uniform subset.
@@ -118,18 +120,47 @@ def _draw_anchors(
     if len(ids) <= num_classes * max_anchors:
         ids = ids[order]
         rank = torch.arange(len(ids), device=ids.device) - first[ids]
-        return order, ids * max_anchors + rank, (ids < num_classes) & (rank < max_anchors)
+        return order, ids, rank, (ids < num_classes) & (rank < max_anchors)
     slots = torch.arange(num_classes * max_anchors, device=ids.device)
     classes, rank = slots // max_anchors, slots % max_anchors
-    return order[(first[classes] + rank).clamp_max(len(ids) - 1)], slots, rank < counts[classes]
+    return order[(first[classes] + rank).clamp_max(len(ids) - 1)], classes, rank, rank < counts[classes]
 
 
-def _contrast(similarity: Tensor, positive: Tensor, others: Tensor, denominator: str) -> Tensor:
-    """Sum of each row's losses over its positives."""
-    lowest = torch.finfo(similarity.dtype).min / 4  # finite: a row without others must not give NaN gradients
-    spread = torch.where(others, similarity, lowest).logsumexp(dim=1, keepdim=True) - similarity
-    loss = F.softplus(spread) if denominator == "negatives" else spread
-    return torch.where(positive, loss, 0).sum(dim=1)
+def _own_columns(classes: Tensor, rank: Tensor, drawn: Tensor, max_anchors: int) -> tuple[Tensor, Tensor]:
+    """The columns of each row's class, (rows, A), and which of them are drawn and not the row itself."""
+    rows = torch.arange(len(classes), device=classes.device)
+    column = rows[:max_anchors]
+    own = ((rows - rank).unsqueeze(1) + column).clamp_max(len(classes) - 1)
+    return own, drawn[own] & (rank[own] == column) & (classes[own] == classes.unsqueeze(1)) & (own != rows.unsqueeze(1))
+
+
+class _Spread(torch.autograd.Function):
+    """Log-sum-exp of z z' / temperature over each row's `others`, minus the entries of its `own` columns: (rows, A).
+
+    The formula's own graph keeps four matrices of all pairs, and multiplies twice for a gradient that is symmetric.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, others: Tensor, own: Tensor, temperature: float) -> Tensor:
+        with full_precision(z):
+            similarity = torch.mm(z / temperature, z.T)
+        entries = similarity.gather(1, own)
+        top = similarity.masked_fill(~others, torch.finfo(z.dtype).min).amax(dim=1, keepdim=True)
+        # The C library takes ten times as long for an exponential that underflows; exp(-80) adds nothing to the sum.
+        share = similarity.sub_(top).clamp_(-80, 0).exp_().mul_(others)
+        total = share.sum(dim=1, keepdim=True)
+        share.div_(total.clamp_min(torch.finfo(z.dtype).tiny))  # a row without others has none to share
+        ctx.save_for_backward(z, share, own)
+        ctx.temperature = temperature
+        return total.log_().add_(top) - entries
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        z, share, own = ctx.saved_tensors
+        gradient = (share * grad.sum(dim=1, keepdim=True)).scatter_add_(1, own, -grad)
+        with full_precision(z):
+            return torch.mm(gradient + gradient.T, z / ctx.temperature), None, None, None
 
 
 def _check_options(num_classes: int, temperature: float, max_anchors: int, denominator: str, reduction: str) -> None:
