@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any, Literal, get_args
 
@@ -13,6 +14,8 @@ from udakit._checks import check_option
 Reduction = Literal["mean", "mean_all", "sum", "none"]
 # Named here and not in the functions: torch.compile of torch 2.5 does not trace get_args.
 REDUCTIONS = get_args(Reduction)
+# Exponents in units of log 2: on the CPU exp2 takes a third of the time of exp, and no longer where it underflows.
+LOG_2 = math.log(2)
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 The similarity matrix S = z' z / temperature is symmetric, so each block above the diagonal serves its rows and its
 columns. The forward pass keeps the log-sum-exp of each row; the backward pass computes the blocks again:
 dL/dS_ij = g_i (exp(S_ij - lse_i) - [j is i's partner]), and dL/dz = z (dL/dS + its transpose) / temperature.
+S and its log-sum-exps are kept in units of log 2, for exp2.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import full_precision
+from udakit._reduce import LOG_2, full_precision
 
 
 def infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) -> Tensor:
@@ -32,10 +33,10 @@ def _infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) ->
                 if cols.start == rows.start + count // 2:
                     loss[k, rows] = s.diagonal()
                     loss[k, cols] = s.diagonal()
-                _add_log_sum_exp(lse[k, rows], s, 1, scratch)
+                _add_log2_sum_exp2(lse[k, rows], s, 1, scratch)
                 if rows != cols:
-                    _add_log_sum_exp(lse[k, cols], s, 0, s)
-    loss = lse - loss
+                    _add_log2_sum_exp2(lse[k, cols], s, 0, s)
+    loss = (lse - loss) * LOG_2
     if valid is not None:
         loss = torch.where(valid, loss, 0)
         lse = torch.where(valid, lse, float("inf"))  # exp(S - lse) is 0 there
@@ -55,8 +56,8 @@ def _infonce_backward(
             g = grad[k]
             for rows, cols, s, weight in _blocks(z[k], None if valid is None else valid[k], temperature, block):
                 # A product computed twice may differ by a rounding, which is a lot at 1e30: no share is above 1.
-                torch.sub(s, lse[k, rows, None], out=weight).clamp_max_(0).exp_().mul_(g[rows, None])
-                weight += s.sub_(lse[k, cols]).clamp_max_(0).exp_().mul_(g[cols])
+                torch.sub(s, lse[k, rows, None], out=weight).clamp_max_(0).exp2_().mul_(g[rows, None])
+                weight += s.sub_(lse[k, cols]).clamp_max_(0).exp2_().mul_(g[cols])
                 if cols.start == rows.start + count // 2:
                     weight.diagonal().sub_(g[rows] + g[cols])
                 result[k, :, rows].addmm_(scaled[k, :, cols], weight.T)
@@ -75,7 +76,7 @@ def _blocks(
     m = z.shape[1] // 2
     block = min(block, max(m, 1))
     parts = [slice(start, min(start + block, v * m + m)) for v in (0, 1) for start in range(v * m, v * m + m, block)]
-    left = (z / temperature).T.contiguous()
+    left = (z / (temperature * LOG_2)).T.contiguous()
     buffers = z.new_empty(2, block * block)
     bias = None if valid is None else torch.zeros_like(z[0]).masked_fill_(~valid, float("-inf"))
     for a, rows in enumerate(parts):
@@ -90,11 +91,11 @@ def _blocks(
             yield rows, cols, s, scratch
 
 
-def _add_log_sum_exp(lse: Tensor, s: Tensor, dim: int, scratch: Tensor) -> None:
-    """Add exp(s), summed over `dim`, to a running log-sum-exp."""
+def _add_log2_sum_exp2(lse: Tensor, s: Tensor, dim: int, scratch: Tensor) -> None:
+    """Add 2^s, summed over `dim`, to a running logarithm of such sums."""
     top = s.amax(dim, keepdim=True).clamp_min_(torch.finfo(s.dtype).min)  # -inf - -inf is NaN
-    total = torch.sub(s, top, out=scratch).exp_().sum(dim).log_().add_(top.squeeze(dim))
-    torch.logaddexp(lse, total, out=lse)
+    total = torch.sub(s, top, out=scratch).exp2_().sum(dim).log2_().add_(top.squeeze(dim))
+    torch.logaddexp2(lse, total, out=lse)
 
 
 def _fake(z: Tensor, valid: Tensor | None, temperature: float, block: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from udakit._checks import check_float, check_generator, check_integer, check_labels_like, check_option, check_range
-from udakit._reduce import check_reduction, class_ids, full_precision, reduce_pixels, upcast
+from udakit._reduce import LOG_2, check_reduction, class_ids, full_precision, reduce_pixels, upcast
 from udakit.losses._unit import unit_vectors
 
 Denominator = Literal["negatives", "all"]
@@ -143,16 +143,15 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, others: Tensor, own: Tensor, temperature: float) -> Tensor:
         with full_precision(z):
-            similarity = torch.mm(z / temperature, z.T)
+            similarity = torch.mm(z / (temperature * LOG_2), z.T)
         entries = similarity.gather(1, own)
         top = similarity.masked_fill(~others, torch.finfo(z.dtype).min).amax(dim=1, keepdim=True)
-        # The C library takes ten times as long for an exponential that underflows; exp(-80) adds nothing to the sum.
-        share = similarity.sub_(top).clamp_(-80, 0).exp_().mul_(others)
+        share = similarity.sub_(top).clamp_max_(0).exp2_().mul_(others)
         total = share.sum(dim=1, keepdim=True)
         share.div_(total.clamp_min(torch.finfo(z.dtype).tiny))  # a row without others has none to share
         ctx.save_for_backward(z, share, own)
         ctx.temperature = temperature
-        return total.log_().add_(top) - entries
+        return (total.log2_().add_(top) - entries).mul_(LOG_2)
 
     @staticmethod
     @once_differentiable
