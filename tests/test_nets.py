@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gta2cs import nets
 from gta2cs.loading import MEAN, STD
 from gta2cs.nets import ReferenceEncoder, SegNet, SegOutput, bn_statistics, build_net, param_groups
+from udakit import cross_entropy, upsampled_cross_entropy
 
 TINY_MIT = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 8, 16, 16), "decoder_hidden_size": 16}
 TINY_MIT |= {"num_attention_heads": (1, 1, 2, 2)}
@@ -34,7 +35,28 @@ def test_outputs_of_each_decoder(arch: str, depth: int, end: tuple[int, int]) ->
     assert torch.equal(net.encode(images()), out.encoded)
     coarse = net.head(out.features)
     expected = nn.functional.interpolate(coarse, (64, 96), mode="bilinear", align_corners=False)
+    assert torch.equal(out.head_logits, coarse)
     assert torch.equal(out.logits, expected)
+    assert out.logits is out.logits  # enlarged once
+
+
+def test_a_loss_from_the_head_is_the_loss_of_the_logits() -> None:
+    net = build_net("fpn", num_classes=4).eval()
+    for height, width in ((64, 96), (45, 60)):  # the second is padded inside
+        out, labels = net(images(2, height, width)), torch.randint(4, (2, height, width))
+        loss, expected = upsampled_cross_entropy(out.head_logits, labels), cross_entropy(out.logits, labels)
+        torch.testing.assert_close(loss, expected)
+        actual, wanted = (torch.autograd.grad(x, net.head.parameters(), retain_graph=True) for x in (loss, expected))
+        torch.testing.assert_close(actual, wanted)
+
+
+def test_outputs_of_a_batch_are_split_by_image() -> None:
+    net = build_net("fpn", num_classes=4).eval()
+    first, second = net(images(3)).split(1, 2)
+    whole = net(images(3))
+    for k, part in ((slice(1), first), (slice(1, 3), second)):
+        for name in ("logits", "head_logits", "features", "encoded"):
+            assert torch.equal(getattr(part, name), getattr(whole, name)[k])
 
 
 def test_logits_are_those_of_smp_but_for_the_upsampling() -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +34,33 @@ MIT = {  # SegFormer's encoders: blocks a stage, channels a stage, width of the 
 ENOUGH = 0.95
 
 
-class SegOutput(NamedTuple):
-    """`logits` (N, C, H, W) at input size; `features` (N, D, h, w) before the head; `encoded`, the encoder's end."""
+@dataclass(frozen=True, eq=False)
+class SegOutput:
+    """What a net makes of images (N, 3, H, W).
 
-    logits: Tensor
+    `head_logits` (N, C, h, w) as they leave the head; `features` (N, D, h, w) before it; `encoded`, the encoder's end.
+    `logits` (N, C, H, W) are enlarged when first asked for: a loss that takes the head's own never holds them.
+    """
+
+    head_logits: Tensor
     features: Tensor
     encoded: Tensor
+    size: tuple[int, int] | None = None  # H, W; None where the head's logits have it
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The head's logits at the images' size."""
+        return self.head_logits if self.size is None else enlarge(self.head_logits, self.size)
+
+    def split(self, *counts: int) -> tuple[SegOutput, ...]:
+        """The outputs of the first images, of the next, ..."""
+        parts = zip(*(x.split(counts) for x in (self.head_logits, self.features, self.encoded)), strict=True)
+        return tuple(SegOutput(*part, self.size) for part in parts)
+
+
+def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits at another size, as the nets' scores are defined: bilinear."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
 class SegNet(nn.Module):
@@ -73,8 +96,11 @@ class SegNet(nn.Module):
         height, width = images.shape[-2:]
         stages = self.stages(self._prepare(images))
         features = self.decode(stages)
+        logits = self.head(features)
         padded = (_round_up(height, self.stride), _round_up(width, self.stride))
-        logits = self.enlarge(self.head(features), padded)[..., :height, :width]
+        if padded == (height, width):
+            return SegOutput(logits, features, stages[-1], padded)
+        logits = enlarge(logits, padded)[..., :height, :width]  # a cut of the enlarged map: nothing smaller stands for it
         return SegOutput(logits, _cut(features, padded, height, width), _cut(stages[-1], padded, height, width))
 
     @property
@@ -98,10 +124,6 @@ class SegNet(nn.Module):
     def decode(self, stages: list[Tensor]) -> Tensor:
         """Fuse the feature maps to the features that the head sees."""
         return self.decoder(stages)  # type: ignore[no-any-return]
-
-    def enlarge(self, logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Bring the head's logits to the size of the padded image."""
-        return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
     def _prepare(self, images: Tensor) -> Tensor:
         images = images * self.image_scale + self.image_shift

@@ -24,9 +24,9 @@ from udakit import (
     ThresholdSelector,
     class_mask,
     class_mix,
-    cross_entropy,
     downscale_labels,
     feature_distance_loss,
+    upsampled_cross_entropy,
 )
 
 
@@ -86,9 +86,15 @@ class Dacs(TargetStyled):
         mixed_images = self.augment(mixed.images, draws) if options.augment_mixed else mixed.images
         on_source, on_mixed = self.both(source_images, mixed_images)
 
-        # 4. Over all pixels: a rejected or doubtful pixel weighs less, it does not make the others weigh more.
-        mix = cross_entropy(on_mixed.logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
-        terms = {"source": cross_entropy(on_source.logits, source.labels), "mix": options.mix_weight * mix}
+        # 4. At the labels' size, without ever holding logits of that size. Over all pixels: a rejected or doubtful
+        # pixel weighs less, it does not make the others weigh more.
+        mix = upsampled_cross_entropy(
+            on_mixed.head_logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all"
+        )
+        terms = {
+            "source": upsampled_cross_entropy(on_source.head_logits, source.labels),
+            "mix": options.mix_weight * mix,
+        }
         if options.feature_distance > 0:
             terms["feature_distance"] = options.feature_distance * self._feature_distance(on_source.encoded, source)
         shared = Shared(

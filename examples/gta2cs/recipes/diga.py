@@ -30,6 +30,7 @@ from udakit import (
     cross_entropy,
     resize_labels,
     symmetric_kd_loss,
+    upsampled_cross_entropy,
 )
 
 CENTROID_BATCHES = 50  # of target, for the first centroids
@@ -140,7 +141,9 @@ class Diga(DigaWarmup):
         clean, crdomix = self.student_views(batch, draws)
         on_mixed = self.on_mixed(mixed.images)
 
-        mix = cross_entropy(on_mixed.logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
+        mix = upsampled_cross_entropy(
+            on_mixed.head_logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all"
+        )
         terms = {
             "source": cross_entropy(clean.logits, source.labels),
             "mix": self.options.mix_weight * mix,

@@ -23,7 +23,7 @@ from gta2cs.recipes.dacs import Dacs
 from gta2cs.recipes.diga import Diga
 from gta2cs.recipes.ehtdi import Ehtdi
 from gta2cs.recipes.self_training import Selection, SelfTraining
-from udakit import EMATeacher, InconsistencyLoss, ProjectedFeatureLoss, cross_entropy, fuse_teachers, kd_loss
+from udakit import EMATeacher, InconsistencyLoss, ProjectedFeatureLoss, fuse_teachers, kd_loss, upsampled_cross_entropy
 
 BASES: dict[str, type[SelfTraining]] = {"dacs": Dacs, "diga": Diga, "ehtdi": Ehtdi}
 OWN = "own"
@@ -80,9 +80,9 @@ class DudaPre(Recipe):
         source, mixed, target_images, teacher_logits = large.shared
         terms = {
             **large.terms,
-            "small_source": cross_entropy(self.student(source.images).logits, source.labels),
-            "small_mix": cross_entropy(
-                self.student(mixed.images).logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all"
+            "small_source": upsampled_cross_entropy(self.student(source.images).head_logits, source.labels),
+            "small_mix": upsampled_cross_entropy(
+                self.student(mixed.images).head_logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all"
             ),
         }
         if self.options.kd_weight > 0:
@@ -194,7 +194,8 @@ class Duda(SelfTraining):
         if options.augment_mixed:
             target_images = self.augment(target_images, draws)
         on_source, on_target = self.both(source_images, target_images)
-        terms = {"source": options.source_weight * cross_entropy(on_source.logits, batch.source_labels)}
+        source = upsampled_cross_entropy(on_source.head_logits, batch.source_labels)
+        terms = {"source": options.source_weight * source}
         per_class = None
         if options.inconsistency:
             kd = self.inconsistency(on_target.logits, fused, valid=valid)

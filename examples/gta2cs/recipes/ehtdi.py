@@ -29,6 +29,7 @@ from udakit import (
     prototype_contrast_loss,
     resize_labels,
     target_paste,
+    upsampled_cross_entropy,
 )
 
 
@@ -79,7 +80,7 @@ class Ehtdi(SelfTraining):
         on_source = self.student(strong_source.images)
         on_mixed = self.on_mixed(strong_mixed)
         terms = {
-            "source": cross_entropy(on_source.logits, source.labels),
+            "source": upsampled_cross_entropy(on_source.head_logits, source.labels),
             "mix": options.mix_weight * cross_entropy(on_mixed.logits, mixed.labels),
         }
         if options.boundary_weight > 0:

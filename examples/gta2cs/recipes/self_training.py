@@ -54,9 +54,8 @@ class SelfTraining(Recipe):
         """Student outputs of two batches, in one forward or in two: BatchNorm sees them together or apart."""
         if self.options.batch_norm == "separate":
             return self.student(first), self.on_mixed(second)
-        joint = self.student(torch.cat([first, second]))
-        halves = [x.split([len(first), len(second)]) for x in joint]
-        return type(joint)(*(h[0] for h in halves)), type(joint)(*(h[1] for h in halves))
+        first_output, second_output = self.student(torch.cat([first, second])).split(len(first), len(second))
+        return first_output, second_output
 
     def on_mixed(self, images: Tensor) -> Any:
         """Student output of mixed images, whose statistics are recorded or only used."""
