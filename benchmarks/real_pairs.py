@@ -199,7 +199,7 @@ def load(path: Path) -> dict[str, Any]:
 def summarize(results: dict[str, Any], group: str = "main") -> str:
     """Markdown: for each pair one table of the means with spread, and of IoU per class."""
     parts = []
-    for pair, title in PAIRS.items():
+    for pair in GROUPS[group].pairs:
         rows: dict[str, list[dict[str, Any]]] = {}
         for recipe in GROUPS[group].rows(pair):
             runs = [r for r in results.values() if (r["pair"], r["recipe"]) == (pair, recipe)]
@@ -211,7 +211,7 @@ def summarize(results: dict[str, Any], group: str = "main") -> str:
         first = next(iter(rows.values()))[0]
         means = list(dict.fromkeys(m for scores in rows.values() for s in scores for m in s["means"]))
         classes = list(first["iou"])
-        table = [f"### {title}", "", "| row | seeds | " + " | ".join(means + classes) + " |"]
+        table = [f"### {PAIRS[pair]}", "", "| row | seeds | " + " | ".join(means + classes) + " |"]
         table.append("|---|---:|" + "---:|" * len(means + classes))
         for name, scores in rows.items():
             cells = [spread([s["means"][m] for s in scores if m in s["means"]]) for m in means]
