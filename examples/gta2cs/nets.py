@@ -100,7 +100,7 @@ class SegNet(nn.Module):
         padded = (_round_up(height, self.stride), _round_up(width, self.stride))
         if padded == (height, width):
             return SegOutput(logits, features, stages[-1], padded)
-        logits = enlarge(logits, padded)[..., :height, :width]  # a cut of the enlarged map: nothing smaller stands for it
+        logits = enlarge(logits, padded)[..., :height, :width]  # nothing smaller stands for a cut
         return SegOutput(logits, _cut(features, padded, height, width), _cut(stages[-1], padded, height, width))
 
     @property
