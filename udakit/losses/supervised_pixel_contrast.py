@@ -46,8 +46,9 @@ def supervised_pixel_contrast_loss(
     **Source.** ContrastiveSeg (Wang et al. 2021), whose code caps anchors per image and class, picks half of them from
     wrongly predicted pixels, and multiplies by temperature / 0.07. "all": SupCon (Khosla et al. 2020).
 
-    **Cost.** With A = `max_anchors`, whatever the size of the features: at most 8 (C A)^2 numbers at a time beyond the
-    inputs and their gradient, plus 8 numbers a feature pixel for the draw. C = 19, A = 64: 45 MiB in float32.
+    **Cost.** With A = `max_anchors`, whatever the size of the features: at most 5 (C A)^2 numbers at a time beyond the
+    inputs and their gradient, plus 8 numbers a feature pixel for the draw. C = 19, A = 64: 28 MiB in float32. It cannot
+    be differentiated twice.
 
     Args:
         features: embeddings, any stride.
