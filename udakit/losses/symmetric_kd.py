@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from udakit._checks import check_float, check_mask_like, check_range, check_same_shape
-from udakit._reduce import LOG_2, check_reduction, reduce_pixels, upcast
+from udakit._reduce import check_reduction, exp_, reduce_pixels, upcast
 from udakit.losses.kd import kd_loss
 
 BLOCK = 2**18  # elements of a class map worked on at once on the CPU: small enough to stay in the cache
@@ -117,7 +117,7 @@ def _forward(student: Tensor, teacher: Tensor, temperature: float, keep: bool) -
             torch.log_softmax(_divided(s[at], temperature, x), dim=1, out=log_p)
             torch.sum(torch.mul(log_p, q, out=x), dim=1, out=loss[at[0], at[2]])
             if keep:
-                torch.sub(log_p.mul_(1 / LOG_2).exp2_(), q, out=kept[at])
+                torch.sub(exp_(log_p), q, out=kept[at])
     return loss.view(n, h, w).mul_(-(temperature**2)), kept
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_option
-from udakit._reduce import LOG_2, upcast
+from udakit._reduce import exp_, upcast
 
 Kind = Literal["logits", "probabilities"]
 KINDS = get_args(Kind)
@@ -48,8 +48,7 @@ def predict(
         return labels, score.float()
     # The softmax at its largest entry: exact at any magnitude, where exp(max - logsumexp) rounds at the logits' size.
     scores = upcast(logits.detach())
-    below = (scores - upcast(score).unsqueeze(1)).mul_(1 / LOG_2)
-    return labels, below.exp2_().sum(dim=1).reciprocal().float()
+    return labels, exp_(scores - upcast(score).unsqueeze(1)).sum(dim=1).reciprocal().float()
 
 
 def expand_valid(valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"], logits: Float[Tensor, "n c h w"]) -> Tensor:

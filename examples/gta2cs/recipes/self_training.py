@@ -54,8 +54,8 @@ class SelfTraining(Recipe):
         """Student outputs of two batches, in one forward or in two: BatchNorm sees them together or apart."""
         if self.options.batch_norm == "separate":
             return self.student(first), self.on_mixed(second)
-        first_output, second_output = self.student(torch.cat([first, second])).split(len(first), len(second))
-        return first_output, second_output
+        joint = self.student(torch.cat([first, second]))
+        return joint.split(len(first), len(second))  # type: ignore[no-any-return]
 
     def on_mixed(self, images: Tensor) -> Any:
         """Student output of mixed images, whose statistics are recorded or only used."""
