@@ -364,12 +364,14 @@ def test_a_row_finds_or_makes_what_it_starts_from(tmp_path: Path) -> None:
     assert torch.equal(after["recipe"][f"large.large_student.module.{name}"], before["recipe"][f"base.student.{name}"])
 
 
-def fake(recipe: str, seed: int, iou: dict[str, float | None], nets: tuple[str, ...], **more: Any) -> dict[str, Any]:
+def fake(
+    recipe: str, seed: int, iou: dict[str, float | None], nets: tuple[str, ...], pair: str = "toy", **more: Any
+) -> dict[str, Any]:
     stage = "duda_pre" if "pre" in recipe else ("dacs" if recipe == "small_dacs" else "duda")
     score = {"iou": iou, "means": {"mIoU": 50.0}}
     rows = {f"{stage}, {net}": score for net in nets}
-    entry = {"pair": "toy", "recipe": recipe, "seed": seed, "rows": rows, "stages": [{"recipe": stage}], **more}
-    return {f"toy/{recipe}/{seed}": entry}
+    entry = {"pair": pair, "recipe": recipe, "seed": seed, "rows": rows, "stages": [{"recipe": stage}], **more}
+    return {f"{pair}/{recipe}/{seed}": entry}
 
 
 def test_tables_show_the_large_net_beside_and_the_most_inconsistent_classes_first(tmp_path: Path) -> None:
@@ -388,7 +390,9 @@ def test_tables_show_the_large_net_beside_and_the_most_inconsistent_classes_firs
     texts = real_pairs.sections(results, tmp_path)
     for row in ("duda_pre, student", "duda_pre, large student", "duda_pre, large teacher", "duda_plain, student"):
         assert f"| {row} | 1 |" in texts["duda"]
-        assert f"| {row} | 1 |" in texts["duda_ablation"]
+    assert texts["duda_ablation"] == real_pairs.NOTHING  # the ablation has no rows of the toy pair
+    ablation = real_pairs.sections(fake("duda_pre_hard", 0, {"road": 90.0}, ("student",), pair="camvid"), tmp_path)
+    assert "| duda_pre_hard, student | 1 |" in ablation["duda_ablation"]
     lines = [line for line in texts["duda_classes"].splitlines() if line.startswith("|")]
     assert lines[0] == (
         "| class | inconsistency, step 10 | step 20 | weight | duda_pre | duda_plain | duda | weighted − plain |"
