@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import real_pairs
 from benchmarks.harness import SEED, Results, markdown_table, parser_for, write_section
-from gta2cs.loading import Batch
+from benchmarks.step_overhead import random_batch
 from gta2cs.nets import param_groups
 from gta2cs.recipes import RECIPES, Draws, Recipe
 
@@ -64,7 +64,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     recipe, config = build(name)
     groups = [*param_groups(recipe.student, lr=1e-5), *recipe.extra_param_groups(1e-5)]  # type: ignore[arg-type]
     optimizer = torch.optim.AdamW(groups)
-    batch = random_batch(config.batch_size, config.data.crop)
+    batch = random_batch(config.batch_size, config.data.crop, CLASSES)
     seconds = []
     for step in range(steps + 1):
         began = time.perf_counter()
@@ -98,16 +98,6 @@ def resident() -> int:
 def peak() -> int:
     """Most bytes that the process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def random_batch(n: int, size: tuple[int, int]) -> Batch:
-    generator = torch.Generator().manual_seed(SEED)
-
-    def images() -> Tensor:
-        return torch.randn(n, 3, *size, generator=generator)
-
-    ids = torch.arange(n)
-    return Batch(images(), torch.randint(CLASSES, (n, *size), generator=generator), ids, images(), ids, ids)
 
 
 def table(results: Results) -> str:

@@ -248,7 +248,7 @@ class Step:
                 module.set_(torch.randn(module.prototypes.shape))
         groups = [*param_groups(student, lr=1e-5), *self.recipe.extra_param_groups(1e-5)]  # type: ignore[arg-type]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        self.batch = random_batch(batch_size, row.size, classes)
+        self.batch = random_batch(batch_size, (row.size, row.size), classes)
         self.index = 0
 
     def run(self, clock: Clock) -> tuple[float, dict[str, float]]:
@@ -297,19 +297,20 @@ class Step:
         return time.perf_counter() - began
 
 
-def random_batch(n: int, size: int, classes: int) -> Batch:
+def random_batch(n: int, size: tuple[int, int], classes: int) -> Batch:
     """Images and labels in blocks, as textures and classes come in regions."""
     generator = torch.Generator().manual_seed(SEED)
-    cells = max(size // 32, 1)
+    cells = [max(side // 32, 1) for side in size]
 
     def enlarge(x: Tensor) -> Tensor:
-        return nn.functional.interpolate(x, (size, size), mode="nearest")
+        return nn.functional.interpolate(x, size, mode="nearest")
 
-    labels = torch.randint(classes, (n, 1, cells, cells), generator=generator)
-    source, target = (
-        enlarge(torch.randn(n, 3, cells, cells, generator=generator)) + torch.randn(n, 3, size, size) / 4
-        for _ in range(2)
-    )
+    def images() -> Tensor:
+        blocks = torch.randn(n, 3, *cells, generator=generator)
+        return enlarge(blocks) + torch.randn(n, 3, *size, generator=generator) / 4
+
+    labels = torch.randint(classes, (n, 1, *cells), generator=generator)
+    source, target = images(), images()
     ids = torch.arange(n)
     return Batch(source, enlarge(labels.float())[:, 0].long(), ids, target, ids, ids)
 
