@@ -305,6 +305,47 @@ def test_changing_the_dtype_keeps_the_digits() -> None:
     torch.testing.assert_close(teacher.module[0].weight, expected)  # not rounded to bfloat16
 
 
+def test_weights_loaded_into_a_half_precision_net_stay() -> None:
+    net = nn.Linear(2, 2).bfloat16()
+    teacher = EMATeacher(net, decay=0.5, warmup=False)
+    teacher.update(net)
+    teacher.module.load_state_dict({name: torch.full_like(x, 7.0) for name, x in net.state_dict().items()})
+    teacher.update(net)
+    torch.testing.assert_close(teacher.module.weight.float(), 3.5 + net.weight.float() / 2, rtol=0.01, atol=0)
+    teacher.module.load_state_dict({name: torch.full_like(x, 7.0) for name, x in net.state_dict().items()})
+    teacher.float()
+    assert (teacher.module.weight == 7).all()
+
+
+def test_a_net_cast_by_itself_is_averaged_in_float32() -> None:
+    net = nn.Linear(2, 2)
+    teacher = EMATeacher(net, decay=0.9, warmup=False)
+    net.bfloat16()
+    teacher.module.bfloat16()
+    teacher.update(net)
+    assert [x.dtype for x in teacher.masters.buffers()] == [torch.float32] * 2
+    teacher.module.float()
+    teacher.update(net)
+    assert not list(teacher.masters.buffers())
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16])
+def test_checkpoints_cross_precisions_with_their_digits(source: torch.dtype, target: torch.dtype) -> None:
+    def make(dtype: torch.dtype) -> tuple[nn.Module, EMATeacher]:
+        net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).to(dtype)
+        return net, EMATeacher(net, decay=0.9, warmup=False)
+
+    net, teacher = make(source)
+    with torch.no_grad():
+        net[0].weight.add_(1)
+    teacher.update(net)
+    _, other = make(target)
+    other.load_state_dict(teacher.state_dict())
+    digits = teacher if source == torch.float32 else teacher.float()
+    assert torch.equal(other.float().module[0].weight, digits.module[0].weight)
+
+
 def test_a_float32_student_of_a_half_teacher() -> None:
     teacher, net = EMATeacher(make_net().bfloat16()), make_net(3)
     teacher.update(net)

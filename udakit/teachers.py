@@ -99,10 +99,11 @@ class EMATeacher(nn.Module):
     Call `update(student)` after the optimiser's step. Calling the teacher runs the averaged net without gradients.
 
     **Convention.** `.module` is a copy of the student without its compile and DDP wrappers; nothing in it requires a
-    gradient. With `warmup` step 0 copies the student. Parameters are matched by name: a missing, unknown or differently
-    shaped one is an error, so that an update can never silently do nothing. float16 and bfloat16 parameters are
-    averaged in float32 copies (at alpha = 0.999 a step is smaller than their resolution and would never land) and
-    rounded on writing. Integer buffers are copied whatever `buffers` says; non-persistent buffers are left alone.
+    gradient. With `warmup` step 0 copies the student (on a GPU up to rounding). Parameters are matched by name: a
+    missing, unknown or differently shaped one is an error, so that an update can never silently do nothing. float16 and
+    bfloat16 parameters are averaged in float32 copies (at alpha = 0.999 a step is smaller than their resolution and
+    would never land) and rounded on writing. Integer buffers are copied whatever `buffers` says; non-persistent buffers
+    are left alone.
 
     **BatchNorm.** `mode` says what `.train()` does, also a `.train()` that arrives from a parent Module: with
     "batch_statistics" the normalisation uses the batch's own statistics and all else (dropout, drop path) stays in
@@ -120,7 +121,8 @@ class EMATeacher(nn.Module):
         buffers: floating-point buffers are copied from the student, averaged like parameters, or left alone.
         mode: what `.train()` puts the teacher in: "batch_statistics" | "train" | "eval".
         share_frozen: whether parameters that do not require a gradient are the student's own tensors instead of copies,
-            so that a frozen backbone is stored once. Unfreezing one later is an error at the next update.
+            so that a frozen backbone is stored once. Unfreezing one later is an error at the next update. Moving or
+            casting the teacher (`.to`, `.half`) then does the same to these tensors of the student.
 
     Raises:
         ValueError: an unknown option, and in `update` a model that does not match.
@@ -183,25 +185,24 @@ class EMATeacher(nn.Module):
         Raises:
             ValueError: parameters or persistent buffers that differ in name or shape from the averaged net's.
         """
-        own = {name: (x, is_parameter) for name, x, is_parameter in _named_state(self.module)}
         student = {name: x for name, x, _ in _named_state(model)}
-        self._check_match({name: x for name, (x, _) in own.items()}, student)
+        self._check_match({name: x for name, x, _ in _named_state(self.module)}, student)
         if step is not None:
             check_integer("step", step, 0)
             self.step.fill_(step)
         averaged: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
         rounded: list[tuple[Tensor, Tensor]] = []
-        done: set[int] = set()  # a tied parameter has several names, and must move once
-        for name, (x, is_parameter) in own.items():
-            if name in self._shared or id(x) in done:
-                continue
-            done.add(id(x))
-            policy = "ema" if is_parameter else self.buffers_policy
-            if policy == "copy" or not (x.is_floating_point() or x.is_complex()):
+        policies = list(self._policies())
+        halves = {_key(name) for name, x, policy in policies if policy == "ema" and x.dtype in _HALF}
+        if halves != {*self.masters._buffers}:
+            self._make_masters()  # the net inside was cast by itself
+        for name, x, policy in policies:
+            if policy == "copy":
                 copied.append((x, student[name]))
             elif policy == "ema" and x.dtype in _HALF:
-                master = self.masters.get_buffer(name.replace(".", "/"))
+                master = self.masters.get_buffer(_key(name))
+                master.copy_(_with_digits(x, master))
                 averaged.append((master, student[name]))
                 rounded.append((x, master))
             elif policy == "ema":
@@ -244,7 +245,7 @@ class EMATeacher(nn.Module):
         return [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
 
     def _lerp(self, target: list[Tensor], source: list[Tensor]) -> None:
-        """theta_T + (1 - alpha) (theta_S - theta_T): the student itself at alpha = 0, and unmoved where both agree."""
+        """theta_T + (1 - alpha) (theta_S - theta_T): unmoved where both agree, up to rounding the student at alpha 0."""
         if not self.warmup:
             torch._foreach_lerp_(target, source, 1 - self.decay)
             return
@@ -262,22 +263,38 @@ class EMATeacher(nn.Module):
     def _make_masters(self) -> None:
         """Keep a float32 copy of each half-precision tensor that is averaged, and of nothing else."""
         masters, self.masters = self.masters, FullPrecisionState()
+        for name, x, policy in self._policies():
+            master = masters._buffers.get(_key(name))
+            if policy == "ema" and x.dtype in _HALF:
+                self.masters.register_buffer(_key(name), (x.detach() if master is None else master).float())
+            elif policy == "ema" and master is not None:  # the net became float32: its digits are in the copy
+                x.data.copy_(_with_digits(x, master))
+
+    def _policies(self) -> Iterator[tuple[str, Tensor, str]]:
+        """Yield (name, tensor, what `update` does with it); a tied parameter has several names and comes once."""
         done: set[int] = set()
         for name, x, is_parameter in _named_state(self.module):
-            if name in self._shared or id(x) in done or not (is_parameter or self.buffers_policy == "ema"):
+            if name in self._shared or id(x) in done:
                 continue
             done.add(id(x))
-            key = name.replace(".", "/")  # a buffer's name has no dot
-            master = masters._buffers.get(key)
-            if x.dtype in _HALF:
-                self.masters.register_buffer(key, (x.detach() if master is None else master).float())
-            elif master is not None:
-                x.data.copy_(master)  # the net became float32: its digits are in the copy
+            number = x.is_floating_point() or x.is_complex()
+            yield name, x, "copy" if not number else "ema" if is_parameter else self.buffers_policy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._make_masters()
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take a checkpoint of a teacher of another precision, too: with or without float32 copies."""
+        held = f"{prefix}masters."
+        copies = {key: state_dict.pop(key) for key in [*state_dict] if key.startswith(held)}
+        names = {f"{held}{_key(name)}": f"{prefix}module.{name}" for name, _, _ in self._policies()}
+        state_dict.update({name: copies[key] for key, name in names.items() if key in copies})
+        for key, name in names.items():
+            if key.removeprefix(held) in self.masters._buffers and name in state_dict:
+                state_dict[key] = state_dict[name]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_match(self, own: dict[str, Tensor], student: dict[str, Tensor]) -> None:
         missing = [name for name in own if name not in student]
@@ -307,6 +324,16 @@ class EMATeacher(nn.Module):
                 "Expected `model` to keep frozen what `share_frozen=True` shares, but got parameters that require a "
                 f"gradient: {_first(sorted(thawed))}. Make the teacher anew after unfreezing."
             )
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a buffer's name has no dot
+
+
+def _with_digits(x: Tensor, master: Tensor) -> Tensor:
+    """The float32 copy where `x` is still what it was rounded to, and `x` where something else was loaded into it."""
+    kept = (master.bfloat16() == x) | (master.half() == x)
+    return torch.where(kept, master, x.to(master.dtype))
 
 
 def _first(names: Sequence[str], limit: int = 5) -> str:
