@@ -204,7 +204,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: u.BilateralConsensus(prototypes())(LOGITS), r"`features` .* but got None\. Pass them .*FeatureTap"),
         (lambda: u.BilateralConsensus(PROTOTYPES), r"`prototypes` to be a ClassPrototypes, .*\.set_\(tensor\) .*"),
         (lambda: u.bilateral_consensus(LABELS, LOGITS), r"`labels_b` .* but got torch.float32 .*\.argmax\(1\)"),
-        (lambda: u.hflip_average(lambda x: {"out": x}, IMAGES), r'`model\(images\)` .* but got dict\. .*\["out"\] .*'),
+        (lambda: u.hflip_average(lambda x: {"y": x}, IMAGES), r"`model` to return logits .* but got dict\."),
         (
             lambda: u.hflip_average(LOGITS, IMAGES),
             r"`model` to be callable as model\(images\), but got torch.float32 .*",

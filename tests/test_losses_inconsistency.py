@@ -131,6 +131,16 @@ def test_first_batch_gives_its_own_inconsistency_and_an_absent_class_keeps_its_o
     torch.testing.assert_close(criterion.inconsistency[2], first[2])
 
 
+def test_a_class_that_stays_away_for_long_keeps_its_inconsistency() -> None:
+    criterion = udakit.InconsistencyLoss(2, momentum=0.5)
+    both = torch.eye(2).view(1, 2, 1, 2)
+    criterion.update(both, both.flip(1))
+    only_first = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1)
+    for _ in range(400):
+        criterion.update(only_first, only_first)
+    assert criterion.inconsistency.tolist() == [0.0, 1.0]
+
+
 def test_errors_name_the_argument() -> None:
     student, teacher, _ = draw(5)
     with pytest.raises(ValueError, match=r"`inconsistency` to be \(C,\) matching `student_logits`"):

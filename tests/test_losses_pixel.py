@@ -340,3 +340,22 @@ def test_kd_resize_names_whose_size_both_take() -> None:
     down = torch.nn.functional.interpolate(s, (4, 6), mode="bilinear")
     assert udakit.kd_loss(s, t, resize="student") == udakit.kd_loss(s, up)
     assert udakit.kd_loss(s, t, resize="teacher") == udakit.kd_loss(down, t)
+
+
+def test_a_uniform_teacher_at_a_low_temperature_teaches_all_the_same() -> None:
+    student = torch.randn(1, 19, 2, 2)
+    p = torch.full((1, 19, 2, 2), 1 / 19)
+    for temperature in (0.05, 0.02, 0.001):
+        from_p = udakit.kd_loss(student, p, temperature=temperature, teacher_kind="probabilities")
+        torch.testing.assert_close(from_p, udakit.kd_loss(student, p.log(), temperature=temperature))
+
+
+def test_uint8_labels_do_not_wrap_an_ignored_id() -> None:
+    logits, labels = torch.randn(1, 182, 1, 2), torch.tensor([[[156, 3]]])
+    for ignore_index in (-100, 256):
+        losses = [
+            function(logits, y, ignore_index=ignore_index)
+            for function in (udakit.cross_entropy, udakit.upsampled_cross_entropy)
+            for y in (labels, labels.to(torch.uint8))
+        ]
+        torch.testing.assert_close(torch.stack(losses), losses[0].expand(4))

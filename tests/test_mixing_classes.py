@@ -344,3 +344,21 @@ def test_partial_translators():
     images = torch.randn(2, 3, 4, 5)
     mixed, _ = mix(images, torch.zeros(2, 4, 5, dtype=torch.int64), torch.randn(2, 3, 7, 6))
     assert mixed.shape == images.shape
+
+
+def test_the_generator_reaches_a_wrapped_augment_and_a_builtin_needs_none() -> None:
+    augment = udakit.StrongAugment(mean=None, std=None)
+    images, target = torch.rand(2, 2, 3, 16, 16)
+    labels = torch.arange(4).repeat(2, 16, 4)
+    for wrapped in (augment, torch.nn.DataParallel(augment)):
+        mix = udakit.CrossDomainMix(4, udakit.fourier_transfer, wrapped, 0.3)
+        first, second = (mix(images, labels, target, generator=torch.Generator().manual_seed(0))[0] for _ in range(2))
+        assert torch.equal(first, second)
+    assert (
+        udakit.CrossDomainMix(4, udakit.fourier_transfer, torch.clone)(images, labels, target)[0].shape == images.shape
+    )
+
+
+def test_a_list_of_bools_is_no_list_of_ids() -> None:
+    with pytest.raises(ValueError, match="A mask is a bool tensor"):
+        udakit.ClassMix(3, candidates=[False, False, True])

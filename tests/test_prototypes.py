@@ -317,3 +317,11 @@ def test_classes_never_seen_attract_nobody() -> None:
     assert prototypes.assign(features, include_unseen=True).tolist() == [[[0]]]
     far = prototypes.distances(features, include_unseen=True).flatten()
     torch.testing.assert_close(far, torch.tensor([math.sqrt(0.02), math.sqrt(2 * 4.9**2), math.sqrt(0.02)]))
+
+
+def test_a_second_derivative_of_distances_is_refused_rather_than_wrong() -> None:
+    prototypes = udakit.ClassPrototypes(2, 3).set_(torch.eye(2, 3))
+    x = torch.rand(1, 3, 2, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(prototypes.distances(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (x.sum() + gradient.square().sum()).backward()

@@ -383,13 +383,16 @@ def test_hflip_average_of_both_kinds() -> None:
     torch.testing.assert_close(udakit.hflip_average(net, images.flip(3)), p.flip(3))
 
 
-def test_hflip_average_takes_the_first_of_a_tuple() -> None:
+def test_hflip_average_takes_whatever_holds_the_logits() -> None:
     torch.manual_seed(0)
     net = _Net(features=True)
     images = torch.rand(1, 3, 4, 4)
     torch.testing.assert_close(udakit.hflip_average(net, images), udakit.hflip_average(net.conv, images))
-    with pytest.raises(TypeError, match=r"Expected `model\(images\)` to be a float tensor, but got dict"):
-        udakit.hflip_average(lambda x: {"out": x}, images)
+    torch.testing.assert_close(
+        udakit.hflip_average(lambda x: {"out": net.conv(x)}, images), udakit.hflip_average(net.conv, images)
+    )
+    with pytest.raises(TypeError, match="Expected `model` to return logits"):
+        udakit.hflip_average(lambda x: {"y": x}, images)
 
 
 @given(height=st.integers(1, 9), top=st.integers(0, 4), bottom=st.integers(0, 4))

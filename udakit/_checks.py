@@ -44,6 +44,9 @@ def check_range(
     open_high: bool = False,
 ) -> None:
     """Raise unless the Python number `value` lies in [low, high] (ends open where asked). NaN never passes."""
+    if isinstance(value, Tensor) and (value.requires_grad or value.device.type != "cpu"):
+        why = "requires a gradient, of which none would reach it" if value.requires_grad else f"is on '{value.device}'"
+        raise TypeError(f"Expected `{name}` to be a number, but got a tensor that {why}. float({name}) makes one.")
     if not isinstance(value, (float, numbers.Real, torch.SymInt, torch.SymFloat, Tensor)):
         raise TypeError(f"Expected `{name}` to be a number, but got {_brief(value)}.")
     above = value > low if open_low else value >= low
@@ -65,8 +68,8 @@ def check_integer(name: str, value: int, low: int = 1) -> None:
 
 
 def is_integer(value: object) -> bool:
-    """Whether `value` is a Python, NumPy or symbolic integer."""
-    return isinstance(value, (int, numbers.Integral, torch.SymInt))
+    """Whether `value` is a Python, NumPy or symbolic integer; True and False are none."""
+    return isinstance(value, (int, numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def check_pair(name: str, value: Any, form: str) -> None:
@@ -77,7 +80,7 @@ def check_pair(name: str, value: Any, form: str) -> None:
 
 def check_size(name: str, size: Any) -> None:
     """Raise unless `size` is (height, width), both positive."""
-    if not is_sequence(size) or len(size) != 2 or min(size) < 1:
+    if not is_sequence(size) or len(size) != 2 or not all(is_integer(side) and side >= 1 for side in size):
         hint = ""
         if is_integer(size):
             hint = f" A square of that side is ({size}, {size})."
@@ -220,6 +223,15 @@ def check_device(name: str, x: Tensor, reference: Tensor, reference_name: str) -
         )
 
 
+def draw_device(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device:
+    """Where random numbers are drawn: on `device`, by default that of the generator, else the CPU."""
+    if device is None:
+        device = torch.device("cpu") if generator is None else generator.device
+    device = torch.device(device)
+    check_generator(generator, device)
+    return device
+
+
 def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
     """Raise unless `generator` draws on `device` (an index-less "cuda" generator fits any card)."""
     if generator is None:
@@ -235,6 +247,24 @@ def check_generator(generator: torch.Generator | None, device: torch.device) -> 
             f"Expected `generator` to be on the input's device '{device}', but got one on '{own}'. "
             f"Make it with torch.Generator('{device}')."
         )
+
+
+def net_logits(output: Any) -> Tensor:
+    """Return the logits in a net's output: a tensor, an object or a dict that holds them, or a tuple's first tensor."""
+    if isinstance(output, Tensor):
+        return output
+    entries = [getattr(output, "logits", None)]
+    if isinstance(output, Mapping):
+        entries += [output.get("out"), output.get("logits")]
+    elif isinstance(output, Sequence):
+        entries += output
+    for entry in entries:
+        if isinstance(entry, Tensor):
+            return entry
+    raise TypeError(
+        "Expected `model` to return logits (a tensor, an object with `.logits`, a dict with 'out' or 'logits', or a "
+        f"tuple of tensors), but got {type(output).__name__}."
+    )
 
 
 def _check_bool(mask: Tensor, name: str) -> None:

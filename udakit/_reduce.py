@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import wraps
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from udakit._checks import check_option
 
 Reduction = Literal["mean", "mean_all", "sum", "none"]
 # Named here and not in the functions: torch.compile of torch 2.5 does not trace get_args.
 REDUCTIONS = get_args(Reduction)
+Kind = Literal["logits", "probabilities"]
+KINDS = get_args(Kind)
 # Exponents in units of log 2: on the CPU exp2 takes a third of the time of exp, and no longer where it underflows.
 LOG_2 = math.log(2)
 
@@ -111,3 +116,19 @@ def reduce_pixels(
     if reduction == "mean_all" or valid is None:
         return loss.sum() / max(loss.numel(), 1)
     return loss.sum() / valid.expand_as(loss).sum().clamp_min(1)
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The `once_differentiable` of torch that also minds what `backward` keeps.
+
+    Its own looks at the incoming gradient alone, and where that is a constant a second derivative would silently be 0.
+    """
+    once = once_differentiable(backward)
+
+    @wraps(backward)
+    def guarded(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = tuple(None if g is None else g.detach().requires_grad_() for g in grads)
+        return once(ctx, *grads)
+
+    return guarded

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from udakit._checks import check_option, kind_of
+from udakit._checks import check_option, kind_of, net_logits
 from udakit.teachers import unwrap_model
 
 __all__ = ["FeatureTap"]
@@ -74,7 +74,7 @@ class FeatureTap:
             self.__enter__()
         try:
             output = self.model(*args, **kwargs)
-            return _logits(output), self.pop()
+            return net_logits(output), self.pop()
         finally:
             self._features = None
             if opened:
@@ -146,23 +146,6 @@ def _names(module: nn.Module, prefix: str = "") -> list[str]:
         if child is not None:
             names += [prefix + name, *_names(unwrap_model(child), f"{prefix}{name}.")]
     return names
-
-
-def _logits(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    entries = [getattr(output, "logits", None)]
-    if isinstance(output, Mapping):
-        entries += [output.get("out"), output.get("logits")]
-    elif isinstance(output, Sequence):
-        entries += output
-    for entry in entries:
-        if isinstance(entry, Tensor):
-            return entry
-    raise TypeError(
-        "Expected `model` to return logits (a tensor, an object with `.logits`, a dict with 'out' or 'logits', or a "
-        f"tuple of tensors), but got {type(output).__name__}."
-    )
 
 
 def _pick(found: Any, index: int | str, what: str) -> Tensor:

@@ -23,6 +23,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
+from udakit._reduce import class_ids
 
 __all__ = [
     "CITYSCAPES_CLASSES",
@@ -206,8 +207,8 @@ def downscale_labels(
     """Bring labels to feature size: the majority of each `factor` x `factor` cell, where it is clear enough.
 
     **Convention.** Ignored pixels (and ids >= C) compete: a cell that they win is ignored. They lose ties, and a tie of
-    two classes goes to the lower id. A winner with less than `min_ratio` of the cell is ignored. Beside the labels this
-    holds the counts of the cells only: (C + 1) N h w integers at the *small* size.
+    two classes goes to the lower id. A winner with less than `min_ratio` of the cell is ignored. No one-hot map
+    is made: the counts, (C + 1) N h w integers, are those of the cells.
 
     **Source.** DAFormer and SePiCo, with ratio 0.75.
 
@@ -242,8 +243,8 @@ def downscale_labels(
             f"Crop or pad to a multiple of {factor}."
         )
     h, w = height // factor, width // factor
-    ids = labels.reshape(n, h, factor, w, factor).permute(0, 2, 4, 1, 3).reshape(n, factor * factor, h, w).long()
-    ids = torch.where((ids >= 0) & (ids < num_classes) & (ids != ignore_index), ids, num_classes)
+    ids = labels.reshape(n, h, factor, w, factor).permute(0, 2, 4, 1, 3).reshape(n, factor * factor, h, w)
+    ids = class_ids(ids, num_classes, ignore_index)
     counts = ids.new_zeros(n, num_classes + 1, h, w, dtype=torch.int32)
     counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.int32))
     winner = counts.argmax(dim=1)  # the first of equals: the lowest id, and ignored pixels last

@@ -9,7 +9,6 @@ from typing import Any, Literal, Self, get_args
 import torch
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from udakit._checks import (
     check_device,
@@ -22,7 +21,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import class_ids, full_precision, upcast
+from udakit._reduce import class_ids, first_derivative_only, full_precision, upcast
 from udakit._state import FullPrecisionState, gather_ranks
 
 __all__ = ["ClassPrototypes", "class_means"]
@@ -143,7 +142,7 @@ class _Distances(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         values, centres, distance = ctx.saved_tensors
         result = torch.empty_like(values, memory_format=torch.contiguous_format)
@@ -229,7 +228,7 @@ class ClassPrototypes(FullPrecisionState):
         self.num_classes, self.dim, self.momentum = num_classes, dim, momentum
         self.mode: Mode = mode
         self.per_image, self.min_pixels, self.ignore_index = per_image, min_pixels, ignore_index
-        self.register_buffer("prototypes", torch.zeros(num_classes, dim))
+        self.register_buffer("prototypes", torch.zeros(num_classes, dim, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
 
     @property

@@ -233,7 +233,7 @@ class RareClassSampler(Sampler[int]):
         generator: torch.Generator | None = None,
     ) -> None:
         try:
-            counts = torch.as_tensor(class_pixels).cpu()  # a sampler draws indices for the loader, on the host
+            counts = torch.as_tensor(class_pixels, device="cpu")  # a sampler draws indices for the loader, on the host
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"Expected `class_pixels` to be numbers (images, C), but got {kind_of(class_pixels)}. "
@@ -250,7 +250,7 @@ class RareClassSampler(Sampler[int]):
             limit = min_pixels * counts.sum(1, keepdim=True)
         else:
             check_range("min_pixels", min_pixels, 0)
-            limit = torch.tensor(min_pixels)
+            limit = torch.tensor(min_pixels, device="cpu")
         if num_samples is not None:
             check_integer("num_samples", num_samples)
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -274,7 +274,7 @@ class RareClassSampler(Sampler[int]):
     def draw(self, generator: torch.Generator) -> tuple[int, int]:
         """Draw one (image index, class id) from `generator`."""
         # Of a CPU generator that the caller hands in: reading it waits for nothing.
-        by_class, by_image = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+        by_class, by_image = torch.rand(2, generator=generator, dtype=torch.float64, device="cpu").tolist()
         # bisect_right never lands on a class of probability 0; rounding of the last sum must not pass the last class.
         class_id = min(bisect.bisect_right(self._cumulative, by_class), self._last)
         images = self._images[class_id]

@@ -23,7 +23,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import top_class, upcast
+from udakit._reduce import KINDS, Kind, top_class, upcast
 from udakit._state import FullPrecisionState
 
 __all__ = ["EMATeacher", "fuse_teachers", "teacher_agreement", "unwrap_model"]
@@ -31,11 +31,9 @@ __all__ = ["EMATeacher", "fuse_teachers", "teacher_agreement", "unwrap_model"]
 Buffers = Literal["copy", "ema", "keep"]
 TeacherMode = Literal["batch_statistics", "train", "eval"]
 Fusion = Literal["mean", "max_confidence", "agreement"]
-TeacherKind = Literal["logits", "probabilities"]
 BUFFERS = get_args(Buffers)
 TEACHER_MODES = get_args(TeacherMode)
 FUSIONS = get_args(Fusion)
-TEACHER_KINDS = get_args(TeacherKind)
 
 _ONE_NET = "A teacher averages the net that it was made of: make another one for another net."
 _HALF = (torch.float16, torch.bfloat16)
@@ -245,7 +243,7 @@ class EMATeacher(nn.Module):
         return [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
 
     def _lerp(self, target: list[Tensor], source: list[Tensor]) -> None:
-        """theta_T + (1 - alpha) (theta_S - theta_T): unmoved where both agree, up to rounding the student at alpha 0."""
+        """theta_T + (1 - alpha) (theta_S - theta_T): unmoved where both agree, the student (rounded) at alpha 0."""
         if not self.warmup:
             torch._foreach_lerp_(target, source, 1 - self.decay)
             return
@@ -357,7 +355,7 @@ def fuse_teachers(
     weights: Sequence[float] | Float[Tensor, "k"] | None = None,
     size: tuple[int, int] | None = None,
     mode: Fusion = "mean",
-    kind: TeacherKind = "logits",
+    kind: Kind = "logits",
 ) -> Float[Tensor, "n c h2 w2"]:
     r"""Fuse the predictions of several teachers into one probability map.
 
@@ -440,7 +438,7 @@ def _agree(maps: list[Tensor]) -> Tensor:
 
 
 def _teacher_maps(logits: Sequence[Tensor], size: tuple[int, int] | None, kind: str) -> list[Tensor]:
-    check_option("kind", kind, TEACHER_KINDS)
+    check_option("kind", kind, KINDS)
     if not is_sequence(logits) or not len(logits):
         given = "an empty one" if is_sequence(logits) else kind_of(logits)
         raise ValueError(

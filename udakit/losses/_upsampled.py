@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import full_precision, upcast
+from udakit._reduce import Kind, full_precision, upcast
 from udakit.losses.cross_entropy import labelled_cross_entropy
-from udakit.losses.kd import Divergence, TeacherKind, kd_loss, soften
+from udakit.losses.kd import Divergence, kd_loss, soften
 
 BAND = {"cpu": 2**19, "other": 2**22}  # elements of a band: 2 MiB stay in a CPU's cache, 16 MiB fill a GPU
 
@@ -29,7 +29,7 @@ def upsampled_loss(
     ignore_index: int = 255,
     temperature: float = 1.0,
     divergence: Divergence = "cross_entropy",
-    teacher_kind: TeacherKind = "logits",
+    teacher_kind: Kind = "logits",
 ) -> Tensor:
     """Loss (N, H, W) of `logits` at `size` against labels of that size, or against a teacher's map of any size."""
     options = align_corners, chunk_rows or 0, ignore_index, temperature, divergence, teacher_kind
@@ -47,7 +47,7 @@ def _upsampled_loss(
     ignore_index: int,
     temperature: float,
     divergence: Divergence,
-    teacher_kind: TeacherKind,
+    teacher_kind: Kind,
 ) -> Tensor:
     loss = _fake(logits, target, height, width)
     student, teacher = (_Upsampling(x, height, width, align_corners, loss.dtype) for x in (logits, target))
@@ -71,7 +71,7 @@ def _upsampled_loss_backward(
     rows: int,
     ignore_index: int,
     temperature: float,
-    teacher_kind: TeacherKind,
+    teacher_kind: Kind,
 ) -> Tensor:
     _, height, width = grad.shape
     student, teacher = (_Upsampling(x, height, width, align_corners, grad.dtype) for x in (logits, target))

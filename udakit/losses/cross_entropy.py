@@ -94,9 +94,10 @@ def reduce_labelled(
     reduction: str,
 ) -> Tensor:
     """Weights, then the mean, of a loss at labelled pixels."""
+    labels = labels.long()  # uint8 would wrap an `ignore_index` of -100
     valid = labels != ignore_index
     if class_weight is not None:
-        loss = loss * class_weight.to(loss.dtype)[labels.where(valid, 0).long()]
+        loss = loss * class_weight.to(loss.dtype)[labels.where(valid, 0)]
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 

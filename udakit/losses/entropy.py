@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_option, check_weight_like
-from udakit._reduce import check_reduction, reduce_pixels, upcast
-
-Kind = Literal["logits", "probabilities"]
-KINDS = get_args(Kind)
+from udakit._reduce import KINDS, Kind, check_reduction, reduce_pixels, upcast
 
 
 def entropy_loss(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from udakit._checks import (
     check_callable,
+    check_device,
     check_float,
     check_integer,
     check_mask_like,
@@ -17,13 +18,15 @@ from udakit._checks import (
     check_pair,
     check_per_class,
     check_range,
+    kind_of,
     shape_of,
 )
-from udakit._reduce import check_reduction, top_class, upcast
+from udakit._reduce import KINDS, Kind, check_reduction, top_class, upcast
 from udakit._state import FullPrecisionState, sum_ranks
-from udakit.losses.kd import RESIZES, TEACHER_KINDS, Resize, TeacherKind, kd_loss, match_logits
+from udakit.losses.kd import RESIZES, Resize, kd_loss, match_logits
 
 WeightFn = Callable[[Tensor], Tensor]
+_FADED = 1e-20  # average pixels of a class
 
 
 def class_inconsistency(
@@ -95,7 +98,7 @@ def inconsistency_loss(
     weight_temperature: float = 1.0,
     temperature: float = 1.0,
     weight_fn: WeightFn | None = None,
-    teacher_kind: TeacherKind = "logits",
+    teacher_kind: Kind = "logits",
     resize: Resize = "error",
     valid: Bool[Tensor, "n h w"] | None = None,
     reduction: str = "mean",
@@ -151,9 +154,10 @@ def inconsistency_loss(
     if valid is not None:
         check_mask_like(valid, student, reference_name="student_logits")
     d = upcast(inconsistency.detach())
-    w = (weight_fn or _default_weight(weight_range, weight_temperature))(d).detach()
-    if w.shape != d.shape:
-        raise ValueError(f"Expected `weight_fn` to return (C,) = {shape_of(d)}, but got {shape_of(w)}.")
+    w = (weight_fn or _default_weight(weight_range, weight_temperature))(d)
+    if not isinstance(w, Tensor) or w.shape != d.shape:
+        raise ValueError(f"Expected `weight_fn` to return a tensor (C,) = {shape_of(d)}, but got {kind_of(w)}.")
+    w = w.detach()
     pixel_weight = w[top_class(teacher)]
     counted = torch.ones_like(pixel_weight) if valid is None else valid.to(pixel_weight.dtype)
     mean = (pixel_weight * counted).sum() / counted.sum().clamp_min(1)
@@ -183,13 +187,15 @@ def _check_options(
     reduction: str,
 ) -> None:
     check_pair("weight_range", weight_range, "(low, high) with 0 <= low <= high")
+    for end in weight_range:
+        check_range("weight_range", end)
     if not 0 <= weight_range[0] <= weight_range[1]:
         raise ValueError(f"Expected `weight_range` to be (low, high) with 0 <= low <= high, but got {weight_range!r}.")
     if weight_fn is not None:
         check_callable("weight_fn", weight_fn, "weight_fn(inconsistency)")
     check_range("weight_temperature", weight_temperature, 0.0, open_low=True)
     check_range("temperature", temperature, 0.0, open_low=True)
-    check_option("teacher_kind", teacher_kind, TEACHER_KINDS)
+    check_option("teacher_kind", teacher_kind, KINDS)
     check_option("resize", resize, RESIZES)
     check_reduction(reduction)
 
@@ -235,7 +241,7 @@ class InconsistencyLoss(FullPrecisionState):
         weight_temperature: float = 1.0,
         temperature: float = 1.0,
         weight_fn: WeightFn | None = None,
-        teacher_kind: TeacherKind = "logits",
+        teacher_kind: Kind = "logits",
         resize: Resize = "error",
         reduction: str = "mean",
     ) -> None:
@@ -243,15 +249,15 @@ class InconsistencyLoss(FullPrecisionState):
         check_integer("num_classes", num_classes)
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
         _check_options(weight_range, weight_temperature, temperature, weight_fn, teacher_kind, resize, reduction)
-        self.register_buffer("intersection", torch.zeros(num_classes))
-        self.register_buffer("union", torch.zeros(num_classes))
+        self.register_buffer("intersection", torch.zeros(num_classes, dtype=torch.float32))
+        self.register_buffer("union", torch.zeros(num_classes, dtype=torch.float32))
         self.momentum = momentum
         self.sync = sync
         self.weight_range = weight_range
         self.weight_temperature = weight_temperature
         self.temperature = temperature
         self.weight_fn = weight_fn
-        self.teacher_kind: TeacherKind = teacher_kind
+        self.teacher_kind: Kind = teacher_kind
         self.resize: Resize = resize
         self.reduction = reduction
 
@@ -283,11 +289,14 @@ class InconsistencyLoss(FullPrecisionState):
             )
         if valid is not None:
             check_mask_like(valid, student, reference_name="student_logits")
+        check_device("union", self.union, student, "student_logits")
         counts = _overlap(student, teacher, valid)
         if self.sync:
             counts = sum_ranks(counts)
+        # A class that stays away fades in both averages, which their ratio does not see, but not until they underflow.
+        faded = (self.union < _FADED) & (counts[1] == 0)
         for average, count in zip((self.intersection, self.union), counts.to(self.union.dtype), strict=True):
-            average.copy_(self.momentum * average + (1 - self.momentum) * count)
+            average.copy_(torch.where(faded, average, self.momentum * average + (1 - self.momentum) * count))
 
     def forward(
         self,

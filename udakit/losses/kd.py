@@ -18,13 +18,11 @@ from udakit._checks import (
     check_weight_like,
     shape_of,
 )
-from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit._reduce import KINDS, Kind, check_reduction, reduce_pixels, upcast
 
 Divergence = Literal["cross_entropy", "kl"]
-TeacherKind = Literal["logits", "probabilities"]
 Resize = Literal["error", "student", "teacher"]
 DIVERGENCES = get_args(Divergence)
-TEACHER_KINDS = get_args(TeacherKind)
 RESIZES = get_args(Resize)
 
 
@@ -32,7 +30,7 @@ def check_options(temperature: float, divergence: str, teacher_kind: str, resize
     """Raise for an option that `kd_loss` does not have."""
     check_range("temperature", temperature, 0.0, open_low=True)
     check_option("divergence", divergence, DIVERGENCES)
-    check_option("teacher_kind", teacher_kind, TEACHER_KINDS)
+    check_option("teacher_kind", teacher_kind, KINDS)
     check_option("resize", resize, RESIZES)
     check_reduction(reduction)
 
@@ -43,7 +41,7 @@ def kd_loss(
     *,
     temperature: float = 1.0,
     divergence: Divergence = "cross_entropy",
-    teacher_kind: TeacherKind = "logits",
+    teacher_kind: Kind = "logits",
     resize: Resize = "error",
     valid: Bool[Tensor, "n h w"] | None = None,
     pixel_weight: Float[Tensor, "n h w"] | None = None,
@@ -135,7 +133,9 @@ def soften(teacher: Tensor, temperature: float, kind: str) -> Tensor:
         return F.softmax(teacher / temperature, dim=1)
     if temperature == 1.0:
         return teacher
-    power = teacher.clamp_min(0) ** (1 / temperature)
+    teacher = teacher.clamp_min(0)
+    top = teacher.amax(dim=1, keepdim=True).clamp_min(torch.finfo(teacher.dtype).tiny)
+    power = (teacher / top) ** (1 / temperature)  # of 1 / C at a low temperature nothing would be left
     return power / power.sum(dim=1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
 
 
@@ -155,7 +155,7 @@ class KDLoss(nn.Module):
         *,
         temperature: float = 1.0,
         divergence: Divergence = "cross_entropy",
-        teacher_kind: TeacherKind = "logits",
+        teacher_kind: Kind = "logits",
         resize: Resize = "error",
         reduction: str = "mean",
     ) -> None:
@@ -163,7 +163,7 @@ class KDLoss(nn.Module):
         check_options(temperature, divergence, teacher_kind, resize, reduction)
         self.temperature = temperature
         self.divergence: Divergence = divergence
-        self.teacher_kind: TeacherKind = teacher_kind
+        self.teacher_kind: Kind = teacher_kind
         self.resize: Resize = resize
         self.reduction = reduction
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_option, check_range, check_weight_like
-from udakit._reduce import check_reduction, reduce_pixels, top_class, upcast
-
-Kind = Literal["logits", "probabilities"]
-KINDS = get_args(Kind)
+from udakit._reduce import KINDS, Kind, check_reduction, reduce_pixels, top_class, upcast
 
 
 def max_square_loss(

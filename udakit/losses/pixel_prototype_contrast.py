@@ -18,7 +18,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit._reduce import check_reduction, class_ids, reduce_pixels, upcast
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
@@ -100,8 +100,8 @@ def pixel_prototype_contrast_loss(
     logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
     # Finite, so that a pixel with no candidate at all (ignored then) has no NaN to hide.
     logits = torch.where(seen.view(-1, 1, 1), logits, torch.finfo(logits.dtype).min / 4)
-    ids = labels.long()
-    inside = (ids >= 0) & (ids < c) & (ids != ignore_index)
+    ids = class_ids(labels, c, ignore_index)
+    inside = ids < c
     ids = torch.where(inside, ids, 0)
     valid = inside & seen[ids]
     loss = F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")

@@ -85,6 +85,7 @@ class ProjectedFeatureLoss(nn.Module):
         self._check("features", features, "dim", self.projection.in_channels)
         self._check("reference_features", reference_features, "reference_dim", self.projection.out_channels)
         check_device("reference_features", reference_features, features, "features")
+        check_device("projection.weight", self.projection.weight, features, "features")
         x, reference = upcast(features), upcast(reference_features.detach())
         weight, bias = upcast(self.projection.weight).to(x.dtype), self.projection.bias
         with full_precision(x):

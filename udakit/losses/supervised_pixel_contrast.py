@@ -8,10 +8,17 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from udakit._checks import check_float, check_generator, check_integer, check_labels_like, check_option, check_range
-from udakit._reduce import LOG_2, check_reduction, class_ids, full_precision, reduce_pixels, upcast
+from udakit._reduce import (
+    LOG_2,
+    check_reduction,
+    class_ids,
+    first_derivative_only,
+    full_precision,
+    reduce_pixels,
+    upcast,
+)
 from udakit.losses._unit import unit_vectors
 
 Denominator = Literal["negatives", "all"]
@@ -113,7 +120,7 @@ def _draw_anchors(
     """
     ids = class_ids(labels, num_classes, ignore_index).flatten()
     # A random order, sorted by class without disturbing it: the first A of each class are a uniform subset.
-    order = torch.rand(ids.shape, generator=generator, device=ids.device).argsort()
+    order = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float32).argsort()
     order = order[ids[order].argsort(stable=True)]
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=ids.device)
     counts = counts.scatter_add(0, ids, torch.ones_like(ids))
@@ -155,7 +162,7 @@ class _Spread(torch.autograd.Function):
         return (total.log2_().add_(top) - entries).mul_(LOG_2)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         z, share, own = ctx.saved_tensors
         gradient = (share * grad.sum(dim=1, keepdim=True)).scatter_add_(1, own, -grad)

@@ -33,8 +33,8 @@ def symmetric_cross_entropy(
     **Convention.** Ignored pixels give 0 and no gradient. "mean" divides by the number of labelled pixels of the batch,
     "mean_all" by all pixels. The reverse term is bounded by -log(`min_label`), so a wrong label pulls only so far.
 
-    **Source.** Wang et al. 2019; weights and clamps as in ProDA's released code, which clamps in the cross-entropy
-    only through its softmax, ignores label 250 and edits the label map in place.
+    **Source.** Wang et al. 2019; weights and clamps as in ProDA's released code, which ignores label 250 and edits
+    the label map in place.
 
     Args:
         logits: class scores before the softmax.
@@ -62,7 +62,7 @@ def symmetric_cross_entropy(
         >>> round(loss.item(), 4)
         4.6745
     """
-    _check_options(min_probability, min_label, reduction)
+    _check_options(ce_weight, rce_weight, min_probability, min_label, reduction)
     check_float("logits", logits, 4, "(N, C, H, W)")
     check_labels_like(labels, logits)
     if pixel_weight is not None:
@@ -78,8 +78,12 @@ def symmetric_cross_entropy(
     return reduce_pixels(ce_weight * ce + rce_weight * rce, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 
-def _check_options(min_probability: float, min_label: float, reduction: str) -> None:
-    check_range("min_probability", min_probability, 0.0, 1.0)
+def _check_options(
+    ce_weight: float, rce_weight: float, min_probability: float, min_label: float, reduction: str
+) -> None:
+    check_range("ce_weight", ce_weight, 0.0)
+    check_range("rce_weight", rce_weight, 0.0)
+    check_range("min_probability", min_probability, 0.0, 1.0, open_low=True)
     check_range("min_label", min_label, 0.0, 1.0, open_low=True)
     check_reduction(reduction)
 
@@ -104,7 +108,7 @@ class SymmetricCrossEntropyLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_options(min_probability, min_label, reduction)
+        _check_options(ce_weight, rce_weight, min_probability, min_label, reduction)
         self.ce_weight = ce_weight
         self.rce_weight = rce_weight
         self.min_probability = min_probability

@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from udakit._checks import check_float, check_mask_like, check_range, check_same_shape
-from udakit._reduce import check_reduction, exp_, reduce_pixels, upcast
+from udakit._reduce import check_reduction, exp_, first_derivative_only, reduce_pixels, upcast
 from udakit.losses.kd import kd_loss
 
 BLOCK = 2**18  # elements of a class map worked on at once on the CPU: small enough to stay in the cache
@@ -137,7 +136,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.temperature = inputs[2]
 
 
-@once_differentiable
+@first_derivative_only
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None, None]:
     if grad is None:
         return None, None, None, None

@@ -6,9 +6,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_integer, check_mask_like, check_size, check_weight_like
-from udakit._reduce import reduce_pixels
+from udakit._reduce import Kind, reduce_pixels
 from udakit.losses._upsampled import upsampled_loss
-from udakit.losses.kd import Divergence, TeacherKind, check_logits_pair
+from udakit.losses.kd import Divergence, check_logits_pair
 from udakit.losses.kd import check_options as check_kd_options
 
 
@@ -19,7 +19,7 @@ def upsampled_kd_loss(
     size: tuple[int, int] | None = None,
     temperature: float = 1.0,
     divergence: Divergence = "cross_entropy",
-    teacher_kind: TeacherKind = "logits",
+    teacher_kind: Kind = "logits",
     align_corners: bool = False,
     valid: Bool[Tensor, "n h3 w3"] | None = None,
     pixel_weight: Float[Tensor, "n h3 w3"] | None = None,
@@ -121,7 +121,7 @@ class UpsampledKDLoss(nn.Module):
         size: tuple[int, int] | None = None,
         temperature: float = 1.0,
         divergence: Divergence = "cross_entropy",
-        teacher_kind: TeacherKind = "logits",
+        teacher_kind: Kind = "logits",
         align_corners: bool = False,
         chunk_rows: int | None = None,
         reduction: str = "mean",
@@ -131,7 +131,7 @@ class UpsampledKDLoss(nn.Module):
         self.size = size
         self.temperature = temperature
         self.divergence: Divergence = divergence
-        self.teacher_kind: TeacherKind = teacher_kind
+        self.teacher_kind: Kind = teacher_kind
         self.align_corners = align_corners
         self.chunk_rows = chunk_rows
         self.reduction = reduction

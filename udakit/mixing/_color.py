@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from udakit._checks import check_float, is_sequence, kind_of, shape_of
+from udakit._checks import check_device, check_float, is_sequence, kind_of, shape_of
 
 Channels = Sequence[float] | Tensor
 
@@ -25,11 +25,13 @@ _XYZ_TO_RGB = (
 _LAB_KNEE = 6 / 29
 
 
-def check_channels(name: str, values: Channels | None) -> None:
-    """Raise unless `values` is None or three numbers, as a sequence or a tensor."""
+def check_channels(name: str, values: Channels | None, images: Tensor | None = None) -> None:
+    """Raise unless `values` is None or three numbers, as a sequence or a tensor beside the `images`."""
     if isinstance(values, Tensor):
         if values.shape != (3,):
             raise ValueError(f"Expected `{name}` to be three numbers, one a channel, but got {shape_of(values)}.")
+        if images is not None:
+            check_device(name, values, images, "images")
     elif values is not None and (isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 3):
         given = tuple(values) if is_sequence(values) else kind_of(values)
         raise ValueError(f"Expected `{name}` to be three numbers, one a channel, but got {given}.")

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Integer
 from torch import Tensor, nn
 
 from udakit._checks import (
+    check_device,
     check_generator,
     check_integer,
     check_label_map,
@@ -49,7 +50,10 @@ def _candidate_mask(candidates: Sequence[int] | Tensor, num_classes: int, device
     if not isinstance(candidates, (tuple, list)):
         candidates = list(candidates) if isinstance(candidates, Iterable) else [candidates]
     if not all(is_integer(c) and 0 <= c < num_classes for c in candidates):
-        raise ValueError(f"Expected `candidates` to be class ids in [0, {num_classes}), but got {list(candidates)}.")
+        hint = " A mask is a bool tensor." if any(isinstance(c, bool) for c in candidates) else ""
+        raise ValueError(
+            f"Expected `candidates` to be class ids in [0, {num_classes}), but got {list(candidates)}.{hint}"
+        )
     allowed = torch.zeros(num_classes, dtype=torch.bool, device=device)
     for c in candidates:
         allowed[c].fill_(True)
@@ -113,6 +117,7 @@ def draw_classes(
     present = present.scatter(1, class_ids(labels, num_classes, ignore_index).flatten(1), True)
     if candidates is not None:
         allowed = _candidate_mask(candidates, num_classes, labels.device)
+        check_device("candidates", allowed, labels, "labels")
         present = present & torch.cat([allowed, allowed.new_ones(1)])
     if not include_ignore:
         columns = num_classes
@@ -121,7 +126,7 @@ def draw_classes(
         present = present.any(dim=0, keepdim=True).expand(labels.shape[0], -1)
 
     # Present classes get a random place, absent ones stand behind them; the first `count` places are drawn.
-    keys = torch.rand(present.shape, generator=generator, device=labels.device)
+    keys = torch.rand(present.shape, generator=generator, device=labels.device, dtype=torch.float32)
     place = torch.where(present, keys, 2.0).argsort(dim=1).argsort(dim=1)
     share = fraction * present.sum(dim=1, keepdim=True)
     # 0.1 * 30 is 3.0000000000000004: a product within rounding of a whole number is that number.
@@ -178,6 +183,7 @@ def class_mask(
         raise ValueError(
             f"Expected `chosen` to be (N, {wanted}) matching `labels` {shape_of(labels)}, but got {shape_of(chosen)}."
         )
+    check_device("chosen", chosen, labels, "labels")
     if paste_ignore or chosen.shape[1] == columns:
         last = torch.full_like(chosen[:, :1], paste_ignore)
         chosen = torch.cat([chosen[:, :columns], last], dim=1)

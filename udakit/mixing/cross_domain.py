@@ -22,6 +22,7 @@ from udakit._checks import (
 )
 from udakit.mixing.batch import RESIZE_HINT, paste
 from udakit.mixing.class_mix import ClassMix, Rounding, Scope
+from udakit.teachers import unwrap_model
 
 
 def cross_domain_mix(
@@ -115,8 +116,8 @@ class CrossDomainMix(nn.Module):
         num_classes: int,
         translate: Callable[[Tensor, Tensor], Tensor],
         augment: Callable[..., Tensor],
-        *,
         blend: float = 0.4,
+        *,
         fraction: float = 0.5,
         rounding: Rounding = "down",
         scope: Scope = "image",
@@ -142,8 +143,7 @@ class CrossDomainMix(nn.Module):
         self.translate = translate
         self.augment = augment
         self.blend = blend
-        function = augment.forward if isinstance(augment, nn.Module) else augment
-        self._hand_on_generator = "generator" in inspect.signature(function).parameters
+        self._hand_on_generator = _takes_generator(augment)
 
     def forward(
         self,
@@ -170,3 +170,11 @@ class CrossDomainMix(nn.Module):
     def extra_repr(self) -> str:
         """Return the options as they were given."""
         return f"blend={self.blend}"
+
+
+def _takes_generator(augment: Callable[..., Tensor]) -> bool:
+    function = unwrap_model(augment).forward if isinstance(augment, nn.Module) else augment
+    try:
+        return "generator" in inspect.signature(function).parameters
+    except ValueError:  # a builtin such as torch.clone has no signature
+        return False

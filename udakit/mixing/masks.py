@@ -7,15 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
-from udakit._checks import check_generator, check_integer, check_mask, check_pair, check_range, check_size
-
-
-def _device(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device:
-    if device is None:
-        device = torch.device("cpu") if generator is None else generator.device
-    device = torch.device(device)
-    check_generator(generator, device)
-    return device
+from udakit._checks import check_integer, check_mask, check_pair, check_range, check_size, draw_device
 
 
 def _check_size(n: int, size: tuple[int, int]) -> None:
@@ -60,9 +52,9 @@ def draw_box_mask(
     check_pair("area", area, "(low, high), shares of the image")
     check_range("area", area[0], 0.0, 1.0, open_low=True)
     check_range("area", area[1], area[0], 1.0)
-    device = _device(generator, device)
+    device = draw_device(generator, device)
     low, high = area
-    u = torch.rand(4, n, 1, generator=generator, device=device)
+    u = torch.rand(4, n, 1, generator=generator, device=device, dtype=torch.float32)
     share = low + (high - low) * u[0]
     inside = []
     for length, exponent, offset in ((size[0], u[1], u[2]), (size[1], 1 - u[1], u[3])):
@@ -113,9 +105,9 @@ def draw_block_mask(
     _check_size(n, size)
     check_integer("block_size", block_size)
     check_range("ratio", ratio, 0.0, 1.0)
-    device = _device(generator, device)
+    device = draw_device(generator, device)
     rows, columns = (max(round(length / block_size), 1) for length in size)
-    removed = torch.rand(n, rows, columns, generator=generator, device=device) < ratio
+    removed = torch.rand(n, rows, columns, generator=generator, device=device, dtype=torch.float32) < ratio
     row = torch.arange(size[0], device=device) * rows // size[0]
     column = torch.arange(size[1], device=device) * columns // size[1]
     return removed.index_select(2, column).index_select(1, row)  # whole rows last: they are copied at once

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from kornia.enhance import sharpness
 from torch import Tensor, nn
 
-from udakit._checks import check_generator, check_integer, check_pair, check_range, kind_of, shape_of
+from udakit._checks import check_generator, check_integer, check_pair, check_range, draw_device, kind_of, shape_of
 from udakit._reduce import full_precision, upcast
 from udakit.mixing._color import Channels, channels_like, check_channels, check_rgb, luma, restore
 
@@ -55,6 +55,8 @@ def _check_options(
     for name, value in probabilities.items():
         check_range(name, value, 0.0, 1.0)
     check_pair("blur_sigma", blur_sigma, "(low, high) with 0 < low <= high")
+    for end in blur_sigma:
+        check_range("blur_sigma", end)
     if not 0 < blur_sigma[0] <= blur_sigma[1]:
         raise ValueError(f"Expected `blur_sigma` to be (low, high) with 0 < low <= high, but got {blur_sigma}.")
 
@@ -122,11 +124,8 @@ def draw_strong_augment(
         },
         blur_sigma,
     )
-    if device is None:
-        device = torch.device("cpu") if generator is None else generator.device
-    device = torch.device(device)
-    check_generator(generator, device)
-    u = torch.rand(10, n, generator=generator, device=device)
+    device = draw_device(generator, device)
+    u = torch.rand(10, n, generator=generator, device=device, dtype=torch.float32)
     signed = 2 * u - 1
     blurred, sharpened = u[6] < blur_probability, u[8] < sharpness_probability
     low, high = blur_sigma
@@ -178,8 +177,8 @@ def strong_augment(
         torch.Size([2, 3, 16, 16])
     """
     check_rgb("images", images)
-    check_channels("mean", mean)
-    check_channels("std", std)
+    check_channels("mean", mean, images)
+    check_channels("std", std, images)
     if not isinstance(draw, StrongAugmentDraw):
         raise TypeError(
             f"Expected `draw` to be a StrongAugmentDraw, but got {kind_of(draw)}. draw_strong_augment makes one."
@@ -189,7 +188,12 @@ def strong_augment(
         if p.shape != images.shape[:1]:
             raise ValueError(
                 f"Expected `draw` to hold tensors of shape (N,) matching `images` {shape_of(images)}, "
-                f"but got {shape_of(p)}. Draw for as many images: draw_strong_augment(len(images))."
+                f"but got {shape_of(p)}. Draw for as many images: draw_strong_augment(len(images), ...)."
+            )
+        if p.device != images.device:
+            raise ValueError(
+                f"Expected `draw` to be on the device of `images` '{images.device}', but got one on '{p.device}'. "
+                "Draw there: draw_strong_augment(len(images), device=images.device)."
             )
     if not parameters:
         return images

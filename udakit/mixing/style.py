@@ -127,9 +127,9 @@ def color_transfer(
         >>> bool((styled - 0.5).abs().max() < 1e-3)
         True
     """
-    check_channels("mean", mean)
-    check_channels("std", std)
     _check_pair(content, style, same_size=False)
+    check_channels("mean", mean, content)
+    check_channels("std", std, content)
     with full_precision(content):
         x = upcast(content)
         s = style.detach().to(x.dtype)

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit.pseudo_labels.selection import Kind, PseudoLabels, expand_valid, predict, share_per_class
+from udakit._reduce import Kind
+from udakit.pseudo_labels.selection import PseudoLabels, expand_valid, predict, share_per_class
 
 
 class ArgmaxSelector(nn.Module):

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_float, check_integer, check_range, shape_of
+from udakit._checks import check_device, check_float, check_integer, check_range, shape_of
+from udakit._reduce import Kind
 from udakit._state import FullPrecisionState, sum_ranks
-from udakit.pseudo_labels.selection import Kind, PseudoLabels, Selector
+from udakit.pseudo_labels.selection import PseudoLabels, Selector
 
 # Confidences are float32: the smallest 1 - p above 0 is 2^-24.
 _BITS = 24.0
@@ -25,9 +26,10 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
 
     **Convention.** Detached. In training mode a call first takes its batch into the histogram,
     h_c <- momentum h_c + (1 - momentum) counts_c, for the classes it predicts inside `valid` (others keep theirs), then
-    selects; in eval mode the stored thresholds select. At least `share` is kept: a bin is kept or rejected whole. A
-    class without history keeps nothing. Counts of ranks add up: with `sync` the histograms of all ranks are equal, bit
-    by bit, to those of one process on the global batch; without a process group there is one rank.
+    selects; in eval mode the stored thresholds select. At least `share` of the averaged histogram is kept (of one batch
+    it may be more or less), and a bin whole or not at all. A class without history keeps nothing. Counts of ranks add
+    up: with `sync` the histograms of all ranks are equal, bit by bit, to those of one process on the global batch;
+    without a process group there is one rank.
 
     **Source.** CBST ranks the whole data set between rounds; IAST averages a threshold per image. An averaged histogram
     weights every pixel alike.
@@ -67,7 +69,7 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
         check_integer("bins", bins, 2)
         self.num_classes, self.share, self.momentum, self.bins, self.sync = num_classes, share, momentum, bins, sync
-        self.register_buffer("histogram", torch.zeros(num_classes, bins))
+        self.register_buffer("histogram", torch.zeros(num_classes, bins, dtype=torch.float32))
 
     @property
     def thresholds(self) -> Float[Tensor, "c"]:
@@ -90,6 +92,7 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
             raise ValueError(
                 f"Expected `logits` to be (N, C, H, W) with C = {self.num_classes}, but got {shape_of(logits)}."
             )
+        check_device("histogram", self.histogram, logits, "logits")
         return super().forward(logits, features, kind=kind, valid=valid)
 
     def keep(

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_option, check_range
-from udakit._reduce import upcast
-from udakit.pseudo_labels.selection import Kind, PseudoLabels, expand_valid, predict, share_per_class
+from udakit._reduce import Kind, upcast
+from udakit.pseudo_labels.selection import PseudoLabels, expand_valid, predict, share_per_class
 
 Scope = Literal["batch", "image"]
 RatioOver = Literal["all", "valid"]

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
-from udakit._checks import check_label_map, check_same_shape, kind_of, shape_of
+from udakit._checks import check_device, check_label_map, check_same_shape, kind_of, shape_of
+from udakit._reduce import Kind
 from udakit.prototypes import ClassPrototypes
-from udakit.pseudo_labels.selection import Kind, PseudoLabels, Selector
+from udakit.pseudo_labels.selection import PseudoLabels, Selector
 
 
 def bilateral_consensus(
@@ -134,6 +135,7 @@ class BilateralConsensus(Selector):
 
     def _nearest(self, features: Tensor, labels: Tensor) -> Tensor:
         distance = self.prototypes.distances(features, include_unseen=self.include_unseen)
+        check_device("features", features, labels, "logits")
         if len(features) != len(labels):
             raise ValueError(
                 f"Expected `features` to hold the {len(labels)} images of `logits`, but got {shape_of(features)}."

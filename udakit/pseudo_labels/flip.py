@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from udakit._checks import check_callable, check_float, check_option
+from udakit._checks import check_callable, check_float, check_option, net_logits
 from udakit._reduce import upcast
 
 Average = Literal["probabilities", "logits"]
@@ -31,7 +31,8 @@ def hflip_average(
     **Source.** VFM-UDA averages the two softmaxes.
 
     Args:
-        model: any callable from images to logits (N, C, h, w), or to a tuple that begins with them.
+        model: any callable from images to logits (N, C, h, w), or to what holds them, as the nets of transformers
+            (`.logits`) and torchvision ("out") return it.
         images: the batch, mirrored along its last axis.
         average: "probabilities" | "logits".
 
@@ -62,8 +63,6 @@ def hflip_average(
 
 
 def _logits(output: Any) -> Tensor:
-    if isinstance(output, tuple):
-        output = output[0]
-    check_float("model(images)", output, 4, "logits (N, C, h, w), or a tuple that begins with them")
-    logits: Tensor = upcast(output)
-    return logits
+    logits = net_logits(output)
+    check_float("model(images)", logits, 4, "logits (N, C, h, w)")
+    return upcast(logits)

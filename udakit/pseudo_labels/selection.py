@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_option
-from udakit._reduce import exp_, upcast
-
-Kind = Literal["logits", "probabilities"]
-KINDS = get_args(Kind)
+from udakit._reduce import KINDS, Kind, exp_, upcast
 
 
 class PseudoLabels(NamedTuple):
