@@ -1,7 +1,7 @@
 """Label images with a net of train_gta2cs.py, or score it again.
 
     python examples/predict.py --checkpoint runs/toy/stage2_dacs/last.pt --images photos --out predictions
-    python examples/predict.py --checkpoint ... --images ... --out ... --window [512,1024]  # large images
+    python examples/predict.py --checkpoint ... --images ... --out ... --window "[512,1024]"  # large
     python examples/predict.py --checkpoint runs/toy/stage2_dacs/last.pt --evaluate         # the table of training
 
 For `photos/a/b.jpg` it writes, at the image's own size, `labels/a/b.png` (class ids 0..C-1, with the palette),
@@ -25,7 +25,6 @@ from jsonargparse import auto_cli
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,7 +33,7 @@ from gta2cs.evaluation import Score, evaluate
 from gta2cs.files import write_text
 from gta2cs.inference import SlidingWindow, Trained, check_window, open_image, segment
 from gta2cs.layouts import IMAGE_SUFFIXES
-from gta2cs.report import colorize, rich_table
+from gta2cs.report import colorize, progress_bar, rich_table
 from gta2cs.samples import Size
 
 console = Console(soft_wrap=True)
@@ -106,7 +105,7 @@ def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[P
     if config.size == "native" and trained.seen_size is not None:
         height, width = trained.seen_size
         console.print(f"The run resized its target images to {height} x {width}: --size training does so here.")
-    with progress_bar() as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("predicting", total=len(jobs), status="")
         for image_path, name in jobs.items():
             progress.update(task, status=escape(image_path.name))
@@ -242,19 +241,6 @@ def load(config: Config, trained: Trained, name: str) -> torch.nn.Module:
     """One net of the checkpoint, where it is to work."""
     changes = {k: v for k, v in {"arch": config.arch, "encoder": config.encoder}.items() if v is not None}
     return trained.net(name, **changes).to(config.device, memory_format=torch.channels_last)
-
-
-def progress_bar() -> Progress:
-    """One line that is rewritten: images, time left, the file at work."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-    )
 
 
 if __name__ == "__main__":

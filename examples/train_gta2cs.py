@@ -7,8 +7,8 @@
 
 A run is a list of stages, each a recipe with its steps; a stage starts from the student of the stage before it. Read
 `main` for the run, `train_stage` for the loop, and `gta2cs/recipes/` for the methods: a recipe is a Module whose
-forward is the training loss. Everything of step k is a function of (seed, k, global sample index), so `--resume`
-continues an interrupted run exactly.
+forward is the training loss. Everything of step k is a function of (seed, k, global sample index), but for the net's
+own dropout of (seed, k, process), so `--resume` continues an interrupted run exactly.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ import yaml
 from accelerate import Accelerator
 from jsonargparse import auto_cli
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    track,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs import html, report
@@ -55,6 +57,7 @@ class DataConfig:
     data_root: Path | None = None  # folder of the data sets; without it the environment variable UDAKIT_DATA
     source_root: Path | None = None  # folder of the source set, where it is not under data_root
     target_root: Path | None = None
+    source_list: Path | None = None  # a text file of the source images to use, for the published subsets
     source_size: str | tuple[int, int] | None = None  # (height, width) on loading, "native", or the published setting
     target_size: str | tuple[int, int] | None = None
     cache: bool | None = None  # keep decoded images in memory; without it only small sets
@@ -63,6 +66,7 @@ class DataConfig:
     target_scale: tuple[float, float] = (1.0, 1.0)
     rare_class_temperature: float | None = None  # rare-class sampling of source images (DAFormer: 0.01)
     rare_class_pixels: int = 50  # of the drawn class, that a crop should show (DAFormer: 1500 of 512 x 512)
+    rare_class_image_pixels: int = 3000  # of a class, in the images that are drawn for it (DAFormer, 760 x 1280)
     oracle: bool = False  # train on labelled target images instead of source: the upper bound
     workers: int = 0
 
@@ -126,7 +130,10 @@ def parse(arguments: list[str] | None = None) -> Config:
     arguments = [f"{a.replace('-', '_').replace('__', '--', 1)}=true" if a in flags else a for a in arguments]
     named = any(a.partition("=")[0] == "--config" for a in arguments)  # a file says all that is not the default
     toy = [] if named else [str(Path(__file__).parent / "configs" / "dacs_toy.yaml")]
-    return auto_cli(Config, args=arguments, as_positional=False, default_config_files=toy)
+    config = auto_cli(Config, args=arguments, as_positional=False, default_config_files=toy)
+    if config.dry_run:  # the run itself, whether to come or finished, is left alone
+        config.out = config.out / "dry_run"
+    return config
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -139,6 +146,7 @@ def train_stage(
     student: torch.nn.Module,
     previous: Recipe | None,
     pair: Pair,
+    sampler: Any,
     accelerator: Accelerator,
 ) -> tuple[Recipe, dict[str, Any]]:
     """Run one stage; returns its recipe and its history of losses and scores."""
@@ -171,8 +179,12 @@ def train_stage(
     if config.resume and checkpoint.is_file():
         saved = load_checkpoint(checkpoint, device)
         check_same_run(json.loads(saved["config"]), config, index, checkpoint)
+        if (world := saved["world_size"]) != accelerator.num_processes:
+            raise ValueError(f"Expected the {world} processes of {checkpoint}, but got {accelerator.num_processes}.")
         recipe.load_state_dict(saved["recipe"])
         optimizer.load_state_dict(saved["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
         start, history = saved["step"], {**history, **json.loads(saved["history"])}
     else:
         main_process = accelerator.is_main_process
@@ -185,6 +197,8 @@ def train_stage(
                 console=console if main_process else None,
             )
         )
+    if accelerator.is_main_process:  # not before: a run that may not be resumed keeps its own
+        report.write_text(config.out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     wrapped, optimizer = accelerator.prepare(recipe, optimizer)
 
     data = StepData(
@@ -195,7 +209,7 @@ def train_stage(
         seed=seed,
         source_scale=config.data.source_scale,
         target_scale=config.data.target_scale,
-        sampler=rare_class_sampler(config, pair),
+        sampler=sampler,
         rare_class_pixels=config.data.rare_class_pixels,
         rank=rank,
     )
@@ -203,7 +217,7 @@ def train_stage(
     samples = range(rank * config.batch_size, (rank + 1) * config.batch_size)
     alarm = ClassAlarm(classes.names)
     began = time.perf_counter() - history["seconds"]
-    with progress_bar(accelerator) as progress:
+    with report.progress_bar(console, disable=not accelerator.is_main_process) as progress:
         task = progress.add_task(f"{stage.recipe}", total=steps, completed=start, status="")
         for step, batch in enumerate(loader, start):
             step_began = time.perf_counter()
@@ -265,6 +279,8 @@ def train_stage(
                     }
                     if config.keep_checkpoints:
                         save_checkpoint(folder / f"step_{done:06d}.pt", saved)
+                    if accelerator.scaler is not None:
+                        saved["scaler"] = accelerator.scaler.state_dict()
                     save_checkpoint(checkpoint, {**saved, "optimizer": optimizer.state_dict()})
     return recipe, history
 
@@ -329,6 +345,7 @@ def main(config: Config) -> dict[str, Score]:
         data_root=data.data_root,
         source_root=data.source_root,
         target_root=data.target_root,
+        source_list=data.source_list,
         source_size=data.source_size,
         target_size=data.target_size,
         cache=data.cache,
@@ -355,7 +372,8 @@ def main(config: Config) -> dict[str, Score]:
     torch.manual_seed(config.seed)
     if accelerator.is_main_process:
         config.out.mkdir(parents=True, exist_ok=True)
-        report.write_text(config.out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+        for stale in config.out.glob("stage*/*.pt") if not config.resume else ():
+            stale.unlink()  # of an earlier run: a later --resume must not find its stages
     student = config.net.build(len(pair.classes.names))
     if config.init is not None:
         load_net(student, config.init)
@@ -364,20 +382,21 @@ def main(config: Config) -> dict[str, Score]:
     nets: dict[str, torch.nn.Module] = {}
     histories = []
     recipe = None
+    sampler = rare_class_sampler(config, pair)
     for index, stage in enumerate(config.stages):
-        recipe, history = train_stage(config, index, student, recipe, pair, accelerator)
+        recipe, history = train_stage(config, index, student, recipe, pair, sampler, accelerator)
         histories.append(history)
         student = recipe.student
+        before = [s.recipe for s in config.stages[:index]]
+        title = stage.recipe if stage.recipe not in before else f"{stage.recipe} (stage {index + 1})"
         single = len(recipe.nets()) == 1
         for name, net in recipe.nets().items():
-            row = stage.recipe if single else f"{stage.recipe}, {name}"
+            row = title if single else f"{title}, {name}"
             rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
             nets[row] = copy.deepcopy(net)  # the next stage goes on from it
         if stage.recipe == "source_only":
             adapted = with_bn_statistics(student, target_batches(config, pair, accelerator.device))
-            rows["source_only + BatchNorm statistics of target"] = evaluate_net(
-                config, adapted, pair, accelerator.device
-            )
+            rows[f"{title} + BatchNorm statistics of target"] = evaluate_net(config, adapted, pair, accelerator.device)
 
     if accelerator.is_main_process:
         write_report(config, pair, rows, nets, histories, accelerator.device)
@@ -411,8 +430,11 @@ def rare_class_sampler(config: Config, pair: Pair) -> Any:
     from udakit import RareClassSampler, count_classes
 
     labels = pair.source_train.labels
-    counts = count_classes((labels[i] for i in range(len(labels))), num_classes=len(pair.classes.names))
-    return RareClassSampler(counts, temperature=config.data.rare_class_temperature)
+    indices = track(range(len(labels)), "counting classes", console=console, transient=True)
+    counts = count_classes((labels[i] for i in indices), num_classes=len(pair.classes.names))
+    return RareClassSampler(
+        counts, temperature=config.data.rare_class_temperature, min_pixels=config.data.rare_class_image_pixels
+    )
 
 
 def write_report(
@@ -468,9 +490,10 @@ def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path
     """Refuse to continue a run whose result would be neither the old configuration's nor the new one's."""
     now = plain(config)
     free = {"out", "resume", "eval_every", "eval_trimap", "save_every", "keep_checkpoints", "log_every"}
-    free |= {"check_data", "dry_run"}
+    free |= {"check_data"}
     for side in (saved, now):
         side["stages"] = side["stages"][: index + 1]
+        side["data"] = {k: v for k, v in side["data"].items() if k not in ("workers", "cache") and "root" not in k}
     changed = [k for k in now if k not in free and now[k] != saved.get(k)]
     if changed:
         details = "; ".join(f"{k}: {saved.get(k)} -> {now[k]}" for k in changed)
@@ -479,23 +502,9 @@ def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path
 
 def parameters_agree(net: torch.nn.Module, accelerator: Accelerator) -> bool:
     """Whether all processes hold the same weights: cheap insurance against a rank that went its own way."""
-    total = torch.stack([p.detach().double().sum() for p in net.parameters()]).sum()
-    totals = accelerator.gather(total.float()[None])
+    total = torch.stack([p.detach().float().sum() for p in net.parameters()]).sum()
+    totals = accelerator.gather(total[None])
     return bool((totals == totals[0]).all())
-
-
-def progress_bar(accelerator: Accelerator) -> Progress:
-    """One line that is rewritten: step, time left, losses, mIoU."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-        disable=not accelerator.is_main_process,
-    )
 
 
 if __name__ == "__main__":

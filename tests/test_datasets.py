@@ -283,6 +283,18 @@ def test_folder_pair_with_classes_yaml(tmp_path: Path) -> None:
     assert "b.png holds [9]" in report.problems["unexpected ids"][0]
 
 
+def test_each_domain_has_its_own_ids(tmp_path: Path) -> None:
+    for side, ids in (("source", (7, 8)), ("target", (8, 7))):
+        make_folder(tmp_path / side, {"a": [*ids], "b": [*ids]}, {"train": ["a"], "val": ["b"]})
+        (tmp_path / side / "classes.yaml").write_text(f"names: [road, car]\nids: {{{ids[0]}: 0, {ids[1]}: 1}}\n")
+    pair = build_pair("folder", data_root=tmp_path)
+    for data in (pair.source_train, pair.target_val):
+        assert data[0][1].flatten()[:2].tolist() == [0, 1]
+    (tmp_path / "target" / "classes.yaml").write_text("names: [car, road]\n")
+    with pytest.raises(ValueError, match="to have the same `names`, but got"):
+        build_pair("folder", data_root=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -51,12 +51,13 @@ def run_script(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 def test_dry_run_of_the_default_command_leaves_everything_to_look_at(tmp_path):
     done = run_script("--dry-run", *TINY, f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    assert not (tmp_path / "results.json").exists()  # a finished run would still be there
+    results = json.loads((tmp_path / "dry_run" / "results.json").read_text())
     assert list(results)[:2] == ["source_only", "source_only + BatchNorm statistics of target"]
     assert {"dacs, student", "dacs, teacher"} <= set(results)
     for name in ("panels.png", "curves.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    assert "| dacs, student |" in (tmp_path / "report.md").read_text()
+        assert (tmp_path / "dry_run" / name).read_bytes().startswith(b"\x89PNG")
+    assert "| dacs, student |" in (tmp_path / "dry_run" / "report.md").read_text()
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -119,6 +120,25 @@ def test_resume_refuses_another_configuration(tmp_path):
         train_gta2cs.main(tiny_config(tmp_path, stage, seed=1, resume=True))
 
 
+def test_a_refused_resume_changes_nothing_and_a_new_run_leaves_no_old_stage(tmp_path):
+    stages = [train_gta2cs.Stage("source_only"), train_gta2cs.Stage("source_only")]
+    rows = train_gta2cs.main(tiny_config(tmp_path, *stages))
+    assert "source_only" in rows  # a recipe that comes twice keeps both rows
+    assert "source_only (stage 2)" in rows
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ValueError, match=r"these differ: seed: 0 -> 7"):
+        train_gta2cs.main(tiny_config(tmp_path, *stages, resume=True, seed=7))
+    assert (tmp_path / "config.yaml").read_text() == before
+    train_gta2cs.main(tiny_config(tmp_path, stages[0]))
+    assert not (tmp_path / "stage2_source_only" / "last.pt").exists()
+
+
+def test_options_that_a_method_fixes_are_refused():
+    with pytest.raises(ValueError, match=r"options of recipe Ehtdi .* but got 'augment_mixed'"):
+        RECIPES["ehtdi"].parse({"augment_mixed": False})
+    assert not RECIPES["diga"].parse({"augment_mixed": False}).augment_mixed
+
+
 def test_two_processes_train_one_net(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -131,7 +151,7 @@ def test_two_processes_train_one_net(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    saved = load_checkpoint(checkpoint := tmp_path / "stage1_diga" / "last.pt")
+    saved = load_checkpoint(checkpoint := tmp_path / "dry_run" / "stage1_diga" / "last.pt")
     assert saved["world_size"] == 2
     assert saved["parameters_agree"], "the ranks' students differ after an optimiser step"
     # The score that the ranks found together is that of the net that was saved, on the same two images.

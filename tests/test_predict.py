@@ -18,7 +18,7 @@ from torch import nn
 import predict
 import train_gta2cs
 from gta2cs import evaluation
-from gta2cs.checkpoints import save_checkpoint
+from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.inference import Logits, SlidingWindow, Trained, check_window, probability_bands, segment, window_starts
 from gta2cs.layouts import load_classes
 from gta2cs.loading import normalise
@@ -118,6 +118,22 @@ def test_the_other_nets_of_a_checkpoint(checkpoint, images, tmp_path):
     assert (found["teacher"] != found["student"]).any()
     with pytest.raises(ValueError, match=r"the base\.student of .* to be the configured net"):
         run("--checkpoint", checkpoint, "--images", images, "--out", tmp_path / "x", "--net", "base.student")
+
+
+def test_the_large_nets_of_duda_are_built_as_its_options_say(checkpoint, tmp_path):
+    saved = load_checkpoint(checkpoint)
+    config = json.loads(saved["config"])
+    large = {"arch": "fpn", "options": {"decoder_pyramid_channels": 32}}
+    config["stages"] = [{"recipe": "duda_pre", "options": {"large": large}}]
+    net = build_net("fpn", config["net"]["encoder"], num_classes=len(CLASSES), weights="random", **large["options"])
+    recipe = {f"base.student.{name}": value for name, value in net.state_dict().items()} | saved["recipe"]
+    history = {**json.loads(saved["history"]), "name": "duda_pre"}
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"recipe": recipe, "config": json.dumps(config), "history": json.dumps(history)})
+    trained = Trained.open(path)
+    assert trained.names == ("student", "teacher", "large student")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(trained.net("large student")(x).logits, net.eval()(x).logits)
 
 
 def test_nothing_is_overwritten_unasked(checkpoint, images, tmp_path):

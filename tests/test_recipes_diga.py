@@ -418,7 +418,7 @@ def test_dry_run_of_the_toy_configuration_and_a_look_at_its_labels(tmp_path, mon
     rows = train_gta2cs.main(train_gta2cs.parse(["--config", path, "--dry-run", "--out", str(tmp_path)]))
     assert {"source_only", "diga_warmup, student", "diga, student", "diga, teacher"} <= set(rows)
 
-    checkpoint, picture = tmp_path / "stage3_diga" / "last.pt", tmp_path / "consensus.png"
+    checkpoint, picture = tmp_path / "dry_run" / "stage3_diga" / "last.pt", tmp_path / "consensus.png"
     for more in ([], ["--picture", str(picture)]):
         monkeypatch.setattr("sys.argv", ["selection_quality.py", str(checkpoint), "--images=4", *more])
         selection_quality.main()

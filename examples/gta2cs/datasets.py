@@ -96,6 +96,9 @@ FOLDERS = {  # of source and target under `data_root`, with the names in use
 PAIRS = ("toy", *FOLDERS)
 
 
+Ids = Mapping[int, int] | None  # raw label id -> class id
+
+
 @dataclass(frozen=True)
 class Pair:
     """A source and a target domain. `target_train` cannot return labels; the oracle has to ask for them by name."""
@@ -155,7 +158,7 @@ def build_pair(
         target_size: the same for target images. Validation labels always keep their own size.
         cache: keep decoded images in memory; without it only for the small pairs.
         classes: for "folder": the classes, where there is no classes.yaml.
-        ids: for "folder": raw label id -> class id.
+        ids: for "folder": raw label id -> class id, of both domains; without it those of the classes.yaml beside each.
         strict: raise when files are missing. False leaves that to `check_data`.
         toy_counts: scenes of the toy pair (source train, target train, target val).
         toy_size: (height, width) of the toy scenes.
@@ -175,10 +178,11 @@ def build_pair(
         _root(name, given, data_root, folders)
         for given, folders in zip((source_root, target_root), FOLDERS[name], strict=True)
     )
-    if name == "folder":
-        classes, ids = _folder_classes(classes, ids, [r for r in (source_folder, target_folder, data_root) if r])
+    own_ids: tuple[Ids, Ids] = (ids, ids)
+    if name == "folder" and classes is None:
+        classes, own_ids = _folder_classes(source_folder, target_folder, data_root, ids)
     find = _find_folders if name in SMALL else _find_synthetic if name in SYNTHETIC else _find_adverse
-    found = find(name, source_folder, target_folder, classes=classes, ids=ids, strict=strict)
+    found = find(name, source_folder, target_folder, classes=classes, ids=own_ids, strict=strict)
     source_published, target_published = PUBLISHED_SIZES.get(name, (None, None))
     source_hw = _size("source_size", source_size, source_published)
     target_hw = _size("target_size", target_size, target_published)
@@ -206,13 +210,13 @@ class _Found(NamedTuple):
 
 
 def _find_folders(
-    name: str, source: Path, target: Path, *, classes: ClassSet | None, ids: Mapping[int, int] | None, strict: bool
+    name: str, source: Path, target: Path, *, classes: ClassSet | None, ids: tuple[Ids, Ids], strict: bool
 ) -> _Found:
     known = classes or SMALL[name]
     assert known is not None  # for "folder" given or read from classes.yaml
 
     def split(root: Path, part: str) -> Listing:
-        return folder(root, part, known, ids=ids, strict=strict)
+        return folder(root, part, known, ids=ids[root == target], strict=strict)
 
     target_train = split(target, "train")
     return _Found(
@@ -311,17 +315,22 @@ def _root(pair: str, given: str | Path | None, data_root: str | Path | None, fol
 
 
 def _folder_classes(
-    classes: ClassSet | None, ids: Mapping[int, int] | None, roots: Sequence[str | Path]
-) -> tuple[ClassSet, Mapping[int, int] | None]:
-    if classes is not None:
-        return classes, ids
-    for root in roots:
-        if (Path(root) / "classes.yaml").is_file():
-            found, stored = load_classes(Path(root) / "classes.yaml")
-            return found, stored if ids is None else ids
-    raise FileNotFoundError(
-        f"Expected `classes`, or a classes.yaml with `names`, in one of {', '.join(map(str, roots))}, but found none."
-    )
+    source: Path, target: Path, data_root: str | Path | None, ids: Mapping[int, int] | None
+) -> tuple[ClassSet, tuple[Ids, Ids]]:
+    """The classes, and the ids of source and of target: by the classes.yaml beside them, else by the one there is."""
+    roots = [Path(root) for root in (data_root, source, target) if root]
+    found = {root: load_classes(root / "classes.yaml") for root in roots if (root / "classes.yaml").is_file()}
+    if not found:
+        where = ", ".join(map(str, roots))
+        raise FileNotFoundError(
+            f"Expected `classes`, or a classes.yaml with `names`, in one of {where}, but found none."
+        )
+    if len(names := {known.names for known, _ in found.values()}) > 1:
+        where = ", ".join(map(str, found))
+        raise ValueError(f"Expected the classes.yaml of {where} to have the same `names`, but got {sorted(names)}.")
+    known, shared = next(iter(found.values()))
+    stored = found.get(source, (known, shared))[1], found.get(target, (known, shared))[1]
+    return known, stored if ids is None else (ids, ids)
 
 
 def _size(name: str, given: Size | str | None, published: Size | None) -> Size | None:

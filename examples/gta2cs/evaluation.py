@@ -30,7 +30,7 @@ class Score:
     @classmethod
     def of(cls, confusion: Tensor, classes: ClassSet) -> Score:
         """Divide once, at the end: rows of `confusion` are the truth."""
-        matrix = confusion.double().cpu().numpy()
+        matrix = confusion.cpu().double().numpy()
         hit = np.diag(matrix)
         union = matrix.sum(0) + matrix.sum(1) - hit
         iou = 100 * np.divide(hit, union, out=np.full(len(hit), np.nan), where=union > 0)
@@ -60,7 +60,7 @@ class Score:
 @torch.no_grad()
 def predict(net: nn.Module, image: Tensor, device: torch.device | str = "cpu") -> Tensor:
     """Class probabilities (C, H, W) of one uint8 image (3, H, W) at its own size."""
-    return _probabilities(net, normalise(image[None].to(device)))[0]
+    return class_probabilities(net, normalise(image[None].to(device)))[0]
 
 
 @torch.no_grad()
@@ -93,7 +93,7 @@ def evaluate(
     with evaluating(net):
         for images, labels, _ in evaluation_batches(dataset, batch_size=batch_size, indices=indices):
             assert labels is not None
-            probabilities = _probabilities(net, images.to(device))
+            probabilities = class_probabilities(net, images.to(device))
             if probabilities.shape[-2:] != labels.shape[-2:]:  # images were resized on loading, the truth never is
                 probabilities = F.interpolate(probabilities, labels.shape[-2:], mode="bilinear", align_corners=False)
             predicted, labels = probabilities.argmax(1), labels.to(device)
@@ -114,7 +114,8 @@ def near_boundary(labels: Tensor, distance: int, ignore_index: int = 255) -> Ten
     return (widest > -lowest) & ~ignored
 
 
-def _probabilities(net: nn.Module, images: Tensor) -> Tensor:
+def class_probabilities(net: nn.Module, images: Tensor) -> Tensor:
+    """Softmax of a net's logits, float32."""
     return net(images.contiguous(memory_format=torch.channels_last)).logits.float().softmax(1)
 
 

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 
 from gta2cs.checkpoints import copy_net, load_checkpoint
 from gta2cs.datasets import CITYSCAPES_19, PUBLISHED_SIZES, SMALL, SYNTHETIC, ClassSet, Pair, build_pair, load_classes
+from gta2cs.evaluation import class_probabilities
 from gta2cs.loading import normalise
 from gta2cs.nets import MIT, SegNet, build_net
+from gta2cs.recipes.duda import DudaPre
 from gta2cs.samples import Size, rainbow, read_image, resize_image
 
-NETS = {"student": "student", "teacher": "teacher.module"}  # a table's row -> where a checkpoint keeps the net
+LARGE = {"large student": "base.student", "large teacher": "base.teacher.module"}  # of DUDA's pre-adaptation
+# A table's row -> where a checkpoint keeps the net.
+NETS = {"student": "student", "teacher": "teacher.module", **LARGE}
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,22 @@ class Trained:
     def net(self, name: str = "student", **changes: str) -> SegNet:
         """Build one of its nets, in eval mode: a key of `NETS` or any prefix of the recipe's tensors.
 
-        `changes` (`arch`, `encoder`) are for a net that is not built like the student, such as DUDA's large ones.
+        DUDA's large nets are built as the run's options say; `changes` (`arch`, `encoder`) are for any other net that
+        is not built like the student.
         """
-        options = {**self.config["net"], **changes}
+        options = {**self.config["net"], **(self._large if name in LARGE else {}), **changes}
         if options["arch"] != "hf_segformer" or options["encoder"] in MIT:
             options["weights"] = "random"  # all tensors come from the checkpoint, none from a package or the hub
         decoder = options.pop("options", {})  # checkpoints of before it existed have none
         net = build_net(**decoder, **options, num_classes=len(self.classes.names))
         copy_net(net, self.recipe, NETS.get(name, name), self.path)
         return net.eval()  # type: ignore[return-value]
+
+    @property
+    def _large(self) -> dict[str, Any]:
+        """How DUDA's large nets differ from the student."""
+        given = [s["options"] for s in self.config["stages"] if s["recipe"] == self.history["name"]]
+        return DudaPre.parse(given[0]).large  # type: ignore[no-any-return]
 
     def pair(self, **roots: Path | None) -> Pair:
         """Open the pair it was trained on, from where the folders are now if `roots` name them."""
@@ -155,7 +166,7 @@ def probability_bands(
     """
     stride = check_window(window, stride)
     if window is None or stride is None:
-        yield 0, _probabilities(net, images)
+        yield 0, class_probabilities(net, images)
         return
     height, width = images.shape[-2:]
     h, w = min(window[0], height), min(window[1], width)
@@ -165,7 +176,7 @@ def probability_bands(
     for number, top in enumerate(tops):
         band: Tensor | None = None
         for left in lefts:
-            seen = _probabilities(net, images[..., top : top + h, left : left + w])
+            seen = class_probabilities(net, images[..., top : top + h, left : left + w])
             if band is None:
                 band = seen.new_zeros(*seen.shape[:2], h, width)
                 if held is not None:  # the rows that the windows above have seen as well
@@ -230,10 +241,6 @@ def open_image(path: Path) -> Tensor:
             f"Expected the image {path} to have 8 bits a channel, but its mode is {mode}: convert it first."
         )
     return read_image(path)
-
-
-def _probabilities(net: nn.Module, images: Tensor) -> Tensor:
-    return net(images.contiguous(memory_format=torch.channels_last)).logits.float().softmax(1)  # type: ignore[no-any-return]
 
 
 def _coverage(length: int, window: int, starts: list[int]) -> Tensor:

@@ -11,6 +11,8 @@ import numpy as np
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gta2cs.datasets import ClassSet
@@ -136,3 +138,17 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
     os.replace(temporary, path)
+
+
+def progress_bar(console: Console, *, disable: bool = False) -> Progress:
+    """One line that is rewritten: what is done of how much, the time that is left, and the field `status`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        disable=disable,
+    )

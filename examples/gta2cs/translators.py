@@ -15,10 +15,3 @@ TRANSLATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "fourier": lambda source, target: fourier_transfer(source, target, beta=0.01),
     "histogram": lambda source, target: histogram_transfer(source, target),
 }
-
-
-def translator(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-    """Look a translator up by name; it maps (source images, target images) to images."""
-    if name not in TRANSLATORS:
-        raise ValueError(f"Expected `translate` to be one of {sorted(TRANSLATORS)}, but got {name!r}.")
-    return TRANSLATORS[name]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
@@ -88,6 +88,8 @@ class Recipe(nn.Module):
     Subclasses name their options in the dataclass `Options`; `student` is the net that is optimised and deployed.
     """
 
+    FIXED: ClassVar[tuple[str, ...]] = ()  # inherited options that the method leaves no choice about
+
     @dataclass
     class Options:
         """Options of every recipe."""
@@ -150,7 +152,7 @@ class Recipe(nn.Module):
     @classmethod
     def parse(cls, options: dict[str, Any]) -> Any:
         """Check the names of `options` and fill in the defaults."""
-        known = [f.name for f in fields(cls.Options)]
+        known = [f.name for f in fields(cls.Options) if f.name not in cls.FIXED]
         for name in options:
             if name not in known:
                 raise ValueError(

@@ -96,7 +96,9 @@ class Dacs(TargetStyled):
             "mix": options.mix_weight * mix,
         }
         if options.feature_distance > 0:
-            terms["feature_distance"] = options.feature_distance * self._feature_distance(on_source.encoded, source)
+            terms["feature_distance"] = options.feature_distance * self._feature_distance(
+                on_source.encoded, source._replace(images=source_images)
+            )
         shared = Shared(
             source._replace(images=source_images),
             mixed._replace(images=mixed_images),

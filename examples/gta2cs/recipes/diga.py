@@ -39,6 +39,8 @@ CENTROID_BATCHES = 50  # of target, for the first centroids
 class DigaWarmup(TargetStyled):
     """Cross-entropy on source, symmetric distillation between the source image and its CrDoMix rendering."""
 
+    FIXED = ("augment_mixed", "ignore_top", "ignore_bottom")  # of pseudo-labels, which there are none of
+
     @dataclass
     class Options(TargetStyled.Options):
         """Options of the recipe."""
@@ -89,6 +91,8 @@ class DigaWarmup(TargetStyled):
 class Diga(DigaWarmup):
     """Self-training on labels that classifier and nearest centroid agree on, with the distillation still on."""
 
+    FIXED = ()
+
     @dataclass
     class Options(DigaWarmup.Options):
         """Options of the recipe."""
@@ -137,7 +141,8 @@ class Diga(DigaWarmup):
         chosen = self.draw_classes(source.labels, draws, rounding="down")
         mask = class_mask(source.labels, chosen, paste_ignore=True)
         target = SegBatch(batch.target_images, pseudo.labels, pseudo.weight)
-        mixed = class_mix(source, target._replace(images=self.augment(target.images, draws)), mask)
+        target_images = self.augment(target.images, draws) if self.options.augment_mixed else target.images
+        mixed = class_mix(source, target._replace(images=target_images), mask)
         clean, crdomix = self.student_views(batch, draws)
         on_mixed = self.on_mixed(mixed.images)
 

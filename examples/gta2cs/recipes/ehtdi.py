@@ -36,6 +36,8 @@ from udakit import (
 class Ehtdi(SelfTraining):
     """Cross-entropy on source and on both kinds of paste, with boundary terms, pixel and prototype contrast."""
 
+    FIXED = ("augment_mixed",)  # two views are what it contrasts
+
     @dataclass
     class Options(SelfTraining.Options):
         """Options of the recipe."""
@@ -77,8 +79,8 @@ class Ehtdi(SelfTraining):
             strong_source, strong_target, pseudo.confidence, threshold=options.paste_threshold
         )
 
-        on_source = self.student(strong_source.images)
-        on_mixed = self.on_mixed(strong_mixed)
+        source_images = strong_source.images if options.augment_source else source.images
+        on_source, on_mixed = self.both(source_images, strong_mixed)
         terms = {
             "source": upsampled_cross_entropy(on_source.head_logits, source.labels),
             "mix": options.mix_weight * cross_entropy(on_mixed.logits, mixed.labels),
