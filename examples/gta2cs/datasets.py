@@ -171,6 +171,8 @@ def build_pair(
         raise ValueError(f"Expected `name` to be one of {PAIRS}, but got {name!r}.")
     for option, given in (("source_size", source_size), ("target_size", target_size)):
         _size(option, given, None)
+        if name == "toy" and given is not None:
+            raise ValueError(f"Expected no `{option}` for the rendered pair 'toy', but got {given!r}.")
     if name == "toy":
         return _toy_pair(toy_counts, toy_size)
     data_root = data_root or os.environ.get("UDAKIT_DATA")
