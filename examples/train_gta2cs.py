@@ -75,7 +75,7 @@ class DataConfig:
 class NetConfig:
     """Which segmentation net."""
 
-    arch: str = "fpn"  # fpn, deeplabv3plus, unet, segformer (smp decoders), or hf_segformer
+    arch: str = "fpn"  # fpn, deeplabv3plus (batch_size 2 at least), unet, segformer (smp decoders), or hf_segformer
     encoder: str = "tu-tf_efficientnet_lite0"
     weights: str = "imagenet"  # imagenet (offline packages, else the hub), a checkpoint's path, or "random"
     options: dict[str, Any] = field(default_factory=dict)  # of the decoder's class, such as decoder_channels
