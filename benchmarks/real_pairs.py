@@ -66,7 +66,7 @@ def stages_of(pair: str, row: dict[str, Any]) -> list[train_gta2cs.Stage]:
 
 def augment_of(pair: str, recipe: str) -> dict[str, float]:
     """The pair's augmentation, for a recipe that augments by itself: `duda_pre` leaves it to its base."""
-    known = {field.name for field in dataclasses.fields(train_gta2cs.RECIPES[recipe].Options)}
+    known = train_gta2cs.RECIPES[recipe].option_names()
     return {name: value for name, value in setting(pair).augment.items() if name in known}
 
 

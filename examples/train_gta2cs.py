@@ -29,9 +29,7 @@ import yaml
 from accelerate import Accelerator
 from jsonargparse import auto_cli
 from rich.console import Console
-from rich.progress import (
-    track,
-)
+from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs import html, report
@@ -197,7 +195,7 @@ def train_stage(
                 console=console if main_process else None,
             )
         )
-    if accelerator.is_main_process:  # not before: a run that may not be resumed keeps its own
+    if accelerator.is_main_process and start < steps:  # not before: a run that may not be resumed keeps its own
         report.write_text(config.out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
     wrapped, optimizer = accelerator.prepare(recipe, optimizer)
 
@@ -382,7 +380,7 @@ def main(config: Config) -> dict[str, Score]:
     nets: dict[str, torch.nn.Module] = {}
     histories = []
     recipe = None
-    sampler = rare_class_sampler(config, pair)
+    sampler = rare_class_sampler(config, pair, accelerator)
     for index, stage in enumerate(config.stages):
         recipe, history = train_stage(config, index, student, recipe, pair, sampler, accelerator)
         histories.append(history)
@@ -423,14 +421,15 @@ def plain_batches(config: Config, pair: Pair, device: torch.device) -> Callable[
     return batches
 
 
-def rare_class_sampler(config: Config, pair: Pair) -> Any:
+def rare_class_sampler(config: Config, pair: Pair, accelerator: Accelerator) -> Any:
     """Build the sampler of source images, or None for uniform draws."""
     if config.data.rare_class_temperature is None:
         return None
     from udakit import RareClassSampler, count_classes
 
     labels = pair.source_train.labels
-    indices = track(range(len(labels)), "counting classes", console=console, transient=True)
+    silent = not accelerator.is_main_process
+    indices = track(range(len(labels)), "counting classes", console=console, transient=True, disable=silent)
     counts = count_classes((labels[i] for i in indices), num_classes=len(pair.classes.names))
     return RareClassSampler(
         counts, temperature=config.data.rare_class_temperature, min_pixels=config.data.rare_class_image_pixels

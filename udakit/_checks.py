@@ -73,9 +73,11 @@ def is_integer(value: object) -> bool:
 
 
 def check_pair(name: str, value: Any, form: str) -> None:
-    """Raise unless `value` is a sequence of two; `form` says of what."""
+    """Raise unless `value` is a sequence of two numbers; `form` says which."""
     if not is_sequence(value) or len(value) != 2:
         raise ValueError(f"Expected `{name}` to be {form}, but got {_brief(value)}.")
+    for end in value:
+        check_range(name, end)
 
 
 def check_size(name: str, size: Any) -> None:

@@ -266,7 +266,7 @@ class RareClassSampler(Sampler[int]):
         shows = counts > 0
         enough = shows & (counts >= limit)
         chosen = torch.where(enough.any(0), enough, shows)
-        # Read once, here: a draw then costs two random numbers and two look-ups.
+        # On the host (see `counts`) and read once, here: a draw then costs two random numbers and two look-ups.
         self._images: list[list[int]] = [column.nonzero().flatten().tolist() for column in chosen.T]
         self._cumulative: list[float] = self.class_probabilities.cumsum(0).tolist()
         self._last = int(self.class_probabilities.nonzero().max())

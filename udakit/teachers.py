@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -184,14 +184,15 @@ class EMATeacher(nn.Module):
             ValueError: parameters or persistent buffers that differ in name or shape from the averaged net's.
         """
         student = {name: x for name, x, _ in _named_state(model)}
-        self._check_match({name: x for name, x, _ in _named_state(self.module)}, student)
+        own = list(_named_state(self.module))
+        self._check_match({name: x for name, x, _ in own}, student)
         if step is not None:
             check_integer("step", step, 0)
             self.step.fill_(step)
         averaged: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
         rounded: list[tuple[Tensor, Tensor]] = []
-        policies = list(self._policies())
+        policies = list(self._policies(own))
         halves = {_key(name) for name, x, policy in policies if policy == "ema" and x.dtype in _HALF}
         if halves != {*self.masters._buffers}:
             self._make_masters()  # the net inside was cast by itself
@@ -261,17 +262,17 @@ class EMATeacher(nn.Module):
     def _make_masters(self) -> None:
         """Keep a float32 copy of each half-precision tensor that is averaged, and of nothing else."""
         masters, self.masters = self.masters, FullPrecisionState()
-        for name, x, policy in self._policies():
+        for name, x, policy in self._policies(_named_state(self.module)):
             master = masters._buffers.get(_key(name))
             if policy == "ema" and x.dtype in _HALF:
                 self.masters.register_buffer(_key(name), (x.detach() if master is None else master).float())
             elif policy == "ema" and master is not None:  # the net became float32: its digits are in the copy
                 x.data.copy_(_with_digits(x, master))
 
-    def _policies(self) -> Iterator[tuple[str, Tensor, str]]:
+    def _policies(self, own: Iterable[tuple[str, Tensor, bool]]) -> Iterator[tuple[str, Tensor, str]]:
         """Yield (name, tensor, what `update` does with it); a tied parameter has several names and comes once."""
         done: set[int] = set()
-        for name, x, is_parameter in _named_state(self.module):
+        for name, x, is_parameter in own:
             if name in self._shared or id(x) in done:
                 continue
             done.add(id(x))
@@ -287,7 +288,9 @@ class EMATeacher(nn.Module):
         """Take a checkpoint of a teacher of another precision, too: with or without float32 copies."""
         held = f"{prefix}masters."
         copies = {key: state_dict.pop(key) for key in [*state_dict] if key.startswith(held)}
-        names = {f"{held}{_key(name)}": f"{prefix}module.{name}" for name, _, _ in self._policies()}
+        names = {
+            f"{held}{_key(name)}": f"{prefix}module.{name}" for name, _, _ in self._policies(_named_state(self.module))
+        }
         state_dict.update({name: copies[key] for key, name in names.items() if key in copies})
         for key, name in names.items():
             if key.removeprefix(held) in self.masters._buffers and name in state_dict:

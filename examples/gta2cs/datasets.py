@@ -140,7 +140,7 @@ def build_pair(
     target_size: Size | str | None = None,
     cache: bool | None = None,
     classes: ClassSet | None = None,
-    ids: Mapping[int, int] | None = None,
+    ids: Ids = None,
     strict: bool = True,
     toy_counts: tuple[int, int, int] = (400, 400, 60),
     toy_size: Size = (128, 192),
@@ -170,9 +170,9 @@ def build_pair(
     if name not in PAIRS:
         raise ValueError(f"Expected `name` to be one of {PAIRS}, but got {name!r}.")
     for option, given in (("source_size", source_size), ("target_size", target_size)):
-        _size(option, given, None)
         if name == "toy" and given is not None:
             raise ValueError(f"Expected no `{option}` for the rendered pair 'toy', but got {given!r}.")
+        _size(option, given, None)
     if name == "toy":
         return _toy_pair(toy_counts, toy_size)
     data_root = data_root or os.environ.get("UDAKIT_DATA")
@@ -317,7 +317,7 @@ def _root(pair: str, given: str | Path | None, data_root: str | Path | None, fol
 
 
 def _folder_classes(
-    source: Path, target: Path, data_root: str | Path | None, ids: Mapping[int, int] | None
+    source: Path, target: Path, data_root: str | Path | None, ids: Ids
 ) -> tuple[ClassSet, tuple[Ids, Ids]]:
     """The classes, and the ids of source and of target: by the classes.yaml beside them, else by the one there is."""
     roots = [Path(root) for root in (data_root, source, target) if root]

@@ -20,10 +20,11 @@ from gta2cs.datasets import CITYSCAPES_19, PUBLISHED_SIZES, SMALL, SYNTHETIC, Cl
 from gta2cs.evaluation import class_probabilities
 from gta2cs.loading import normalise
 from gta2cs.nets import MIT, SegNet, build_net
-from gta2cs.recipes.duda import DudaPre
+from gta2cs.recipes.duda import LARGE_PAIR, DudaPre
 from gta2cs.samples import Size, rainbow, read_image, resize_image
 
-LARGE = {"large student": "base.student", "large teacher": "base.teacher.module"}  # of DUDA's pre-adaptation
+# Of DUDA's pre-adaptation, in the order of its table.
+LARGE = {name: f"base.{prefix}" for name, prefix in sorted(LARGE_PAIR.items())}
 # A table's row -> where a checkpoint keeps the net.
 NETS = {"student": "student", "teacher": "teacher.module", **LARGE}
 

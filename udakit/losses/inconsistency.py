@@ -187,8 +187,6 @@ def _check_options(
     reduction: str,
 ) -> None:
     check_pair("weight_range", weight_range, "(low, high) with 0 <= low <= high")
-    for end in weight_range:
-        check_range("weight_range", end)
     if not 0 <= weight_range[0] <= weight_range[1]:
         raise ValueError(f"Expected `weight_range` to be (low, high) with 0 <= low <= high, but got {weight_range!r}.")
     if weight_fn is not None:

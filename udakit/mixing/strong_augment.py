@@ -55,8 +55,6 @@ def _check_options(
     for name, value in probabilities.items():
         check_range(name, value, 0.0, 1.0)
     check_pair("blur_sigma", blur_sigma, "(low, high) with 0 < low <= high")
-    for end in blur_sigma:
-        check_range("blur_sigma", end)
     if not 0 < blur_sigma[0] <= blur_sigma[1]:
         raise ValueError(f"Expected `blur_sigma` to be (low, high) with 0 < low <= high, but got {blur_sigma}.")
 

@@ -150,9 +150,14 @@ class Recipe(nn.Module):
         return cls(student, num_classes, cls.parse(options))
 
     @classmethod
+    def option_names(cls) -> list[str]:
+        """Names that `options` may have."""
+        return [f.name for f in fields(cls.Options) if f.name not in cls.FIXED]
+
+    @classmethod
     def parse(cls, options: dict[str, Any]) -> Any:
         """Check the names of `options` and fill in the defaults."""
-        known = [f.name for f in fields(cls.Options) if f.name not in cls.FIXED]
+        known = cls.option_names()
         for name in options:
             if name not in known:
                 raise ValueError(
