@@ -1,10 +1,9 @@
-"""Class means of features, and class prototypes that follow them."""
+"""Class prototypes that follow the class means."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int64, Integer
@@ -21,147 +20,14 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import class_ids, first_derivative_only, full_precision, upcast
+from udakit._reduce import upcast
 from udakit._state import FullPrecisionState, gather_ranks
+from udakit.prototypes._distances import class_distances
+from udakit.prototypes.means import class_sums, means_of
 
-__all__ = ["ClassPrototypes", "class_means"]
+__all__ = ["ClassPrototypes"]
 
 Mode = Literal["ema", "mean"]
-
-
-def class_means(
-    features: Float[Tensor, "n d h w"],
-    labels: Integer[Tensor, "n h w"],
-    *,
-    num_classes: int,
-    per_image: bool = False,
-    min_pixels: int = 1,
-    ignore_index: int = 255,
-) -> tuple[Float[Tensor, "*n c d"], Int64[Tensor, "*n c"]]:
-    r"""Mean feature of each class, over the batch or per image.
-
-    $$v_c = \frac{1}{|P_c|} \sum_{p \in P_c} f_p, \qquad P_c = \{p : y_p = c\}$$
-
-    **Convention.** Sums run in float32 at least. Ignored pixels and ids outside 0..C-1 take no part. A class of fewer
-    than `min_pixels` pixels has the mean 0 and no gradient, but its true count. Gradients flow to the features.
-
-    **Source.** DiGA asks for 5 pixels of a class in an image.
-
-    Args:
-        features: any float dtype; finite at ignored pixels, too.
-        labels: at the features' size (`udakit.downscale_labels` or `udakit.resize_labels` bring them there).
-        num_classes: C.
-        per_image: one mean per image and class instead of one over the batch.
-        min_pixels: pixels that a mean needs.
-        ignore_index: the label that takes no part.
-
-    Returns:
-        Means (C, D) and counts (C,), or (N, C, D) and (N, C) per image.
-
-    Raises:
-        TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
-        ValueError: sizes that do not match, `num_classes` or `min_pixels` below 1.
-
-    Example:
-        >>> import torch
-        >>> features = torch.tensor([1.0, 3.0, 5.0]).view(1, 1, 1, 3).requires_grad_()
-        >>> means, counts = class_means(features, torch.tensor([[[0, 0, 255]]]), num_classes=2)
-        >>> means.sum().backward()
-        >>> means.flatten().tolist(), counts.tolist(), features.grad.flatten().tolist()
-        ([2.0, 0.0], [2, 0], [0.5, 0.5, 0.0])
-    """
-    check_integer("num_classes", num_classes)
-    check_integer("min_pixels", min_pixels)
-    check_float("features", features, 4, "(N, D, h, w)")
-    check_labels_like(labels, features, reference_name="features")
-    sums, counts = _class_sums(features, labels, num_classes, ignore_index)
-    if not per_image:
-        sums, counts = sums.sum(0), counts.sum(0)
-    return _divide(sums, counts, min_pixels), counts
-
-
-def _class_sums(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Sums (N, C, D) and counts (N, C). The one-hot matrix product reads the features once, whatever C is."""
-    ids = class_ids(labels, num_classes, ignore_index).flatten(1)
-    counts = ids.new_zeros(len(ids), num_classes + 1).scatter_add(1, ids, torch.ones_like(ids))
-    sums: Tensor = _SumMembers.apply(upcast(features).flatten(2), ids, num_classes)
-    return sums, counts[:, :num_classes]
-
-
-class _SumMembers(torch.autograd.Function):
-    """Sums (N, C, D) of the pixels (N, D, P) of each class; `ids` (N, P) are 0..C-1, and C for none.
-
-    Written out for its backward: it stays in full precision under autocast, and keeps ids instead of their one-hot map.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
-        ctx.save_for_backward(ids)
-        ctx.num_classes = num_classes
-        with full_precision(values):
-            return torch.bmm(_one_hot(ids, num_classes, values.dtype), values.transpose(1, 2))[:, :num_classes]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (ids,) = ctx.saved_tensors
-        with full_precision(gradient):
-            member = _one_hot(ids, ctx.num_classes, gradient.dtype)[:, : ctx.num_classes]
-            return torch.bmm(gradient.transpose(1, 2).contiguous(), member), None, None
-
-
-def _one_hot(ids: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """(N, C + 1, P) of ids (N, P)."""
-    n, pixels = ids.shape
-    rows = torch.zeros(n, num_classes + 1, pixels, dtype=dtype, device=ids.device)
-    return rows.scatter_(1, ids.unsqueeze(1), 1)
-
-
-def _divide(sums: Tensor, counts: Tensor, min_pixels: int) -> Tensor:
-    enough = (counts >= min_pixels).unsqueeze(-1)
-    return torch.where(enough, sums / counts.clamp_min(1).unsqueeze(-1), 0)
-
-
-class _Distances(torch.autograd.Function):
-    """L2 distances (N, C, P) of pixels (N, D, P) to centres (C, D), computed in the dtype of the centres.
-
-    Written out to keep nothing but its inputs and its result: in pieces that stay in a CPU's cache (elsewhere they
-    only bound the memory) it runs three times as fast as on the whole map.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, centres: Tensor) -> Tensor:
-        n, _, pixels = values.shape
-        result = values.new_empty(n, len(centres), pixels)
-        square = centres.square().sum(1, keepdim=True)
-        with full_precision(values):
-            for k, at in _pieces(values):
-                x = values[k, :, at].to(centres.dtype)
-                squared = torch.addmm(square, centres, x, alpha=-2).add_(torch.linalg.vecdot(x, x, dim=0))
-                result[k, :, at] = squared.clamp_min_(0).sqrt_()
-        ctx.save_for_backward(values, centres, result)
-        return result
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        values, centres, distance = ctx.saved_tensors
-        result = torch.empty_like(values, memory_format=torch.contiguous_format)
-        with full_precision(values):
-            for k, at in _pieces(values):
-                apart = distance[k, :, at]
-                # 0 where the distance is: the square root has no slope there.
-                slope = (gradient[k, :, at] / apart).masked_fill_(apart == 0, 0).to(centres.dtype)
-                pulled = values[k, :, at].to(centres.dtype) * slope.sum(0)
-                result[k, :, at] = pulled.addmm_(centres.T, slope, alpha=-1)
-        return result, None
-
-
-def _pieces(values: Tensor) -> Iterator[tuple[int, slice]]:
-    n, d, pixels = values.shape
-    piece = max(1, (2**17 if values.device.type == "cpu" else 2**26) // d)
-    for k in range(n):
-        for start in range(0, pixels, piece):
-            yield k, slice(start, min(start + piece, pixels))
 
 
 class ClassPrototypes(FullPrecisionState):
@@ -254,13 +120,13 @@ class ClassPrototypes(FullPrecisionState):
         self._check(features)
         check_labels_like(labels, features, reference_name="features")
         with torch.no_grad():
-            sums, pixels = _class_sums(features, labels, self.num_classes, self.ignore_index)
+            sums, pixels = class_sums(features, labels, self.num_classes, self.ignore_index)
             sums = sums.float()
             if not self.per_image:
                 sums, pixels = sums.sum(0, keepdim=True), pixels.sum(0, keepdim=True)
                 if sync:
                     sums, pixels = (x.sum(0) for x in gather_ranks(sums, pixels))
-            first, spread, number = self._summarise(_divide(sums, pixels, self.min_pixels), pixels >= self.min_pixels)
+            first, spread, number = self._summarise(means_of(sums, pixels, self.min_pixels), pixels >= self.min_pixels)
             if sync and self.per_image:
                 first, spread, number = gather_ranks(first, spread, number)
             else:
@@ -325,7 +191,7 @@ class ClassPrototypes(FullPrecisionState):
         """
         self._check(features)
         centres = self.prototypes.to(torch.float32 if features.device.type == "mps" else torch.float64)
-        distance: Tensor = _Distances.apply(upcast(features).flatten(2), centres)
+        distance = class_distances(upcast(features).flatten(2), centres)
         result = distance.view(len(features), self.num_classes, *features.shape[2:])
         return result if include_unseen else torch.where(self.seen.view(-1, 1, 1), result, float("inf"))
 

@@ -1,4 +1,4 @@
-"""Teachers: the moving average of a student, and several teachers made one."""
+"""The moving average of a student."""
 
 from __future__ import annotations
 
@@ -7,85 +7,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from udakit._checks import (
-    check_device,
-    check_float,
-    check_integer,
-    check_option,
-    check_range,
-    check_size,
-    is_sequence,
-    kind_of,
-    shape_of,
-)
-from udakit._reduce import KINDS, Kind, top_class, upcast
+from udakit._checks import check_integer, check_option, check_range, shape_of
 from udakit._state import FullPrecisionState
+from udakit.teachers.unwrap import named_state, unwrap_all, unwrap_model
 
-__all__ = ["EMATeacher", "fuse_teachers", "teacher_agreement", "unwrap_model"]
+__all__ = ["EMATeacher"]
 
 Buffers = Literal["copy", "ema", "keep"]
 TeacherMode = Literal["batch_statistics", "train", "eval"]
-Fusion = Literal["mean", "max_confidence", "agreement"]
 BUFFERS = get_args(Buffers)
 TEACHER_MODES = get_args(TeacherMode)
-FUSIONS = get_args(Fusion)
 
 _ONE_NET = "A teacher averages the net that it was made of: make another one for another net."
 _HALF = (torch.float16, torch.bfloat16)
-_Named = list[tuple[str, Tensor]]
-
-
-def unwrap_model(model: nn.Module) -> nn.Module:
-    """Take off the wrappers of `torch.compile`, DataParallel and DistributedDataParallel, in any nesting.
-
-    Args:
-        model: a net, wrapped or not.
-
-    Returns:
-        The net inside; wrappers of its submodules stay.
-
-    Example:
-        >>> net = nn.Linear(2, 2)
-        >>> unwrap_model(nn.DataParallel(torch.compile(net))) is net
-        True
-    """
-    if not isinstance(model, nn.Module):
-        hint = " Pass the net itself, not its state_dict or parameters." if not callable(model) else ""
-        raise TypeError(f"Expected `model` to be an nn.Module, but got {kind_of(model)}.{hint}")
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
-            model = inner
-        else:
-            return model
-
-
-def _unwrap_all(model: nn.Module) -> nn.Module:
-    model = unwrap_model(model)
-    for name, child in model._modules.items():
-        if child is not None:
-            model._modules[name] = _unwrap_all(child)
-    return model
-
-
-def _named_state(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield (name without wrappers, tensor, whether it is a parameter) of parameters and persistent buffers."""
-    model = unwrap_model(model)
-    for name, parameter in model._parameters.items():
-        if parameter is not None:
-            yield prefix + name, parameter, True
-    for name, buffer in model._buffers.items():
-        if buffer is not None and name not in model._non_persistent_buffers_set:
-            yield prefix + name, buffer, False
-    for name, child in model._modules.items():
-        if child is not None:
-            yield from _named_state(child, f"{prefix}{name}.")
 
 
 class EMATeacher(nn.Module):
@@ -160,12 +97,12 @@ class EMATeacher(nn.Module):
         inner = unwrap_model(model)
         shared = {id(p) for p in inner.parameters() if share_frozen and not p.requires_grad}
         # A dict for its keys: torch.compile of torch 2.6 and 2.8 fails at a frozenset of a Module.
-        self._shared = {name: None for name, p, _ in _named_state(inner) if id(p) in shared}
+        self._shared = {name: None for name, p, _ in named_state(inner) if id(p) in shared}
         # deepcopy finds the tensors ready made, and so copies no gradients.
         copies: dict[int, Any] = {id(b): b.detach().clone() for b in inner.buffers()}
         for p in inner.parameters():
             copies[id(p)] = p if id(p) in shared else nn.Parameter(p.detach().clone(), requires_grad=False)
-        self.module = _unwrap_all(copy.deepcopy(inner, copies))
+        self.module = unwrap_all(copy.deepcopy(inner, copies))
         first = next(self.module.parameters(), torch.empty(0))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=first.device))
         self.masters = FullPrecisionState()
@@ -183,8 +120,8 @@ class EMATeacher(nn.Module):
         Raises:
             ValueError: parameters or persistent buffers that differ in name or shape from the averaged net's.
         """
-        student = {name: x for name, x, _ in _named_state(model)}
-        own = list(_named_state(self.module))
+        student = {name: x for name, x, _ in named_state(model)}
+        own = list(named_state(self.module))
         self._check_match({name: x for name, x, _ in own}, student)
         if step is not None:
             check_integer("step", step, 0)
@@ -262,7 +199,7 @@ class EMATeacher(nn.Module):
     def _make_masters(self) -> None:
         """Keep a float32 copy of each half-precision tensor that is averaged, and of nothing else."""
         masters, self.masters = self.masters, FullPrecisionState()
-        for name, x, policy in self._policies(_named_state(self.module)):
+        for name, x, policy in self._policies(named_state(self.module)):
             master = masters._buffers.get(_key(name))
             if policy == "ema" and x.dtype in _HALF:
                 self.masters.register_buffer(_key(name), (x.detach() if master is None else master).float())
@@ -289,7 +226,7 @@ class EMATeacher(nn.Module):
         held = f"{prefix}masters."
         copies = {key: state_dict.pop(key) for key in [*state_dict] if key.startswith(held)}
         names = {
-            f"{held}{_key(name)}": f"{prefix}module.{name}" for name, _, _ in self._policies(_named_state(self.module))
+            f"{held}{_key(name)}": f"{prefix}module.{name}" for name, _, _ in self._policies(named_state(self.module))
         }
         state_dict.update({name: copies[key] for key, name in names.items() if key in copies})
         for key, name in names.items():
@@ -350,137 +287,3 @@ def _grouped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor],
         targets.append(target)
         sources.append(source.to(target.dtype))
     yield from groups.values()
-
-
-def fuse_teachers(
-    logits: Sequence[Float[Tensor, "n c h w"]],
-    *,
-    weights: Sequence[float] | Float[Tensor, "k"] | None = None,
-    size: tuple[int, int] | None = None,
-    mode: Fusion = "mean",
-    kind: Kind = "logits",
-) -> Float[Tensor, "n c h2 w2"]:
-    r"""Fuse the predictions of several teachers into one probability map.
-
-    $$\bar p = \frac{\sum_k a_k\, \operatorname{softmax}(z_k)}{\sum_k a_k}$$
-
-    **Convention.** Every pixel's result sums to 1 over the classes; the teachers are detached. "mean" is the formula.
-    "max_confidence" takes at each pixel the probabilities of the one teacher whose a_k max_c p_k is largest, the first
-    of equals. "agreement" is the mean where all teachers (a weight does not silence one) have the same arg-max, and
-    uniform, 1 / C, elsewhere, so that a confidence threshold rejects the pixel; to leave such pixels out of a loss
-    altogether pass `teacher_agreement` as its `valid`.
-
-    **Source.** Ours, for DUDA's fine-tuning with multiple teachers, whose rule is not public to us.
-
-    Args:
-        logits: one (N, C, H, W) a teacher, or probabilities by `kind`. All on one device.
-        weights: a_k >= 0, numbers or a tensor (K,); equal by default.
-        size: (H, W) that all take, bilinear (logits are interpolated before the softmax); needed when sizes differ.
-        mode: "mean" | "max_confidence" | "agreement".
-        kind: "logits" | "probabilities", of all teachers.
-
-    Returns:
-        Probabilities, float32 (float64 for float64 input).
-
-    Raises:
-        TypeError: teachers that are not float tensors.
-        ValueError: no teacher, unlike shapes, weights that do not match, or an unknown option.
-
-    Example:
-        >>> large, small = torch.randn(2, 5, 8, 8), torch.randn(2, 5, 4, 4)
-        >>> fused = fuse_teachers([large, small], weights=[2.0, 1.0], size=(8, 8))
-        >>> fused.shape, bool((fused.sum(1) - 1).abs().max() < 1e-6)
-        (torch.Size([2, 5, 8, 8]), True)
-    """
-    check_option("mode", mode, FUSIONS)
-    maps = _teacher_maps(logits, size, kind)
-    share = _teacher_weights(weights, maps)
-    if mode == "max_confidence":
-        fused, best = maps[0], share[0] * maps[0].amax(1, keepdim=True)
-        for a, p in zip(share[1:], maps[1:], strict=True):
-            confidence = a * p.amax(1, keepdim=True)
-            fused = torch.where(confidence > best, p, fused)
-            best = torch.maximum(confidence, best)
-        return fused
-    fused = sum((a * p for a, p in zip(share[1:], maps[1:], strict=True)), share[0] * maps[0])
-    if mode == "agreement":
-        fused = torch.where(_agree(maps)[:, None], fused, 1 / fused.shape[1])
-    return fused
-
-
-def teacher_agreement(
-    logits: Sequence[Float[Tensor, "n c h w"]], *, size: tuple[int, int] | None = None
-) -> Bool[Tensor, "n h2 w2"]:
-    """Tell where all teachers have the same arg-max: a `valid` mask for a loss.
-
-    Args:
-        logits: one (N, C, H, W) a teacher; probabilities do as well.
-        size: (H, W) that all take, bilinear; needed when sizes differ.
-
-    Returns:
-        True where the teachers agree.
-
-    Raises:
-        TypeError: teachers that are not float tensors.
-        ValueError: no teacher, or unlike shapes.
-
-    Example:
-        >>> a, b = torch.tensor([[[[0.0, 1.0]], [[2.0, 0.0]]]]), torch.tensor([[[[0.0, 0.0]], [[1.0, 1.0]]]])
-        >>> teacher_agreement([a, b])
-        tensor([[[ True, False]]])
-    """
-    return _agree(_teacher_maps(logits, size, "probabilities"))
-
-
-def _agree(maps: list[Tensor]) -> Tensor:
-    first = top_class(maps[0])
-    agree = torch.ones_like(first, dtype=torch.bool)
-    for p in maps[1:]:
-        agree = agree & (top_class(p) == first)
-    return agree
-
-
-def _teacher_maps(logits: Sequence[Tensor], size: tuple[int, int] | None, kind: str) -> list[Tensor]:
-    check_option("kind", kind, KINDS)
-    if not is_sequence(logits) or not len(logits):
-        given = "an empty one" if is_sequence(logits) else kind_of(logits)
-        raise ValueError(
-            f"Expected `logits` to be a non-empty sequence of (N, C, H, W) tensors, one a teacher, but got {given}. "
-            "Pass [teacher_a(images), teacher_b(images)]."
-        )
-    if size is not None:
-        check_size("size", size)
-    maps = []
-    for k, x in enumerate(logits):
-        check_float(f"logits[{k}]", x, 4, "(N, C, H, W)")
-        alike = x.shape[:2] == logits[0].shape[:2]
-        if not alike or (size is None and x.shape != logits[0].shape):
-            hint = " Pass `size=` to interpolate." if alike else ""
-            raise ValueError(
-                f"Expected `logits[{k}]` to match `logits[0]` {shape_of(logits[0])}, but got {shape_of(x)}.{hint}"
-            )
-        check_device(f"logits[{k}]", x, logits[0], "logits[0]")
-        x = upcast(x.detach())
-        if size is not None and tuple(x.shape[2:]) != tuple(size):
-            x = F.interpolate(x, size, mode="bilinear", align_corners=False)
-        maps.append(F.softmax(x, dim=1) if kind == "logits" else x)
-    return maps
-
-
-def _teacher_weights(weights: Sequence[float] | Tensor | None, maps: list[Tensor]) -> Sequence[float] | Tensor:
-    if isinstance(weights, Tensor):
-        check_float("weights", weights)
-        if weights.ndim != 1 or weights.shape[0] != len(maps):
-            raise ValueError(f"Expected `weights` to be (K,) with K = {len(maps)}, but got {shape_of(weights)}.")
-        weights = weights.detach().to(maps[0].dtype)
-        return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
-    if weights is not None and not is_sequence(weights):
-        raise TypeError(
-            f"Expected `weights` to be {len(maps)} numbers, one for each teacher, but got {kind_of(weights)}."
-        )
-    numbers = [1.0] * len(maps) if weights is None else list(weights)
-    if len(numbers) != len(maps) or not min(numbers) >= 0 or not sum(numbers) > 0:
-        raise ValueError(
-            f"Expected `weights` to be {len(maps)} numbers >= 0, not all 0, one for each teacher, but got {numbers}."
-        )
-    return [a / sum(numbers) for a in numbers]

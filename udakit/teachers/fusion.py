@@ -1,0 +1,153 @@
+"""The predictions of several teachers made one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from udakit._checks import check_device, check_float, check_option, check_size, is_sequence, kind_of, shape_of
+from udakit._reduce import KINDS, Kind, top_class, upcast
+
+__all__ = ["fuse_teachers", "teacher_agreement"]
+
+Fusion = Literal["mean", "max_confidence", "agreement"]
+FUSIONS = get_args(Fusion)
+
+
+def fuse_teachers(
+    logits: Sequence[Float[Tensor, "n c h w"]],
+    *,
+    weights: Sequence[float] | Float[Tensor, "k"] | None = None,
+    size: tuple[int, int] | None = None,
+    mode: Fusion = "mean",
+    kind: Kind = "logits",
+) -> Float[Tensor, "n c h2 w2"]:
+    r"""Fuse the predictions of several teachers into one probability map.
+
+    $$\bar p = \frac{\sum_k a_k\, \operatorname{softmax}(z_k)}{\sum_k a_k}$$
+
+    **Convention.** Every pixel's result sums to 1 over the classes; the teachers are detached. "mean" is the formula.
+    "max_confidence" takes at each pixel the probabilities of the one teacher whose a_k max_c p_k is largest, the first
+    of equals. "agreement" is the mean where all teachers (a weight does not silence one) have the same arg-max, and
+    uniform, 1 / C, elsewhere, so that a confidence threshold rejects the pixel; to leave such pixels out of a loss
+    altogether pass `teacher_agreement` as its `valid`.
+
+    **Source.** Ours, for DUDA's fine-tuning with multiple teachers, whose rule is not public to us.
+
+    Args:
+        logits: one (N, C, H, W) a teacher, or probabilities by `kind`. All on one device.
+        weights: a_k >= 0, numbers or a tensor (K,); equal by default.
+        size: (H, W) that all take, bilinear (logits are interpolated before the softmax); needed when sizes differ.
+        mode: "mean" | "max_confidence" | "agreement".
+        kind: "logits" | "probabilities", of all teachers.
+
+    Returns:
+        Probabilities, float32 (float64 for float64 input).
+
+    Raises:
+        TypeError: teachers that are not float tensors.
+        ValueError: no teacher, unlike shapes, weights that do not match, or an unknown option.
+
+    Example:
+        >>> large, small = torch.randn(2, 5, 8, 8), torch.randn(2, 5, 4, 4)
+        >>> fused = fuse_teachers([large, small], weights=[2.0, 1.0], size=(8, 8))
+        >>> fused.shape, bool((fused.sum(1) - 1).abs().max() < 1e-6)
+        (torch.Size([2, 5, 8, 8]), True)
+    """
+    check_option("mode", mode, FUSIONS)
+    maps = _teacher_maps(logits, size, kind)
+    share = _teacher_weights(weights, maps)
+    if mode == "max_confidence":
+        fused, best = maps[0], share[0] * maps[0].amax(1, keepdim=True)
+        for a, p in zip(share[1:], maps[1:], strict=True):
+            confidence = a * p.amax(1, keepdim=True)
+            fused = torch.where(confidence > best, p, fused)
+            best = torch.maximum(confidence, best)
+        return fused
+    fused = sum((a * p for a, p in zip(share[1:], maps[1:], strict=True)), share[0] * maps[0])
+    if mode == "agreement":
+        fused = torch.where(_agree(maps)[:, None], fused, 1 / fused.shape[1])
+    return fused
+
+
+def teacher_agreement(
+    logits: Sequence[Float[Tensor, "n c h w"]], *, size: tuple[int, int] | None = None
+) -> Bool[Tensor, "n h2 w2"]:
+    """Tell where all teachers have the same arg-max: a `valid` mask for a loss.
+
+    Args:
+        logits: one (N, C, H, W) a teacher; probabilities do as well.
+        size: (H, W) that all take, bilinear; needed when sizes differ.
+
+    Returns:
+        True where the teachers agree.
+
+    Raises:
+        TypeError: teachers that are not float tensors.
+        ValueError: no teacher, or unlike shapes.
+
+    Example:
+        >>> a, b = torch.tensor([[[[0.0, 1.0]], [[2.0, 0.0]]]]), torch.tensor([[[[0.0, 0.0]], [[1.0, 1.0]]]])
+        >>> teacher_agreement([a, b])
+        tensor([[[ True, False]]])
+    """
+    return _agree(_teacher_maps(logits, size, "probabilities"))
+
+
+def _agree(maps: list[Tensor]) -> Tensor:
+    first = top_class(maps[0])
+    agree = torch.ones_like(first, dtype=torch.bool)
+    for p in maps[1:]:
+        agree = agree & (top_class(p) == first)
+    return agree
+
+
+def _teacher_maps(logits: Sequence[Tensor], size: tuple[int, int] | None, kind: str) -> list[Tensor]:
+    check_option("kind", kind, KINDS)
+    if not is_sequence(logits) or not len(logits):
+        given = "an empty one" if is_sequence(logits) else kind_of(logits)
+        raise ValueError(
+            f"Expected `logits` to be a non-empty sequence of (N, C, H, W) tensors, one a teacher, but got {given}. "
+            "Pass [teacher_a(images), teacher_b(images)]."
+        )
+    if size is not None:
+        check_size("size", size)
+    maps = []
+    for k, x in enumerate(logits):
+        check_float(f"logits[{k}]", x, 4, "(N, C, H, W)")
+        alike = x.shape[:2] == logits[0].shape[:2]
+        if not alike or (size is None and x.shape != logits[0].shape):
+            hint = " Pass `size=` to interpolate." if alike else ""
+            raise ValueError(
+                f"Expected `logits[{k}]` to match `logits[0]` {shape_of(logits[0])}, but got {shape_of(x)}.{hint}"
+            )
+        check_device(f"logits[{k}]", x, logits[0], "logits[0]")
+        x = upcast(x.detach())
+        if size is not None and tuple(x.shape[2:]) != tuple(size):
+            x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+        maps.append(F.softmax(x, dim=1) if kind == "logits" else x)
+    return maps
+
+
+def _teacher_weights(weights: Sequence[float] | Tensor | None, maps: list[Tensor]) -> Sequence[float] | Tensor:
+    if isinstance(weights, Tensor):
+        check_float("weights", weights)
+        if weights.ndim != 1 or weights.shape[0] != len(maps):
+            raise ValueError(f"Expected `weights` to be (K,) with K = {len(maps)}, but got {shape_of(weights)}.")
+        weights = weights.detach().to(maps[0].dtype)
+        return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    if weights is not None and not is_sequence(weights):
+        raise TypeError(
+            f"Expected `weights` to be {len(maps)} numbers, one for each teacher, but got {kind_of(weights)}."
+        )
+    numbers = [1.0] * len(maps) if weights is None else list(weights)
+    if len(numbers) != len(maps) or not min(numbers) >= 0 or not sum(numbers) > 0:
+        raise ValueError(
+            f"Expected `weights` to be {len(maps)} numbers >= 0, not all 0, one for each teacher, but got {numbers}."
+        )
+    return [a / sum(numbers) for a in numbers]

@@ -1,0 +1,59 @@
+"""Nets without their wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from udakit._checks import kind_of
+
+__all__ = ["unwrap_model"]
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Take off the wrappers of `torch.compile`, DataParallel and DistributedDataParallel, in any nesting.
+
+    Args:
+        model: a net, wrapped or not.
+
+    Returns:
+        The net inside; wrappers of its submodules stay.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> unwrap_model(nn.DataParallel(torch.compile(net))) is net
+        True
+    """
+    if not isinstance(model, nn.Module):
+        hint = " Pass the net itself, not its state_dict or parameters." if not callable(model) else ""
+        raise TypeError(f"Expected `model` to be an nn.Module, but got {kind_of(model)}.{hint}")
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def unwrap_all(model: nn.Module) -> nn.Module:
+    model = unwrap_model(model)
+    for name, child in model._modules.items():
+        if child is not None:
+            model._modules[name] = unwrap_all(child)
+    return model
+
+
+def named_state(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
+    """Yield (name without wrappers, tensor, whether it is a parameter) of parameters and persistent buffers."""
+    model = unwrap_model(model)
+    for name, parameter in model._parameters.items():
+        if parameter is not None:
+            yield prefix + name, parameter, True
+    for name, buffer in model._buffers.items():
+        if buffer is not None and name not in model._non_persistent_buffers_set:
+            yield prefix + name, buffer, False
+    for name, child in model._modules.items():
+        if child is not None:
+            yield from named_state(child, f"{prefix}{name}.")
