@@ -213,6 +213,10 @@ def save_png(path: Path, picture: Image.Image) -> None:
 def score(config: Config, trained: Trained) -> dict[str, Score]:
     """Score the nets of the checkpoint as training did, and print its table."""
     pair = trained.pair(data_root=config.data_root, source_root=config.source_root, target_root=config.target_root)
+    if pair.target_val is None:
+        raise ValueError(
+            f"Expected the pair {pair.name!r} to have labelled target images for `evaluate`, but it has none."
+        )
     stage, names = trained.history["name"], [config.net] if config.net else list(trained.names)
     rows: dict[str, Score] = {}
     for name in names:

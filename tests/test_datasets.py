@@ -12,6 +12,7 @@ from PIL import Image
 from gta2cs.datasets import (
     ClassSet,
     Labelled,
+    Pair,
     Unlabelled,
     acdc,
     build_pair,
@@ -483,13 +484,45 @@ def test_toy_pair_is_drawn_the_same_each_time() -> None:
     assert check_data(first).ok
 
 
-@pytest.mark.parametrize(("name", "counts"), [("camvid", (520, 62, 62)), ("carla2camvid", (431, 520, 57))])
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("camvid", (520, 62, 62)),
+        ("carla2camvid", (431, 520, 57)),
+        ("carla2dusk", (431, 62, 62)),
+        ("nuclei", (226, 60, 30)),
+        ("nuclei_backwards", (60, 226, 112)),
+    ],
+)
 def test_real_pairs(data_root: Path, name: str, counts: tuple[int, int, int]) -> None:
     pair = build_pair(name, data_root=data_root)
     assert (len(pair.source_train), len(pair.target_train), len(pair.target_val)) == counts
     image, label = pair.source_train[0]
-    assert image.shape == (3, 180, 240)
-    assert label.shape == (180, 240)
+    size = (192, 192) if "nuclei" in name else (180, 240)
+    assert image.shape == (3, *size)
+    assert label.shape == size
     report = check_data(pair)
     assert report.ok, report.lines()
-    assert report.rows[0][3] == ([] if name == "camvid" else ["Bicyclist"])
+    assert report.rows[0][3] == (["Bicyclist"] if "carla" in name else [])
+
+
+def test_a_target_without_labels_is_no_fault(tmp_path: Path) -> None:
+    make_folder(tmp_path / "source", {"a": [0, 1], "b": [0, 1]}, {"train": ["a"], "val": ["b"]})
+    make_folder(tmp_path / "target", {"a": [0], "b": [1]}, {"train": ["a"], "val": ["b"]})
+
+    def opened() -> Pair:
+        return build_pair("folder", source_root=tmp_path / "source", target_root=tmp_path / "target", classes=TWO)
+
+    assert opened().target_val is not None
+    (tmp_path / "target" / "labels" / "b.png").unlink()
+    assert opened().target_val is None
+    (tmp_path / "target" / "val.txt").write_text("\n")
+    assert opened().target_val is None
+    (tmp_path / "target" / "val.txt").unlink()
+    pair = opened()
+    assert pair.target_val is None
+    assert pair.source_val is not None
+    assert set(pair.sets()) == {"source train", "target train", "source val"}
+    report = check_data(pair)
+    assert report.ok
+    assert report.notes == ["target val: no target image has a label, so the run reports no IoU on target."]

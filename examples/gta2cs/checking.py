@@ -24,6 +24,7 @@ class CheckReport:
 
     rows: list[tuple[str, int, int, list[str]]] = field(default_factory=list)  # set, images, labelled, absent classes
     problems: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what is no fault, but good to know
 
     @property
     def ok(self) -> bool:
@@ -53,7 +54,7 @@ class CheckReport:
 
     def __rich__(self) -> Group:
         """Print the table, then the problems."""
-        return Group(self.table(), *(escape(line) for line in self.lines()))
+        return Group(self.table(), *(escape(line) for line in (*self.notes, *self.lines())))
 
 
 def check_data(data: Pair | Labelled | Unlabelled, classes: ClassSet | None = None) -> CheckReport:
@@ -65,6 +66,8 @@ def check_data(data: Pair | Labelled | Unlabelled, classes: ClassSet | None = No
     if not isinstance(data, Labelled | Unlabelled):
         for name, part in data.sets().items():
             _check_set(report, name, part, data.classes)
+        if data.target_val is None:
+            report.notes.append("target val: no target image has a label, so the run reports no IoU on target.")
     else:
         _check_set(report, "data", data, classes)
     return report

@@ -26,6 +26,7 @@ from gta2cs.layouts import (
     folder,
     gta5,
     load_classes,
+    read_list,
     read_synthia_ids,
     synthia,
 )
@@ -75,6 +76,8 @@ CAMVID = ClassSet(
 # CARLA's frames have no bicyclist: the mean over the ten shared classes is the one that adaptation can move.
 CARLA_CAMVID = ClassSet(CAMVID.names, CAMVID.palette, {"mIoU11": tuple(range(11)), "mIoU10": tuple(range(10))})
 
+NUCLEI = ClassSet(("background", "nucleus"), np.array([[30, 30, 60], [240, 200, 60]], dtype=np.uint8))
+
 # (height, width) of source and of target images in the published settings; the other pairs are read as they are.
 PUBLISHED_SIZES: dict[str, tuple[Size, Size]] = {
     "gta2cs": ((720, 1280), (512, 1024)),
@@ -82,11 +85,21 @@ PUBLISHED_SIZES: dict[str, tuple[Size, Size]] = {
     "cs2acdc": ((512, 1024), (540, 960)),
     "cs2darkzurich": ((512, 1024), (540, 960)),
 }
-SMALL = {"camvid": CAMVID, "carla2camvid": CARLA_CAMVID, "folder": None}
+SMALL = {
+    "camvid": CAMVID,
+    "carla2camvid": CARLA_CAMVID,
+    "carla2dusk": CARLA_CAMVID,
+    "nuclei": NUCLEI,
+    "nuclei_backwards": NUCLEI,
+    "folder": None,
+}
 SYNTHETIC = {"gta2cs": CITYSCAPES_19, "synthia2cs": CITYSCAPES_16}
 FOLDERS = {  # of source and target under `data_root`, with the names in use
     "camvid": (("camvid/source",), ("camvid/target",)),
     "carla2camvid": (("carla",), ("camvid/source",)),
+    "carla2dusk": (("carla",), ("camvid/target",)),
+    "nuclei": (("nuclei/source",), ("nuclei/target",)),
+    "nuclei_backwards": (("nuclei/target",), ("nuclei/source",)),
     "gta2cs": (("gta", "gta5", "GTA5"), ("cityscapes", "Cityscapes")),
     "synthia2cs": (("synthia", "RAND_CITYSCAPES"), ("cityscapes", "Cityscapes")),
     "cs2acdc": (("cityscapes", "Cityscapes"), ("acdc", "ACDC")),
@@ -101,12 +114,15 @@ Ids = Mapping[int, int] | None  # raw label id -> class id
 
 @dataclass(frozen=True)
 class Pair:
-    """A source and a target domain. `target_train` cannot return labels; the oracle has to ask for them by name."""
+    """A source and a target domain. `target_train` cannot return labels; the oracle has to ask for them by name.
+
+    `target_val` is None where no target image has a label: the normal case outside benchmarks.
+    """
 
     name: str
     source_train: Labelled
     target_train: Unlabelled
-    target_val: Labelled
+    target_val: Labelled | None
     classes: ClassSet
     target_train_labelled: Callable[[], Labelled] | None = None
     source_val: Labelled | None = None
@@ -122,11 +138,9 @@ class Pair:
         sets: dict[str, Labelled | Unlabelled] = {
             "source train": self.source_train,
             "target train": self.target_train,
-            "target val": self.target_val,
         }
-        if self.source_val is not None:
-            sets["source val"] = self.source_val
-        return sets
+        validation = {"target val": self.target_val, "source val": self.source_val}
+        return {**sets, **{name: data for name, data in validation.items() if data is not None}}
 
 
 def build_pair(
@@ -193,11 +207,18 @@ def build_pair(
         name,
         found.source.restrict(source_list).labelled(size=source_hw, **options),
         found.target.unlabelled(size=target_hw, cache=options["cache"]),
-        found.target_val.labelled(size=target_hw, native_labels=True, **options),
+        _validation(found.target_val, size=target_hw, **options),
         found.classes,
         partial(found.target.labelled, size=target_hw, **options) if found.target_labels else None,
-        None if found.source_val is None else found.source_val.labelled(size=source_hw, native_labels=True, **options),
+        _validation(found.source_val, size=source_hw, **options),
     )
+
+
+def _validation(listing: Listing | None, **options: Any) -> Labelled | None:
+    """Labels of their own size; None where there is not one."""
+    if listing is None or not any(item.label.is_file() for item in listing.items):
+        return None
+    return listing.labelled(native_labels=True, **options)
 
 
 class _Found(NamedTuple):
@@ -205,7 +226,7 @@ class _Found(NamedTuple):
 
     source: Listing
     target: Listing
-    target_val: Listing
+    target_val: Listing | None
     classes: ClassSet
     source_val: Listing | None = None
     target_labels: bool = True
@@ -220,13 +241,17 @@ def _find_folders(
     def split(root: Path, part: str) -> Listing:
         return folder(root, part, known, ids=ids[root == target], strict=strict)
 
+    def validation(root: Path) -> Listing | None:
+        listed = root / "val.txt"
+        return split(root, "val") if listed.is_file() and read_list(listed) else None
+
     target_train = split(target, "train")
     return _Found(
         split(source, "train"),
         target_train,
-        split(target, "val"),
+        validation(target),
         known,
-        source_val=split(source, "val") if (source / "val.txt").is_file() else None,
+        source_val=validation(source),
         target_labels=any(item.label.is_file() for item in target_train.items),
     )
 

@@ -85,7 +85,7 @@ class Listing:
         if names is None:
             return self
         if isinstance(names, str | Path):
-            where, names = str(names), _read_list(Path(names))
+            where, names = str(names), read_list(Path(names))
         else:
             where = "the given names"
         wanted = {Path(name).stem for name in names}
@@ -154,7 +154,7 @@ def folder(
         raise FileNotFoundError(f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {root / 'images'}, but found none.")
     listed, problems = root / f"{split}.txt", []
     if listed.is_file():
-        names = [_without_suffix(name) for name in _read_list(listed)]
+        names = [_without_suffix(name) for name in read_list(listed)]
         if not names:
             raise ValueError(f"Expected {listed} to name one image a line, but it is empty.")
         absent = [name for name in names if name not in images]
@@ -285,7 +285,8 @@ def _without_suffix(name: str) -> str:
     return Path(name).with_suffix("").as_posix() if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
 
 
-def _read_list(path: Path) -> list[str]:
+def read_list(path: Path) -> list[str]:
+    """Lines of a text file that are not empty."""
     if not path.is_file():
         raise FileNotFoundError(f"Expected a list of image names {path}, but it does not exist.")
     return [line.strip() for line in path.read_text().splitlines() if line.strip()]
