@@ -1,32 +1,111 @@
-"""What the site adds to Markdown: formulas as MathML, which browsers draw without a script, and examples as code."""
+"""What the site adds to Markdown.
+
+Formulas become MathML, which browsers draw without a script. Links to files of the checkout (`../examples/predict.py`)
+lead to pages with their source. `<!-- core: examples/integrations/smp_net.py -->` shows the heart of a script, folded.
+"""
 
 from __future__ import annotations
 
+import ast
+import posixpath
 import re
+import textwrap
 from html import unescape
+from pathlib import Path
+from typing import Any
 
 import griffe
 from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
+ROOT = Path(__file__).resolve().parents[1]
 FORMULA = re.compile(r'<(div|span) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1>', re.DOTALL)
+ARG = re.compile(r"\\arg(?![a-z])")  # latex2mathml prints it as it stands
+COMMAND = re.compile(r"\\[A-Za-z]+")
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
+SOURCE = re.compile(r"\]\((?:\.\./)+((?:examples|benchmarks|tests|\.ci)/[\w./-]+|Dockerfile|CONTRIBUTING\.md)\)")
+CORE = re.compile(r"^<!-- core: (?P<path>\S+)(?P<open> open)? -->$", re.MULTILINE)
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".md": "markdown", ".ipynb": "json"}
 
 
-def on_page_content(html: str, **_: object) -> str:
+def on_config(config: MkDocsConfig) -> None:
+    """Show the version beside the name."""
+    version = re.search(r'__version__ = "(.+)"', (ROOT / "udakit" / "__init__.py").read_text(encoding="utf-8"))
+    assert version is not None
+    config.site_name = f"{config.site_name} {version[1]}"
+
+
+def on_files(files: Files, *, config: MkDocsConfig) -> None:
+    """Add a page for every file of the checkout that a page links."""
+    pages = [file.content_string for file in files.documentation_pages()]
+    for path in sorted({match[1] for page in pages for match in SOURCE.finditer(page)}):
+        files.append(File.generated(config, page_of(path), content=source_page(path)))
+
+
+def page_of(path: str) -> str:
+    """Name of the page that shows a file of the checkout."""
+    return f"source/{path.lstrip('.')}.md"
+
+
+def source_page(path: str) -> str:
+    """Markdown of a page that shows one file of the checkout."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    language = LANGUAGES.get(Path(path).suffix, "text")
+    return f"---\nsearch: {{exclude: true}}\n---\n\n# `{path}`\n\n````{language}\n{text}````\n"
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """Lead links to the pages above, and show cores."""
+    folder = posixpath.dirname(page.file.src_uri)
+    markdown = SOURCE.sub(lambda m: f"]({posixpath.relpath(page_of(m[1]), folder or '.')})", markdown)
+    return CORE.sub(lambda m: folded(m["path"], is_open=m["open"] is not None), markdown)
+
+
+def folded(path: str, *, is_open: bool) -> str:
+    """Return the core of a script as a block that folds."""
+    code = textwrap.indent(f"```python\n{core((ROOT / path).read_text(encoding='utf-8'))}\n```", "    ")
+    return f'???{"+" * is_open} example "The core of it"\n\n{code}\n'
+
+
+def core(source: str) -> str:
+    """Return the lines of a script from where its teacher is made to where it is updated."""
+    lines = source.splitlines()
+    calls = {ast.unparse(n.func): n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)}
+    first = calls["EMATeacher"].lineno - 1
+    update = next(call for name, call in calls.items() if name.endswith("teacher.update"))
+    while lines[first - 1].lstrip().startswith("#"):  # the comment above belongs to it
+        first -= 1
+    body = lines[first : update.end_lineno]
+    while indent(lines[first]) > min(indent(line) for line in body if line):  # and so does the method it stands in
+        first -= 1
+    return textwrap.dedent("\n".join(lines[first : update.end_lineno]))
+
+
+def indent(line: str) -> int:
+    """Columns before the first character."""
+    return len(line) - len(line.lstrip())
+
+
+def on_page_content(html: str, **_: Any) -> str:
     """Called by mkdocs with each page, after Markdown."""
     return FORMULA.sub(_mathml, html)
 
 
 def _mathml(match: re.Match[str]) -> str:
     tag, bracket, formula = match.groups()
-    mathml = convert(unescape(formula), display="block" if bracket == "[" else "inline")
+    latex = ARG.sub(r"\\operatorname{arg}", unescape(formula))
+    mathml = convert(latex, display="block" if bracket == "[" else "inline")
+    if unknown := COMMAND.findall(mathml):
+        raise ValueError(f"Expected LaTeX that latex2mathml knows, but got {', '.join(unknown)} in {formula}")
     return f'<{tag} class="formula">{mathml}</{tag}>'
 
 
 class RunnableExamples(griffe.Extension):
     """Griffe takes only "Examples:" for doctests; ours have one example and say "Example:"."""
 
-    def on_instance(self, *, obj: griffe.Object, **_: object) -> None:
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called by griffe with each object."""
         if obj.docstring is not None:
             obj.docstring.value = EXAMPLE.sub("Examples:", obj.docstring.value)

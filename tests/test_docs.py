@@ -7,6 +7,7 @@ The blocks of a page share one namespace. A block that cannot run here says so i
 from __future__ import annotations
 
 import doctest
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,19 @@ def test_a_broken_block_is_seen() -> None:
     with pytest.raises(ZeroDivisionError):
         execute("page", "text\n\n```python\na = 1\n```\n\n```python\na / 0\n```\n")
     assert execute("page", "<!-- not run: needs a card -->\n```python\n1 / 0\n```\n") == 0
+
+
+def test_the_core_of_every_integration_is_shown() -> None:
+    """The page shows each script from where its teacher is made to where it is updated."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.[docs]'")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    scripts = sorted((ROOT / "examples" / "integrations").glob("*.py"))
+    assert sorted(m["path"] for m in hooks.CORE.finditer(page)) == [p.relative_to(ROOT).as_posix() for p in scripts]
+    for script in scripts:
+        core = hooks.core(script.read_text(encoding="utf-8"))
+        assert "EMATeacher(" in core, script
+        assert core.splitlines()[-1].lstrip().startswith(("teacher.update(", "self.teacher.update(")), script
+        assert not core.startswith(" "), script
