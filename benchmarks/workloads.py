@@ -151,6 +151,7 @@ REALISTIC: dict[str, Callable[[Operation], Example]] = {
     "ProjectedFeatureLoss": lambda op: _projection,
     "BilateralConsensus": lambda op: _consensus,
     "ClassQuantileSelector": _with(bins=4096),
+    "AdaptiveThresholdSelector": _with(momentum=0.0),  # the same at every call
     "strong_augment": lambda op: _augment,
     "fourier_transfer": _with(beta=0.01),
     "downscale_labels": _with(factor=STRIDE, min_ratio=0.75),

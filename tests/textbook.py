@@ -509,6 +509,33 @@ def confident_ratio(confidence: Tensor, *, valid: Tensor, threshold: float, scop
     return ((confidence >= threshold) & valid).sum((1, 2)) / valid.sum((1, 2))
 
 
+@textbook("AdaptiveThresholdSelector")
+def adaptive_threshold(
+    logits: Tensor, *, valid: Tensor, num_classes: int, momentum: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A fresh selector's first call."""
+    p = single(logits).softmax(1)
+    confidence, predicted = p.max(1)
+    threshold = momentum / num_classes + (1 - momentum) * confidence[valid].mean()
+    share = momentum / num_classes + (1 - momentum) * p.movedim(1, -1)[valid].mean(0)
+    kept = (confidence >= (threshold * share / share.max())[predicted]) & valid
+    counts = torch.bincount(predicted[valid], minlength=num_classes)
+    accepted = torch.bincount(predicted[kept], minlength=num_classes) / counts.clamp_min(1)
+    return torch.where(kept, predicted, IGNORE), confidence, kept.float(), accepted
+
+
+@textbook("align_distribution")
+def align_distribution(probabilities: Tensor, source_share: Tensor, target_share: Tensor) -> Tensor:
+    weighted = probabilities * (source_share / target_share)[None, :, None, None]
+    return weighted / weighted.sum(1, keepdim=True)
+
+
+@textbook("DistributionAlignment")
+def distribution_alignment(logits: Tensor, *, valid: Tensor, num_classes: int, source_share: Tensor) -> Tensor:
+    p = single(logits).softmax(1)
+    return align_distribution(p, source_share, p.movedim(1, -1)[valid].mean(0))
+
+
 @textbook("hflip_average")
 def hflip_average(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     straight, mirrored = F.softmax(model(images), dim=1), F.softmax(model(images.flip(-1)), dim=1)

@@ -56,6 +56,21 @@ def _build_consensus(call: Call) -> Callable[..., Any]:
     return lambda logits, features, prototypes, *, valid: selector(logits, features, valid=valid)
 
 
+def _align(s: Sample) -> Call:
+    return Call((s.probabilities(), s.class_values(), s.class_values()))
+
+
+def _alignment(s: Sample) -> Call:
+    return Call((s.logits(),), {"valid": s.valid()}, {"num_classes": s.c, "source_share": s.class_values()})
+
+
+def _aligned(logits: Tensor, *, valid: Tensor, num_classes: int, source_share: Tensor) -> Tensor:
+    """As if done by hand: after one batch target's share is that of the batch."""
+    p = (logits.float() if logits.element_size() == 2 else logits).detach().softmax(1)
+    share = torch.where(valid[:, None], p, 0).sum((0, *range(2, p.ndim))) / valid.sum()
+    return udakit.align_distribution(p, source_share, share)
+
+
 def _flip(s: Sample) -> Call:
     def model(images: Tensor) -> Tensor:
         return torch.cat([images, 2 * images.roll(1, -1)], dim=1)  # roll: no mirror symmetry
@@ -104,6 +119,37 @@ OPERATIONS = [
         grad=(),
         output=SELECTION,
         build=_build(udakit.ClassQuantileSelector),
+    ),
+    Operation(
+        "AdaptiveThresholdSelector",
+        lambda s: Call((s.logits(),), {"valid": s.valid()}, {"num_classes": s.c, "momentum": 0.2}),
+        _selector(udakit.AdaptiveThresholdSelector),
+        udakit.AdaptiveThresholdSelector,
+        kind="state",
+        grad=(),
+        output=SELECTION,
+        build=_build(udakit.AdaptiveThresholdSelector),
+    ),
+    Operation(
+        "align_distribution",
+        _align,
+        udakit.align_distribution,
+        kind="map",
+        output="probabilities",
+        exempt={
+            "module": "DistributionAlignment keeps the shares and has an entry of its own",
+            "shape_errors.axes": "probabilities may have any number of spatial axes",
+        },
+    ),
+    Operation(
+        "DistributionAlignment",
+        _alignment,
+        _aligned,
+        udakit.DistributionAlignment,
+        kind="state",
+        grad=(),
+        output="probabilities",
+        build=_build(udakit.DistributionAlignment),
     ),
     Operation(
         "BilateralConsensus",

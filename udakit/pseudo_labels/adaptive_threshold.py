@@ -1,0 +1,133 @@
+"""Confidence thresholds that follow the net: one global threshold, scaled for each class (FreeMatch)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from udakit._checks import check_device, check_float, check_integer, check_option, check_range, shape_of
+from udakit._reduce import KINDS, Kind, select, upcast
+from udakit._state import FullPrecisionState, gather_ranks
+from udakit.pseudo_labels.selection import PseudoLabels, Selector, expand_valid
+
+
+def batch_shares(probabilities: Tensor, valid: Tensor | None, *, sync: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of the largest probability (), mean probability of each class (C,), and pixels (), over the valid pixels."""
+    p = upcast(probabilities)
+    spatial = (0, *range(2, p.ndim))
+    if valid is None:
+        sums, count = p.sum(spatial), torch.full((), p[:, 0].numel(), dtype=torch.int64, device=p.device)
+        confidence = p.amax(1).sum()
+    else:
+        sums, count = select(valid.unsqueeze(1).expand_as(p), p).sum(spatial), valid.sum()
+        confidence = select(valid, p.amax(1)).sum()
+    sums = torch.cat([confidence.view(1), sums]).float()
+    if sync:
+        sums, count = (x.sum(0) for x in gather_ranks(sums, count.view(1)))
+        count = count.squeeze(0)
+    mean = sums / count.clamp_min(1)
+    return mean[0], mean[1:], count
+
+
+class AdaptiveThresholdSelector(FullPrecisionState, Selector):
+    r"""Keep a pixel whose confidence reaches a threshold that follows the net, lower for classes it predicts less.
+
+    $$\tau \leftarrow m\,\tau + (1 - m)\,\overline{\max_c p_c}, \qquad
+    q_c \leftarrow m\,q_c + (1 - m)\,\overline{p_c}, \qquad \tau_c = \tau\,\frac{q_c}{\max_k q_k}$$
+
+    **Convention.** Detached. In training mode a call first takes the `valid` pixels of its batch into both averages,
+    then selects; in eval mode the stored thresholds select. A batch without valid pixels changes nothing. Both
+    averages start at 1/C, so that nearly everything is kept at first: m = 0.999 is meant for some 40k steps, and a run
+    of a few hundred steps needs 0.99 or less. Here `momentum` weighs the *old* value. With `sync` the sums of all ranks
+    are merged, within 1e-6 of one process on the global batch; without a process group there is one rank.
+
+    **Source.** FreeMatch (Wang et al., ICLR 2023), which can also limit the global threshold to 0.95
+    (`max_threshold`) or follow a quantile of the confidence in place of its mean (not offered).
+
+    Args:
+        num_classes: C.
+        momentum: m in [0, 1], of both averages.
+        max_threshold: upper limit of the global threshold.
+        sync: merge the sums of the ranks of the default process group.
+        ignore_index: the label of what is rejected.
+
+    Example:
+        >>> import torch
+        >>> probabilities = torch.tensor([[0.9, 0.9, 0.4], [0.1, 0.1, 0.6]]).view(1, 2, 1, 3)
+        >>> selector = AdaptiveThresholdSelector(2, momentum=0.0)
+        >>> selector(probabilities, kind="probabilities").labels  # the mean confidence is 0.8
+        tensor([[[0, 0, 1]]])
+        >>> selector.thresholds  # class 1 has 0.8 / 2.2 of the mean probability of class 0
+        tensor([0.8000, 0.2909])
+    """
+
+    threshold: Tensor
+    class_share: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        momentum: float = 0.999,
+        *,
+        max_threshold: float = 1.0,
+        sync: bool = False,
+        ignore_index: int = 255,
+    ) -> None:
+        super().__init__(ignore_index=ignore_index)
+        check_integer("num_classes", num_classes)
+        check_range("momentum", momentum, 0.0, 1.0)
+        check_range("max_threshold", max_threshold, 0.0, 1.0)
+        self.num_classes, self.momentum, self.max_threshold, self.sync = num_classes, momentum, max_threshold, sync
+        start = torch.full((), 1 / num_classes, dtype=torch.float32)
+        self.register_buffer("threshold", start.clone())
+        self.register_buffer("class_share", start.repeat(num_classes))
+
+    @property
+    def thresholds(self) -> Float[Tensor, "c"]:
+        """Confidence from which each class is kept."""
+        largest = self.class_share.amax().clamp_min(torch.finfo(torch.float32).tiny)
+        return self.threshold.clamp_max(self.max_threshold) * (self.class_share / largest)
+
+    def forward(
+        self,
+        logits: Float[Tensor, "n c *space"],
+        features: Float[Tensor, "n d *space2"] | None = None,
+        *,
+        kind: Kind = "logits",
+        valid: Bool[Tensor, "..."] | None = None,
+    ) -> PseudoLabels:
+        """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
+        check_option("kind", kind, KINDS)
+        check_float("logits", logits)
+        if logits.ndim < 3 or logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"Expected `logits` to be (N, C, H, W) with C = {self.num_classes}, but got {shape_of(logits)}."
+            )
+        check_device("threshold", self.threshold, logits, "logits")
+        if self.training:
+            with torch.no_grad():
+                scores = upcast(logits.detach())
+                mask = None if valid is None else expand_valid(valid, logits)
+                self._update(scores.softmax(1) if kind == "logits" else scores, mask)
+        return super().forward(logits, features, kind=kind, valid=valid)
+
+    def keep(
+        self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
+    ) -> Tensor:
+        """Whether the confidence reaches the threshold of its class."""
+        kept = confidence >= self.thresholds[labels]
+        return kept if valid is None else kept & valid
+
+    def _update(self, probabilities: Tensor, valid: Tensor | None) -> None:
+        confidence, share, count = batch_shares(probabilities, valid, sync=self.sync)
+        moved = (count > 0).float() * (1 - self.momentum)
+        self.threshold.lerp_(confidence, moved)
+        self.class_share.lerp_(share, moved)
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"num_classes={self.num_classes}, momentum={self.momentum:g}, max_threshold={self.max_threshold:g}, "
+            f"sync={self.sync}, {super().extra_repr()}"
+        )
