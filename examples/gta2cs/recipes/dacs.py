@@ -94,6 +94,7 @@ class Dacs(TargetStyled):
         terms = {
             "source": upsampled_cross_entropy(on_source.head_logits, source.labels),
             "mix": options.mix_weight * mix,
+            **self.masked_consistency(batch.target_images, draws, lambda seen: pseudo_loss(seen, pseudo)),
         }
         if options.feature_distance > 0:
             terms["feature_distance"] = options.feature_distance * self._feature_distance(
@@ -134,6 +135,11 @@ class Dacs(TargetStyled):
         wanted = self.options.feature_distance_classes or list(range(self.num_classes))
         valid = torch.isin(small, torch.tensor(wanted, device=small.device))
         return feature_distance_loss(features, reference, valid=valid)
+
+
+def pseudo_loss(output: Any, pseudo: PseudoLabels) -> Tensor:
+    """Cross-entropy with the pseudo-labels of whole target images, weighed as in the mixture: over all pixels."""
+    return upsampled_cross_entropy(output.head_logits, pseudo.labels, pixel_weight=pseudo.weight, reduction="mean_all")
 
 
 def make_selector(options: Any, num_classes: int) -> nn.Module:

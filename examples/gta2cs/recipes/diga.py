@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Preparation, Shared
-from gta2cs.recipes.dacs import make_selector, selection_of
-from gta2cs.recipes.self_training import TargetStyled
+from gta2cs.recipes.dacs import make_selector, pseudo_loss, selection_of
+from gta2cs.recipes.self_training import MASKING, TargetStyled
 from udakit import (
     BilateralConsensus,
     ClassPrototypes,
@@ -39,7 +39,7 @@ CENTROID_BATCHES = 50  # of target, for the first centroids
 class DigaWarmup(TargetStyled):
     """Cross-entropy on source, symmetric distillation between the source image and its CrDoMix rendering."""
 
-    FIXED = ("augment_mixed", "ignore_top", "ignore_bottom")  # of pseudo-labels, which there are none of
+    FIXED = ("augment_mixed", "ignore_top", "ignore_bottom", *MASKING)  # of pseudo-labels, which there are none of
 
     @dataclass
     class Options(TargetStyled.Options):
@@ -153,6 +153,7 @@ class Diga(DigaWarmup):
             "source": cross_entropy(clean.logits, source.labels),
             "mix": self.options.mix_weight * mix,
             "skd": self.distil(clean, crdomix),
+            **self.masked_consistency(batch.target_images, draws, lambda seen: pseudo_loss(seen, pseudo)),
         }
 
         # 3. The centroids follow the teacher: on target, and on the rendering of source.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gta2cs.checkpoints import copy_net, load_checkpoint, load_net
 from gta2cs.loading import Batch
@@ -212,9 +212,16 @@ class Duda(SelfTraining):
                 valid=valid,
             )
         terms["kd"] = options.kd_weight * kd
+        terms |= self.masked_consistency(batch.target_images, draws, lambda seen: self._masked_kd(seen, fused, valid))
         if self.projected is not None:
             terms["features"] = options.feature_weight * self.projected(on_target.features, large[0].features)
         return Losses(terms, Selection(fused), per_class=per_class)
+
+    def _masked_kd(self, seen: Any, fused: Tensor, valid: Tensor | None) -> Tensor:
+        """Plain distillation of what the teachers make of the whole images."""
+        return kd_loss(
+            seen.logits, fused, temperature=self.options.temperature, teacher_kind="probabilities", valid=valid
+        )
 
     def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
         """The projection learns beside the student, at the rate of the student's decoder: it, too, starts at random."""

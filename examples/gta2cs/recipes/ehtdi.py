@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Shared
+from gta2cs.recipes.dacs import pseudo_loss
 from gta2cs.recipes.self_training import Selection, SelfTraining
 from udakit import (
     ArgmaxSelector,
@@ -84,6 +85,7 @@ class Ehtdi(SelfTraining):
         terms = {
             "source": upsampled_cross_entropy(on_source.head_logits, source.labels),
             "mix": options.mix_weight * cross_entropy(on_mixed.logits, mixed.labels),
+            **self.masked_consistency(batch.target_images, draws, lambda seen: pseudo_loss(seen, pseudo)),
         }
         if options.boundary_weight > 0:
             terms["boundary"] = options.boundary_weight * band_loss(

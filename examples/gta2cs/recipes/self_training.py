@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from gta2cs.learned_translator import Translator, train_translator
 from gta2cs.recipes.base import Draws, Preparation, Recipe
 from gta2cs.translators import TRANSLATORS
-from udakit import EMATeacher, draw_classes, row_mask
+from udakit import EMATeacher, draw_block_mask, draw_classes, row_mask
 
 LEARNED = "learned"
+MASKING = ("mask_weight", "mask_ratio", "mask_block", "mask_complements")
 S = TypeVar("S", bound="TargetStyled")
 
 
@@ -37,6 +38,10 @@ class SelfTraining(Recipe):
         augment_mixed: bool = True
         ignore_top: int = 0  # rows of a target crop without pseudo-label (DAFormer: 15 and 120 of 512)
         ignore_bottom: int = 0
+        mask_weight: float = 0.0  # masked consistency on target (MIC: 1); 0: off
+        mask_ratio: float = 0.7  # share of the blocks that is removed
+        mask_block: int = 32  # side of a block (MIC: 64 in crops of 512 and of 1024)
+        mask_complements: bool = False  # both halves, half of the weight each (MaskTwins: ratio 0.5)
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__(student, num_classes, options)
@@ -61,6 +66,27 @@ class SelfTraining(Recipe):
         """Student output of mixed images, whose statistics are recorded or only used."""
         with nullcontext() if self.options.record_mixed else not_recording(self.student):
             return self.student(images)
+
+    def masked_consistency(self, images: Tensor, draws: Draws, loss: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        """Return the term "masked" (MIC): `loss` of the student's output on target images with blocks removed.
+
+        The images are augmented like mixed ones, then masked; `loss` compares with the labels of the whole images.
+        Half-empty images never enter BatchNorm's running statistics.
+        """
+        options = self.options
+        if options.mask_weight == 0:
+            return {}
+        size, block, ratio = tuple(images.shape[-2:]), options.mask_block, options.mask_ratio
+        if options.augment_mixed:
+            images = self.augment(images, draws)
+        removed = draws(
+            lambda i, g: draw_block_mask(1, size, block_size=block, ratio=ratio, generator=g, device=g.device)
+        )
+        losses = []
+        with not_recording(self.student):
+            for mask in [removed, ~removed] if options.mask_complements else [removed]:
+                losses.append(loss(self.student(torch.where(mask.unsqueeze(1), 0, images))))
+        return {"masked": options.mask_weight * torch.stack(losses).mean()}
 
     def draw_classes(self, labels: Tensor, draws: Draws, **options: Any) -> Tensor:
         """Draw the classes of each label map that are pasted."""
