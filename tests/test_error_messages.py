@@ -51,7 +51,10 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
             lambda: ce(LOGITS, LABELS[:, None]),
             r"`labels` to be \(N, H, W\) .* but got \(2, 1, 8, 8\)\. .*\.squeeze\(1\)",
         ),
-        (lambda: ce(LOGITS[0], LABELS), r"`logits` to be \(N, C, H, W\), but got \(5, 8, 8\)\. .*\.unsqueeze\(0\)"),
+        (
+            lambda: ce(LOGITS[0], LABELS),
+            r"`labels` to be \(N, L\) matching `logits` \(5, 8, 8\), but got \(2, 8, 8\)\. .*`logits` .*unsqueeze\(0\)",
+        ),
         (
             lambda: ce(SMALL, LABELS),
             r"`labels` to be \(N, H, W\) matching `logits` \(2, 5, 2, 2\), but got \(2, 8, 8\)\. .* F\.interp.*",
@@ -116,8 +119,8 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
             r"`generator` to be a torch\.Generator or None, but got 0\. .*manual_seed\(seed\) makes one of a seed",
         ),
         (
-            lambda: u.feature_distance_loss(FEATURES.flatten(2).mT, FEATURES),
-            r"`features` to be \(N, D, h, w\), but got \(2, 64, 6\)\. .* Tokens \(N, L, D\) become a map by .*",
+            lambda: u.feature_distance_loss(FEATURES.flatten(2), FEATURES),
+            r"`reference_features` .* `features` \(2, 6, 64\), but got \(2, 6, 8, 8\)\. Tokens .* become a map by .*",
         ),
         (lambda: u.feature_distance_loss(FEATURES, SMALL_FEATURES), "`reference_features` .* F.interpolate brings .*"),
         (lambda: u.ProjectedFeatureLoss(4, D)(FEATURES, FEATURES), r"`features` to have 4 channels, the `dim` .*"),
@@ -196,7 +199,10 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
             lambda: u.ConfidentRatioSelector()(LOGITS, valid=WEIGHT),
             "`valid` to be a bool tensor, but got torch.float32 .*",
         ),
-        (lambda: u.confident_ratio(LOGITS), r"`confidence` to be \(N, H, W\), but got \(2, 5, 8, 8\)\. .*amax\(1\)"),
+        (
+            lambda: u.confident_ratio(LOGITS[..., None]),
+            r"`confidence` to be \(N, \*space\) .*, but got \(2, 5, 8, 8, 1\)\. .*amax\(1\)",
+        ),
         (
             lambda: u.ClassQuantileSelector(4)(LOGITS),
             r"`logits` to be \(N, C, H, W\) with C = 4, but got \(2, 5, 8, 8\)",
@@ -260,7 +266,10 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
             r"`labels` .* `factor` 3 divides, but got .* multiple of 3",
         ),
         (lambda: u.resize_labels(LABELS, 16), r"`size` to be \(height, width\), .* but got 16\. .* \(16, 16\)"),
-        (lambda: u.resize_labels(LABELS[:, None], (4, 4)), r"`labels` to be \(N, H, W\), but got .*\.squeeze\(1\)"),
+        (
+            lambda: u.resize_labels(LABELS[:, None], (4, 4)),
+            r"`size` to be \(depth, .* `labels` \(2, 1, 8, 8\), but got \(4, 4\)",
+        ),
     ],
     "sampling": [
         (

@@ -181,7 +181,7 @@ def test_downscale_share_is_not_lost_to_rounding(factor: int) -> None:
 
 def test_downscale_errors() -> None:
     labels = torch.zeros(1, 6, 9, dtype=torch.int64)
-    with pytest.raises(ValueError, match=r"`labels` to have an H and W that `factor` 2 divides, but got \(1, 6, 9\)"):
+    with pytest.raises(ValueError, match=r"`labels` to have sides that `factor` 2 divides, but got \(1, 6, 9\)"):
         downscale_labels(labels, 2, num_classes=2)
     with pytest.raises(ValueError, match=r"`factor` to be at least 1, but got 0"):
         downscale_labels(labels, 0, num_classes=2)
@@ -217,7 +217,9 @@ def test_resize_invents_no_id(dtype: torch.dtype) -> None:
 def test_resize_errors() -> None:
     with pytest.raises(TypeError, match=r"integer tensor, but got torch\.float32"):
         resize_labels(torch.zeros(1, 2, 2), (2, 2))
-    with pytest.raises(ValueError, match=r"`labels` to be \(N, H, W\), but got \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"`size` to be \(length,\), .* for `labels` \(2, 2\), but got \(2, 2\)"):
         resize_labels(torch.zeros(2, 2, dtype=torch.int64), (2, 2))
-    with pytest.raises(ValueError, match=r"`size` to be \(height, width\), two positive integers, but got \(0, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"`size` to be \(height, width\), two positive integers for `labels` .*, but got \(0, 2\)"
+    ):
         resize_labels(torch.zeros(1, 2, 2, dtype=torch.int64), (0, 2))

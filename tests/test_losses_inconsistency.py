@@ -33,7 +33,7 @@ def overlaps(student: Tensor, teacher: Tensor, valid: Tensor) -> list[tuple[int,
     return result
 
 
-@given(seed=st.integers(0, 10_000), n=st.integers(1, 2), c=st.integers(1, 6), h=st.integers(1, 3), w=st.integers(1, 3))
+@given(seed=st.integers(0, 10_000), n=st.integers(1, 2), c=st.integers(2, 6), h=st.integers(1, 3), w=st.integers(1, 3))
 def test_class_inconsistency_is_one_minus_iou(seed: int, n: int, c: int, h: int, w: int) -> None:
     student, teacher, valid = draw(seed, n, c, h, w)
     expected = [1 - i / u if u else 0.0 for i, u in overlaps(student, teacher, valid)]

@@ -29,7 +29,7 @@ def draw(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> list[Ten
 @given(
     seed=st.integers(0, 10_000),
     n=st.integers(1, 2),
-    c=st.integers(1, 5),
+    c=st.integers(2, 5),
     h=st.integers(1, 4),
     w=st.integers(1, 4),
     weight=st.sampled_from([0.0, 0.25, 1.0]),

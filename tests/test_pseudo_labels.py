@@ -131,7 +131,7 @@ def test_confidence_is_exact_at_large_logits() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s: s(torch.zeros(2, 4, 3)), r"Expected `logits` to be \(N, C, H, W\), but got \(2, 4, 3\)"),
+        (lambda s: s(torch.zeros(4, 3)), r"Expected `logits` to be \(N, C, \*space\) .*, but got \(4, 3\)"),
         (lambda s: s(torch.zeros(1, 4, 2, 2), kind="log"), r"Expected `kind` to be one of .* but got 'log'"),
         (lambda s: s(torch.zeros(1, 4, 2, 2), valid=torch.ones(2, 3, dtype=torch.bool)), r"Expected `valid` to be"),
         (lambda s: s(torch.zeros(1, 4, 2, 2), valid=torch.ones(1, 2, 2)), r"Expected `valid` to be a bool tensor"),
@@ -147,10 +147,11 @@ def test_errors_of_all(name: str, call, message: str) -> None:  # type: ignore[n
 
 
 def test_a_confidence_equal_to_the_threshold_is_kept() -> None:
-    probabilities = torch.tensor([0.968, 0.9679]).view(1, 1, 1, 2)
+    confidence = torch.tensor([0.968, 0.9679]).view(1, 1, 1, 2)
+    probabilities = torch.cat([confidence, 1 - confidence], dim=1)
     result = udakit.ThresholdSelector(0.968)(probabilities, kind="probabilities")
     assert result.labels.tolist() == [[[0, IGNORE]]]
-    assert result.accepted.tolist() == [0.5]
+    assert result.accepted.tolist() == [0.5, 0.0]
 
 
 @given(seed=seeds, scope=st.sampled_from(["batch", "image"]), masked=st.booleans())
@@ -205,7 +206,7 @@ def test_daformer_counts_its_zeroed_rows_in_the_ratio() -> None:
         (lambda: udakit.BilateralConsensus(_prototypes())(torch.zeros(1, 4, 2, 2)), "Expected `features` to be"),
         (
             lambda: udakit.BilateralConsensus(_prototypes())(torch.zeros(1, 5, 2, 2), torch.zeros(1, 3, 2, 2)),
-            "with C = 4, as the prototypes have, but got C = 5",
+            "with C = 4, as the prototypes, but got C = 5",
         ),
         (
             lambda: udakit.BilateralConsensus(_prototypes())(torch.zeros(1, 4, 2, 2), torch.zeros(2, 3, 2, 2)),

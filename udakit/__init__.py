@@ -1,6 +1,7 @@
 """Parts for unsupervised domain adaptive semantic segmentation, as functions and Modules on tensors."""
 
-from udakit import features, labels, losses, mixing, prototypes, pseudo_labels, sampling, teachers
+from udakit import binary, features, labels, losses, mixing, prototypes, pseudo_labels, sampling, teachers
+from udakit.binary import *  # noqa: F403
 from udakit.features import *  # noqa: F403
 from udakit.labels import *  # noqa: F403
 from udakit.losses import *  # noqa: F403
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "binary",
     "features",
     "labels",
     "losses",
@@ -23,6 +25,7 @@ __all__ = [
     "sampling",
     "teachers",
 ]
+__all__ += binary.__all__
 __all__ += features.__all__
 __all__ += labels.__all__
 __all__ += losses.__all__

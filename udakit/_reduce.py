@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import wraps
 from typing import Any, Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,13 +34,33 @@ def exp_(x: Tensor) -> Tensor:
     return x.mul_(1 / LOG_2).exp2_() if x.device.type == "cpu" else x.exp_()
 
 
+def plain(x: Tensor) -> Tensor:
+    """The tensor without its subclass (MetaTensor, tv_tensors), for code that makes memory like it or calls operators.
+
+    Such a class may give `new_empty` other arguments, and runs Python code at every operation. What dispatches below
+    autograd (fake tensors, DTensor) stays as it is.
+    """
+    kind = type(x)
+    if kind is Tensor or torch.compiler.is_compiling() or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return x
+    return x.as_subclass(Tensor)
+
+
+_LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
+
+
+def interpolate(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+    """Linear interpolation of (N, C, *space) to `size`, by the name that it has for one, two or three axes."""
+    return F.interpolate(x, tuple(size), mode=_LINEAR[x.ndim], align_corners=align_corners)
+
+
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
     """Autocast off on the device of `x`, so that a matmul of upcast tensors is not cast down again."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def top_class(scores: Tensor) -> Tensor:
-    """`scores.argmax(dim=1)`, (N, H, W) of (N, C, H, W): `max` does it in half the time on the CPU."""
+    """`scores.argmax(dim=1)`, (N, *space) of (N, C, *space): `max` does it in half the time on the CPU."""
     return scores.max(dim=1).indices
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from udakit._checks import (
-    axis_hint,
     check_integer,
     check_label_map,
     check_range,
     check_size,
+    check_spatial,
     check_tensor,
     is_integer,
     kind_of,
@@ -197,24 +197,24 @@ of a data set to these with map_ids, or correct `num_classes` or `ignore_index`.
 
 
 def downscale_labels(
-    labels: Integer[Tensor, "n h w"],
+    labels: Integer[Tensor, "n *space"],
     factor: int,
     *,
     num_classes: int,
     min_ratio: float = 0.75,
     ignore_index: int = 255,
-) -> Integer[Tensor, "n h2 w2"]:
-    """Bring labels to feature size: the majority of each `factor` x `factor` cell, where it is clear enough.
+) -> Integer[Tensor, "n *space2"]:
+    """Bring labels to feature size: the majority of each cell of side `factor`, where it is clear enough.
 
     **Convention.** Ignored pixels (and ids >= C) compete: a cell that they win is ignored. They lose ties, and a tie of
     two classes goes to the lower id. A winner with less than `min_ratio` of the cell is ignored. No one-hot map
-    is made: the counts, (C + 1) N h w integers, are those of the cells.
+    is made: the counts, C + 1 integers a cell, are those of the cells. In volumes a cell is a cube, in signals a run.
 
     **Source.** DAFormer and SePiCo, with ratio 0.75.
 
     Args:
         labels: class ids 0..C-1 or `ignore_index`, int64 or uint8.
-        factor: cell size, the stride of the features.
+        factor: side of a cell, the stride of the features in every axis.
         num_classes: C.
         min_ratio: smallest share of the cell that decides it, in [0, 1].
         ignore_index: the label that takes no part, and the label of an undecided cell.
@@ -224,7 +224,7 @@ def downscale_labels(
 
     Raises:
         TypeError: `labels` that are neither int64 nor uint8.
-        ValueError: H or W that `factor` does not divide, or an option out of range.
+        ValueError: a side that `factor` does not divide, or an option out of range.
 
     Example:
         >>> downscale_labels(torch.tensor([[[1, 1, 0, 2], [1, 2, 0, 255]]]), 2, num_classes=3)
@@ -236,40 +236,42 @@ def downscale_labels(
     check_range("min_ratio", min_ratio, 0, 1)
     if labels.dtype == torch.uint8:
         check_range("ignore_index", ignore_index, 0, 255)
-    n, height, width = labels.shape
-    if height % factor or width % factor:
+    n, *space = labels.shape
+    if any(side % factor for side in space):
         raise ValueError(
-            f"Expected `labels` to have an H and W that `factor` {factor} divides, but got {shape_of(labels)}. "
+            f"Expected `labels` to have sides that `factor` {factor} divides, but got {shape_of(labels)}. "
             f"Crop or pad to a multiple of {factor}."
         )
-    h, w = height // factor, width // factor
-    ids = labels.reshape(n, h, factor, w, factor).permute(0, 2, 4, 1, 3).reshape(n, factor * factor, h, w)
-    ids = class_ids(ids, num_classes, ignore_index)
-    counts = ids.new_zeros(n, num_classes + 1, h, w, dtype=torch.int32)
+    cells = [side // factor for side in space]
+    axes = len(space)
+    split = labels.reshape(n, *(part for side in cells for part in (side, factor)))
+    inside, between = range(2, 2 * axes + 1, 2), range(1, 2 * axes, 2)
+    ids = class_ids(split.permute(0, *inside, *between).reshape(n, -1, *cells), num_classes, ignore_index)
+    counts = ids.new_zeros((n, num_classes + 1, *cells), dtype=torch.int32)
     counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.int32))
     winner = counts.argmax(dim=1)  # the first of equals: the lowest id, and ignored pixels last
     share = counts.gather(1, winner[:, None])[:, 0]
-    enough = math.ceil(min_ratio * factor * factor - 1e-9)  # in whole pixels, so that no share is lost to rounding
+    enough = math.ceil(min_ratio * factor**axes - 1e-9)  # in whole pixels, so that no share is lost to rounding
     kept = (winner < num_classes) & (share >= enough)
     return torch.where(kept, winner, ignore_index).to(labels.dtype)
 
 
-def resize_labels(labels: Integer[Tensor, "n h w"], size: tuple[int, int]) -> Integer[Tensor, "n h2 w2"]:
-    """Resize labels to (H, W) by the nearest pixel, the very pixel that `F.interpolate(mode="nearest")` takes.
+def resize_labels(labels: Integer[Tensor, "n *space"], size: Sequence[int]) -> Integer[Tensor, "n *space2"]:
+    """Resize labels to a size by the nearest pixel, the very pixel that `F.interpolate(mode="nearest")` takes.
 
     **Convention.** Pixels are picked, never computed: the ids do not pass through a float (id 26001 survives) and the
     dtype stays.
 
     Args:
         labels: integer ids, any integer dtype.
-        size: the new (H, W).
+        size: the new (H, W); (L,) of signals, (D, H, W) of volumes.
 
     Returns:
         Labels of the new size.
 
     Raises:
         TypeError: `labels` that are not integers.
-        ValueError: `labels` that are not (N, H, W), or a `size` that is not two positive numbers.
+        ValueError: `labels` that are not (N, *space), or a `size` without a positive number for each axis.
 
     Example:
         >>> resize_labels(torch.tensor([[[1, 26001]]]), (2, 4))
@@ -277,11 +279,11 @@ def resize_labels(labels: Integer[Tensor, "n h w"], size: tuple[int, int]) -> In
                  [    1,     1, 26001, 26001]]])
     """
     _check_integer(labels)
-    if labels.ndim != 3:
-        raise ValueError(f"Expected `labels` to be (N, H, W), but got {shape_of(labels)}.{axis_hint(labels)}")
-    check_size("size", size)
-    rows, columns = (_nearest(labels, axis, new) for axis, new in zip((1, 2), size, strict=True))
-    return labels.index_select(1, rows).index_select(2, columns)
+    check_spatial("labels", labels)
+    check_size("size", size, labels.ndim - 1, of=f" for `labels` {shape_of(labels)}")
+    for axis, new in enumerate(size, 1):
+        labels = labels.index_select(axis, _nearest(labels, axis, new))
+    return labels
 
 
 def _nearest(labels: Tensor, axis: int, new: int) -> Tensor:

@@ -24,7 +24,23 @@ def _check(labels: Tensor, **options: Any) -> Tensor:
     return labels
 
 
+def _one_channel(s: Sample) -> Call:
+    # No class axis yet: to the checks it is a map of features.
+    return Call((s.tag(s.normal(s.n, 1, s.h, s.w), "features"),))
+
+
 OPERATIONS = [
+    Operation(
+        "binary_logits", _one_channel, udakit.binary_logits, kind="map", output="features", exempt={"module": NO_MODULE}
+    ),
+    Operation(
+        "binary_probabilities",
+        _one_channel,
+        udakit.binary_probabilities,
+        kind="map",
+        output="features",
+        exempt={"module": NO_MODULE},
+    ),
     Operation(
         "downscale_labels",
         _downscale,

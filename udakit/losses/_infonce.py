@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import LOG_2, full_precision
+from udakit._reduce import LOG_2, full_precision, plain
 
 
 def infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) -> Tensor:
     """InfoNCE of each column of z (n, d, 2m); columns i and i + m are partners. Invalid ones give 0: (n, 2m)."""
-    loss: Tensor = torch.ops.udakit.infonce(z, valid, temperature, block)[0]
+    loss: Tensor = torch.ops.udakit.infonce(plain(z), None if valid is None else plain(valid), temperature, block)[0]
     return loss
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import Kind, full_precision, upcast
+from udakit._reduce import Kind, full_precision, plain, upcast
 from udakit.losses.cross_entropy import labelled_cross_entropy
 from udakit.losses.kd import Divergence, kd_loss, soften
 
@@ -33,7 +33,7 @@ def upsampled_loss(
 ) -> Tensor:
     """Loss (N, H, W) of `logits` at `size` against labels of that size, or against a teacher's map of any size."""
     options = align_corners, chunk_rows or 0, ignore_index, temperature, divergence, teacher_kind
-    loss: Tensor = torch.ops.udakit.upsampled_loss(logits, target, *size, *options)
+    loss: Tensor = torch.ops.udakit.upsampled_loss(plain(logits), plain(target), *size, *options)
     return loss
 
 
@@ -158,7 +158,7 @@ def _scale(count: int, size: int, align_corners: bool) -> float:
 
 
 def _fake(logits: Tensor, target: Tensor, height: int, width: int, *_: Any) -> Tensor:
-    return upcast(logits.new_empty(0)).new_empty(logits.shape[0], height, width)
+    return upcast(logits.new_empty((0,))).new_empty((logits.shape[0], height, width))
 
 
 def _fake_backward(grad: Tensor, logits: Tensor, *_: Any) -> Tensor:

@@ -6,19 +6,19 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_labels_like, check_per_class, check_weight_like, check_weight_option
+from udakit._checks import check_labels_like, check_per_class, check_scores, check_weight_like, check_weight_option
 from udakit._reduce import check_reduction, reduce_pixels, upcast
 
 
 def cross_entropy(
-    logits: Float[Tensor, "n c h w"],
-    labels: Integer[Tensor, "n h w"],
+    logits: Float[Tensor, "n c *space"],
+    labels: Integer[Tensor, "n *space"],
     *,
-    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    pixel_weight: Float[Tensor, "n *space"] | None = None,
     class_weight: Float[Tensor, "c"] | None = None,
     ignore_index: int = 255,
     reduction: str = "mean",
-) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Cross-entropy of every labelled pixel, weighted per pixel and per class.
 
     $$\ell_p = -\,w_p\,w_{y_p} \log \operatorname{softmax}(z_p)_{y_p}$$
@@ -39,7 +39,7 @@ def cross_entropy(
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 logits), or (N, H, W) for "none".
+        A float32 scalar (float64 for float64 logits), or (N, *space) for "none".
 
     Raises:
         TypeError: an integer `logits`, or `labels` that are neither int64 nor uint8.
@@ -55,7 +55,7 @@ def cross_entropy(
         (0.0, 0.0)
     """
     check_reduction(reduction)
-    check_float("logits", logits, 4, "(N, C, H, W)")
+    check_scores("logits", logits)
     check_labels_like(labels, logits)
     if class_weight is not None:
         check_class_weight(class_weight, logits)
@@ -123,10 +123,10 @@ class CrossEntropyLoss(nn.Module):
 
     def forward(
         self,
-        logits: Float[Tensor, "n c h w"],
-        labels: Integer[Tensor, "n h w"],
+        logits: Float[Tensor, "n c *space"],
+        labels: Integer[Tensor, "n *space"],
         *,
-        pixel_weight: Float[Tensor, "n h w"] | None = None,
+        pixel_weight: Float[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Apply the function with the configuration given at construction."""
         return cross_entropy(

@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_mask_like, check_option, check_weight_like
+from udakit._checks import check_mask_like, check_option, check_scores, check_weight_like
 from udakit._reduce import KINDS, Kind, check_reduction, reduce_pixels, upcast
 
 
 def entropy_loss(
-    logits: Float[Tensor, "n c h w"],
+    logits: Float[Tensor, "n c *space"],
     *,
     normalize: bool = True,
     kind: Kind = "logits",
-    valid: Bool[Tensor, "n h w"] | None = None,
-    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    valid: Bool[Tensor, "n *space"] | None = None,
+    pixel_weight: Float[Tensor, "n *space"] | None = None,
     reduction: str = "mean",
-) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Shannon entropy of each pixel's class probabilities, as a share of the largest possible one.
 
     $$\ell_p = -\frac{1}{\log C} \sum_c p_c \log p_c, \qquad p = \operatorname{softmax}(z_p)$$
@@ -41,7 +41,7 @@ def entropy_loss(
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
+        A float32 scalar (float64 for float64 input), or (N, *space) for "none".
 
     Raises:
         TypeError: tensors that are not float, or a `valid` that is not bool.
@@ -56,7 +56,7 @@ def entropy_loss(
         1.0
     """
     _check_options(kind, reduction)
-    check_float("logits", logits, 4, "(N, C, H, W)")
+    check_scores("logits", logits, kind)
     if valid is not None:
         check_mask_like(valid, logits)
     if pixel_weight is not None:
@@ -95,10 +95,10 @@ class EntropyLoss(nn.Module):
 
     def forward(
         self,
-        logits: Float[Tensor, "n c h w"],
+        logits: Float[Tensor, "n c *space"],
         *,
-        valid: Bool[Tensor, "n h w"] | None = None,
-        pixel_weight: Float[Tensor, "n h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | None = None,
+        pixel_weight: Float[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Apply the function with the configuration given at construction."""
         return entropy_loss(

@@ -5,18 +5,18 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_mask_like, check_same_shape
+from udakit._checks import check_maps, check_mask_like, check_same_shape
 from udakit._reduce import check_reduction, reduce_pixels, upcast
 from udakit.losses._unit import lengths
 
 
 def feature_distance_loss(
-    features: Float[Tensor, "n d h w"],
-    reference_features: Float[Tensor, "n d h w"],
+    features: Float[Tensor, "n d *space"],
+    reference_features: Float[Tensor, "n d *space"],
     *,
-    valid: Bool[Tensor, "n h w"] | None = None,
+    valid: Bool[Tensor, "n *space"] | None = None,
     reduction: str = "mean",
-) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""L2 distance over the channels of two feature maps, at each feature pixel.
 
     $$\ell_p = \lVert f_p - r_p \rVert_2$$
@@ -35,7 +35,7 @@ def feature_distance_loss(
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 features), or (N, h, w) for "none".
+        A float32 scalar (float64 for float64 features), or (N, *space) for "none".
 
     Raises:
         TypeError: tensors that are not float, or a `valid` that is not bool.
@@ -50,8 +50,8 @@ def feature_distance_loss(
         (5.0, [-0.6000000238418579, -0.800000011920929])
     """
     check_reduction(reduction)
-    check_float("features", features, 4, "(N, D, h, w)")
-    check_float("reference_features", reference_features, 4, "(N, D, h, w)")
+    check_maps("features", features, "N, D")
+    check_maps("reference_features", reference_features, "N, D")
     check_same_shape(reference_features, features, name="reference_features", reference_name="features")
     if valid is not None:
         check_mask_like(valid, features, reference_name="features")
@@ -75,10 +75,10 @@ class FeatureDistanceLoss(nn.Module):
 
     def forward(
         self,
-        features: Float[Tensor, "n d h w"],
-        reference_features: Float[Tensor, "n d h w"],
+        features: Float[Tensor, "n d *space"],
+        reference_features: Float[Tensor, "n d *space"],
         *,
-        valid: Bool[Tensor, "n h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Apply the function with the configuration given at construction."""
         return feature_distance_loss(features, reference_features, valid=valid, reduction=self.reduction)

@@ -30,11 +30,11 @@ _FADED = 1e-20  # average pixels of a class
 
 
 def class_inconsistency(
-    student_logits: Float[Tensor, "n c h w"],
-    teacher_logits: Float[Tensor, "n c h2 w2"],
+    student_logits: Float[Tensor, "n c *space"],
+    teacher_logits: Float[Tensor, "n c *space2"],
     *,
     resize: Resize = "error",
-    valid: Bool[Tensor, "n h w"] | None = None,
+    valid: Bool[Tensor, "n *space"] | None = None,
 ) -> Float[Tensor, "c"]:
     r"""How much student and teacher disagree on each class.
 
@@ -47,7 +47,7 @@ def class_inconsistency(
     Args:
         student_logits: logits or probabilities; only the arg-max matters.
         teacher_logits: likewise, of the teacher.
-        resize: whose (H, W) both take, bilinear, when they differ: "student", "teacher", or "error" to refuse.
+        resize: whose size both take, linearly, when they differ: "student", "teacher", or "error" to refuse.
         valid: True where a pixel counts, at the size after `resize`.
 
     Returns:
@@ -90,8 +90,8 @@ def _ratio(intersection: Tensor, union: Tensor) -> Tensor:
 
 
 def inconsistency_loss(
-    student_logits: Float[Tensor, "n c h w"],
-    teacher_logits: Float[Tensor, "n c h2 w2"],
+    student_logits: Float[Tensor, "n c *space"],
+    teacher_logits: Float[Tensor, "n c *space2"],
     inconsistency: Float[Tensor, "c"],
     *,
     weight_range: tuple[float, float] = (0.5, 2.0),
@@ -100,9 +100,9 @@ def inconsistency_loss(
     weight_fn: WeightFn | None = None,
     teacher_kind: Kind = "logits",
     resize: Resize = "error",
-    valid: Bool[Tensor, "n h w"] | None = None,
+    valid: Bool[Tensor, "n *space"] | None = None,
     reduction: str = "mean",
-) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Distillation in which a pixel weighs by the inconsistency of the teacher's class there.
 
     $$\ell_p = \frac{w_{k(p)}}{\bar w}\, \mathrm{kd}_p, \qquad
@@ -124,12 +124,12 @@ def inconsistency_loss(
         temperature: T of `kd_loss`.
         weight_fn: d (C,) -> w (C,), finite and not negative, in place of the formula; divided by its mean likewise.
         teacher_kind: "logits" | "probabilities".
-        resize: whose (H, W) both take, bilinear, when they differ: "student", "teacher", or "error" to refuse.
+        resize: whose size both take, linearly, when they differ: "student", "teacher", or "error" to refuse.
         valid: True where a pixel counts, at the size after `resize`.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
+        A float32 scalar (float64 for float64 input), or (N, *space) for "none".
 
     Raises:
         TypeError: tensors that are not float, or a `valid` that is not bool.
@@ -146,7 +146,7 @@ def inconsistency_loss(
         True
     """
     _check_options(weight_range, weight_temperature, temperature, weight_fn, teacher_kind, resize, reduction)
-    student, teacher = match_logits(student_logits, teacher_logits, resize)
+    student, teacher = match_logits(student_logits, teacher_logits, resize, teacher_kind)
     check_float("inconsistency", inconsistency)
     check_per_class(
         "inconsistency", inconsistency, student.shape[1], reference=student_logits, reference_name="student_logits"
@@ -273,10 +273,10 @@ class InconsistencyLoss(FullPrecisionState):
     @torch.no_grad()
     def update(
         self,
-        student_logits: Float[Tensor, "n c h w"],
-        teacher_logits: Float[Tensor, "n c h2 w2"],
+        student_logits: Float[Tensor, "n c *space"],
+        teacher_logits: Float[Tensor, "n c *space2"],
         *,
-        valid: Bool[Tensor, "n h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | None = None,
     ) -> None:
         """Move the averages by one batch; training mode does it at every call."""
         student, teacher = match_logits(student_logits, teacher_logits, self.resize)
@@ -298,10 +298,10 @@ class InconsistencyLoss(FullPrecisionState):
 
     def forward(
         self,
-        student_logits: Float[Tensor, "n c h w"],
-        teacher_logits: Float[Tensor, "n c h2 w2"],
+        student_logits: Float[Tensor, "n c *space"],
+        teacher_logits: Float[Tensor, "n c *space2"],
         *,
-        valid: Bool[Tensor, "n h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Move the averages (training mode), then apply the function with them."""
         if self.training:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from udakit._checks import (
     check_device,
-    check_float,
     check_mask_like,
     check_option,
     check_range,
+    check_scores,
     check_weight_like,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, check_reduction, reduce_pixels, upcast
+from udakit._reduce import KINDS, Kind, check_reduction, interpolate, reduce_pixels, upcast
 
 Divergence = Literal["cross_entropy", "kl"]
 Resize = Literal["error", "student", "teacher"]
@@ -36,17 +36,17 @@ def check_options(temperature: float, divergence: str, teacher_kind: str, resize
 
 
 def kd_loss(
-    student_logits: Float[Tensor, "n c h w"],
-    teacher_logits: Float[Tensor, "n c h2 w2"],
+    student_logits: Float[Tensor, "n c *space"],
+    teacher_logits: Float[Tensor, "n c *space2"],
     *,
     temperature: float = 1.0,
     divergence: Divergence = "cross_entropy",
     teacher_kind: Kind = "logits",
     resize: Resize = "error",
-    valid: Bool[Tensor, "n h w"] | None = None,
-    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    valid: Bool[Tensor, "n *space"] | None = None,
+    pixel_weight: Float[Tensor, "n *space"] | None = None,
     reduction: str = "mean",
-) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Distil a teacher's class probabilities into a student, pixel by pixel.
 
     $$\ell_p = T^2\, H\!\left(\operatorname{softmax}(t_p / T),\ \operatorname{softmax}(s_p / T)\right),
@@ -65,13 +65,13 @@ def kd_loss(
         temperature: T > 0.
         divergence: "cross_entropy" | "kl".
         teacher_kind: "logits" | "probabilities".
-        resize: whose (H, W) both take, bilinear, when they differ: "student", "teacher", or "error" to refuse.
+        resize: whose size both take, linearly, when they differ: "student", "teacher", or "error" to refuse.
         valid: True where a pixel counts, at the size after `resize`.
         pixel_weight: factor of each pixel's loss, numerator only, at the size after `resize`.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
+        A float32 scalar (float64 for float64 input), or (N, *space) for "none".
 
     Raises:
         TypeError: tensors that are not float, or a `valid` that is not bool.
@@ -86,7 +86,7 @@ def kd_loss(
         torch.Size([2, 5, 8, 8])
     """
     check_options(temperature, divergence, teacher_kind, resize, reduction)
-    student, teacher = match_logits(student_logits, teacher_logits, resize)
+    student, teacher = match_logits(student_logits, teacher_logits, resize, teacher_kind)
     if valid is not None:
         check_mask_like(valid, student, reference_name="student_logits")
     if pixel_weight is not None:
@@ -99,9 +99,11 @@ def kd_loss(
     return reduce_pixels(temperature**2 * loss, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 
-def match_logits(student_logits: Tensor, teacher_logits: Tensor, resize: str) -> tuple[Tensor, Tensor]:
+def match_logits(
+    student_logits: Tensor, teacher_logits: Tensor, resize: str, teacher_kind: str = "logits"
+) -> tuple[Tensor, Tensor]:
     """Both maps in float32 at least, checked and of one size, the teacher detached."""
-    check_logits_pair(student_logits, teacher_logits)
+    check_logits_pair(student_logits, teacher_logits, teacher_kind)
     student, teacher = upcast(student_logits), upcast(teacher_logits.detach())
     if student.shape[2:] == teacher.shape[2:]:
         return student, teacher
@@ -111,18 +113,18 @@ def match_logits(student_logits: Tensor, teacher_logits: Tensor, resize: str) ->
             f'but got {shape_of(teacher_logits)}. Pass resize="student" or resize="teacher" to interpolate.'
         )
     if resize == "student":
-        return student, F.interpolate(teacher, student.shape[2:], mode="bilinear", align_corners=False)
-    return F.interpolate(student, teacher.shape[2:], mode="bilinear", align_corners=False), teacher
+        return student, interpolate(teacher, student.shape[2:])
+    return interpolate(student, teacher.shape[2:]), teacher
 
 
-def check_logits_pair(student_logits: Tensor, teacher_logits: Tensor) -> None:
+def check_logits_pair(student_logits: Tensor, teacher_logits: Tensor, teacher_kind: str = "logits") -> None:
     """Raise unless both are logits of one N and C; their sizes are not compared."""
-    check_float("student_logits", student_logits, 4, "(N, C, H, W)")
-    check_float("teacher_logits", teacher_logits, 4, "(N, C, H, W)")
-    if student_logits.shape[:2] != teacher_logits.shape[:2]:
+    check_scores("student_logits", student_logits)
+    check_scores("teacher_logits", teacher_logits, teacher_kind)
+    if student_logits.ndim != teacher_logits.ndim or student_logits.shape[:2] != teacher_logits.shape[:2]:
         raise ValueError(
             f"Expected `teacher_logits` to have the N and C of `student_logits` {shape_of(student_logits)}, "
-            f"but got {shape_of(teacher_logits)}."
+            f"and as many axes, but got {shape_of(teacher_logits)}."
         )
     check_device("teacher_logits", teacher_logits, student_logits, "student_logits")
 
@@ -169,11 +171,11 @@ class KDLoss(nn.Module):
 
     def forward(
         self,
-        student_logits: Float[Tensor, "n c h w"],
-        teacher_logits: Float[Tensor, "n c h2 w2"],
+        student_logits: Float[Tensor, "n c *space"],
+        teacher_logits: Float[Tensor, "n c *space2"],
         *,
-        valid: Bool[Tensor, "n h w"] | None = None,
-        pixel_weight: Float[Tensor, "n h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | None = None,
+        pixel_weight: Float[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Apply the function with the configuration given at construction."""
         return kd_loss(

@@ -7,19 +7,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_mask_like, check_option, check_range, check_weight_like
+from udakit._checks import check_mask_like, check_option, check_range, check_scores, check_weight_like
 from udakit._reduce import KINDS, Kind, check_reduction, reduce_pixels, top_class, upcast
 
 
 def max_square_loss(
-    logits: Float[Tensor, "n c h w"],
+    logits: Float[Tensor, "n c *space"],
     *,
     balance: float = 0.0,
     kind: Kind = "logits",
-    valid: Bool[Tensor, "n h w"] | None = None,
-    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    valid: Bool[Tensor, "n *space"] | None = None,
+    pixel_weight: Float[Tensor, "n *space"] | None = None,
     reduction: str = "mean",
-) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Half the negative sum of squared class probabilities.
 
     $$\ell_p = -\tfrac12\, b_p \sum_c p_c^2, \qquad b_p = \left(N / N_{k(p)}\right)^{\alpha}$$
@@ -42,7 +42,7 @@ def max_square_loss(
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
+        A float32 scalar (float64 for float64 input), or (N, *space) for "none".
 
     Raises:
         TypeError: tensors that are not float, or a `valid` that is not bool.
@@ -57,7 +57,7 @@ def max_square_loss(
         -0.125
     """
     _check_options(balance, kind, reduction)
-    check_float("logits", logits, 4, "(N, C, H, W)")
+    check_scores("logits", logits, kind)
     if valid is not None:
         check_mask_like(valid, logits)
     if pixel_weight is not None:
@@ -72,14 +72,14 @@ def max_square_loss(
 
 def _balancing(scores: Tensor, valid: Tensor | None, balance: float) -> Tensor:
     """(N / N_k)^alpha per pixel: integer counts per image, no data-dependent shape."""
-    n, c, h, w = scores.shape
+    n, c = scores.shape[:2]
     predicted = top_class(scores).flatten(1)
     counted = torch.ones_like(predicted) if valid is None else valid.flatten(1).long()
     counts = torch.zeros(n, c, dtype=torch.int64, device=scores.device).scatter_add(1, predicted, counted)
     share = counts.to(scores.dtype) / counts.sum(dim=1, keepdim=True).clamp_min(1)
     # An invalid pixel's class may have no valid pixel: any finite factor does, the reduction drops it.
     factor = torch.where(counts > 0, share, 1) ** -balance
-    return factor.gather(1, predicted).view(n, h, w)
+    return factor.gather(1, predicted).view(n, *scores.shape[2:])
 
 
 def _check_options(balance: float, kind: str, reduction: str) -> None:
@@ -106,10 +106,10 @@ class MaxSquareLoss(nn.Module):
 
     def forward(
         self,
-        logits: Float[Tensor, "n c h w"],
+        logits: Float[Tensor, "n c *space"],
         *,
-        valid: Bool[Tensor, "n h w"] | None = None,
-        pixel_weight: Float[Tensor, "n h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | None = None,
+        pixel_weight: Float[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Apply the function with the configuration given at construction."""
         return max_square_loss(

@@ -6,20 +6,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_integer, check_mask_like, check_range, check_same_shape
+from udakit._checks import check_integer, check_maps, check_mask_like, check_range, check_same_shape
 from udakit._reduce import check_reduction, reduce_pixels, upcast
 from udakit.losses._infonce import infonce
 
 
 def pixel_contrast_loss(
-    view_a: Float[Tensor, "n d h w"],
-    view_b: Float[Tensor, "n d h w"],
+    view_a: Float[Tensor, "n d *space"],
+    view_b: Float[Tensor, "n d *space"],
     *,
     temperature: float = 0.05,
-    valid: Bool[Tensor, "n h w"] | None = None,
+    valid: Bool[Tensor, "n *space"] | None = None,
     chunk_size: int | None = None,
     reduction: str = "mean",
-) -> Float[Tensor, ""] | Float[Tensor, "n 2 h w"]:
+) -> Float[Tensor, ""] | Float[Tensor, "n 2 *space"]:
     r"""InfoNCE over all pixels of both views of each image: the positive is the same pixel in the other view.
 
     $$\ell_i = -\log \frac{\exp(z_i \cdot z_{i'} / \tau)}{\sum_{j \ne i} \exp(z_i \cdot z_j / \tau)}$$
@@ -46,7 +46,7 @@ def pixel_contrast_loss(
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 input), or (N, 2, h, w) for "none": the two views' anchors.
+        A float32 scalar (float64 for float64 input), or (N, 2, *space) for "none": the two views' anchors.
 
     Raises:
         TypeError: tensors that are not float, or a `valid` that is not bool.
@@ -60,15 +60,14 @@ def pixel_contrast_loss(
         >>> pixel_contrast_loss(weak, strong).backward()
     """
     _check_options(temperature, chunk_size, reduction)
-    check_float("view_a", view_a, 4, "(N, D, h, w)")
-    check_float("view_b", view_b, 4, "(N, D, h, w)")
+    check_maps("view_a", view_a, "N, D")
+    check_maps("view_b", view_b, "N, D")
     check_same_shape(view_b, view_a, name="view_b", reference_name="view_a")
     if valid is not None:
         check_mask_like(valid, view_a, reference_name="view_a")
-    n, _, h, w = view_a.shape
     z = torch.cat([upcast(view_a).flatten(2), upcast(view_b).flatten(2)], dim=2)
     both = None if valid is None else valid.flatten(1).repeat(1, 2)
-    loss = infonce(z, both, temperature, chunk_size or 1024).view(n, 2, h, w)
+    loss = infonce(z, both, temperature, chunk_size or 1024).view(len(z), 2, *view_a.shape[2:])
     return reduce_pixels(loss, None if valid is None else valid.unsqueeze(1), reduction=reduction)
 
 
@@ -98,10 +97,10 @@ class PixelContrastLoss(nn.Module):
 
     def forward(
         self,
-        view_a: Float[Tensor, "n d h w"],
-        view_b: Float[Tensor, "n d h w"],
+        view_a: Float[Tensor, "n d *space"],
+        view_b: Float[Tensor, "n d *space"],
         *,
-        valid: Bool[Tensor, "n h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Apply the function with the configuration given at construction."""
         return pixel_contrast_loss(

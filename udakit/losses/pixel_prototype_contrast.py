@@ -11,6 +11,7 @@ from udakit._checks import (
     check_device,
     check_float,
     check_labels_like,
+    check_maps,
     check_per_class,
     check_range,
     check_weight_like,
@@ -24,18 +25,18 @@ from udakit.losses._unit import unit_vectors
 
 
 def pixel_prototype_contrast_loss(
-    features: Float[Tensor, "n d h w"],
-    labels: Integer[Tensor, "n h w"],
+    features: Float[Tensor, "n d *space"],
+    labels: Integer[Tensor, "n *space"],
     prototypes: Float[Tensor, "c d"],
     *,
     temperature: float = 0.1,
     normalize: bool = True,
     seen: Bool[Tensor, "c"] | None = None,
     class_weight: Float[Tensor, "c"] | None = None,
-    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    pixel_weight: Float[Tensor, "n *space"] | None = None,
     ignore_index: int = 255,
     reduction: str = "mean",
-) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Cross-entropy of each feature pixel over its similarities to the prototypes of the classes seen so far.
 
     $$\ell_p = -w_p\, w_{y_p} \log
@@ -60,7 +61,7 @@ def pixel_prototype_contrast_loss(
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 features), or (N, h, w) for "none".
+        A float32 scalar (float64 for float64 features), or (N, *space) for "none".
 
     Raises:
         TypeError: a tensor of the wrong kind.
@@ -76,7 +77,7 @@ def pixel_prototype_contrast_loss(
         0.0
     """
     _check_options(temperature, reduction)
-    check_float("features", features, 4, "(N, D, h, w)")
+    check_maps("features", features, "N, D")
     check_labels_like(labels, features, reference_name="features")
     check_float("prototypes", prototypes, 2, "(C, D)")
     if prototypes.shape[1] != features.shape[1]:
@@ -99,7 +100,7 @@ def pixel_prototype_contrast_loss(
         x, bank = unit_vectors(x), unit_vectors(bank)
     logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
     # Finite, so that a pixel with no candidate at all (ignored then) has no NaN to hide.
-    logits = torch.where(seen.view(-1, 1, 1), logits, torch.finfo(logits.dtype).min / 4)
+    logits = torch.where(seen.view(-1, *[1] * (logits.ndim - 2)), logits, torch.finfo(logits.dtype).min / 4)
     ids = class_ids(labels, c, ignore_index)
     inside = ids < c
     ids = torch.where(inside, ids, 0)
@@ -149,12 +150,12 @@ class PixelPrototypeContrastLoss(nn.Module):
 
     def forward(
         self,
-        features: Float[Tensor, "n d h w"],
-        labels: Integer[Tensor, "n h w"],
+        features: Float[Tensor, "n d *space"],
+        labels: Integer[Tensor, "n *space"],
         prototypes: Float[Tensor, "c d"],
         *,
         seen: Bool[Tensor, "c"] | None = None,
-        pixel_weight: Float[Tensor, "n h w"] | None = None,
+        pixel_weight: Float[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Apply the function with the configuration given at construction."""
         return pixel_prototype_contrast_loss(

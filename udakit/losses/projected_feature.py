@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_device, check_float, check_integer, check_option, shape_of
-from udakit._reduce import check_reduction, full_precision, upcast
+from udakit._checks import check_device, check_integer, check_maps, check_option, shape_of
+from udakit._reduce import check_reduction, full_precision, interpolate, upcast
 from udakit.losses._unit import unit_vectors
 from udakit.losses.feature_distance import feature_distance_loss
 from udakit.losses.kd import Resize
@@ -30,7 +30,7 @@ class ProjectedFeatureLoss(nn.Module):
         dim: channels of the student's features.
         reference_dim: channels of the teacher's features.
         normalize: compare unit vectors.
-        resize: whose (h, w) both take, bilinear, when they differ: "student", "teacher", or "error" to refuse.
+        resize: whose size both take, linearly, when they differ: "student", "teacher", or "error" to refuse.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Example:
@@ -63,10 +63,10 @@ class ProjectedFeatureLoss(nn.Module):
 
     def forward(
         self,
-        features: Float[Tensor, "n d h w"],
-        reference_features: Float[Tensor, "n e h2 w2"],
+        features: Float[Tensor, "n d *space"],
+        reference_features: Float[Tensor, "n e *space2"],
         *,
-        valid: Bool[Tensor, "n h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Project the student's features and compare.
 
@@ -76,7 +76,7 @@ class ProjectedFeatureLoss(nn.Module):
             valid: True where a feature pixel counts, at the size after `resize`.
 
         Returns:
-            A float32 scalar (float64 for float64 features), or (N, h, w) for "none".
+            A float32 scalar (float64 for float64 features), or (N, *space) for "none".
 
         Raises:
             TypeError: tensors that are not float, or a `valid` that is not bool.
@@ -89,11 +89,14 @@ class ProjectedFeatureLoss(nn.Module):
         x, reference = upcast(features), upcast(reference_features.detach())
         weight, bias = upcast(self.projection.weight).to(x.dtype), self.projection.bias
         with full_precision(x):
-            x = F.conv2d(x, weight, None if bias is None else bias.to(x.dtype))
-        if x.shape[2:] != reference.shape[2:] and self.resize == "student":
-            reference = F.interpolate(reference, x.shape[2:], mode="bilinear", align_corners=False)
-        elif x.shape[2:] != reference.shape[2:] and self.resize == "teacher":
-            x = F.interpolate(x, reference.shape[2:], mode="bilinear", align_corners=False)
+            # As a map of one column where there are not two spatial axes: the projection looks at single pixels.
+            flat = x if x.ndim == 4 else x.flatten(2).unsqueeze(3)
+            flat = F.conv2d(flat, weight, None if bias is None else bias.to(x.dtype))
+            x = flat if x.ndim == 4 else flat.view(*flat.shape[:2], *x.shape[2:])
+        if x.ndim == reference.ndim and x.shape[2:] != reference.shape[2:] and self.resize == "student":
+            reference = interpolate(reference, x.shape[2:])
+        elif x.ndim == reference.ndim and x.shape[2:] != reference.shape[2:] and self.resize == "teacher":
+            x = interpolate(x, reference.shape[2:])
         elif x.shape[0] != reference.shape[0] or x.shape[2:] != reference.shape[2:]:
             hint = ' Pass resize="student" or resize="teacher" to interpolate.' if len(x) == len(reference) else ""
             raise ValueError(
@@ -106,7 +109,7 @@ class ProjectedFeatureLoss(nn.Module):
 
     @staticmethod
     def _check(name: str, x: Tensor, option: str, dim: int) -> None:
-        check_float(name, x, 4, "(N, D, h, w)")
+        check_maps(name, x, "N, D")
         if x.shape[1] != dim:
             raise ValueError(
                 f"Expected `{name}` to have {dim} channels, the `{option}` of the loss, but got {shape_of(x)}."

@@ -6,16 +6,16 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_integer, check_labels_like, check_range, check_same_shape
+from udakit._checks import check_integer, check_labels_like, check_range, check_same_shape, check_scores
 from udakit._reduce import check_reduction, reduce_pixels
 from udakit.losses._matmul import matmul
 from udakit.prototypes import class_means
 
 
 def prototype_contrast_loss(
-    view_a: Float[Tensor, "n d h w"],
-    view_b: Float[Tensor, "n d h w"],
-    labels: Integer[Tensor, "n h w"],
+    view_a: Float[Tensor, "n d *space"],
+    view_b: Float[Tensor, "n d *space"],
+    labels: Integer[Tensor, "n *space"],
     *,
     num_classes: int,
     temperature: float = 1 / 7,
@@ -61,8 +61,8 @@ def prototype_contrast_loss(
         0.0
     """
     _check_options(num_classes, temperature, reduction)
-    check_float("view_a", view_a, 4, "(N, D, h, w)")
-    check_float("view_b", view_b, 4, "(N, D, h, w)")
+    check_scores("view_a", view_a)
+    check_scores("view_b", view_b)
     check_same_shape(view_b, view_a, name="view_b", reference_name="view_a")
     check_labels_like(labels, view_a, reference_name="view_a")
     a, counts = class_means(view_a, labels, num_classes=num_classes, per_image=True, ignore_index=ignore_index)
@@ -108,9 +108,9 @@ class PrototypeContrastLoss(nn.Module):
 
     def forward(
         self,
-        view_a: Float[Tensor, "n d h w"],
-        view_b: Float[Tensor, "n d h w"],
-        labels: Integer[Tensor, "n h w"],
+        view_a: Float[Tensor, "n d *space"],
+        view_b: Float[Tensor, "n d *space"],
+        labels: Integer[Tensor, "n *space"],
     ) -> Tensor:
         """Apply the function with the configuration given at construction."""
         return prototype_contrast_loss(

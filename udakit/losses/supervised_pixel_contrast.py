@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_generator, check_integer, check_labels_like, check_option, check_range
+from udakit._checks import check_generator, check_integer, check_labels_like, check_maps, check_option, check_range
 from udakit._reduce import (
     LOG_2,
     check_reduction,
@@ -26,8 +26,8 @@ DENOMINATORS = get_args(Denominator)
 
 
 def supervised_pixel_contrast_loss(
-    features: Float[Tensor, "n d h w"],
-    labels: Integer[Tensor, "n h w"],
+    features: Float[Tensor, "n d *space"],
+    labels: Integer[Tensor, "n *space"],
     *,
     num_classes: int,
     temperature: float = 0.1,
@@ -83,15 +83,15 @@ def supervised_pixel_contrast_loss(
         >>> supervised_pixel_contrast_loss(features, labels, num_classes=3).backward()
     """
     _check_options(num_classes, temperature, max_anchors, denominator, reduction)
-    check_float("features", features, 4, "(N, D, h, w)")
+    check_maps("features", features, "N, D")
     check_labels_like(labels, features, reference_name="features")
     check_generator(generator, features.device)
     if labels.numel() == 0:
         return reduce_pixels(features.sum() * upcast(features).new_zeros(num_classes, max_anchors), reduction=reduction)
     pixels, classes, rank, drawn = _draw_anchors(labels, num_classes, max_anchors, ignore_index, generator)
-    h, w = labels.shape[1:]
+    size = labels[0].numel()
     # Indexed before anything else touches the features: the rest costs the sample, not the map.
-    z = upcast(features.permute(0, 2, 3, 1)[pixels // (h * w), pixels % (h * w) // w, pixels % w])
+    z = upcast(features.flatten(2)[pixels // size, :, pixels % size])
     if normalize:
         z = unit_vectors(z)
     others = drawn & ~torch.eye(len(drawn), dtype=torch.bool, device=z.device)
@@ -212,8 +212,8 @@ class SupervisedPixelContrastLoss(nn.Module):
 
     def forward(
         self,
-        features: Float[Tensor, "n d h w"],
-        labels: Integer[Tensor, "n h w"],
+        features: Float[Tensor, "n d *space"],
+        labels: Integer[Tensor, "n *space"],
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:

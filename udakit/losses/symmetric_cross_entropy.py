@@ -9,23 +9,23 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_labels_like, check_range, check_weight_like
+from udakit._checks import check_labels_like, check_range, check_scores, check_weight_like
 from udakit._reduce import check_reduction, reduce_pixels, upcast
 from udakit.losses.cross_entropy import labelled_cross_entropy
 
 
 def symmetric_cross_entropy(
-    logits: Float[Tensor, "n c h w"],
-    labels: Integer[Tensor, "n h w"],
+    logits: Float[Tensor, "n c *space"],
+    labels: Integer[Tensor, "n *space"],
     *,
     ce_weight: float = 0.1,
     rce_weight: float = 1.0,
     min_probability: float = 1e-7,
     min_label: float = 1e-4,
-    pixel_weight: Float[Tensor, "n h w"] | None = None,
+    pixel_weight: Float[Tensor, "n *space"] | None = None,
     ignore_index: int = 255,
     reduction: str = "mean",
-) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Cross-entropy plus reverse cross-entropy, in which labels and predictions change places.
 
     $$\ell_p = -\alpha \log p_y \;-\; \beta \sum_c \max(p_c, \epsilon_p)\, \log \max(\mathbb{1}[c = y], \epsilon_y)$$
@@ -48,7 +48,7 @@ def symmetric_cross_entropy(
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 logits), or (N, H, W) for "none".
+        A float32 scalar (float64 for float64 logits), or (N, *space) for "none".
 
     Raises:
         TypeError: an integer `logits`, or `labels` that are neither int64 nor uint8.
@@ -63,7 +63,7 @@ def symmetric_cross_entropy(
         4.6745
     """
     _check_options(ce_weight, rce_weight, min_probability, min_label, reduction)
-    check_float("logits", logits, 4, "(N, C, H, W)")
+    check_scores("logits", logits)
     check_labels_like(labels, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
@@ -73,7 +73,7 @@ def symmetric_cross_entropy(
     ce = labelled_cross_entropy(x, labels, ignore_index)
     # log of the label is 0 at the labelled class: what remains is the probability of all the others, summed as such
     # (1 - p_y would lose it to rounding).
-    other = torch.arange(x.shape[1], device=x.device).view(1, -1, 1, 1) != labels.unsqueeze(1)
+    other = torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (x.ndim - 2)) != labels.unsqueeze(1)
     rce = -math.log(min_label) * (F.softmax(x, dim=1).clamp(min=min_probability) * other).sum(dim=1)
     return reduce_pixels(ce_weight * ce + rce_weight * rce, valid, pixel_weight=pixel_weight, reduction=reduction)
 
@@ -118,10 +118,10 @@ class SymmetricCrossEntropyLoss(nn.Module):
 
     def forward(
         self,
-        logits: Float[Tensor, "n c h w"],
-        labels: Integer[Tensor, "n h w"],
+        logits: Float[Tensor, "n c *space"],
+        labels: Integer[Tensor, "n *space"],
         *,
-        pixel_weight: Float[Tensor, "n h w"] | None = None,
+        pixel_weight: Float[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Apply the function with the configuration given at construction."""
         return symmetric_cross_entropy(

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_mask_like, check_range, check_same_shape
-from udakit._reduce import check_reduction, exp_, first_derivative_only, reduce_pixels, upcast
+from udakit._checks import check_float, check_mask_like, check_range, check_same_shape, check_scores
+from udakit._reduce import check_reduction, exp_, first_derivative_only, plain, reduce_pixels, upcast
 from udakit.losses.kd import kd_loss
 
 BLOCK = 2**18  # elements of a class map worked on at once on the CPU: small enough to stay in the cache
 
 
 def symmetric_kd_loss(
-    student_clean: Float[Tensor, "n c h w"],
-    student_mixed: Float[Tensor, "n c h w"],
-    teacher_clean: Float[Tensor, "n c h w"],
-    teacher_mixed: Float[Tensor, "n c h w"],
+    student_clean: Float[Tensor, "n c *space"],
+    student_mixed: Float[Tensor, "n c *space"],
+    teacher_clean: Float[Tensor, "n c *space"],
+    teacher_mixed: Float[Tensor, "n c *space"],
     *,
     reverse_weight: float = 0.5,
     temperature: float = 1.0,
-    valid: Bool[Tensor, "n h w"] | None = None,
+    valid: Bool[Tensor, "n *space"] | None = None,
     reduction: str = "mean",
-) -> Float[Tensor, ""] | Float[Tensor, "n h w"]:
+) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Distil the teacher's view of one rendering into the student's view of the other, both ways.
 
     $$\ell_p = T^2\, H(t^{clean}_p, s^{mixed}_p) + \lambda\, T^2\, H(t^{mixed}_p, s^{clean}_p)$$
@@ -53,7 +54,7 @@ def symmetric_kd_loss(
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
+        A float32 scalar (float64 for float64 input), or (N, *space) for "none".
 
     Raises:
         TypeError: tensors that are not float, or a `valid` that is not bool.
@@ -68,7 +69,7 @@ def symmetric_kd_loss(
         1.6479
     """
     _check_options(reverse_weight, temperature, reduction)
-    check_float("student_clean", student_clean, 4, "(N, C, H, W)")
+    check_scores("student_clean", student_clean)
     for name, x in {
         "student_mixed": student_mixed,
         "teacher_clean": teacher_clean,
@@ -90,10 +91,10 @@ def _check_options(reverse_weight: float, temperature: float, reduction: str) ->
 
 
 def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`kd_loss` at each pixel, (N, H, W)."""
+    """`kd_loss` at each pixel, (N, *space)."""
     if torch.compiler.is_compiling() and student.device.type != "cpu":
         return kd_loss(student, teacher, temperature=temperature, reduction="none")
-    student, teacher = upcast(student), upcast(teacher.detach()).to(upcast(student).dtype)
+    student, teacher = plain(upcast(student)), plain(upcast(teacher.detach()).to(upcast(student).dtype))
     keep = student.requires_grad and torch.is_grad_enabled()
     loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep)[0]
     return loss
@@ -101,15 +102,15 @@ def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) ->
 
 def _forward(student: Tensor, teacher: Tensor, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
     """T^2 H(softmax(t / T), softmax(s / T)) per pixel, and softmax(s / T) - softmax(t / T), its gradient / T."""
-    n, c, h, w = student.shape
     s, t = student.flatten(2), teacher.flatten(2)
-    loss = s.new_empty(n, h * w)
-    kept = torch.empty_like(s, memory_format=torch.contiguous_format) if keep else s.new_empty(0)
+    n, c, size = s.shape
+    loss = s.new_empty((n, size))
+    kept = torch.empty_like(s, memory_format=torch.contiguous_format) if keep else s.new_empty((0,))
     # A GPU takes the batch at once; the CPU takes pieces of an image, so that the steps between stay in its cache.
-    images, pixels = (1, max(BLOCK // max(c, 1), 1)) if s.device.type == "cpu" else (max(n, 1), max(h * w, 1))
-    buffers = s.new_empty(3, images * c * min(pixels, h * w))  # fresh memory a block would cost more than the sums
+    images, pixels = (1, max(BLOCK // max(c, 1), 1)) if s.device.type == "cpu" else (max(n, 1), max(size, 1))
+    buffers = s.new_empty((3, images * c * min(pixels, size)))  # fresh memory a block would cost more than the sums
     for i in range(0, n, images):
-        for j in range(0, h * w, pixels):
+        for j in range(0, size, pixels):
             at = slice(i, i + images), slice(None), slice(j, j + pixels)
             x, q, log_p = buffers[:, : s[at].numel()].view(3, *s[at].shape)
             torch.softmax(_divided(t[at], temperature, x), dim=1, out=q)
@@ -117,7 +118,7 @@ def _forward(student: Tensor, teacher: Tensor, temperature: float, keep: bool) -
             torch.sum(torch.mul(log_p, q, out=x), dim=1, out=loss[at[0], at[2]])
             if keep:
                 torch.sub(exp_(log_p), q, out=kept[at])
-    return loss.view(n, h, w).mul_(-(temperature**2)), kept
+    return loss.view(n, *student.shape[2:]).mul_(-(temperature**2)), kept
 
 
 def _divided(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -126,8 +127,8 @@ def _divided(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 
 
 def _fake(student: Tensor, teacher: Tensor, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
-    n, c, h, w = student.shape
-    return student.new_empty(n, h, w), student.new_empty((n, c, h * w) if keep else (0,))
+    n, c, *space = student.shape
+    return student.new_empty((n, *space)), student.new_empty((n, c, math.prod(space)) if keep else (0,))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -174,12 +175,12 @@ class SymmetricKDLoss(nn.Module):
 
     def forward(
         self,
-        student_clean: Float[Tensor, "n c h w"],
-        student_mixed: Float[Tensor, "n c h w"],
-        teacher_clean: Float[Tensor, "n c h w"],
-        teacher_mixed: Float[Tensor, "n c h w"],
+        student_clean: Float[Tensor, "n c *space"],
+        student_mixed: Float[Tensor, "n c *space"],
+        teacher_clean: Float[Tensor, "n c *space"],
+        teacher_mixed: Float[Tensor, "n c *space"],
         *,
-        valid: Bool[Tensor, "n h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Apply the function with the configuration given at construction."""
         return symmetric_kd_loss(

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from udakit._checks import (
     check_device,
-    check_float,
     check_integer,
     check_label_map,
+    check_scores,
+    check_two_dimensional,
     check_weight_like,
     check_weight_option,
     shape_of,
@@ -17,6 +18,9 @@ from udakit._checks import (
 from udakit._reduce import check_reduction
 from udakit.losses._upsampled import upsampled_loss
 from udakit.losses.cross_entropy import check_class_weight, reduce_labelled
+
+# Signals and volumes: the same value, with the whole map in memory.
+ELSEWHERE = " F.interpolate followed by udakit.cross_entropy does it in any number of dimensions."
 
 
 def upsampled_cross_entropy(
@@ -39,6 +43,8 @@ def upsampled_cross_entropy(
     [`cross_entropy`][udakit.losses.cross_entropy], with its weights, means and ignored pixels.
 
     **Source.** Nets whose head has a quarter or an eighth of the input's resolution are trained so.
+
+    **Two-dimensional** by nature: the bands are rows of (N, C, H, W).
 
     **Cost.** Beyond the inputs, their gradient and a few (N, H, W) maps: a few bands of N C `chunk_rows` W numbers,
     where the plain path holds several of N C H W. The backward pass makes the bands again from the logits: nothing
@@ -71,7 +77,8 @@ def upsampled_cross_entropy(
         torch.Size([2, 19, 8, 16])
     """
     _check_options(chunk_rows, reduction)
-    check_float("logits", logits, 4, "(N, C, h, w)")
+    check_scores("logits", logits)
+    check_two_dimensional("logits", logits, "`upsampled_cross_entropy`", hint=ELSEWHERE)
     check_label_map(labels, reference=logits)
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(f"Expected `labels` to have the N of `logits` {shape_of(logits)}, but got {shape_of(labels)}.")
@@ -79,7 +86,7 @@ def upsampled_cross_entropy(
     if class_weight is not None:
         check_class_weight(class_weight, logits)
     if pixel_weight is not None:
-        check_weight_like(pixel_weight, labels, reference_name="labels")
+        check_weight_like(pixel_weight, labels, reference_name="labels", channels=False)
     loss = upsampled_loss(
         logits,
         labels,

@@ -5,11 +5,14 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_integer, check_mask_like, check_size, check_weight_like
-from udakit._reduce import Kind, reduce_pixels
+from udakit._checks import check_integer, check_mask_like, check_size, check_two_dimensional, check_weight_like
+from udakit._reduce import Kind, plain, reduce_pixels
 from udakit.losses._upsampled import upsampled_loss
 from udakit.losses.kd import Divergence, check_logits_pair
 from udakit.losses.kd import check_options as check_kd_options
+
+# Signals and volumes: the same value, with the whole maps in memory.
+ELSEWHERE = " udakit.kd_loss with `resize=` does it in any number of dimensions."
 
 
 def upsampled_kd_loss(
@@ -36,6 +39,8 @@ def upsampled_kd_loss(
     are upsampled before the softmax; with `teacher_kind="probabilities"` the probabilities are.
 
     **Source.** As `kd_loss`.
+
+    **Two-dimensional** by nature: the bands are rows of (N, C, H, W).
 
     **Cost.** Beyond the inputs, the student's gradient and a few (N, H, W) maps: a few bands of N C `chunk_rows` W
     numbers, where the plain path holds several of N C H W. The backward pass makes the bands again from the inputs:
@@ -70,13 +75,14 @@ def upsampled_kd_loss(
         torch.Size([2, 19, 8, 16])
     """
     _check_options(size, temperature, divergence, teacher_kind, chunk_rows, reduction)
-    check_logits_pair(student_logits, teacher_logits)
+    check_logits_pair(student_logits, teacher_logits, teacher_kind)
+    check_two_dimensional("student_logits", student_logits, "`upsampled_kd_loss`", hint=ELSEWHERE)
     height, width = size or teacher_logits.shape[2:]
-    at_size = student_logits.new_empty(student_logits.shape[0], 1, 1).expand(-1, height, width)  # for its shape alone
+    at_size = plain(student_logits).new_empty((len(student_logits), 1, 1)).expand(-1, height, width)  # for its shape
     if valid is not None:
-        check_mask_like(valid, at_size, reference_name="size")
+        check_mask_like(valid, at_size, reference_name="size", channels=False)
     if pixel_weight is not None:
-        check_weight_like(pixel_weight, at_size, reference_name="size")
+        check_weight_like(pixel_weight, at_size, reference_name="size", channels=False)
     loss = upsampled_loss(
         student_logits,
         teacher_logits.detach(),

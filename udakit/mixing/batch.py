@@ -84,7 +84,7 @@ def paste(
             "Expected `background` to be float or integer as `foreground` is "
             f"({foreground.dtype}), but got {background.dtype}. Paste images onto images, labels onto labels."
         )
-    check_mask_like(mask, foreground, name="mask", reference_name="foreground")
+    check_mask_like(mask, foreground, name="mask", reference_name="foreground", channels=None)
     if foreground.ndim == 4:
         mask = mask.unsqueeze(1)
     return select(mask, foreground, background)

@@ -31,11 +31,11 @@ class ArgmaxSelector(nn.Module):
 
     def forward(
         self,
-        logits: Float[Tensor, "n c h w"],
-        features: Float[Tensor, "n d h2 w2"] | None = None,
+        logits: Float[Tensor, "n c *space"],
+        features: Float[Tensor, "n d *space2"] | None = None,
         *,
         kind: Kind = "logits",
-        valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
         """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
         with torch.no_grad():

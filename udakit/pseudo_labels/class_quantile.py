@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_float, check_integer, check_range, shape_of
+from udakit._checks import check_device, check_integer, check_range, check_scores, shape_of, space_form
 from udakit._reduce import Kind
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.pseudo_labels.selection import PseudoLabels, Selector
@@ -80,17 +80,18 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
 
     def forward(
         self,
-        logits: Float[Tensor, "n c h w"],
-        features: Float[Tensor, "n d h2 w2"] | None = None,
+        logits: Float[Tensor, "n c *space"],
+        features: Float[Tensor, "n d *space2"] | None = None,
         *,
         kind: Kind = "logits",
-        valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
         """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
-        check_float("logits", logits, 4, "(N, C, H, W)")
+        check_scores("logits", logits, kind)
         if logits.shape[1] != self.num_classes:
             raise ValueError(
-                f"Expected `logits` to be (N, C, H, W) with C = {self.num_classes}, but got {shape_of(logits)}."
+                f"Expected `logits` to be {space_form('N, C', logits.ndim - 2)} with C = {self.num_classes}, "
+                f"but got {shape_of(logits)}."
             )
         check_device("histogram", self.histogram, logits, "logits")
         return super().forward(logits, features, kind=kind, valid=valid)

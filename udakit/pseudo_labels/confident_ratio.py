@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_mask_like, check_option, check_range
+from udakit._checks import check_confidence, check_mask_like, check_option, check_range
 from udakit._reduce import Kind, upcast
 from udakit.pseudo_labels.selection import PseudoLabels, expand_valid, predict, share_per_class
 
@@ -24,11 +24,11 @@ def _check_options(threshold: float, scope: str) -> None:
 
 
 def confident_ratio(
-    confidence: Float[Tensor, "n h w"],
+    confidence: Float[Tensor, "n *space"],
     *,
     threshold: float = 0.968,
     scope: Scope = "batch",
-    valid: Bool[Tensor, "n h w"] | None = None,
+    valid: Bool[Tensor, "n *space"] | None = None,
 ) -> Float[Tensor, ""] | Float[Tensor, "n"]:
     r"""Share of pixels whose confidence reaches a threshold, over the batch or per image.
 
@@ -57,13 +57,13 @@ def confident_ratio(
         tensor([0.5000, 1.0000])
     """
     _check_options(threshold, scope)
-    check_float("confidence", confidence, 3, "(N, H, W)")
+    check_confidence("confidence", confidence)
     confident = upcast(confidence.detach()) >= threshold
     if valid is None:
         valid = torch.ones_like(confident)
     else:
-        check_mask_like(valid, confidence, reference_name="confidence")
-    axes = (0, 1, 2) if scope == "batch" else (1, 2)
+        check_mask_like(valid, confidence, reference_name="confidence", channels=False)
+    axes = tuple(range(0 if scope == "batch" else 1, confidence.ndim))
     return (confident & valid).sum(axes) / valid.sum(axes).clamp_min(1)
 
 
@@ -101,11 +101,11 @@ class ConfidentRatioSelector(nn.Module):
 
     def forward(
         self,
-        logits: Float[Tensor, "n c h w"],
-        features: Float[Tensor, "n d h2 w2"] | None = None,
+        logits: Float[Tensor, "n c *space"],
+        features: Float[Tensor, "n d *space2"] | None = None,
         *,
         kind: Kind = "logits",
-        valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
         """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
         with torch.no_grad():
@@ -116,7 +116,7 @@ class ConfidentRatioSelector(nn.Module):
             return PseudoLabels(
                 labels,
                 confidence,
-                kept * ratio.view(-1, 1, 1),
+                kept * ratio.view(-1, *[1] * (kept.ndim - 1)),
                 share_per_class(labels, kept, kept, logits.shape[1]),
             )
 

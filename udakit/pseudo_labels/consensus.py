@@ -8,14 +8,14 @@ from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
 from udakit._checks import check_device, check_label_map, check_same_shape, kind_of, shape_of
-from udakit._reduce import Kind
+from udakit._reduce import Kind, interpolate, top_class
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels.selection import PseudoLabels, Selector
 
 
 def bilateral_consensus(
-    labels_a: Integer[Tensor, "n h w"], labels_b: Integer[Tensor, "n h w"], *, ignore_index: int = 255
-) -> Int64[Tensor, "n h w"]:
+    labels_a: Integer[Tensor, "n *space"], labels_b: Integer[Tensor, "n *space"], *, ignore_index: int = 255
+) -> Int64[Tensor, "n *space"]:
     r"""Keep a label where two label maps agree.
 
     $$\hat y_p = \begin{cases} a_p & a_p = b_p \\ \text{ignore} & \text{otherwise} \end{cases}$$
@@ -30,7 +30,7 @@ def bilateral_consensus(
         ignore_index: the label of what is rejected.
 
     Returns:
-        int64 (N, H, W).
+        int64 (N, *space).
 
     Raises:
         TypeError: labels that are neither int64 nor uint8.
@@ -54,7 +54,7 @@ class BilateralConsensus(Selector):
     $$\hat y_p = \arg\max_c p_c \quad\text{where it equals}\quad
     \arg\max_c \operatorname{upsample}\!\left(\operatorname{softmax}_c(-\lVert f - \eta_c \rVert_2)\right)_p$$
 
-    **Convention.** Detached; no threshold. The similarities, not the features, are upsampled (bilinear) to the logits'
+    **Convention.** Detached; no threshold. The similarities, not the features, are upsampled (linearly) to the logits'
     size, then the arg-max is taken. Rejected pixels, and those that are not `valid`, have label `ignore_index` and
     weight 0. `accepted` is the consensus rate: the share of the pixels classified as c whose prototype says c. A class
     without a prototype is never agreed on.
@@ -64,7 +64,7 @@ class BilateralConsensus(Selector):
 
     Args:
         prototypes: referred to, not owned: it is no submodule, so it appears in no second `state_dict`.
-        align_corners: of the bilinear upsampling.
+        align_corners: of the linear upsampling.
         include_unseen: let classes never seen compete as zero vectors.
         ignore_index: the label of what is rejected.
 
@@ -100,11 +100,11 @@ class BilateralConsensus(Selector):
 
     def forward(
         self,
-        logits: Float[Tensor, "n c h w"],
-        features: Float[Tensor, "n d h2 w2"] | None = None,
+        logits: Float[Tensor, "n c *space"],
+        features: Float[Tensor, "n d *space2"] | None = None,
         *,
         kind: Kind = "logits",
-        valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
         """Select pseudo-labels; `features` of any stride are needed, the rest is that of every selector.
 
@@ -114,7 +114,7 @@ class BilateralConsensus(Selector):
         """
         if features is None:
             raise TypeError(
-                "Expected `features` to be a float tensor (N, D, h, w), but got None. "
+                "Expected `features` to be a float tensor (N, D, *space), but got None. "
                 "Pass them beside the logits, for example those of udakit.FeatureTap."
             )
         return super().forward(logits, features, kind=kind, valid=valid)
@@ -126,7 +126,7 @@ class BilateralConsensus(Selector):
         assert features is not None
         if num_classes != self.prototypes.num_classes:
             raise ValueError(
-                f"Expected `logits` to be (N, C, H, W) with C = {self.prototypes.num_classes}, as the prototypes have, "
+                f"Expected `logits` to be (N, C, *space) with C = {self.prototypes.num_classes}, as the prototypes, "
                 f"but got C = {num_classes}."
             )
         nearest = self._nearest(features, labels)
@@ -142,8 +142,7 @@ class BilateralConsensus(Selector):
             )
         # A finite maximum in place of +inf keeps the softmax finite while no class at all is seen.
         similarity = F.softmax(-distance.clamp_max(torch.finfo(distance.dtype).max), dim=1)
-        size = labels.shape[1:]
-        return F.interpolate(similarity, size, mode="bilinear", align_corners=self.align_corners).max(1).indices
+        return top_class(interpolate(similarity, labels.shape[1:], align_corners=self.align_corners))
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from udakit._checks import check_callable, check_float, check_option, net_logits
+from udakit._checks import check_callable, check_maps, check_option, check_scores, net_logits
 from udakit._reduce import upcast
 
 Average = Literal["probabilities", "logits"]
@@ -17,8 +17,8 @@ AVERAGES = get_args(Average)
 
 
 def hflip_average(
-    model: Callable[[Tensor], Any], images: Float[Tensor, "n 3 h w"], *, average: Average = "probabilities"
-) -> Float[Tensor, "n c h2 w2"]:
+    model: Callable[[Tensor], Any], images: Float[Tensor, "n k *space"], *, average: Average = "probabilities"
+) -> Float[Tensor, "n c *space2"]:
     r"""Average a net's prediction for an image with the one for its mirror image, turned back.
 
     $$\bar p(x) = \tfrac12 \left(\operatorname{softmax}(f(x))
@@ -31,9 +31,9 @@ def hflip_average(
     **Source.** VFM-UDA averages the two softmaxes.
 
     Args:
-        model: any callable from images to logits (N, C, h, w), or to what holds them, as the nets of transformers
+        model: any callable from images to logits (N, C, *space), or to what holds them, as the nets of transformers
             (`.logits`) and torchvision ("out") return it.
-        images: the batch, mirrored along its last axis.
+        images: the batch (N, K, *space), mirrored along its last axis: the width.
         average: "probabilities" | "logits".
 
     Returns:
@@ -41,7 +41,7 @@ def hflip_average(
 
     Raises:
         TypeError: `images` that are not float, or a net that returns something else.
-        ValueError: `images` that are not (N, 3, H, W), or an unknown `average`.
+        ValueError: `images` that are not (N, K, *space), a net with one logit a pixel, or an unknown `average`.
 
     Example:
         >>> import torch
@@ -53,7 +53,7 @@ def hflip_average(
         True
     """
     check_option("average", average, AVERAGES)
-    check_float("images", images, 4, "(N, 3, H, W)")
+    check_maps("images", images, "N, K")
     check_callable("model", model, "model(images)")
     with torch.no_grad():
         straight, mirrored = (_logits(model(x)) for x in (images, images.flip(-1)))
@@ -64,5 +64,5 @@ def hflip_average(
 
 def _logits(output: Any) -> Tensor:
     logits = net_logits(output)
-    check_float("model(images)", logits, 4, "logits (N, C, h, w)")
+    check_scores("model(images)", logits)
     return upcast(logits)

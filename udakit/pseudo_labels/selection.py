@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from udakit._checks import check_float, check_mask_like, check_option
+from udakit._checks import check_mask_like, check_option, check_scores
 from udakit._reduce import KINDS, Kind, exp_, upcast
 
 
@@ -23,9 +23,9 @@ class PseudoLabels(NamedTuple):
             predicted nowhere: a class that stays at 0 is dying.
     """
 
-    labels: Int64[Tensor, "n h w"]
-    confidence: Float[Tensor, "n h w"]
-    weight: Float[Tensor, "n h w"]
+    labels: Int64[Tensor, "n *space"]
+    confidence: Float[Tensor, "n *space"]
+    weight: Float[Tensor, "n *space"]
     accepted: Float[Tensor, "c"]
 
     @property
@@ -35,11 +35,11 @@ class PseudoLabels(NamedTuple):
 
 
 def predict(
-    logits: Float[Tensor, "n c h w"], kind: Kind = "logits"
-) -> tuple[Int64[Tensor, "n h w"], Float[Tensor, "n h w"]]:
+    logits: Float[Tensor, "n c *space"], kind: Kind = "logits"
+) -> tuple[Int64[Tensor, "n *space"], Float[Tensor, "n *space"]]:
     """Arg-max class and its probability, of logits or of probabilities."""
     check_option("kind", kind, KINDS)
-    check_float("logits", logits, 4, "(N, C, H, W)")
+    check_scores("logits", logits, kind)
     score, labels = logits.detach().max(dim=1)
     if kind == "probabilities":
         return labels, score.float()
@@ -48,10 +48,10 @@ def predict(
     return labels, exp_(scores - upcast(score).unsqueeze(1)).sum(dim=1).reciprocal().float()
 
 
-def expand_valid(valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"], logits: Float[Tensor, "n c h w"]) -> Tensor:
+def expand_valid(valid: Bool[Tensor, "n *space"] | Bool[Tensor, "h w"], logits: Float[Tensor, "n c *space"]) -> Tensor:
     """Check a `valid` mask and give one for all images, as `row_mask` makes it, to every image."""
-    if isinstance(valid, Tensor) and valid.ndim == 2:
-        valid = valid.unsqueeze(0).expand(logits.shape[0], -1, -1)
+    if isinstance(valid, Tensor) and valid.ndim == logits.ndim - 2:
+        valid = valid.unsqueeze(0).expand(logits.shape[0], *valid.shape)
     check_mask_like(valid, logits)
     return valid
 
@@ -82,11 +82,11 @@ class Selector(nn.Module):
 
     def forward(
         self,
-        logits: Float[Tensor, "n c h w"],
-        features: Float[Tensor, "n d h2 w2"] | None = None,
+        logits: Float[Tensor, "n c *space"],
+        features: Float[Tensor, "n d *space2"] | None = None,
         *,
         kind: Kind = "logits",
-        valid: Bool[Tensor, "n h w"] | Bool[Tensor, "h w"] | None = None,
+        valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
         """Select pseudo-labels.
 
@@ -117,7 +117,7 @@ class Selector(nn.Module):
     def keep(
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
     ) -> Tensor:
-        """Bool (N, H, W), False wherever `valid` is."""
+        """Bool (N, *space), False wherever `valid` is."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:

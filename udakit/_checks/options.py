@@ -1,0 +1,132 @@
+"""Checks of options: Python values, given at construction or at the call."""
+
+from __future__ import annotations
+
+import numbers
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from udakit._checks.form import brief, is_integer, is_sequence, kind_of
+
+_SIZES = {
+    1: ("(length,)", "one positive integer"),
+    2: ("(height, width)", "two positive integers"),
+    3: ("(depth, height, width)", "three positive integers"),
+}
+
+
+def check_option(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raise unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"Expected `{name}` to be one of {tuple(allowed)}, but got {value!r}.")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless `value` is True or False: the string "no" is true."""
+    if not isinstance(value, bool | np.bool_ | torch.SymBool):
+        raise TypeError(f"Expected `{name}` to be True or False, but got {brief(value)}.")
+
+
+def check_range(
+    name: str,
+    value: float,
+    low: float = float("-inf"),
+    high: float = float("inf"),
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+    finite: bool = True,
+) -> None:
+    """Raise unless the Python number `value` lies in [low, high], ends open where asked.
+
+    NaN never passes; an infinite one does with `finite=False` alone.
+    """
+    if isinstance(value, Tensor) and (value.requires_grad or value.device.type != "cpu"):
+        why = "requires a gradient, of which none would reach it" if value.requires_grad else f"is on '{value.device}'"
+        raise TypeError(f"Expected `{name}` to be a number, but got a tensor that {why}. float({name}) makes one.")
+    real = isinstance(value, (float, numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
+    if not real and not (isinstance(value, Tensor) and value.numel() == 1):
+        raise TypeError(f"Expected `{name}` to be a number, but got {brief(value)}.")
+    above = value > low if open_low else value >= low
+    below = value < high if open_high else value <= high
+    endless = finite and high == float("inf") and value == high
+    if not (above and below) or endless or (finite and value == float("-inf")):
+        if high == float("inf"):
+            wanted = "a number" if low == float("-inf") else f"{'above' if open_low else 'at least'} {low:g}"
+            wanted = f"finite and {wanted}" if endless else wanted
+        else:
+            wanted = f"in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
+        share = f" It is a share: {value:g} % is {value / 100:g}." if high == 1 and 10 <= value <= 100 else ""
+        raise ValueError(f"Expected `{name}` to be {wanted}, but got {value!r}.{share}")
+
+
+def check_integer(name: str, value: int, low: int = 1) -> None:
+    """Raise unless `value` is an integer, `low` at least."""
+    if not is_integer(value):
+        raise TypeError(f"Expected `{name}` to be an integer, but got {brief(value)}.")
+    check_range(name, value, low)
+
+
+def check_ignore_index(ignore_index: int, num_classes: int | None = None) -> None:
+    """Raise unless `ignore_index` is an integer; with `num_classes`, warn once where 255 is one of more classes.
+
+    Below 256 classes nobody meets the default. Above it is a class like any other, and would silently go unlearned.
+    """
+    if not is_integer(ignore_index):
+        none = " -100, or any id that no pixel has, ignores nothing." if ignore_index is None else ""
+        raise TypeError(f"Expected `ignore_index` to be an integer, but got {brief(ignore_index)}.{none}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"Expected `ignore_index` to be an int64, but got {ignore_index}.")
+    if num_classes is not None and not torch.compiler.is_compiling() and num_classes > 255 and ignore_index == 255:
+        _warn_of_class_255()
+
+
+@cache
+def _warn_of_class_255() -> None:
+    warnings.warn(
+        "There are more than 255 classes, and `ignore_index` is 255: pixels of class 255 take no part. Pass another, "
+        "for example ignore_index=-100, unless class 255 is the one to ignore. (This is said once.)",
+        UserWarning,
+        stacklevel=2,
+    )
+
+
+def check_pair(name: str, value: Any, form: str, *, finite: bool = True) -> None:
+    """Raise unless `value` is a sequence of two numbers; `form` says which."""
+    if not is_sequence(value) or len(value) != 2:
+        raise ValueError(f"Expected `{name}` to be {form}, but got {brief(value)}.")
+    for end in value:
+        check_range(name, end, finite=finite)
+
+
+def check_numbers(name: str, values: Any, count: int, form: str, *, low: float = float("-inf"), **ends: bool) -> None:
+    """Raise unless `values` is a sequence of `count` numbers, each as `check_range` wants it; `form` says which."""
+    if not is_sequence(values) or len(values) != count:
+        raise ValueError(f"Expected `{name}` to be {form}, but got {brief(values)}.")
+    for value in values:
+        check_range(name, value, low, **ends)
+
+
+def check_size(name: str, size: Any, spatial: int = 2, *, of: str = "") -> None:
+    """Raise unless `size` has a positive integer for each of the `spatial` axes: (height, width) for two; `of` adds whose."""
+    form, numbers_of = _SIZES[spatial]
+    if not is_sequence(size) or len(size) != spatial or not all(is_integer(side) and side >= 1 for side in size):
+        hint = ""
+        if is_integer(size) and size >= 1:
+            hint = f" One side for all axes is {(size,) * spatial}." if spatial != 2 else ""
+            hint = hint or f" A square of that side is ({size}, {size})."
+        elif isinstance(size, torch.Size):
+            hint = " The last two of a shape are .shape[-2:]." if spatial == 2 else " A map's are .shape[2:]."
+        raise ValueError(f"Expected `{name}` to be {form}, {numbers_of}{of}, but got {brief(size)}.{hint}")
+
+
+def check_callable(name: str, value: object, form: str) -> None:
+    """Raise unless `value` can be called; `form` is how it is going to be."""
+    if not callable(value):
+        raise TypeError(f"Expected `{name}` to be callable as {form}, but got {kind_of(value)}.")
