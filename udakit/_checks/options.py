@@ -114,7 +114,7 @@ def check_numbers(name: str, values: Any, count: int, form: str, *, low: float =
 
 
 def check_size(name: str, size: Any, spatial: int = 2, *, of: str = "") -> None:
-    """Raise unless `size` has a positive integer for each of the `spatial` axes: (height, width) for two; `of` adds whose."""
+    """Raise unless `size` has a positive integer for each spatial axis, as (height, width); `of` says whose."""
     form, numbers_of = _SIZES[spatial]
     if not is_sequence(size) or len(size) != spatial or not all(is_integer(side) and side >= 1 for side in size):
         hint = ""
