@@ -29,7 +29,14 @@ from gta2cs.datasets import Pair, build_pair
 from gta2cs.loading import evaluation_batches
 from gta2cs.recipes import RECIPES, Diga
 from gta2cs.report import save_panels
-from udakit import ArgmaxSelector, ClassQuantileSelector, ConfidentRatioSelector, PseudoLabels, ThresholdSelector
+from udakit import (
+    ArgmaxSelector,
+    ClassQuantileSelector,
+    ConfidentRatioSelector,
+    PseudoLabels,
+    RectifiedSelector,
+    ThresholdSelector,
+)
 
 IMAGES = 32
 BATCH = 4
@@ -70,7 +77,8 @@ def selections(recipe: Diga, logits: Tensor, features: Tensor) -> dict[str, Pseu
         "argmax": ArgmaxSelector(),
     }
     with torch.no_grad():
-        found = {"consensus": recipe.consensus(logits, features)}
+        rectified = RectifiedSelector(recipe.prototypes)
+        found = {"consensus": recipe.consensus(logits, features), "rectified": rectified(logits, features)}
         return found | {name: selector(logits) for name, selector in selectors.items()}
 
 

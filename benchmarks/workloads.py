@@ -150,6 +150,7 @@ REALISTIC: dict[str, Callable[[Operation], Example]] = {
     "upsampled_kd_loss": lambda op: _upsampled_kd,
     "ProjectedFeatureLoss": lambda op: _projection,
     "BilateralConsensus": lambda op: _consensus,
+    "RectifiedSelector": lambda op: _consensus,
     "ClassQuantileSelector": _with(bins=4096),
     "AdaptiveThresholdSelector": _with(momentum=0.0),  # the same at every call
     "strong_augment": lambda op: _augment,

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gta2cs.nets import SegOutput
-from gta2cs.recipes import Diga, Selection
+from gta2cs.recipes import Selection
+from gta2cs.recipes.rectified import classes_at_features
 from udakit import resize_labels
 
 
@@ -31,4 +32,4 @@ def test_selection_counts_each_predicted_class() -> None:
 @pytest.mark.parametrize("size", [(8, 16), (7, 5), (32, 64)])
 def test_diga_takes_the_arg_max_of_few_pixels(size: tuple[int, int]) -> None:
     output = SegOutput(draws(2, 6, 32, 64), draws(2, 3, *size), draws(2, 3, 2, 4))
-    assert torch.equal(Diga._classes(output), resize_labels(output.logits.argmax(1), size))
+    assert torch.equal(classes_at_features(output), resize_labels(output.logits.argmax(1), size))

@@ -509,6 +509,28 @@ def confident_ratio(confidence: Tensor, *, valid: Tensor, threshold: float, scop
     return ((confidence >= threshold) & valid).sum((1, 2)) / valid.sum((1, 2))
 
 
+@textbook("rectify_probabilities")
+def rectify_probabilities(probabilities: Tensor, distances: Tensor, *, temperature: float) -> Tensor:
+    product = single(probabilities) * (-single(distances) / temperature).softmax(1)
+    return product / product.sum(1, keepdim=True)
+
+
+@textbook("RectifiedSelector")
+def rectified_selector(
+    logits: Tensor, features: Tensor, prototypes: Tensor, *, valid: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n, d, h, w = features.shape
+    pixels = features.movedim(1, -1).reshape(n, h * w, d).float()
+    distances = torch.cdist(pixels, prototypes.float().expand(n, -1, -1)).transpose(1, 2).unflatten(2, (h, w))
+    nearness = F.interpolate((-distances).softmax(1), logits.shape[2:], mode="bilinear")
+    product = single(logits).softmax(1) * nearness
+    confidence, predicted = (product / product.sum(1, keepdim=True)).max(1)
+    kept = (confidence >= 0.3) & valid
+    counts = torch.bincount(predicted[valid], minlength=logits.shape[1])
+    accepted = torch.bincount(predicted[kept], minlength=logits.shape[1]) / counts.clamp_min(1)
+    return torch.where(kept, predicted, IGNORE), confidence, kept.float(), accepted
+
+
 @textbook("AdaptiveThresholdSelector")
 def adaptive_threshold(
     logits: Tensor, *, valid: Tensor, num_classes: int, momentum: float

@@ -71,6 +71,22 @@ def _aligned(logits: Tensor, *, valid: Tensor, num_classes: int, source_share: T
     return udakit.align_distribution(p, source_share, share)
 
 
+def _distances(s: Sample) -> Tensor:
+    return s.tag(s.normal(s.n, s.c, s.h, s.w).abs() * 3, "logits")
+
+
+def _rectified_of(logits: Tensor, features: Tensor, prototypes: Tensor, *, valid: Tensor) -> Any:
+    with logits.device:
+        held = udakit.ClassPrototypes(logits.shape[1], features.shape[1]).set_(prototypes)
+        return udakit.RectifiedSelector(held, threshold=0.3)(logits, features, valid=valid)
+
+
+def _build_rectified(call: Call) -> Callable[..., Any]:
+    held = udakit.ClassPrototypes(*call.args[2].shape).set_(call.args[2])
+    selector = udakit.RectifiedSelector(held, threshold=0.3)
+    return lambda logits, features, prototypes, *, valid: selector(logits, features, valid=valid)
+
+
 def _flip(s: Sample) -> Call:
     def model(images: Tensor) -> Tensor:
         return torch.cat([images, 2 * images.roll(1, -1)], dim=1)  # roll: no mirror symmetry
@@ -159,6 +175,27 @@ OPERATIONS = [
         grad=(),
         output=SELECTION,
         build=_build_consensus,
+        exempt={"module": "it refers to another Module, and the function makes both"},
+    ),
+    Operation(
+        "rectify_probabilities",
+        lambda s: Call((s.probabilities(), _distances(s)), {}, {"temperature": 0.7}),
+        udakit.rectify_probabilities,
+        kind="map",
+        grad=(0, 1),
+        output="probabilities",
+        exempt={
+            "module": "RectifiedSelector takes logits and features and has an entry of its own",
+        },
+    ),
+    Operation(
+        "RectifiedSelector",
+        _consensus,
+        _rectified_of,
+        kind="state",
+        grad=(),
+        output=SELECTION,
+        build=_build_rectified,
         exempt={"module": "it refers to another Module, and the function makes both"},
     ),
     Operation(

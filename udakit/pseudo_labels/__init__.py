@@ -8,6 +8,7 @@ from udakit.pseudo_labels.consensus import BilateralConsensus, bilateral_consens
 from udakit.pseudo_labels.distribution import DistributionAlignment, align_distribution
 from udakit.pseudo_labels.flip import hflip_average
 from udakit.pseudo_labels.masks import row_mask
+from udakit.pseudo_labels.rectified import RectifiedSelector, rectify_probabilities
 from udakit.pseudo_labels.selection import PseudoLabels
 from udakit.pseudo_labels.threshold import ThresholdSelector
 
@@ -19,10 +20,12 @@ __all__ = [
     "ConfidentRatioSelector",
     "DistributionAlignment",
     "PseudoLabels",
+    "RectifiedSelector",
     "ThresholdSelector",
     "align_distribution",
     "bilateral_consensus",
     "confident_ratio",
     "hflip_average",
+    "rectify_probabilities",
     "row_mask",
 ]

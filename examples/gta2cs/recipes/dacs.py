@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from gta2cs.loading import Batch
-from gta2cs.recipes.base import Draws, Losses, Recipe, Shared
+from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, Shared
+from gta2cs.recipes.rectified import CENTROID_BATCHES, RectifiedLabels
 from gta2cs.recipes.self_training import Selection, TargetStyled
 from udakit import (
     ArgmaxSelector,
@@ -37,9 +38,10 @@ class Dacs(TargetStyled):
     class Options(TargetStyled.Options):
         """Options of the recipe."""
 
-        selector: Literal["confident_ratio", "argmax", "threshold", "class_quantile"] = "confident_ratio"
+        selector: Literal["confident_ratio", "argmax", "threshold", "class_quantile", "rectified"] = "confident_ratio"
         threshold: float = 0.968
         share: float = 0.5  # of each predicted class, for class_quantile
+        prototype_momentum: float = 1e-2  # for rectified (ProDA: 1e-4 over 80k steps and more)
         mix_weight: float = 1.0
         translate: str = "none"  # color, fourier, histogram, learned: source images in the style of target ...
         translate_share: float = 0.5  # ... this share of them
@@ -48,7 +50,12 @@ class Dacs(TargetStyled):
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any, reference: nn.Module | None = None) -> None:
         super().__init__(student, num_classes, options)
-        self.selector = make_selector(options, num_classes)
+        self.rectified: RectifiedLabels | None = None
+        if options.selector == "rectified":
+            self.rectified = RectifiedLabels(
+                student, num_classes, mode=options.teacher_mode, momentum=options.prototype_momentum
+            )
+        self.selector = nn.Identity() if self.rectified is not None else make_selector(options, num_classes)
         self.reference = reference.requires_grad_(False) if reference is not None else None
         if options.feature_distance > 0 and reference is None:
             raise ValueError("Expected `reference` (the ImageNet encoder) for feature_distance > 0, but got None.")
@@ -74,8 +81,13 @@ class Dacs(TargetStyled):
 
         # 1. The teacher labels the clean target images.
         with torch.no_grad():
-            teacher_logits = self.teacher(batch.target_images).logits
-            pseudo = self.selector(teacher_logits, valid=self.valid_rows(teacher_logits))
+            on_target = self.teacher(batch.target_images)
+            teacher_logits = on_target.logits
+            valid = self.valid_rows(teacher_logits)
+            if self.rectified is None:
+                labelled, pseudo = teacher_logits, self.selector(teacher_logits, valid=valid)
+            else:
+                pseudo, labelled = self.rectified(batch.target_images, on_target, valid)
         target = SegBatch(batch.target_images, pseudo.labels, pseudo.weight)
 
         # 2. Half of the classes of each source image are pasted onto a target image: image, label and weight alike.
@@ -106,7 +118,13 @@ class Dacs(TargetStyled):
             batch.target_images,
             teacher_logits,
         )
-        return Losses(terms, selection_of(options, teacher_logits, pseudo), shared)
+        return Losses(terms, selection_of(options, labelled, pseudo), shared)
+
+    def prepare(self, data: Preparation) -> None:
+        """The translator, and for `rectified` the centroids of target."""
+        super().prepare(data)
+        if self.rectified is not None:
+            self.rectified.prepare(data.batches(0, CENTROID_BATCHES))
 
     def translate(self, batch: Batch, draws: Draws) -> Tensor:
         """Give a share of the source images the style of a target image."""

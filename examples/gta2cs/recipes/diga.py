@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Preparation, Shared
 from gta2cs.recipes.dacs import make_selector, pseudo_loss, selection_of
+from gta2cs.recipes.rectified import CENTROID_BATCHES, classes_at_features, target_centroids
 from gta2cs.recipes.self_training import MASKING, TargetStyled
 from udakit import (
     BilateralConsensus,
     ClassPrototypes,
     EMATeacher,
+    RectifiedSelector,
     SegBatch,
     class_mask,
     class_mix,
@@ -32,8 +33,6 @@ from udakit import (
     symmetric_kd_loss,
     upsampled_cross_entropy,
 )
-
-CENTROID_BATCHES = 50  # of target, for the first centroids
 
 
 class DigaWarmup(TargetStyled):
@@ -101,7 +100,9 @@ class Diga(DigaWarmup):
         blend: float = 0.3
         mix_weight: float = 1.0
         # Consensus is the method; the others are for comparison, all else being equal.
-        selector: Literal["consensus", "threshold", "confident_ratio", "class_quantile", "argmax"] = "consensus"
+        selector: Literal["consensus", "rectified", "threshold", "confident_ratio", "class_quantile", "argmax"] = (
+            "consensus"
+        )
         threshold: float = 0.968  # of threshold and confident_ratio
         share: float = 0.5  # of each predicted class, for class_quantile
         prototype_momentum: float = 1e-2  # the paper: 1e-4 over 80k steps
@@ -112,18 +113,13 @@ class Diga(DigaWarmup):
         self.labeller = EMATeacher(student, mode=options.teacher_mode)  # never updated: frozen
         self.prototypes = ClassPrototypes(num_classes, student.feature_dim, momentum=options.prototype_momentum)
         self.consensus = BilateralConsensus(self.prototypes)
-        self.selector = self.consensus if options.selector == "consensus" else make_selector(options, num_classes)
+        own = {"consensus": self.consensus, "rectified": RectifiedSelector(self.prototypes)}
+        self.selector = own.get(options.selector) or make_selector(options, num_classes)
 
     def prepare(self, data: Preparation) -> None:
         """Class centroids of target: the mean over one pass with the labeller, of what it predicts."""
         super().prepare(data)
-        mean = ClassPrototypes(self.num_classes, self.student.feature_dim, mode="mean").to(
-            self.prototypes.counts.device
-        )
-        with torch.no_grad():
-            for batch in data.batches(0, CENTROID_BATCHES):
-                output = self.labeller(batch.target_images)
-                mean.update(output.features, self._classes(output))
+        mean = target_centroids(self.labeller, self.prototypes, data.batches(0, CENTROID_BATCHES))
         self.prototypes.set_(mean.prototypes, mean.counts)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
@@ -165,9 +161,4 @@ class Diga(DigaWarmup):
     def _follow(self, teacher: Any, labels: Tensor) -> None:
         """Update the centroids on the pixels where the teacher's arg-max agrees with the label, of all ranks."""
         small = resize_labels(labels, teacher.features.shape[-2:])
-        self.prototypes.update(teacher.features, small.where(self._classes(teacher) == small, 255), sync=True)
-
-    @staticmethod
-    def _classes(output: Any) -> Tensor:
-        """Arg-max at feature size: of the logits at those pixels alone, not of all."""
-        return F.interpolate(output.logits, output.features.shape[-2:], mode="nearest").argmax(1)
+        self.prototypes.update(teacher.features, small.where(classes_at_features(teacher) == small, 255), sync=True)
