@@ -27,6 +27,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+from gta2cs.threads import considerate_threads
+
+considerate_threads()  # before torch is imported
 
 import torch
 

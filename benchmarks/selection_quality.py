@@ -28,7 +28,7 @@ from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import Pair, build_pair
 from gta2cs.loading import evaluation_batches
 from gta2cs.recipes import RECIPES, Diga
-from gta2cs.report import save_panels
+from gta2cs.report import save_panels, write_json
 from udakit import (
     ArgmaxSelector,
     ClassQuantileSelector,
@@ -140,7 +140,7 @@ def measure_run(folder: Path, pair: Pair, count: int = IMAGES) -> list[dict[str,
     path = folder / "selection.json"
     steps = sorted(folder.glob("step_*.pt"))
     if steps or not path.is_file():
-        train_gta2cs.report.write_json(path, [measure(checkpoint, pair, count) for checkpoint in steps])
+        write_json(path, [measure(checkpoint, pair, count) for checkpoint in steps])
     for checkpoint in steps:
         checkpoint.unlink()
     return json.loads(path.read_text())  # type: ignore[no-any-return]

@@ -18,6 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).parent))
+from gta2cs.threads import considerate_threads
+
+considerate_threads()  # before torch is imported
+
 import numpy as np
 import torch
 import yaml
@@ -27,7 +32,6 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.datasets import ClassSet
 from gta2cs.evaluation import Score, evaluate
 from gta2cs.files import write_text

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import train_gta2cs
 from benchmarks import class_weights, harness, real_pairs, step_cost
 from benchmarks.rows import common
-from gta2cs import nets, report
+from gta2cs import nets, observers, report
+from gta2cs import stage as stage_module
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.loading import Batch
 from gta2cs.nets import SegOutput, build_net
@@ -241,15 +242,15 @@ def test_a_stage_of_fine_tuning_goes_on_from_its_checkpoint(tmp_path: Path, monk
     """With teachers from a file, the inconsistency's averages and a projection: all of them continue."""
     large = {"arch": "fpn", "options": common.TOY_DECODER}
     monkeypatch.setattr(train_gta2cs, "write_report", lambda *args: None)
-    evaluate = train_gta2cs.evaluate
-    monkeypatch.setattr(train_gta2cs, "evaluate", lambda *args, **options: evaluate(*args, **{**options, "limit": 1}))
+    evaluate = observers.evaluate
+    monkeypatch.setattr(observers, "evaluate", lambda *args, **options: evaluate(*args, **{**options, "limit": 1}))
     first = train_gta2cs.Stage("duda_pre", steps=2, options={"large": large})
     train_gta2cs.main(run_config(tmp_path / "pre", first))
     path = tmp_path / "pre" / "stage1_duda_pre" / "last.pt"
     options = {"large": large, "large_from": str(path), "feature_weight": 0.1}
     stage = train_gta2cs.Stage("duda", steps=4, lr=1e-3, options=options)
 
-    save = train_gta2cs.save_checkpoint
+    save = stage_module.save_checkpoint
 
     def dies(path: Path, value: dict[str, Any]) -> None:
         save(path, value)
@@ -257,10 +258,10 @@ def test_a_stage_of_fine_tuning_goes_on_from_its_checkpoint(tmp_path: Path, monk
             raise KeyboardInterrupt
 
     train_gta2cs.main(run_config(tmp_path / "whole", stage, init=path))
-    monkeypatch.setattr(train_gta2cs, "save_checkpoint", dies)
+    monkeypatch.setattr(stage_module, "save_checkpoint", dies)
     with pytest.raises(KeyboardInterrupt):
         train_gta2cs.main(run_config(tmp_path / "killed", stage, init=path, save_every=2))
-    monkeypatch.setattr(train_gta2cs, "save_checkpoint", save)
+    monkeypatch.setattr(stage_module, "save_checkpoint", save)
     train_gta2cs.main(run_config(tmp_path / "killed", stage, init=path, resume=True))
 
     whole, resumed = (load_checkpoint(tmp_path / name / "stage1_duda" / "last.pt") for name in ("whole", "killed"))

@@ -1,0 +1,145 @@
+"""What looks at a stage while it trains: each observer is called after every step and decides itself what is due.
+
+An observer is a function of (state, losses). It writes what it finds into `state.history`, and prints through
+`state.run.console`; the order of the list in `train_stage` is the order in which they see a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from rich.progress import Progress, TaskID
+from torch import nn
+
+from gta2cs.evaluation import Score, evaluate
+from gta2cs.recipes import Losses
+from gta2cs.report import progress_bar
+from gta2cs.stage import Run, StageState
+
+Observer = Callable[[StageState, Losses], None]
+
+
+class LossLog:
+    """Every `log_every` steps: the terms of the loss, what was kept of each class, quantities of each class."""
+
+    def __init__(self, run: Run) -> None:
+        self.alarm = ClassAlarm(run.pair.classes.names)
+
+    def __call__(self, state: StageState, losses: Losses) -> None:
+        """Read the losses from the device: nowhere else does a step wait for it."""
+        run = state.run
+        if not state.due(run.config.log_every):
+            return
+        entry: dict[str, Any] = {"step": state.done, "terms": {k: v.item() for k, v in losses.terms.items()}}
+        if not all(v == v and abs(v) != float("inf") for v in entry["terms"].values()):
+            raise FloatingPointError(f"A loss is not finite at step {state.done}: {entry['terms']}.")
+        if losses.selection is not None:
+            entry["kept"] = self.alarm.shares(losses.selection)
+            for warning in self.alarm.check():
+                run.console.print(f"[yellow]step {state.done}: {warning}[/]")
+        if losses.per_class:
+            names = run.pair.classes.names
+            entry["per_class"] = {k: dict(zip(names, v.tolist(), strict=True)) for k, v in losses.per_class.items()}
+        state.history["losses"].append(entry)
+
+
+class ClassAlarm:
+    """Warns once when the teacher all but stops predicting a class that it knew: the usual way a run goes wrong."""
+
+    def __init__(self, names: tuple[str, ...], patience: int = 5, floor: float = 0.05) -> None:
+        self.names, self.patience, self.floor = names, patience, floor
+        self.predicted: list[list[float]] = []
+        self.warned: set[int] = set()
+
+    def shares(self, selection: Any) -> dict[str, float]:
+        """Note one step; returns the kept share of each class that was predicted."""
+        predicted, kept = selection.predicted.tolist(), selection.kept.tolist()
+        self.predicted.append(predicted)
+        return {n: k / p for n, p, k in zip(self.names, predicted, kept, strict=True) if p > 0}
+
+    def check(self) -> list[str]:
+        """Compare the last steps noted with the first ones."""
+        if len(self.predicted) < 2 * self.patience:
+            return []
+        first = [sum(x) for x in zip(*self.predicted[: self.patience], strict=True)]
+        last = [sum(x) for x in zip(*self.predicted[-self.patience :], strict=True)]
+        dead = [
+            c for c, (a, b) in enumerate(zip(first, last, strict=True)) if b < self.floor * a and c not in self.warned
+        ]
+        self.warned.update(dead)
+        return [
+            f"class '{self.names[c]}' is dying: the teacher gives it {last[c]:.0f} pixels, {first[c]:.0f} at the start"
+            for c in dead
+        ]
+
+
+class Scoring:
+    """Every `eval_every` steps: IoU of each of the recipe's nets on labelled target images that no step sees."""
+
+    def __call__(self, state: StageState, losses: Losses) -> None:
+        """Score where it is due."""
+        run, history = state.run, state.history
+        if not state.due(run.config.eval_every):
+            return
+        scores = {name: score_on_target(run, net) for name, net in state.recipe.nets().items()}
+        first = next(iter(scores.values()))
+        history["scores"].append(
+            {"step": state.done, "miou": first.miou, "nets": {n: s.to_json() for n, s in scores.items()}}
+        )
+        if not run.is_main:
+            return
+        found = ", ".join(f"{name} {score.miou:.1f}" for name, score in scores.items())
+        run.console.print(f"{state.stage.recipe}, step {state.done} of {state.steps}: mIoU on target {found}")
+        if kept := (history["losses"] or [{}])[-1].get("kept"):
+            shares = ", ".join(f"{name} {100 * share:.0f}" for name, share in kept.items())
+            run.console.print(f"  [dim]% of each predicted class that is sure enough: {shares}[/]")
+
+
+def score_on_target(run: Run, net: nn.Module) -> Score:
+    """Score a net on the labelled part of target that no training step sees; two images of it in a dry run."""
+    config, pair = run.config, run.pair
+    limit = 2 if config.dry_run else None
+    return evaluate(net, pair.target_val, pair.classes, device=run.device, limit=limit, trimap=config.eval_trimap)
+
+
+class Saving:
+    """Every `save_every` steps a checkpoint; comes last, so that the history in it has all of this step."""
+
+    def __call__(self, state: StageState, losses: Losses) -> None:
+        """Save where it is due."""
+        if state.due(state.run.config.save_every):
+            state.save()
+
+
+class ProgressLine:
+    """A bar that is rewritten; where the output is no terminal a plain line instead, each `log_every` steps."""
+
+    def __init__(self, state: StageState) -> None:
+        console = state.run.console
+        self.plain = not console.is_terminal
+        self.bar: Progress = progress_bar(console, disable=self.plain or not state.run.is_main)
+        self.task: TaskID = self.bar.add_task(state.stage.recipe, total=state.steps, completed=state.done, status="")
+
+    def __enter__(self) -> ProgressLine:
+        self.bar.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.__exit__(kind, error, trace)
+
+    def __call__(self, state: StageState, losses: Losses) -> None:
+        """Show the terms that `LossLog` has just read, and the latest score."""
+        run, history = state.run, state.history
+        if not (run.is_main and state.due(run.config.log_every)):
+            return
+        status = "  ".join(f"{name} {value:.3f}" for name, value in history["losses"][-1]["terms"].items())
+        if history["scores"]:
+            status += f"  mIoU {history['scores'][-1]['miou']:.1f}"
+        if self.plain:
+            run.console.print(f"{state.stage.recipe}, step {state.done} of {state.steps}: {status}", markup=False)
+        else:
+            self.bar.update(self.task, completed=state.done, status=status)

@@ -1,0 +1,149 @@
+"""One stage of a run while it trains: what its observers look at, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from torch import nn
+
+from gta2cs.checkpoints import load_checkpoint, save_checkpoint
+from gta2cs.config import Config, Stage, check_same_run, plain
+from gta2cs.datasets import Pair
+from gta2cs.nets import param_groups
+from gta2cs.recipes import RECIPES, Recipe
+
+
+@dataclass
+class Run:
+    """What all stages share: the configuration, the two domains, the device, and where to print."""
+
+    config: Config
+    pair: Pair
+    accelerator: Accelerator
+    console: Console
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes."""
+        return bool(self.accelerator.is_main_process)
+
+
+@dataclass
+class StageState:
+    """A recipe, its optimiser, how many steps are done, and the history of losses and scores.
+
+    The history is all that observers leave behind: it is saved with every checkpoint and becomes the report.
+    """
+
+    run: Run
+    index: int
+    recipe: Recipe
+    optimizer: torch.optim.Optimizer
+    base_lrs: list[float]  # of the optimiser's groups, before any schedule
+    done: int = 0
+    history: dict[str, Any] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def build(cls, run: Run, index: int, student: nn.Module, previous: Recipe | None) -> StageState:
+        """Make recipe and optimiser from the student, and whatever the recipe takes over, of the stage before."""
+        config, stage, classes = run.config, run.config.stages[index], run.pair.classes
+
+        def make_net(**changes: Any) -> nn.Module:
+            return config.net.build(len(classes.names), **changes)
+
+        recipe = RECIPES[stage.recipe].build(student, len(classes.names), stage.options, make_net, previous)
+        recipe = recipe.to(run.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        groups = [
+            *param_groups(recipe.student, lr=stage.lr, head_multiplier=config.head_multiplier),
+            *recipe.extra_param_groups(stage.lr, config.head_multiplier),
+        ]
+        if config.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=config.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+        state = cls(run, index, recipe, optimizer, [group["lr"] for group in optimizer.param_groups])
+        state.history = {"name": stage.recipe, "steps": state.steps, "losses": [], "scores": [], "seconds": 0.0}
+        state.history["step_seconds"] = 0.0  # of the steps alone: no evaluation, no saving
+        return state
+
+    @property
+    def stage(self) -> Stage:
+        """The configuration of this stage."""
+        return self.run.config.stages[self.index]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole stage."""
+        return min(self.stage.steps, 2) if self.run.config.dry_run else self.stage.steps
+
+    @property
+    def seed(self) -> int:
+        """Seed of data and draws: another one in each stage."""
+        return self.run.config.seed + 1_000_003 * self.index
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoints of this stage lie."""
+        return self.run.config.out / f"stage{self.index + 1}_{self.stage.recipe}"
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many steps, and at the end (0: only there), happens now."""
+        return self.done == self.steps or (every > 0 and self.done % every == 0)
+
+    def resume(self) -> bool:
+        """Go on from `last.pt` where it exists and is of this run. The step alone says what data come next."""
+        checkpoint, accelerator = self.folder / "last.pt", self.run.accelerator
+        if not (self.run.config.resume and checkpoint.is_file()):
+            return False
+        saved = load_checkpoint(checkpoint, self.run.device)
+        check_same_run(json.loads(saved["config"]), self.run.config, self.index, checkpoint)
+        if (world := saved["world_size"]) != accelerator.num_processes:
+            raise ValueError(f"Expected the {world} processes of {checkpoint}, but got {accelerator.num_processes}.")
+        self.recipe.load_state_dict(saved["recipe"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(saved["scaler"])
+        self.done, self.history = saved["step"], {**self.history, **json.loads(saved["history"])}
+        self.began = time.perf_counter() - self.history["seconds"]
+        return True
+
+    def save(self) -> None:
+        """Write `last.pt`, and a `step_000100.pt` without optimiser state where checkpoints are kept."""
+        config, accelerator = self.run.config, self.run.accelerator
+        self.history["seconds"] = time.perf_counter() - self.began
+        agree = parameters_agree(self.recipe.student, accelerator)
+        if not self.run.is_main:
+            return
+        saved = {
+            "recipe": self.recipe.state_dict(),
+            "step": self.done,
+            "world_size": accelerator.num_processes,
+            "parameters_agree": agree,
+            "history": json.dumps(self.history),
+            "config": json.dumps(plain(config)),
+        }
+        if config.keep_checkpoints:
+            save_checkpoint(self.folder / f"step_{self.done:06d}.pt", saved)
+        if accelerator.scaler is not None:
+            saved["scaler"] = accelerator.scaler.state_dict()
+        save_checkpoint(self.folder / "last.pt", {**saved, "optimizer": self.optimizer.state_dict()})
+
+
+def parameters_agree(net: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether all processes hold the same weights: cheap insurance against a rank that went its own way."""
+    total = torch.stack([p.detach().float().sum() for p in net.parameters()]).sum()
+    totals = accelerator.gather(total[None])
+    return bool((totals == totals[0]).all())
