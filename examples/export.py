@@ -1,0 +1,237 @@
+"""Export a net of train_gta2cs.py for use elsewhere: ONNX, torch.export, TorchScript, or safetensors with a model card.
+
+    python examples/export.py --checkpoint runs/toy/stage2_dacs/last.pt --out exported
+    python examples/export.py --checkpoint ... --out exported --formats "[onnx]" --size "[512,1024]" --net teacher
+
+What is exported takes RGB images (N, 3, H, W) as floats in [0, 1], normalises them itself and returns logits
+(N, C, H, W). N is free, H and W are those of `size`. Every exported file is run once on random images and compared
+with the net; the largest difference is printed, and more than 1e-4 of the largest logit is an error.
+ONNX needs `pip install -e ".[export]"`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.markup import escape
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gta2cs.files import write_text
+from gta2cs.inference import Trained
+from gta2cs.loading import MEAN, STD
+
+Format = Literal["onnx", "torch_export", "torchscript", "safetensors"]
+Run = Callable[[Tensor], Tensor]
+VERDICT = re.compile(r"^#+ Verdict\n+(.*?)(?=^#|\Z)", re.DOTALL | re.MULTILINE)
+TOLERANCE = 1e-4  # of the largest logit
+console = Console(soft_wrap=True)
+
+
+@dataclass
+class Config:
+    """What to export, and how."""
+
+    checkpoint: Path
+    """A checkpoint of train_gta2cs.py."""
+    out: Path
+    """The folder to write into."""
+    formats: list[Format] = field(default_factory=lambda: ["onnx", "torch_export", "safetensors"])
+    """Any of onnx, torch_export, torchscript, safetensors."""
+    net: str = "student"
+    """student, teacher, or another prefix in the checkpoint."""
+    size: tuple[int, int] | None = None
+    """(height, width) of the images; the default is the crop of training."""
+    classes: Path | None = None
+    """classes.yaml, for a pair "folder" whose folders are gone."""
+
+
+class Deployed(nn.Module):
+    """A net with its normalisation, which returns logits alone."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (N, C, H, W) of RGB images (N, 3, H, W) in [0, 1]."""
+        logits: Tensor = self.net((images - self.mean) / self.std).logits
+        return logits
+
+
+def main(config: Config) -> dict[str, float]:
+    """Write every format; returns the largest difference to the net of each, relative to the largest logit."""
+    trained = Trained.open(config.checkpoint, config.classes)
+    net = Deployed(trained.net(config.net)).eval()
+    height, width = config.size or trained.config["data"]["crop"]
+    example = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    config.out.mkdir(parents=True, exist_ok=True)
+    differences = {}
+    for name in config.formats:
+        path, run = WRITERS[name](net, example, config.out)
+        differences[name] = difference(net, run, (height, width))
+        console.print(f"{path}: differs from the net by {differences[name]:.1e} of its largest logit")
+        if not differences[name] <= TOLERANCE:
+            raise RuntimeError(f"Expected {path} to agree with the net to {TOLERANCE}, but got {differences[name]}.")
+    write_text(config.out / "README.md", model_card(config, trained, net, (height, width)))
+    console.print(f"Model card: {config.out / 'README.md'}")
+    return differences
+
+
+@torch.no_grad()
+def difference(net: nn.Module, run: Run, size: tuple[int, int]) -> float:
+    """Largest difference of `run` to the net on three random images, relative to the largest logit."""
+    images = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(1))  # another N than the example
+    wanted, got = net(images), run(images)
+    if got.shape != wanted.shape:
+        raise RuntimeError(f"Expected logits {tuple(wanted.shape)}, but got {tuple(got.shape)}.")
+    return float((wanted - got).abs().max() / wanted.abs().max())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Formats: each writes a file and returns it with a function that runs what was written
+
+
+def write_onnx(net: nn.Module, example: Tensor, out: Path) -> tuple[Path, Run]:
+    """One file for onnxruntime and others."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"ONNX needs the package {error.name}, which is not installed: pip install -e '.[export]'"
+        ) from error
+    path = out / "model.onnx"
+    torch.onnx.export(
+        net,
+        (example,),
+        path,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes={"images": {0: torch.export.Dim("n", min=1)}},
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return path, lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def write_torch_export(net: nn.Module, example: Tensor, out: Path) -> tuple[Path, Run]:
+    """A program that torch runs without our code: `torch.export.load("model.pt2").module()(images)`."""
+    path = out / "model.pt2"
+    program = torch.export.export(net, (example,), dynamic_shapes={"images": {0: torch.export.Dim("n", min=1)}})
+    torch.export.save(program, path)
+    return path, torch.export.load(path).module()
+
+
+def write_torchscript(net: nn.Module, example: Tensor, out: Path) -> tuple[Path, Run]:
+    """The older format, for libtorch: `torch.jit.load("model.torchscript.pt")(images)`."""
+    path = out / "model.torchscript.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the size is fixed by the trace, which is what these are about
+        torch.jit.trace(net, example).save(str(path))
+    return path, torch.jit.load(str(path))
+
+
+def write_safetensors(net: nn.Module, example: Tensor, out: Path) -> tuple[Path, Run]:
+    """The tensors alone, under our names: `net.weights` and `init` of train_gta2cs.py read them."""
+    from safetensors.torch import load_file, save_file
+
+    path = out / "model.safetensors"
+    save_file({name: value.contiguous() for name, value in net.net.state_dict().items()}, path)
+    again = copy.deepcopy(net)
+    for value in again.parameters():
+        nn.init.zeros_(value)
+    again.net.load_state_dict(load_file(path))
+    return path, again
+
+
+WRITERS: dict[Format, Callable[[nn.Module, Tensor, Path], tuple[Path, Run]]] = {
+    "onnx": write_onnx,
+    "torch_export": write_torch_export,
+    "torchscript": write_torchscript,
+    "safetensors": write_safetensors,
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+def model_card(config: Config, trained: Trained, net: nn.Module, size: tuple[int, int]) -> str:
+    """What the net is, what it was trained on and how good it is known to be."""
+    run, classes = trained.config, trained.classes
+    stages = [f"{stage['recipe']} ({stage['steps']} steps)" for stage in run["stages"]]
+    parameters = sum(p.numel() for p in net.parameters())
+    lines = [
+        f"# {run['net']['arch']} / {run['net']['encoder']}, adapted on {run['data']['pair']}",
+        "## Use",
+        f"Input `images`: float32 (N, 3, {size[0]}, {size[1]}), RGB in [0, 1]; they are normalised inside. "
+        f"Output `logits`: float32 (N, {len(classes.names)}, {size[0]}, {size[1]}); their arg-max is the class.",
+        "`model.safetensors` has the tensors without the normalisation: its net takes images normalised with mean "
+        f"{MEAN} and standard deviation {STD}.",
+        "Classes, from 0: " + ", ".join(classes.names) + ".",
+        "## Data and method",
+        f"Pair of domains: `{run['data']['pair']}`. Method: {', then '.join(stages)}. Seed {run['seed']}, "
+        f"batch {run['batch_size']}, crops of {run['data']['crop'][0]} x {run['data']['crop'][1]}. "
+        f"The net is the {config.net} of `{trained.path}` and has {parameters / 1e6:.2f} million parameters.",
+        "Data sets and ImageNet weights have licences of their own.",
+        "## What it reaches",
+        scores_of(trained, config.net),
+        "## What it is worth by scores without labels",
+        verdict_of(trained.path) or "No verdict was recorded in this run.",
+        "## Configuration",
+        f"```json\n{json.dumps(run, indent=2)}\n```",
+    ]
+    return "\n\n".join(lines) + "\n"
+
+
+def scores_of(trained: Trained, name: str) -> str:
+    """Latest IoU on labelled target images, where there were any."""
+    nets = trained.history["scores"][-1]["nets"] if trained.history["scores"] else {}
+    score = nets.get(name) or (next(iter(nets.values())) if len(nets) == 1 else None)
+    if score is None:
+        return "It was not scored on labelled target images."
+    means = ", ".join(f"{mean} {value:.1f}" for mean, value in score["means"].items() if value is not None)
+    table = "".join(f"| {c} | {'–' if iou is None else f'{iou:.1f}'} |\n" for c, iou in score["iou"].items())
+    return (
+        f"IoU in percent on labelled target images that no step saw: {means}.\n\n| class | IoU |\n|---|---:|\n{table}"
+    )
+
+
+def verdict_of(checkpoint: Path) -> str:
+    """The paragraphs under "Verdict" in the report of the run, which needs no label of target."""
+    for folder in checkpoint.resolve().parents[:2]:
+        report = folder / "report.md"
+        if report.is_file():
+            found = re.search(
+                r"^#+ Verdict\n+(.*?)(?=^#|\Z)", report.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+            )
+            return found[1].strip() if found else ""
+    return ""
+
+
+if __name__ == "__main__":
+    try:
+        main(auto_cli(Config, as_positional=False))
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(str(error))}[/]")
+        sys.exit(2)
