@@ -162,6 +162,7 @@ REALISTIC: dict[str, Callable[[Operation], Example]] = {
 CONTRAST = ("pixel_contrast_loss",)
 FEATURES = (
     *("feature_distance_loss", "ProjectedFeatureLoss", "pixel_prototype_contrast_loss"),
+    *("distribution_contrast_loss", "ClassDistributions.update"),
     *("supervised_pixel_contrast_loss", "class_means", "ClassPrototypes.update", "ClassPrototypes.distances"),
 )
 CONSTANT = ("row_mask", "draw_strong_augment", "rare_class_probabilities", "RareClassSampler", "EMATeacher.update")
@@ -169,6 +170,7 @@ CONSTANT = ("row_mask", "draw_strong_augment", "rare_class_probabilities", "Rare
 ELSEWHERE = {
     "StrongAugment": "draw_strong_augment, then strong_augment",
     "ClassPrototypes": "its methods have rows",
+    "ClassDistributions": "its update has a row",
     "EMATeacher": "its update has a row; calling it is calling the net",
 }
 
@@ -213,9 +215,23 @@ def _use_teacher(call: Call) -> Callable[..., Any]:
     return lambda _, student: teacher.update(student)
 
 
+def _distributions_example(s: Sample) -> Call:
+    return Call((s.features(), s.labels()), {}, {"num_classes": s.c, "dim": s.d})
+
+
+def _use_distributions(call: Call) -> Callable[..., Any]:
+    def update(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        module = udakit.ClassDistributions(**call.options).to(features.device)
+        module.update(features, labels)
+        return module.means, module.variances
+
+    return update
+
+
 METHODS: dict[str, tuple[str, Example, Use, tuple[int, ...]]] = {
     "ClassPrototypes.update": ("ClassPrototypes", _update_example, _use_update, ()),
     "ClassPrototypes.distances": ("ClassPrototypes", _features_and_bank, lambda call: _bank(call).distances, (0,)),
+    "ClassDistributions.update": ("ClassDistributions", _distributions_example, _use_distributions, ()),
     "EMATeacher.update": ("EMATeacher", _teacher_example, _use_teacher, ()),
 }
 

@@ -26,7 +26,7 @@ def _pixels(logits: Tensor, valid: Tensor) -> list[list[float]]:
     return [[math.exp(z - max(row)) / sum(math.exp(y - max(row)) for y in row) for z in row] for row in rows]
 
 
-@pytest.mark.parametrize("space", [(3, 4)])
+@pytest.mark.parametrize("space", [(12,), (3, 4), (2, 3, 2)])
 def test_thresholds_over_steps(space: tuple[int, ...]) -> None:
     m, c = 0.6, 3
     selector = udakit.AdaptiveThresholdSelector(c, m)

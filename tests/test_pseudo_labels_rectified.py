@@ -108,5 +108,5 @@ def test_errors() -> None:
         udakit.RectifiedSelector(_prototypes())(p)
     with pytest.raises(TypeError, match=r"Expected `prototypes` to be a ClassPrototypes"):
         udakit.RectifiedSelector(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match=r"Expected `logits` to be .* C = 3, as the prototypes have"):
+    with pytest.raises(ValueError, match=r"Expected `logits` to be .* C = 3, but got"):
         udakit.RectifiedSelector(_prototypes())(p[:, :2], torch.zeros(1, 2, 2, 2))

@@ -241,6 +241,28 @@ def sample_pixels(features: Tensor, labels: Tensor, num_classes: int, max_anchor
     return x[drawn], y[drawn]
 
 
+@textbook("distribution_contrast_loss")
+def distribution_contrast(
+    features: Tensor,
+    labels: Tensor,
+    means: Tensor,
+    variances: Tensor,
+    *,
+    pixel_weight: Tensor,
+    temperature: float,
+    ratio: float,
+) -> Tensor:
+    x = F.normalize(features, dim=1).movedim(1, -1).flatten(0, -2)
+    labels = labels.flatten()
+    valid = labels != IGNORE
+    spread = variances * ratio / temperature
+    square = x.square() @ spread.T / 2
+    logits = (x @ means.T + square) / temperature
+    own = square.gather(1, labels.where(valid, 0)[:, None])[:, 0] / temperature
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none") + own * valid
+    return (loss * pixel_weight.flatten()).sum() / valid.sum()
+
+
 @textbook("supervised_pixel_contrast_loss")
 def supervised_pixel_contrast_loss(
     features: Tensor,
@@ -581,6 +603,18 @@ def class_means(features: Tensor, labels: Tensor, *, num_classes: int, min_pixel
     counts = one_hot.sum((0, 1, 2))
     sums = torch.einsum("nhwc,ndhw->cd", one_hot.to(features.dtype), features)
     return sums / counts.clamp(min=1).unsqueeze(1) * (counts >= min_pixels).unsqueeze(1), counts
+
+
+@textbook("ClassDistributions.update")
+def class_distributions(features: Tensor, labels: Tensor, *, num_classes: int, dim: int) -> tuple[Tensor, Tensor]:
+    """A fresh Module's first update: a loop over classes."""
+    pixels, labels = single(features).movedim(1, -1).flatten(0, -2), labels.flatten()
+    means, variances = features.new_zeros(2, num_classes, dim, dtype=torch.float32)
+    for c in labels.unique().tolist():
+        if c != IGNORE:
+            own = pixels[labels == c]
+            means[c], variances[c] = own.mean(0), own.var(0, correction=0)
+    return means, variances
 
 
 @textbook("ClassPrototypes.update")

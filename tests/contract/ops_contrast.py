@@ -27,6 +27,21 @@ def _pixel_prototype_contrast_loss_seen(s: Sample) -> Call:
     return Call((s.features(), s.labels(), s.class_vectors()), {"seen": seen}, {"normalize": False})
 
 
+def _distribution_contrast_loss(s: Sample) -> Call:
+    variances = s.tag(s.normal(s.c, s.d).abs(), "class_vectors")
+    return Call(
+        (s.features(), s.labels(), s.class_vectors(), variances),
+        {"pixel_weight": s.weight()},
+        {"temperature": 0.7, "ratio": 0.5},
+    )
+
+
+def _distribution_contrast_loss_seen(s: Sample) -> Call:
+    call = _distribution_contrast_loss(s)
+    call.tensors["seen"] = s.tag(torch.arange(s.c) != 1, "class_values")
+    return call
+
+
 def _supervised_pixel_contrast_loss(s: Sample) -> Call:
     return Call((s.features(), s.labels()), {}, {"num_classes": s.c, "max_anchors": 12})
 
@@ -63,6 +78,21 @@ OPERATIONS: list[Operation] = [
         udakit.pixel_prototype_contrast_loss,
         udakit.PixelPrototypeContrastLoss,
         grad=(0, 2),
+    ),
+    Operation(
+        "distribution_contrast_loss",
+        _distribution_contrast_loss,
+        udakit.distribution_contrast_loss,
+        udakit.DistributionContrastLoss,
+        covers=("DistributionContrastLoss",),
+        grad=(0, 2, 3),
+    ),
+    Operation(
+        "distribution_contrast_loss[seen]",
+        _distribution_contrast_loss_seen,
+        udakit.distribution_contrast_loss,
+        udakit.DistributionContrastLoss,
+        grad=(0, 2, 3),
     ),
     Operation(
         "supervised_pixel_contrast_loss",

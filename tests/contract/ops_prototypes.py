@@ -39,6 +39,31 @@ def _build(call: Call) -> Callable[..., Any]:
     return lambda query, features, labels: _use(module, query, features, labels)
 
 
+def _distributions(momentum: float | None) -> Callable[[Sample], Call]:
+    def example(s: Sample) -> Call:
+        return Call((s.features(), s.labels()), {}, {"num_classes": s.c, "dim": s.d, "momentum": momentum})
+
+    return example
+
+
+def _follow(module: udakit.ClassDistributions, features: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Two updates, the second of other statistics."""
+    module.update(features, labels)
+    module.update(0.5 * features, labels)
+    return module.means.clone(), module.variances.clone(), module.counts.clone()
+
+
+def _followed(features: Tensor, labels: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    with features.device:
+        module = udakit.ClassDistributions(**options)
+    return _follow(module, features, labels)
+
+
+def _build_distributions(call: Call) -> Callable[..., Any]:
+    module = udakit.ClassDistributions(**call.options)
+    return lambda features, labels: _follow(module, features, labels)
+
+
 STATE: dict[str, Any] = {
     "kind": "state",
     "output": ("class_vectors", "class_values", "logits", "labels"),
@@ -71,4 +96,17 @@ OPERATIONS = [
         exempt={"module": MODULE, "batch_permutation": "the images of a batch are averaged in their order"},
     ),
     Operation("ClassPrototypes[mean]", _prototypes("mean"), _update, **STATE, exempt={"module": MODULE}),
+    *(
+        Operation(
+            name,
+            _distributions(momentum),
+            _followed,
+            kind="state",
+            grad=(),
+            output=("class_vectors", "class_vectors", "class_values"),
+            build=_build_distributions,
+            exempt={"module": "it has no forward: update is a method, and the buffers are the result"},
+        )
+        for name, momentum in (("ClassDistributions", None), ("ClassDistributions[momentum]", 0.3))
+    ),
 ]

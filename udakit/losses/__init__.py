@@ -1,6 +1,7 @@
 """Losses on tensors: a function and a Module each."""
 
 from udakit.losses.cross_entropy import CrossEntropyLoss, cross_entropy
+from udakit.losses.distribution_contrast import DistributionContrastLoss, distribution_contrast_loss
 from udakit.losses.entropy import EntropyLoss, entropy_loss
 from udakit.losses.feature_distance import FeatureDistanceLoss, feature_distance_loss
 from udakit.losses.inconsistency import InconsistencyLoss, class_inconsistency, inconsistency_loss
@@ -18,6 +19,7 @@ from udakit.losses.upsampled_kd import UpsampledKDLoss, upsampled_kd_loss
 
 __all__ = [
     "CrossEntropyLoss",
+    "DistributionContrastLoss",
     "EntropyLoss",
     "FeatureDistanceLoss",
     "InconsistencyLoss",
@@ -34,6 +36,7 @@ __all__ = [
     "UpsampledKDLoss",
     "class_inconsistency",
     "cross_entropy",
+    "distribution_contrast_loss",
     "entropy_loss",
     "feature_distance_loss",
     "inconsistency_loss",

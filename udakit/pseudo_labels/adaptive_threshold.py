@@ -6,10 +6,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_float, check_integer, check_option, check_range, shape_of
+from udakit._checks import check_device, check_integer, check_option, check_range, check_scores, shape_of, space_form
 from udakit._reduce import KINDS, Kind, select, upcast
 from udakit._state import FullPrecisionState, gather_ranks
 from udakit.pseudo_labels.selection import PseudoLabels, Selector, expand_valid
+
+
+def check_class_scores(logits: Tensor, kind: Kind, num_classes: int) -> None:
+    """Raise unless `logits` has the classes that a Module keeps state of."""
+    check_scores("logits", logits, kind)
+    if logits.shape[1] != num_classes:
+        form = f"{space_form('N, C', logits.ndim - 2)} with C = {num_classes}"
+        raise ValueError(f"Expected `logits` to be {form}, but got {shape_of(logits)}.")
 
 
 def batch_shares(probabilities: Tensor, valid: Tensor | None, *, sync: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -95,15 +103,11 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
         features: Float[Tensor, "n d *space2"] | None = None,
         *,
         kind: Kind = "logits",
-        valid: Bool[Tensor, "..."] | None = None,
+        valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
         """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
         check_option("kind", kind, KINDS)
-        check_float("logits", logits)
-        if logits.ndim < 3 or logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"Expected `logits` to be (N, C, H, W) with C = {self.num_classes}, but got {shape_of(logits)}."
-            )
+        check_class_scores(logits, kind, self.num_classes)
         check_device("threshold", self.threshold, logits, "logits")
         if self.training:
             with torch.no_grad():

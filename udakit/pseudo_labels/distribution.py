@@ -13,13 +13,14 @@ from udakit._checks import (
     check_option,
     check_per_class,
     check_range,
+    check_scores,
     check_tensor,
     kind_of,
     shape_of,
 )
 from udakit._reduce import KINDS, Kind, class_ids, upcast
 from udakit._state import FullPrecisionState, sum_ranks
-from udakit.pseudo_labels.adaptive_threshold import batch_shares
+from udakit.pseudo_labels.adaptive_threshold import batch_shares, check_class_scores
 from udakit.pseudo_labels.selection import expand_valid
 
 SMALLEST = 1e-6  # share below which a class of target counts as this much
@@ -61,9 +62,7 @@ def align_distribution(
         >>> aligned.flatten().tolist()
         [0.5, 0.5]
     """
-    check_float("probabilities", probabilities)
-    if probabilities.ndim < 3:
-        raise ValueError(f"Expected `probabilities` to be (N, C, H, W), but got {shape_of(probabilities)}.")
+    check_scores("probabilities", probabilities, "probabilities")
     for name, share in (("source_share", source_share), ("target_share", target_share)):
         check_float(name, share)
         check_per_class(name, share, probabilities.shape[1], reference=probabilities, reference_name="probabilities")
@@ -169,7 +168,7 @@ class DistributionAlignment(FullPrecisionState):
         logits: Float[Tensor, "n c *space"],
         *,
         kind: Kind = "logits",
-        valid: Bool[Tensor, "..."] | None = None,
+        valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> Float[Tensor, "n c *space"]:
         """Align the predictions of a target batch.
 
@@ -186,11 +185,7 @@ class DistributionAlignment(FullPrecisionState):
             ValueError: shapes that do not match, or an unknown `kind`.
         """
         check_option("kind", kind, KINDS)
-        check_float("logits", logits)
-        if logits.ndim < 3 or logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"Expected `logits` to be (N, C, H, W) with C = {self.num_classes}, but got {shape_of(logits)}."
-            )
+        check_class_scores(logits, kind, self.num_classes)
         check_device("target_share", self.target_share, logits, "logits")
         mask = None if valid is None else expand_valid(valid, logits)
         with torch.no_grad():

@@ -7,12 +7,20 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_float, check_option, check_range, check_same_shape, kind_of, shape_of
-from udakit._reduce import KINDS, Kind, upcast
+from udakit._checks import (
+    check_device,
+    check_maps,
+    check_option,
+    check_range,
+    check_same_shape,
+    check_scores,
+    kind_of,
+    shape_of,
+)
+from udakit._reduce import KINDS, Kind, interpolate, upcast
 from udakit.prototypes import ClassPrototypes
+from udakit.pseudo_labels.adaptive_threshold import check_class_scores
 from udakit.pseudo_labels.selection import PseudoLabels, Selector
-
-INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def rectify_probabilities(
@@ -52,10 +60,8 @@ def rectify_probabilities(
         (1, [0.6000000238418579, 0.4000000059604645])
     """
     check_range("temperature", temperature, 0.0, open_low=True)
-    check_float("probabilities", probabilities)
-    check_float("distances", distances)
-    if probabilities.ndim < 3:
-        raise ValueError(f"Expected `probabilities` to be (N, C, H, W), but got {shape_of(probabilities)}.")
+    check_scores("probabilities", probabilities, "probabilities")
+    check_maps("distances", distances)
     check_same_shape(distances, probabilities, name="distances", reference_name="probabilities")
     p = upcast(probabilities)
     # The softmax's divisor cancels. Measured from the nearest class that has a probability, one weight at least is 1.
@@ -135,7 +141,7 @@ class RectifiedSelector(Selector):
         features: Float[Tensor, "n d *space2"] | None = None,
         *,
         kind: Kind = "logits",
-        valid: Bool[Tensor, "..."] | None = None,
+        valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
         """Select pseudo-labels; `features` of any stride are needed, the rest is that of every selector.
 
@@ -149,13 +155,7 @@ class RectifiedSelector(Selector):
                 "Pass them beside the logits, for example those of udakit.FeatureTap."
             )
         check_option("kind", kind, KINDS)
-        check_float("logits", logits)
-        classes = self.prototypes.num_classes
-        if logits.ndim < 3 or logits.shape[1] != classes:
-            raise ValueError(
-                f"Expected `logits` to be (N, C, H, W) with C = {classes}, as the prototypes have, "
-                f"but got {shape_of(logits)}."
-            )
+        check_class_scores(logits, kind, self.prototypes.num_classes)
         with torch.no_grad():
             distance = self.prototypes.distances(features)
             check_device("features", features, logits, "logits")
@@ -166,9 +166,7 @@ class RectifiedSelector(Selector):
             # A finite maximum in place of +inf keeps the softmax finite while no class at all is seen.
             nearness = F.softmax(-distance.clamp_max(torch.finfo(distance.dtype).max) / self.temperature, dim=1)
             if nearness.shape[2:] != logits.shape[2:]:
-                nearness = F.interpolate(
-                    nearness, logits.shape[2:], mode=INTERPOLATION[logits.ndim - 2], align_corners=False
-                )
+                nearness = interpolate(nearness, logits.shape[2:])
             scores = upcast(logits)
             p = scores.softmax(1) if kind == "logits" else scores
             rectified = _weighted(p, nearness.to(p.dtype))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, Shared
+from gta2cs.recipes.contrast import DistributionContrast
 from gta2cs.recipes.rectified import CENTROID_BATCHES, RectifiedLabels
 from gta2cs.recipes.self_training import Selection, TargetStyled
 from udakit import (
@@ -45,6 +46,8 @@ class Dacs(TargetStyled):
         mix_weight: float = 1.0
         translate: str = "none"  # color, fourier, histogram, learned: source images in the style of target ...
         translate_share: float = 0.5  # ... this share of them
+        contrast: float = 0.0  # weight of SePiCo's distribution contrast, on source and on the mixture each
+        contrast_temperature: float = 100.0  # SePiCo; its gradient is about a hundredth of that of 1
         feature_distance: float = 0.0  # DAFormer: 0.005
         feature_distance_classes: list[int] = field(default_factory=list)  # DAFormer: the thing classes; empty: all
 
@@ -56,6 +59,10 @@ class Dacs(TargetStyled):
                 student, num_classes, mode=options.teacher_mode, momentum=options.prototype_momentum
             )
         self.selector = nn.Identity() if self.rectified is not None else make_selector(options, num_classes)
+        self.contrast: DistributionContrast | None = None
+        if options.contrast > 0:
+            dim: int = student.feature_dim  # type: ignore[assignment]
+            self.contrast = DistributionContrast(num_classes, dim, temperature=options.contrast_temperature)
         self.reference = reference.requires_grad_(False) if reference is not None else None
         if options.feature_distance > 0 and reference is None:
             raise ValueError("Expected `reference` (the ImageNet encoder) for feature_distance > 0, but got None.")
@@ -108,6 +115,11 @@ class Dacs(TargetStyled):
             "mix": options.mix_weight * mix,
             **self.masked_consistency(batch.target_images, draws, lambda seen: pseudo_loss(seen, pseudo)),
         }
+        if self.contrast is not None:
+            with torch.no_grad():
+                self.contrast.update(self.teacher(source_images).features, source.labels)
+            apart = self.contrast(on_source.features, source) + self.contrast(on_mixed.features, mixed)
+            terms["contrast"] = options.contrast * apart
         if options.feature_distance > 0:
             terms["feature_distance"] = options.feature_distance * self._feature_distance(
                 on_source.encoded, source._replace(images=source_images)

@@ -1,0 +1,192 @@
+"""Contrast of feature pixels against the distribution of each class (SePiCo)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+
+from udakit._checks import (
+    check_device,
+    check_float,
+    check_labels_like,
+    check_maps,
+    check_per_class,
+    check_range,
+    check_same_shape,
+    check_weight_like,
+    kind_of,
+    shape_of,
+)
+from udakit._reduce import check_reduction, class_ids, reduce_pixels, upcast
+from udakit.losses._matmul import matmul
+from udakit.losses._unit import unit_vectors
+
+
+def distribution_contrast_loss(
+    features: Float[Tensor, "n d *space"],
+    labels: Integer[Tensor, "n *space"],
+    means: Float[Tensor, "c d"],
+    variances: Float[Tensor, "c d"],
+    *,
+    temperature: float = 100.0,
+    ratio: float = 1.0,
+    normalize: bool = True,
+    seen: Bool[Tensor, "c"] | None = None,
+    pixel_weight: Float[Tensor, "n *space"] | None = None,
+    ignore_index: int = 255,
+    reduction: str = "mean",
+) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
+    r"""Contrast each feature with infinitely many samples of the Gaussian of every class, in closed form.
+
+    $$z_c = \frac{1}{T} \left(f \cdot \mu_c + \tfrac12 f^2 \cdot s_c\right), \quad
+    s_c = \frac{\lambda}{T}\, \sigma_c^2, \quad
+    \ell = -\log \frac{\exp z_y}{\sum_c \exp z_c} + \frac{1}{2T} f^2 \cdot s_y$$
+
+    with $f^2$ taken channel by channel.
+
+    **Convention.** `normalize` takes unit vectors of the features; means and variances stay as they are, statistics of
+    unit vectors. T divides the variance twice, as the moment generating function of the Gaussian has it. A class never
+    seen is no candidate, and its pixels are ignored like those of `ignore_index` and of ids outside 0..C-1. "mean"
+    divides by the number of pixels that count, "mean_all" by all. Gradients flow to the features, and to means and
+    variances if they require them (a buffer does not). With `normalize=False` nothing is promised beyond |f| <= 1e3.
+
+    **Source.** SePiCo (Xie et al., TPAMI 2023), DistCL. Its T is 100, so that unit features give nearly equal logits
+    and gradients of the order of 1/100: give the loss a weight, or a temperature of 0.1. There, unseen classes compete
+    with statistics of 0. Its regulariser is added with the sign that rewards one class for all pixels, and is not
+    offered.
+
+    Args:
+        features: embeddings, any stride.
+        labels: class ids at the size of the features (`udakit.downscale_labels`), or `ignore_index`.
+        means: (C, D), such as `ClassDistributions.means`.
+        variances: (C, D), such as `ClassDistributions.variances`.
+        temperature: T > 0, a divisor.
+        ratio: lambda >= 0, weight of the variances; 0 contrasts with the means alone.
+        normalize: take unit vectors of the features; a zero vector stays zero.
+        seen: classes that have statistics, such as `ClassDistributions.seen`; None means the rows of `means` that are
+            not all zero.
+        pixel_weight: factor of each pixel's loss.
+        ignore_index: the label that takes no part.
+        reduction: "mean" | "mean_all" | "sum" | "none".
+
+    Returns:
+        A float32 scalar (float64 for float64 features), or (N, h, w) for "none".
+
+    Raises:
+        TypeError: a tensor of the wrong kind.
+        ValueError: unlike shapes, or an option out of range.
+
+    Example:
+        >>> import torch
+        >>> features = torch.randn(2, 8, 4, 4, requires_grad=True)
+        >>> labels = torch.randint(3, (2, 4, 4))
+        >>> means, variances = torch.randn(3, 8), torch.rand(3, 8)
+        >>> distribution_contrast_loss(features, labels, means, variances).backward()
+        >>> distribution_contrast_loss(features, labels, torch.zeros(3, 8), variances).item()  # no class seen
+        0.0
+    """
+    _check_options(temperature, ratio, reduction)
+    check_maps("features", features, "N, D")
+    check_labels_like(labels, features, reference_name="features")
+    check_float("means", means, 2, "(C, D)")
+    check_float("variances", variances, 2, "(C, D)")
+    if means.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"Expected `means` to be (C, D) matching `features` {shape_of(features)}, but got {shape_of(means)}."
+        )
+    check_device("means", means, features, "features")
+    check_same_shape(variances, means, name="variances", reference_name="means")
+    if seen is not None:
+        check_per_class("seen", seen, means.shape[0], reference=means, reference_name="means")
+        if seen.dtype != torch.bool:
+            raise TypeError(f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}.")
+    if pixel_weight is not None:
+        check_weight_like(pixel_weight, features, reference_name="features")
+    n, _, *space = features.shape
+    c = means.shape[0]
+    seen = means.detach().ne(0).any(dim=1) if seen is None else seen
+    x = upcast(features)
+    x = (unit_vectors(x) if normalize else x).flatten(2)
+    mean, spread = upcast(means).to(x.dtype), upcast(variances).to(x.dtype) * (ratio / (2 * temperature))
+    linear = matmul((mean / temperature).expand(n, -1, -1), x)
+    square = matmul((spread / temperature).expand(n, -1, -1), x.square())
+    # Finite, so that a pixel with no candidate at all (ignored then) has no NaN to hide.
+    logits = torch.where(seen.view(-1, 1), linear + square, torch.finfo(x.dtype).min / 4)
+    ids = class_ids(labels, c, ignore_index).flatten(1)
+    inside = ids < c
+    ids = torch.where(inside, ids, 0)
+    valid = inside & seen[ids]
+    loss = F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")
+    loss = loss + square.gather(1, ids.unsqueeze(1)).squeeze(1)
+    return reduce_pixels(loss.view(n, *space), valid.view(n, *space), pixel_weight=pixel_weight, reduction=reduction)
+
+
+def _check_options(temperature: float, ratio: float, reduction: str) -> None:
+    check_range("temperature", temperature, 0.0, open_low=True)
+    check_range("ratio", ratio, 0.0)
+    check_reduction(reduction)
+
+
+class DistributionContrastLoss(nn.Module):
+    """Module of [`distribution_contrast_loss`][udakit.losses.distribution_contrast_loss].
+
+    The statistics are an argument, so that they stay in one place, a `ClassDistributions`.
+
+    Example:
+        >>> import torch
+        >>> criterion = DistributionContrastLoss(temperature=1.0, ratio=0.0, normalize=False)
+        >>> labels = torch.zeros(1, 2, 2, dtype=torch.long)
+        >>> criterion(torch.zeros(1, 4, 2, 2), labels, torch.eye(4), torch.ones(4, 4))  # log 4
+        tensor(1.3863)
+    """
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 100.0,
+        ratio: float = 1.0,
+        normalize: bool = True,
+        ignore_index: int = 255,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        _check_options(temperature, ratio, reduction)
+        self.temperature = temperature
+        self.ratio = ratio
+        self.normalize = normalize
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(
+        self,
+        features: Float[Tensor, "n d *space"],
+        labels: Integer[Tensor, "n *space"],
+        means: Float[Tensor, "c d"],
+        variances: Float[Tensor, "c d"],
+        *,
+        seen: Bool[Tensor, "c"] | None = None,
+        pixel_weight: Float[Tensor, "n *space"] | None = None,
+    ) -> Tensor:
+        """Apply the function with the configuration given at construction."""
+        return distribution_contrast_loss(
+            features,
+            labels,
+            means,
+            variances,
+            temperature=self.temperature,
+            ratio=self.ratio,
+            normalize=self.normalize,
+            seen=seen,
+            pixel_weight=pixel_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"temperature={self.temperature}, ratio={self.ratio}, normalize={self.normalize}, "
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"
+        )

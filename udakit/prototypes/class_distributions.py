@@ -1,0 +1,200 @@
+"""Mean and variance of each class's features, followed exactly or with a decay."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from udakit._checks import (
+    check_device,
+    check_float,
+    check_integer,
+    check_labels_like,
+    check_maps,
+    check_range,
+    check_tensor,
+    kind_of,
+    shape_of,
+    space_form,
+)
+from udakit._reduce import class_ids, upcast
+from udakit._state import FullPrecisionState, gather_ranks
+from udakit.prototypes.means import class_sums
+
+__all__ = ["ClassDistributions"]
+
+
+class ClassDistributions(FullPrecisionState):
+    r"""A Gaussian with diagonal covariance for each class, of all the features seen so far.
+
+    $$w = \frac{n_b}{n_b + n}, \qquad
+    \sigma^2 \leftarrow (1 - w)\, \sigma^2 + w\, \sigma_b^2 + w (1 - w) (\mu - \mu_b)^2, \qquad
+    \mu \leftarrow (1 - w)\, \mu + w\, \mu_b, \qquad n \leftarrow n + n_b$$
+
+    for the mean, biased variance and number of pixels of each class in a batch.
+
+    **Convention.** Updates are detached. With `momentum=None` the statistics are those of every pixel ever seen, in
+    whatever batches they came. A `momentum` takes the place of w, so that old batches are forgotten; it weighs the
+    *new* batch, as in `ClassPrototypes`, and a class's first batch is copied. A class that is not in the batch keeps
+    its statistics. Float32 state whatever dtype the Module is cast to; counts are int64.
+
+    **Source.** SePiCo (Xie et al., TPAMI 2023): features of the teacher on source, with labels, cumulative. Its counts
+    are float32 and stop growing at 2^24 pixels, and its update holds an array of pixels x classes x channels.
+
+    Attributes:
+        means: float32 buffer (C, D), 0 for a class never seen.
+        variances: float32 buffer (C, D), diagonal and biased.
+        counts: int64 buffer (C,), pixels taken in so far.
+
+    Args:
+        num_classes: C.
+        dim: D.
+        momentum: in [0, 1], weight of a new batch; None for the exact statistics.
+        ignore_index: the label that takes no part.
+
+    Example:
+        >>> import torch
+        >>> distributions = ClassDistributions(2, 1)
+        >>> for value in (1.0, 3.0):
+        ...     distributions.update(torch.full((1, 1, 1, 2), value), torch.tensor([[[0, 255]]]))
+        >>> distributions.means.flatten(), distributions.variances.flatten(), distributions.counts
+        (tensor([2., 0.]), tensor([1., 0.]), tensor([2, 0]))
+    """
+
+    means: Tensor
+    variances: Tensor
+    counts: Tensor
+
+    def __init__(self, num_classes: int, dim: int, momentum: float | None = None, *, ignore_index: int = 255) -> None:
+        super().__init__()
+        check_integer("num_classes", num_classes)
+        check_integer("dim", dim)
+        if momentum is not None:
+            check_range("momentum", momentum, 0.0, 1.0)
+        self.num_classes, self.dim, self.momentum, self.ignore_index = num_classes, dim, momentum, ignore_index
+        self.register_buffer("means", torch.zeros(num_classes, dim, dtype=torch.float32))
+        self.register_buffer("variances", torch.zeros(num_classes, dim, dtype=torch.float32))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    @property
+    def seen(self) -> Bool[Tensor, "c"]:
+        """Classes that have statistics."""
+        return self.counts > 0
+
+    def update(
+        self, features: Float[Tensor, "n d *space"], labels: Integer[Tensor, "n *space"], *, sync: bool = False
+    ) -> None:
+        """Take in the features of a batch.
+
+        Args:
+            features: (N, D, h, w).
+            labels: class ids or `ignore_index`, at the features' size.
+            sync: take in the batches of all ranks as one; the result is that of one process on the concatenated
+                batch, counts equal and floats within 1e-6. Every rank must call. Without a process group: one rank.
+
+        Raises:
+            TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
+            ValueError: shapes that do not match.
+        """
+        check_maps("features", features, "N, D")
+        if features.shape[1] != self.dim:
+            form = f"{space_form('N, D', features.ndim - 2)} with D = {self.dim}"
+            raise ValueError(f"Expected `features` to be {form}, but got {shape_of(features)}.")
+        check_labels_like(labels, features, reference_name="features")
+        check_device("features", features, self.means, "means")
+        with torch.no_grad():
+            means, deviations, counts = self._of_batch(upcast(features.detach()), labels)
+            if sync:
+                means, deviations, counts = _pool(*gather_ranks(means, deviations, counts))
+            self._fold(means, _divide(deviations, counts), counts)
+
+    def _of_batch(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Means (C, D), sums of squared deviations from them (C, D), counts (C,)."""
+        sums, per_image = class_sums(features, labels, self.num_classes, self.ignore_index)
+        counts = per_image.sum(0)
+        means = _divide(sums.sum(0), counts)
+        # A second pass: the mean of squares less the squared mean would lose every digit of a narrow class.
+        ids = class_ids(labels, self.num_classes, self.ignore_index).flatten(1)
+        centre = torch.cat([means, means.new_zeros(1, self.dim)])[ids].transpose(1, 2)
+        square = (features.flatten(2) - centre).square_().unflatten(2, labels.shape[1:])
+        deviations, _ = class_sums(square, labels, self.num_classes, self.ignore_index)
+        return means.float(), deviations.sum(0).float(), counts
+
+    def _fold(self, means: Tensor, variances: Tensor, counts: Tensor) -> None:
+        """Merge the batch's statistics into the buffers."""
+        if self.momentum is None:
+            weight = _ratio(counts, counts + self.counts)
+        else:
+            weight = torch.where(self.seen, self.momentum, 1.0).float() * (counts > 0)
+        w = weight.unsqueeze(1)
+        apart = means - self.means
+        spread = self.variances + w * (variances - self.variances) + w * (1 - w) * apart.square()
+        present = (counts > 0).unsqueeze(1)
+        self.variances.copy_(torch.where(present, spread, self.variances))
+        # lerp: exactly the new mean at w = 1, unmoved where both agree.
+        self.means.copy_(torch.where(present, torch.lerp(self.means, means, w), self.means))
+        self.counts.add_(counts)
+
+    def set_(
+        self,
+        means: Float[Tensor, "c d"],
+        variances: Float[Tensor, "c d"],
+        counts: Integer[Tensor, "c"] | None = None,
+    ) -> Self:
+        """Take statistics from outside.
+
+        Args:
+            means: (C, D), copied.
+            variances: (C, D), copied.
+            counts: pixels behind each row, which the cumulative statistics go on from; 1 for every row with a
+                non-zero mean by default.
+
+        Raises:
+            TypeError: `means` or `variances` that are not float, or `counts` that are not integers.
+            ValueError: shapes that do not match.
+        """
+        for name, x in (("means", means), ("variances", variances)):
+            check_float(name, x)
+            if x.shape != self.means.shape:
+                raise ValueError(f"Expected `{name}` to be (C, D) = {shape_of(self.means)}, but got {shape_of(x)}.")
+        if counts is None:
+            counts = (means != 0).any(1).long()
+        check_tensor("counts", counts, "an integer tensor")
+        if counts.is_floating_point() or counts.dtype == torch.bool:
+            raise TypeError(f"Expected `counts` to be an integer tensor, but got {kind_of(counts)}.")
+        if counts.shape != self.counts.shape:
+            raise ValueError(f"Expected `counts` to be (C,) = {shape_of(self.counts)}, but got {shape_of(counts)}.")
+        with torch.no_grad():
+            self.means.copy_(means)
+            self.variances.copy_(variances)
+            self.counts.copy_(counts)
+        return self
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"num_classes={self.num_classes}, dim={self.dim}, momentum={self.momentum}, "
+            f"ignore_index={self.ignore_index}"
+        )
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    """Quotient of counts, float32: divided in float64, since float32 tells counts apart up to 2^24 only."""
+    wide = torch.float32 if part.device.type == "mps" else torch.float64
+    return (part.to(wide) / whole.clamp_min(1).to(wide)).float()
+
+
+def _divide(sums: Tensor, counts: Tensor) -> Tensor:
+    return sums / counts.clamp_min(1).unsqueeze(-1)
+
+
+def _pool(means: Tensor, deviations: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics of ranks (R, ...) as one: their means, and deviations from the common mean."""
+    total = counts.sum(0)
+    share = _ratio(counts, total).unsqueeze(-1)
+    mean = (share * means).sum(0)
+    between = (counts.unsqueeze(-1) * (means - mean).square()).sum(0)
+    return mean, deviations.sum(0) + between, total
