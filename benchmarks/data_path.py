@@ -36,7 +36,8 @@ from torch import Tensor
 from benchmarks.harness import SEED, Results, markdown_table, parser_for, write_section
 from gta2cs.datasets import Pair, build_pair
 from gta2cs.loading import StepData, crop_image, crop_label, draw_window, normalise, step_loader
-from gta2cs.samples import _decode, read_index_png, resize_image, resize_label
+from gta2cs.reading import ImageFormat, read_ids
+from gta2cs.samples import resize_image, resize_label
 from udakit import RareClassSampler, count_classes
 from udakit.labels import CITYSCAPES_PALETTE, GTA5_IDS
 
@@ -124,19 +125,19 @@ def median_ms(calls: list[Callable[[], Any]]) -> float:
 
 def parts(pair: Pair, source_size: Size, target_size: Size, crop: Size) -> dict[str, dict[str, float]]:
     """Milliseconds of one image by domain and part."""
-    generator = torch.Generator().manual_seed(SEED)
+    generator, read = torch.Generator().manual_seed(SEED), ImageFormat().read
     found: dict[str, dict[str, float]] = {}
     paths = [image for image, _ in pair.source_train.paths]
     for domain, files, size in (
         ("source", paths, source_size),
         ("target", list(pair.target_train.paths), target_size),
     ):
-        raw = [_decode(path) for path in files]
+        raw = [read(path) for path in files]
         resized = [_resized(image, size) for image in raw]
         windows = [draw_window(size, crop, (1.0, 1.0), True, generator) for _ in files]
         crops = [crop_image(image, w, crop) for image, w in zip(resized, windows, strict=True)]
         found[domain] = {
-            "decode image": median_ms([partial(_decode, path) for path in files]),
+            "decode image": median_ms([partial(read, path) for path in files]),
             "resize image": median_ms([partial(_resized, image, size) for image in raw]),
             "crop image": median_ms([partial(crop_image, *item, crop) for item in zip(resized, windows, strict=True)]),
             "normalise": median_ms([partial(normalise, image[None]) for image in crops]),
@@ -144,7 +145,7 @@ def parts(pair: Pair, source_size: Size, target_size: Size, crop: Size) -> dict[
     labels = [label for _, label in pair.source_train.paths]
     format = pair.source_train.format
     assert format is not None
-    decode = median_ms([partial(read_index_png, path) for path in labels])
+    decode = median_ms([partial(read_ids, path) for path in labels])
     mapped = [torch.from_numpy(format.read(path)) for path in labels]
     small = [resize_label(label, source_size) for label in mapped]
     windows = [draw_window(source_size, crop, (1.0, 1.0), True, generator) for _ in labels]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +35,8 @@ from torch import Tensor
 from gta2cs.datasets import ClassSet
 from gta2cs.evaluation import Score, evaluate
 from gta2cs.files import write_text
-from gta2cs.inference import SlidingWindow, Trained, check_window, open_image, segment
-from gta2cs.layouts import IMAGE_SUFFIXES
+from gta2cs.inference import SlidingWindow, Trained, check_window, segment
+from gta2cs.reading import IMAGE_SUFFIXES, viewable
 from gta2cs.report import colorize, progress_bar, rich_table
 from gta2cs.samples import Size
 
@@ -58,6 +58,7 @@ class Config:
     window: tuple[int, int] | None = None  # (height, width) of sliding windows; without it the whole image
     stride: tuple[int, int] | None = None  # of the windows; half a window
     size: Literal["native", "training"] | tuple[int, int] = "native"  # that the net sees; results are native always
+    value_range: tuple[float, float] | None = None  # values that are black and white, without it those of the run
     overlay: float = 0.5  # share of the colours in the overlays
     overwrite: bool = False  # replace results of an earlier run
     classes: Path | None = None  # classes.yaml, for a pair "folder" whose folders are gone
@@ -105,6 +106,9 @@ def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[P
     jobs, bad = plan(images, out)
     check_out(jobs, out, overwrite=config.overwrite)
     net = load(config, trained, config.net or "student")
+    format = trained.image_format
+    if config.value_range is not None:
+        format = replace(format, value_range=config.value_range)
     size = trained.seen_size if config.size == "training" else None if config.size == "native" else config.size
     if config.size == "native" and trained.seen_size is not None:
         height, width = trained.seen_size
@@ -114,7 +118,7 @@ def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[P
         for image_path, name in jobs.items():
             progress.update(task, status=escape(image_path.name))
             try:
-                image = open_image(image_path)
+                image = format.read(image_path).contiguous()
                 labels, confidence = segment_or_explain(config, net, image, size)
                 save_results(out, name, image, labels, confidence, classes, config.overlay)
             except (OSError, ValueError) as error:
@@ -192,8 +196,7 @@ def save_results(
     """Write the three pictures of one image, each whole or not at all."""
     ids = Image.fromarray(labels).convert("L")
     ids.putpalette(classes.palette.tobytes())  # turns the mode to "P": the ids stay, viewers see the colours
-    pixels = image.permute(1, 2, 0).numpy()
-    mixed = (1 - share) * pixels + share * colorize(labels, classes.palette)
+    mixed = (1 - share) * viewable(image) + share * colorize(labels, classes.palette)
     pictures = (ids, Image.fromarray(mixed.round().astype(np.uint8)), (255 * confidence).round().astype(np.uint8))
     for kind, picture in zip(KINDS, pictures, strict=True):
         save_png(out / kind / name, picture if isinstance(picture, Image.Image) else Image.fromarray(picture))

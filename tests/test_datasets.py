@@ -141,7 +141,7 @@ def test_synthia_refuses_labels_cut_to_eight_bits(tmp_path: Path) -> None:
         read_synthia_ids(path)
     report = check_data(synthia(tmp_path).labelled())
     assert not report.ok
-    assert "0000000.png" in report.problems["unreadable"][0]
+    assert "0000000.png" in report.problems["refused"][0]
 
 
 def test_synthia_blames_an_old_decoder_and_not_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,10 +300,16 @@ def test_each_domain_has_its_own_ids(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("palette: []", r"classes\.yaml to be a mapping with `names`"),
-        ("names: [a, b]\nclasses: 3", r"only \['ids', 'names', 'palette', 'scores'\]"),
-        ("names: [a, b]\nids: {7: 2}", r"`ids` in .* to map 0..255 to 0..1 or 255, but got \{7: 2\}"),
-        ("names: [a, b]\nscores: {m: [0, 2]}", r"Expected score 'm' to list class ids in \[0, 2\)"),
-        ("names: [a, b]\npalette: [[0, 0, 0]]", r"`palette` to be uint8 \(2, 3\)"),
+        ("names: [a, b]\nclasses: 3", r"only \['colors', 'ids', 'names', 'palette', 'scores'\]"),
+        ("names: [a, b]\nids: {7: 2}", r"`ids` to map 0..255 to 0..1 or 255 in .*classes\.yaml, but got \{7: 2\}"),
+        (
+            "names: [a, b]\nscores: {m: [0, 2]}",
+            r"Expected `scores` 'm' to list class ids in \[0, 2\) in .*classes\.yaml",
+        ),
+        (
+            "names: [a, b]\npalette: [[0, 0, 0]]",
+            r"`palette` to list 2 colours .* in .*classes\.yaml, but got \[\[0, 0, 0\]\]",
+        ),
     ],
 )
 def test_wrong_classes_yaml(tmp_path: Path, text: str, message: str) -> None:
@@ -327,7 +333,7 @@ def test_source_list_takes_a_published_subset(tmp_path: Path) -> None:
         write_palette(tmp_path / "labels" / f"{name}.png", grid([7]))
     (tmp_path / "subset.txt").write_text("images/00003.png\nimages/00001.png\n")
     assert gta5(tmp_path).restrict(tmp_path / "subset.txt").labelled().names == ("00001", "00003")
-    with pytest.raises(FileNotFoundError, match=r"but 1 are missing: 00009"):
+    with pytest.raises(FileNotFoundError, match=r"but 1 of 1 are missing: 00009"):
         gta5(tmp_path).restrict(["00009"])
 
 
@@ -422,16 +428,15 @@ def test_unreadable_files_are_reported_and_raised_by_name(tmp_path: Path) -> Non
     (tmp_path / "labels" / "b.png").write_text("no picture")
     Image.new("RGB", (6, 4)).save(tmp_path / "labels" / "c.png")
     data = folder(tmp_path, "train", TWO).labelled()
-    for index, message in ((0, r"Cannot read the image .*a\.png"), (1, r"Cannot read the label .*b\.png")):
+    for index, message in ((0, r"Cannot read .*images/a\.png"), (1, r"Cannot read .*labels/b\.png")):
         with pytest.raises(OSError, match=message):
             data[index]
     with pytest.raises(ValueError, match=r"c\.png to hold one class id a pixel .* but its mode is RGB"):
         data[2]
     report = check_data(data)
-    assert list(report.problems) == ["unreadable"]
-    assert len(report.problems["unreadable"]) == 3
-    assert len(report.lines(limit=1)) == 2
-    assert report.lines(limit=1)[1] == "unreadable: and 2 more"
+    assert {kind: len(found) for kind, found in report.problems.items()} == {"unreadable": 2, "refused": 1}
+    assert len(report.lines(limit=1)) == 3
+    assert report.lines(limit=1)[1] == "unreadable: and 1 more"
 
 
 def test_target_images_are_checked_without_labels(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from gta2cs.inference import Logits, SlidingWindow, Trained, check_window, proba
 from gta2cs.layouts import load_classes
 from gta2cs.loading import normalise
 from gta2cs.nets import build_net
-from gta2cs.samples import read_index_png
+from gta2cs.reading import read_ids, read_image
 from gta2cs.toy import CLASSES
 
 SCRIPT = Path(predict.__file__)
@@ -82,13 +82,13 @@ def test_a_folder_becomes_labels_overlays_and_confidence(checkpoint, images, tmp
     trained = Trained.open(checkpoint)
     net = trained.net("student")
     for name in ("a.png", "b.webp", "sub/a.jpg"):
-        image = predict.open_image(images / name)
+        image = read_image(images / name)
         expected = evaluation.predict(net, image)
         png = Path(name).with_suffix(".png")
         with Image.open(out / "labels" / png) as labels:
             assert labels.mode == "P"
             colours = np.asarray(labels.convert("RGB"))
-        ids = read_index_png(out / "labels" / png)
+        ids = read_ids(out / "labels" / png)
         assert ids.dtype == np.uint8
         assert (ids == expected.argmax(0).numpy()).mean() > 0.999  # two forward passes may round a tie differently
         assert (colours == trained.classes.palette[ids]).all()
@@ -96,14 +96,14 @@ def test_a_folder_becomes_labels_overlays_and_confidence(checkpoint, images, tmp
         assert np.abs(overlay - (image.permute(1, 2, 0).numpy() / 2 + colours / 2)).max() <= 0.5
         confidence = np.asarray(Image.open(out / "confidence" / png), float)
         assert np.abs(confidence - 255 * expected.amax(0).numpy()).max() <= 0.51
-    assert load_classes(out / "classes.yaml")[0].names == trained.classes.names
+    assert load_classes(out / "classes.yaml").known.names == trained.classes.names
 
     printed = capsys.readouterr().out
     listed = printed[printed.index("Skipped 3 bad files") :]
     for bad in ("broken.png", "cut.jpg", "deep.png"):
         assert printed.count(f"images/{bad}") >= 2, "named when it is met, and again at the end"
         assert bad in listed
-    assert "mode is I;16" in listed
+    assert "holds uint16 from" in listed
     assert not list(out.rglob("*.tmp"))
     assert len(list(out.rglob("*.png"))) == 9
 
@@ -113,7 +113,7 @@ def test_the_other_nets_of_a_checkpoint(checkpoint, images, tmp_path):
     for net in ("student", "teacher", "teacher.module"):
         out = tmp_path / net
         assert run("--checkpoint", checkpoint, "--images", images / "a.png", "--out", out, "--net", net) == 0
-        found[net] = read_index_png(out / "labels" / "a.png")
+        found[net] = read_ids(out / "labels" / "a.png")
     assert (found["teacher"] == found["teacher.module"]).all()
     assert (found["teacher"] != found["student"]).any()
     with pytest.raises(ValueError, match=r"the base\.student of .* to be the configured net"):
@@ -145,7 +145,7 @@ def test_nothing_is_overwritten_unasked(checkpoint, images, tmp_path):
         run(*arguments)
     (out / "labels" / "a.png").write_bytes(b"old")
     assert run(*arguments, "--overwrite") == 0
-    assert read_index_png(out / "labels" / "a.png").shape == (64, 96)
+    assert read_ids(out / "labels" / "a.png").shape == (64, 96)
 
     with pytest.raises(ValueError, match="outside the image folder"):
         run("--checkpoint", checkpoint, "--images", images, "--out", images / "out")
@@ -162,7 +162,7 @@ def test_two_images_of_one_stem(checkpoint, images, tmp_path, capsys):
         (images / bad).unlink()
     assert run("--checkpoint", checkpoint, "--images", images, "--out", tmp_path / "out") == 1
     assert "images/a.png: its results would have the name of those of a.bmp" in capsys.readouterr().out
-    assert read_index_png(tmp_path / "out" / "labels" / "a.png").shape == (40, 40)
+    assert read_ids(tmp_path / "out" / "labels" / "a.png").shape == (40, 40)
 
 
 def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):

@@ -1,21 +1,61 @@
-"""What is missing or wrong in the files of a pair, by file name, before a run finds out."""
+"""What is missing or wrong in the files of a pair, by file name, before a run finds out.
+
+It is the one command that never dies of a file: whatever a file does to its reader becomes a row of the report.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from gta2cs.samples import IGNORE, ClassSet, Labelled, Unlabelled, progress, read_image
+from gta2cs.layouts import masks_fault
+from gta2cs.reading import IGNORE, Decoded, decode
+from gta2cs.samples import ClassSet, Labelled, Unlabelled, progress
 
 if TYPE_CHECKING:
     from gta2cs.datasets import Pair
+
+
+@dataclass
+class Seen:
+    """What the images and labels of a set are like."""
+
+    depths: Counter[str] = field(default_factory=Counter)
+    bands: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    turned: int = 0  # by an EXIF orientation
+    low: float = np.inf
+    high: float = -np.inf
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # by train id
+    raw: set[int] = field(default_factory=set)  # raw label ids
+    mean: list[np.ndarray] = field(default_factory=list)  # of each image's channels, in 0..1 as the net takes them
+    square: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, found: Decoded) -> None:
+        """Note an image as it is stored."""
+        self.depths[found.depth] += 1
+        self.bands[found.pixels.shape[2]] += 1
+        self.sizes[found.size] += 1
+        self.turned += found.orientation != 1
+        finite = found.pixels[np.isfinite(found.pixels)] if found.pixels.dtype.kind == "f" else found.pixels
+        if finite.size:
+            self.low, self.high = min(self.low, float(finite.min())), max(self.high, float(finite.max()))
+
+    def statistics(self) -> tuple[str, str]:
+        """Mean and standard deviation of each channel, for `data.mean` and `data.std`."""
+        if not self.mean:
+            return "", ""
+        mean, square = np.mean(self.mean, 0), np.mean(self.square, 0)
+        return _numbers(mean), _numbers(np.sqrt(np.maximum(square - mean**2, 0)))
 
 
 @dataclass
@@ -25,6 +65,8 @@ class CheckReport:
     rows: list[tuple[str, int, int, list[str]]] = field(default_factory=list)  # set, images, labelled, absent classes
     problems: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)  # what is no fault, but good to know
+    seen: dict[str, Seen] = field(default_factory=dict)  # by set
+    names: tuple[str, ...] = ()  # of the classes
 
     @property
     def ok(self) -> bool:
@@ -40,7 +82,32 @@ class CheckReport:
         table = Table("set", "images", "with label", "problems", "classes that never occur")
         for name, images, labels, absent in self.rows:
             count = sum(what.startswith(f"{name}: ") for found in self.problems.values() for what in found)
-            table.add_row(name, str(images), str(labels), str(count) if count else "none", ", ".join(absent) or "none")
+            table.add_row(
+                name, str(images), str(labels), str(count) if count else "none", escape(", ".join(absent)) or "none"
+            )
+        return table
+
+    def values(self) -> Table:
+        """One row a set: how its image files are stored, and what the net will see of them."""
+        table = Table("set", "width x height", "channels", "depth", "values", "turned by EXIF", "mean", "std")
+        for name, seen in self.seen.items():
+            if seen.sizes:
+                low, high = min(seen.sizes), max(seen.sizes)
+                sizes = f"{low[1]} x {low[0]}" + (f" to {high[1]} x {high[0]}" if low != high else "")
+                depths, bands = (", ".join(str(x) for x, _ in c.most_common()) for c in (seen.depths, seen.bands))
+                values = f"{seen.low:g} to {seen.high:g}" if seen.high >= seen.low else "none"
+                table.add_row(name, sizes, bands, depths, values, str(seen.turned), *seen.statistics())
+        return table
+
+    def histogram(self) -> Table:
+        """One row a class: its share of the labelled pixels of each set, in percent."""
+        sets = [name for name, seen in self.seen.items() if seen.pixels.any()]
+        table = Table("class, % of labelled pixels", *sets)
+        counts = [self.seen[name].pixels for name in sets]
+        for i, name in enumerate(self.names):
+            table.add_row(escape(name), *(f"{100 * n[i] / max(1, n[:IGNORE].sum()):.2f}" for n in counts))
+        table.add_section()
+        table.add_row("ignored, % of all pixels", *(f"{100 * n[IGNORE] / n.sum():.2f}" for n in counts))
         return table
 
     def lines(self, limit: int = 10) -> list[str]:
@@ -53,8 +120,19 @@ class CheckReport:
         return lines
 
     def __rich__(self) -> Group:
-        """Print the table, then the problems."""
-        return Group(self.table(), *(escape(line) for line in (*self.notes, *self.lines())))
+        """Print the tables, what is good to know, then the problems."""
+        tables = [self.table()]
+        tables += [self.values()] if any(seen.sizes for seen in self.seen.values()) else []
+        tables += [self.histogram()] if self.names and any(seen.pixels.any() for seen in self.seen.values()) else []
+        return Group(*tables, *(escape(line) for line in (*self.notes, *self.lines())))
+
+
+class Mismatch(NamedTuple):
+    """An image whose label has another size."""
+
+    image: Path
+    size: tuple[int, int]
+    label: tuple[int, ...]
 
 
 def check_data(data: Pair | Labelled | Unlabelled, classes: ClassSet | None = None) -> CheckReport:
@@ -64,53 +142,114 @@ def check_data(data: Pair | Labelled | Unlabelled, classes: ClassSet | None = No
     """
     report = CheckReport()
     if not isinstance(data, Labelled | Unlabelled):
+        report.names = data.classes.names
         for name, part in data.sets().items():
             _check_set(report, name, part, data.classes)
         if data.target_val is None:
             report.notes.append("target val: no target image has a label, so the run reports no IoU on target.")
     else:
+        report.names = classes.names if classes is not None else ()
         _check_set(report, "data", data, classes)
     return report
 
 
 def _check_set(report: CheckReport, name: str, data: Labelled | Unlabelled, classes: ClassSet | None) -> None:
-    pixels = np.zeros(256, np.int64)
     labelled = isinstance(data, Labelled)
-    for what in data.missing if isinstance(data, Labelled) else ():
-        report.add("missing", f"{name}: {what}")
+    seen = report.seen.setdefault(name, Seen())
+    wrong: list[Mismatch] = []
+    for what in data.missing:
+        report.add("missing" if "no " in what else "list", f"{name}: {what}")
     for index in progress(range(len(data)), f"Checking {name}"):
-        if isinstance(data, Labelled):
-            pixels += _check_labelled(report, name, data, index)
-        else:
-            _try(
-                report, name, partial(read_image, data.paths[index]) if data.paths else partial(data.__getitem__, index)
-            )
-    absent = [c for i, c in enumerate(classes.names) if not pixels[i]] if classes is not None and labelled else []
+        if not data.paths:  # drawn or given in memory: nothing on disk to doubt
+            item = _try(report, name, partial(data.__getitem__, index))
+            if labelled and item is not None:
+                seen.pixels += np.bincount(item[1].numpy().ravel(), minlength=256)
+            continue
+        path = data.paths[index][0] if isinstance(data, Labelled) else data.paths[index]
+        image = _try(report, name, partial(_check_image, data, path, seen))
+        if isinstance(data, Labelled) and data.format is not None:
+            _try(report, name, partial(_check_label, report, name, data, index, image, wrong))
+    if wrong:
+        _explain_sizes(report, name, wrong, seen)
+    if isinstance(data, Labelled) and data.format is not None and data.format.doubt_masks and seen.raw == {0, IGNORE}:
+        report.add("masks", f"{name}: {masks_fault('this set')}")
+    absent = [c for i, c in enumerate(classes.names) if not seen.pixels[i]] if classes is not None and labelled else []
     report.rows.append((name, len(data), len(data) if labelled else 0, absent))
+    if seen.depths and seen.depths.keys() == {"8 bit"} and 0 < seen.high < 32:
+        report.notes.append(
+            f"{name}: no value of any image is above {seen.high:g} of 255: very dark, or more bits were cut off."
+        )
     if not len(data):
         report.add("empty", f"{name}: no image with a label" if labelled else f"{name}: no image")
 
 
-def _check_labelled(report: CheckReport, name: str, data: Labelled, index: int) -> np.ndarray:
-    if not data.paths or data.format is None:  # drawn or given in memory: nothing on disk to doubt
-        return np.bincount(data.labels[index].numpy().ravel(), minlength=256)
-    image_path, label_path = data.paths[index]
-    image = _try(report, name, partial(read_image, image_path))
-    raw = _try(report, name, partial(data.format.read_ids, label_path))
-    if image is not None and raw is not None and tuple(image.shape[-2:]) != raw.shape:
-        sizes = f"{image.shape[-1]}x{image.shape[-2]}, {label_path} is {raw.shape[1]}x{raw.shape[0]}"
-        report.add("size differs", f"{name}: {image_path} is {sizes}")
-    if raw is None:
-        return np.zeros(256, np.int64)
-    if extra := data.format.unexpected(raw):
-        report.add("unexpected ids", f"{name}: {label_path} holds {extra}")
-    known = np.where((raw >= 0) & (raw < 256), raw, IGNORE)
-    return np.bincount(data.format.table[known].ravel(), minlength=256)
+def _check_image(data: Labelled | Unlabelled, path: Path, seen: Seen) -> Decoded:
+    found = decode(path)
+    seen.add(found)
+    image = data.image_format.of(found, path).float() / 255
+    seen.mean.append(image.mean((1, 2)).double().numpy())
+    seen.square.append(image.square().mean((1, 2)).double().numpy())
+    return found
+
+
+def _check_label(
+    report: CheckReport,
+    name: str,
+    data: Labelled,
+    index: int,
+    image: Decoded | None,
+    wrong: list[Mismatch],
+) -> None:
+    path, format, seen = data.paths[index][1], data.format, report.seen[name]
+    assert format is not None
+    raw = format.read_ids(path)
+    if image is not None and image.size != raw.shape:
+        wrong.append(Mismatch(data.paths[index][0], image.size, raw.shape))
+        both = f"{image.size[1]}x{image.size[0]}, {path} is {raw.shape[1]}x{raw.shape[0]}"
+        report.add("size differs", f"{name}: {data.paths[index][0]} is {both}{_orientation_hint(image, raw.shape)}")
+    ids = np.unique(raw)
+    seen.raw |= set(ids[:1000].tolist())
+    if extra := format.unexpected(raw):
+        report.add("unexpected ids", f"{name}: {path} holds {_some_ids(extra)}")
+    inside = (raw >= 0) & (raw < 256)
+    train = np.where(inside, format.table[np.where(inside, raw, 0)], IGNORE)
+    seen.pixels += np.bincount(train.ravel(), minlength=256)
+
+
+def _orientation_hint(image: Decoded, label: tuple[int, ...]) -> str:
+    if label != image.size[::-1]:
+        return ""
+    if image.orientation >= 5:
+        return " (as the image is stored, before its EXIF orientation turns it: turn the label, too)"
+    return " (rows and columns exchanged: one of the two is turned)"
+
+
+def _explain_sizes(report: CheckReport, name: str, wrong: list[Mismatch], seen: Seen) -> None:
+    """Labels that have the size of other images of the set: were they paired with the wrong ones?"""
+    others = [path for path, size, label in wrong if seen.sizes[label] and label != size[::-1]]
+    if others:
+        report.notes.append(
+            f"{name}: {len(others)} labels have the size of other images of the set, for example that of {others[0]}: "
+            "are images and labels paired by the right names?"
+        )
 
 
 def _try(report: CheckReport, name: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except (OSError, ValueError) as error:
+    except OSError as error:
         report.add("unreadable", f"{name}: {error}")
-        return None
+    except ValueError as error:
+        report.add("refused", f"{name}: {error}")
+    except Exception as error:  # no file may end the search: the others are still to be looked at
+        report.add("unreadable", f"{name}: {type(error).__name__}: {error}")
+    return None
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return f"[{', '.join(f'{value:.3f}' for value in values)}]"
+
+
+def _some_ids(ids: list[int], limit: int = 10) -> str:
+    more = len(ids) - limit
+    return str(ids) if more <= 0 else f"{str(ids[:limit])[:-1]}, ... and {more} more]"

@@ -7,7 +7,7 @@ their public names can be imported from here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from gta2cs.checking import CheckReport, check_data
+from gta2cs.classes import ClassesFile, ClassSet, Ids, load_classes
 from gta2cs.layouts import (
     Listing,
     acdc,
@@ -25,12 +26,12 @@ from gta2cs.layouts import (
     dark_zurich,
     folder,
     gta5,
-    load_classes,
-    read_list,
     read_synthia_ids,
     synthia,
 )
-from gta2cs.samples import ClassSet, LabelFormat, Labelled, Remembered, Size, Unlabelled
+from gta2cs.lists import read_list
+from gta2cs.reading import ImageFormat
+from gta2cs.samples import LabelFormat, Labelled, Remembered, Size, Unlabelled
 from udakit.labels import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, SYNTHIA_13_CLASSES, SYNTHIA_16_CLASSES
 
 __all__ = [
@@ -109,9 +110,6 @@ FOLDERS = {  # of source and target under `data_root`, with the names in use
 PAIRS = ("toy", *FOLDERS)
 
 
-Ids = Mapping[int, int] | None  # raw label id -> class id
-
-
 @dataclass(frozen=True)
 class Pair:
     """A source and a target domain. `target_train` cannot return labels; the oracle has to ask for them by name.
@@ -126,6 +124,7 @@ class Pair:
     classes: ClassSet
     target_train_labelled: Callable[[], Labelled] | None = None
     source_val: Labelled | None = None
+    channels: int = 3
 
     def preload(self) -> None:
         """Fill the caches now, with progress bars (a set without a cache is left alone)."""
@@ -152,6 +151,9 @@ def build_pair(
     source_list: str | Path | Sequence[str] | None = None,
     source_size: Size | str | None = None,
     target_size: Size | str | None = None,
+    channels: int = 3,
+    source_range: tuple[float, float] | None = None,
+    target_range: tuple[float, float] | None = None,
     cache: bool | None = None,
     classes: ClassSet | None = None,
     ids: Ids = None,
@@ -170,9 +172,13 @@ def build_pair(
         source_size: (height, width) that source images and labels are resized to on load, "native" for none; without
             it the published setting (`PUBLISHED_SIZES`).
         target_size: the same for target images. Validation labels always keep their own size.
+        channels: of the images, as the net takes them; a grey image also serves as three.
+        source_range: the values (low, high) of source files that are black and white, for more than 8 bits.
+        target_range: the same for target.
         cache: keep decoded images in memory; without it only for the small pairs.
         classes: for "folder": the classes, where there is no classes.yaml.
-        ids: for "folder": raw label id -> class id, of both domains; without it those of the classes.yaml beside each.
+        ids: for "folder": raw label id, or colour (r, g, b), -> class id, of both domains; without it those of the
+            classes.yaml beside each.
         strict: raise when files are missing. False leaves that to `check_data`.
         toy_counts: scenes of the toy pair (source train, target train, target val).
         toy_size: (height, width) of the toy scenes.
@@ -202,15 +208,19 @@ def build_pair(
     source_published, target_published = PUBLISHED_SIZES.get(name, (None, None))
     source_hw = _size("source_size", source_size, source_published)
     target_hw = _size("target_size", target_size, target_published)
-    options: dict[str, Any] = {"cache": name in SMALL if cache is None else cache, "strict": strict}
+    of_source = {"size": source_hw, "image_format": ImageFormat(channels, source_range)}
+    of_target = {"size": target_hw, "image_format": ImageFormat(channels, target_range)}
+    kept = name in SMALL if cache is None else cache
+    labelled: dict[str, Any] = {"cache": kept, "strict": strict}
     return Pair(
         name,
-        found.source.restrict(source_list).labelled(size=source_hw, **options),
-        found.target.unlabelled(size=target_hw, cache=options["cache"]),
-        _validation(found.target_val, size=target_hw, **options),
+        found.source.restrict(source_list, root=source_folder, strict=strict).labelled(**of_source, **labelled),
+        found.target.unlabelled(**of_target, cache=kept),
+        _validation(found.target_val, **of_target, **labelled),
         found.classes,
-        partial(found.target.labelled, size=target_hw, **options) if found.target_labels else None,
-        _validation(found.source_val, size=source_hw, **options),
+        partial(found.target.labelled, **of_target, **labelled) if found.target_labels else None,
+        _validation(found.source_val, **of_source, **labelled),
+        channels,
     )
 
 
@@ -352,12 +362,12 @@ def _folder_classes(
         raise FileNotFoundError(
             f"Expected `classes`, or a classes.yaml with `names`, in one of {where}, but found none."
         )
-    if len(names := {known.names for known, _ in found.values()}) > 1:
+    if len(names := {file.known.names for file in found.values()}) > 1:
         where = ", ".join(map(str, found))
         raise ValueError(f"Expected the classes.yaml of {where} to have the same `names`, but got {sorted(names)}.")
-    known, shared = next(iter(found.values()))
-    stored = found.get(source, (known, shared))[1], found.get(target, (known, shared))[1]
-    return known, stored if ids is None else (ids, ids)
+    shared: ClassesFile = next(iter(found.values()))
+    stored = found.get(source, shared).ids, found.get(target, shared).ids
+    return shared.known, stored if ids is None else (ids, ids)
 
 
 def _size(name: str, given: Size | str | None, published: Size | None) -> Size | None:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
 from gta2cs.checkpoints import copy_net, load_checkpoint
@@ -20,8 +19,9 @@ from gta2cs.datasets import CITYSCAPES_19, PUBLISHED_SIZES, SMALL, SYNTHETIC, Cl
 from gta2cs.evaluation import class_probabilities
 from gta2cs.loading import normalise
 from gta2cs.nets import MIT, SegNet, build_net
+from gta2cs.reading import ImageFormat
 from gta2cs.recipes.duda import LARGE_PAIR, DudaPre
-from gta2cs.samples import Size, rainbow, read_image, resize_image
+from gta2cs.samples import Size, rainbow, resize_image
 
 # Of DUDA's pre-adaptation, in the order of its table.
 LARGE = {name: f"base.{prefix}" for name, prefix in sorted(LARGE_PAIR.items())}
@@ -56,7 +56,7 @@ class Trained:
         """Names and colours: of `classes_file`, of the pair, or as the last evaluation named them."""
         pair, data = self.config["data"]["pair"], self.config["data"]
         if self.classes_file is not None:
-            return load_classes(self.classes_file)[0]
+            return load_classes(self.classes_file).known
         if pair == "toy":
             from gta2cs.toy import CLASSES, PALETTE
 
@@ -68,7 +68,7 @@ class Trained:
         roots += [Path(data["data_root"]) / part for part in ("source", "target")] if data["data_root"] else []
         for root in roots:
             if root is not None and (found := Path(root) / "classes.yaml").is_file():
-                return load_classes(found)[0]
+                return load_classes(found).known
         if not self.history["scores"]:
             raise ValueError(
                 f"Expected `classes` to name the classes.yaml of the pair {pair!r}: {self.path} was written before the "
@@ -85,6 +85,13 @@ class Trained:
             return (given[0], given[1])
         _, published = PUBLISHED_SIZES.get(self.config["data"]["pair"], (None, None))
         return None if given == "native" else published
+
+    @property
+    def image_format(self) -> ImageFormat:
+        """How the run read its target images."""
+        data = self.config["data"]
+        given = data.get("target_range")  # checkpoints of before it existed have none
+        return ImageFormat(data.get("channels", 3), (given[0], given[1]) if given else None)
 
     def net(self, name: str = "student", **changes: str) -> SegNet:
         """Build one of its nets, in eval mode: a key of `NETS` or any prefix of the recipe's tensors.
@@ -111,8 +118,8 @@ class Trained:
         data = self.config["data"]
         options = {k: data[k] for k in ("data_root", "source_root", "target_root", "source_size", "target_size")}
         options |= {k: v for k, v in roots.items() if v is not None}
-        for key in ("source_size", "target_size"):
-            options[key] = tuple(options[key]) if isinstance(options[key], list) else options[key]
+        options |= {k: data[k] for k in ("channels", "source_range", "target_range") if k in data}
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         return build_pair(data["pair"], cache=data["cache"], **options)
 
 
@@ -226,22 +233,6 @@ def segment(
         best_c = torch.where(full > best_p, c, best_c)
         best_p = torch.maximum(full, best_p)
     return best_c.byte().cpu().numpy(), best_p.cpu().numpy()
-
-
-def open_image(path: Path) -> Tensor:
-    """Decode an image as uint8 (3, H, W), or say what is wrong with the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"Cannot read the image {path}: no such file (a broken link?).")
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"Cannot read the image {path}: {error}") from error
-    if mode.startswith(("I", "F")):  # Pillow would clip these to 0..255, mostly to white
-        raise ValueError(
-            f"Expected the image {path} to have 8 bits a channel, but its mode is {mode}: convert it first."
-        )
-    return read_image(path)
 
 
 def _coverage(length: int, window: int, starts: list[int]) -> Tensor:

@@ -6,33 +6,21 @@ is converted on disk.
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-import yaml  # comes with jsonargparse
 
-from gta2cs.samples import (
-    IGNORE,
-    ClassSet,
-    LabelFormat,
-    Labelled,
-    Reader,
-    Size,
-    Unlabelled,
-    image_files,
-    label_files,
-    rainbow,
-    read_index_png,
-)
+from gta2cs.classes import ClassSet, Ids
+from gta2cs.classes import load_classes as load_classes
+from gta2cs.lists import Found, Known, find_names, lines_of, read_list, some
+from gta2cs.reading import IGNORE, IMAGE_SUFFIXES, LABEL_SUFFIXES, ImageFormat, decode_png, read_ids
+from gta2cs.samples import LabelFormat, Labelled, Reader, Size, Unlabelled, image_files, label_files
 from udakit.labels import CITYSCAPES_CLASSES, CITYSCAPES_IDS, GTA5_IDS, SYNTHIA_16_CLASSES, SYNTHIA_IDS
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 TRAIN_IDS = {i: i for i in range(len(CITYSCAPES_CLASSES))}
 
 
@@ -54,49 +42,95 @@ class Listing:
     problems: list[str] = field(default_factory=list)
 
     def labelled(
-        self, *, size: Size | None = None, native_labels: bool = False, cache: bool = False, strict: bool = True
+        self,
+        *,
+        size: Size | None = None,
+        native_labels: bool = False,
+        cache: bool = False,
+        strict: bool = True,
+        image_format: ImageFormat | None = None,
     ) -> Labelled:
         """Images with labels. `strict=False` leaves out what has none and keeps their names for `check_data`."""
         absent = [item for item in self.items if not item.label.is_file()]
         if strict and absent:
             raise FileNotFoundError(
                 f"Expected all {len(self.items)} images of {self.where} to have labels, but {len(absent)} do not: "
-                f"{_some([item.name for item in absent])} (looked for {absent[0].label})."
+                f"{some([item.name for item in absent])} (looked for {absent[0].label})."
             )
         missing = set(absent)
         items = [item for item in self.items if item not in missing]
+        labels = [item.label for item in items]
+        if strict and self.format.doubt_masks:
+            refuse_masks(labels, self.format, self.where)
         return Labelled(
             [item.name for item in items],
-            image_files([item.image for item in items], size=size, cache=cache),
-            label_files([item.label for item in items], self.format, size=None if native_labels else size, cache=cache),
+            image_files([item.image for item in items], image_format, size=size, cache=cache),
+            label_files(labels, self.format, size=None if native_labels else size, cache=cache),
             native_labels=native_labels and size is not None,
             paths=[(item.image, item.label) for item in items],
             format=self.format,
+            image_format=image_format,
             missing=[*self.problems, *(f"{item.image}: no label {item.label}" for item in absent)],
         )
 
-    def unlabelled(self, *, size: Size | None = None, cache: bool = False) -> Unlabelled:
+    def unlabelled(
+        self, *, size: Size | None = None, cache: bool = False, image_format: ImageFormat | None = None
+    ) -> Unlabelled:
         """Images alone."""
         paths = [item.image for item in self.items]
-        return Unlabelled([item.name for item in self.items], image_files(paths, size=size, cache=cache), paths=paths)
+        return Unlabelled(
+            [item.name for item in self.items],
+            image_files(paths, image_format, size=size, cache=cache),
+            paths=paths,
+            image_format=image_format,
+            missing=self.problems,
+        )
 
-    def restrict(self, names: str | Path | Sequence[str] | None) -> Listing:
-        """Keep the named images only: a list, or a text file with one name or path a line (as published lists have)."""
+    def restrict(
+        self, names: str | Path | Sequence[str] | None, *, root: str | Path | None = None, strict: bool = True
+    ) -> Listing:
+        """Keep the named images only: a list, or a text file with one name or path a line (as published lists have).
+
+        How a name is understood says `find_names`; paths are below `root`, without it below `where`.
+        """
         if names is None:
             return self
         if isinstance(names, str | Path):
             where, names = str(names), read_list(Path(names))
         else:
-            where = "the given names"
-        wanted = {Path(name).stem for name in names}
-        items = [item for item in self.items if Path(item.name).stem in wanted]
-        if len(items) < len(wanted):
-            found = {Path(item.name).stem for item in items}
-            raise FileNotFoundError(
-                f"Expected {self.where} to hold all {len(wanted)} images of {where}, "
-                f"but {len(wanted - found)} are missing: {_some(sorted(wanted - found))}."
-            )
-        return Listing(items, self.format, self.where, self.problems)
+            where, names = "the given names", lines_of(names)
+        if not names:
+            raise ValueError(f"Expected {where} to name one image a line, but it is empty.")
+        top = Path(root or self.where)
+        known = [Known((item.name,), _calls(item.image, top, item.name)) for item in self.items]
+        found = find_names(names, known)
+        problems = _faults(found, len(names), where, self.where, strict=strict)
+        items = [self.items[i] for i in sorted(found.positions)]
+        return replace(self, items=items, problems=[*self.problems, *problems])
+
+
+def refuse_masks(labels: Sequence[Path], format: LabelFormat, where: str, limit: int = 64) -> None:
+    """Refuse labels of 0 and 255 alone: masks whose foreground would be ignored. The first other id ends the search."""
+    seen = False
+    for path in labels[:: max(1, len(labels) // limit)]:
+        try:
+            ids = set(np.unique(format.read_ids(path)).tolist())
+        except (OSError, RuntimeError, ValueError):
+            return  # whoever reads the file next says what is wrong with it
+        if ids - {0, IGNORE}:
+            return
+        seen = seen or IGNORE in ids
+    if seen:
+        raise ValueError(masks_fault(where))
+
+
+def masks_fault(where: str) -> str:
+    """What is wrong with masks saved as 0 and 255, and the table that reads them."""
+    return (
+        f"Expected the labels of {where} to hold class ids, but they hold only 0 and 255, and 255 is ignored: masks? "
+        "`ids: {0: 0, 255: 1}` in classes.yaml makes 255 the second class; `ids: {0: 0, 255: 255}` says that it is "
+        "meant to be ignored."
+    )
 
 
 def gta5(root: str | Path, *, keep: Sequence[int] | None = None) -> Listing:
@@ -105,16 +139,17 @@ def gta5(root: str | Path, *, keep: Sequence[int] | None = None) -> Listing:
     All pairs that are there are used (the full set has 24,966; some copies have 24,941). Files that a converter left
     behind (`*_labelTrainIds.png`) are not read.
     """
-    root = Path(root)
-    images = _find(root / "images", "*.png")
-    items = [Item(path.stem, path, root / "labels" / path.name) for path in images]
-    return Listing(items, _mapped(GTA5_IDS, read_index_png, range(35), keep), str(root))
+    root, labels = Path(root), _Names()
+    images = _find(root / "images", "*", ".png")
+    items = [Item(path.stem, path, labels.find(root / "labels" / path.name)) for path in images]
+    return Listing(items, _mapped(GTA5_IDS, read_ids, range(35), keep), str(root))
 
 
 def synthia(root: str | Path, *, keep: Sequence[int] | None = SYNTHIA_16_CLASSES) -> Listing:
     """SYNTHIA-RAND-CITYSCAPES: `RGB/*.png` and `GT/LABELS/*.png`, 16 bit, three channels, the class id in the first."""
-    root = Path(root)
-    items = [Item(path.stem, path, root / "GT" / "LABELS" / path.name) for path in _find(root / "RGB", "*.png")]
+    root, labels = Path(root), _Names()
+    images = _find(root / "RGB", "*", ".png")
+    items = [Item(path.stem, path, labels.find(root / "GT" / "LABELS" / path.name)) for path in images]
     return Listing(items, _mapped(SYNTHIA_IDS, read_synthia_ids, range(23), keep), str(root))
 
 
@@ -122,76 +157,72 @@ def cityscapes(root: str | Path, split: str, *, keep: Sequence[int] | None = Non
     """Cityscapes: `leftImg8bit/<split>/<city>/` with `gtFine/`: `_labelTrainIds` if made, else `_labelIds`."""
     root, ending = Path(root), "_leftImg8bit.png"
     items = []
-    for path in _find(root / "leftImg8bit" / split, f"*/*{ending}"):
-        name = path.name.removesuffix(ending)
+    for path in _find(root / "leftImg8bit" / split, "*/*", ending):
+        name = path.name[: -len(ending)]
         items.append(Item(name, path, root / "gtFine" / split / path.parent.name / f"{name}_gtFine_labelTrainIds.png"))
     return _train_ids_or_ids(items, str(root / "leftImg8bit" / split), keep)
 
 
 def acdc(root: str | Path, split: str, *, condition: str = "*", keep: Sequence[int] | None = None) -> Listing:
     """ACDC: `rgb_anon/<condition>/<split>/<sequence>/`, or flattened to `rgb_anon/<split>/`, with `gt/`."""
-    patterns = (f"{condition}/{split}/**/*_rgb_anon.png", f"{split}/**/*_rgb_anon.png")
-    return _rgb_anon(Path(root), patterns, f"{root} ({split})", keep)
+    return _rgb_anon(Path(root), (f"{condition}/{split}", split), f"{root} ({split})", keep)
 
 
 def dark_zurich(root: str | Path, split: str, *, time: str = "night", keep: Sequence[int] | None = None) -> Listing:
-    """Dark Zurich: `rgb_anon/train/<time>/<sequence>/` (no labels exist), `rgb_anon/val/` with `gt/val/`."""
-    patterns = (f"{split}/{time}/**/*_rgb_anon.png", f"{split}/**/*_rgb_anon.png")
-    return _rgb_anon(Path(root), patterns, f"{root} ({split})", keep)
+    """Dark Zurich: `rgb_anon/train/<time>/<sequence>/` (no labels exist), `rgb_anon/val/` with `gt/val/`.
+
+    Images that lie in `rgb_anon/<split>/` without a folder for the time of day are taken to be of `time`; those in the
+    folder of another time never.
+    """
+    below = Path(root) / "rgb_anon" / split
+    sorted_by_time = any((below / other).is_dir() for other in ("day", "twilight", "night"))
+    folders = (f"{split}/{time}",) if sorted_by_time else (f"{split}/{time}", split)
+    return _rgb_anon(Path(root), folders, f"{root} ({split})", keep)
 
 
-def folder(
-    root: str | Path, split: str, classes: ClassSet, *, ids: Mapping[int, int] | None = None, strict: bool = True
-) -> Listing:
+def folder(root: str | Path, split: str, classes: ClassSet, *, ids: Ids = None, strict: bool = True) -> Listing:
     """`images/`, `labels/` and `<split>.txt`, one name a line with or without its ending; labels are one-channel PNGs.
 
-    Without any list, "train" is all images. `ids` maps raw ids to class ids; without it labels hold class ids or 255.
-    `strict=False` turns a listed image that does not exist into an entry of `problems`.
+    Without any list, "train" is all images. `ids` maps raw ids, or colours (r, g, b), to class ids; without it labels
+    hold class ids or 255. `strict=False` turns faults of the list and of the names into entries of `problems`.
     """
     root = Path(root)
-    images, labels = _by_stem(root / "images", IMAGE_SUFFIXES), _by_stem(root / "labels", LABEL_SUFFIXES, empty=True)
-    if not images:
-        raise FileNotFoundError(f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {root / 'images'}, but found none.")
+    top = root / "images"
+    paths = _files(top, IMAGE_SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {top}, but found none.")
+    labels: dict[str, list[Path]] = {}
+    for path in _files(root / "labels", LABEL_SUFFIXES, empty=True):
+        labels.setdefault(_name(path, root / "labels"), []).append(path)
     listed, problems = root / f"{split}.txt", []
     if listed.is_file():
-        names = [_without_suffix(name) for name in read_list(listed)]
+        names = read_list(listed)
         if not names:
             raise ValueError(f"Expected {listed} to name one image a line, but it is empty.")
-        absent = [name for name in names if name not in images]
-        if absent and strict:
-            raise FileNotFoundError(
-                f"Expected every name in {listed} to be an image in {root / 'images'}, "
-                f"but {len(absent)} are not: {_some(absent)}."
-            )
-        problems += [f"{root / 'images' / name}: no such image, but {listed.name} names it" for name in absent]
-        names = [name for name in names if name in images]
-    elif split == "train" and not list(root.glob("*.txt")):
-        names = sorted(images)
-        problems += [f"{labels[name]}: no image of that name" for name in sorted(set(labels) - set(images))]
+        known = [Known((_name(p, top), p.relative_to(top).as_posix()), _calls(p, root)) for p in paths]
+        found = find_names(names, known)
+        problems = _faults(found, len(names), str(listed), str(top), strict=strict)
+        paths = [paths[i] for i in found.positions]
+    elif split == "train" and not (root / "val.txt").is_file():
+        images = {_name(path, top) for path in paths}
+        problems = [
+            f"{label}: no image of that name" for name in sorted(set(labels) - images) for label in labels[name]
+        ]
     else:
         raise FileNotFoundError(f"Expected the list {listed}, one image name a line, but it does not exist.")
-    items = [Item(name, images[name], labels.get(name, root / "labels" / f"{name}.png")) for name in names]
-    table = dict(ids) if ids is not None else {i: i for i in range(len(classes))}
-    format = LabelFormat.of_table(table, read_index_png, strict=ids is None)
-    return Listing(items, format, str(root), problems)
-
-
-def load_classes(path: str | Path) -> tuple[ClassSet, dict[int, int] | None]:
-    """Read `classes.yaml`: `names`; optional `palette` (RGB), `ids` {raw id: class id or 255}, `scores` {name: ids}."""
-    content = yaml.safe_load(Path(path).read_text())
-    known = {"names", "palette", "ids", "scores"}
-    if not isinstance(content, dict) or not content.get("names") or set(content) - known:
-        raise ValueError(f"Expected {path} to be a mapping with `names` and only {sorted(known)}, but got {content!r}.")
-    names = tuple(str(name) for name in content["names"])
-    colours = content.get("palette")
-    palette = rainbow(len(names)) if colours is None else np.array(colours, dtype=np.uint8)
-    scores = {str(name): tuple(ids) for name, ids in (content.get("scores") or {}).items()}
-    ids = content.get("ids")
-    if ids is not None:
-        ids = {int(raw): int(train) for raw, train in ids.items()}
-        if wrong := {r: t for r, t in ids.items() if not (0 <= r < 256 and (t == IGNORE or 0 <= t < len(names)))}:
-            raise ValueError(f"Expected `ids` in {path} to map 0..255 to 0..{len(names) - 1} or 255, but got {wrong}.")
-    return ClassSet(names, palette, scores), ids
+    items = [
+        Item(_name(p, top), p, labels.get(_name(p, top), [root / "labels" / f"{_name(p, top)}.png"])[0]) for p in paths
+    ]
+    shared: dict[str, list[Path]] = {}
+    for item in items:
+        shared.setdefault(item.name, []).append(item.image)
+    several = [found for name in shared for found in (shared[name], labels.get(name, [])) if len(found) > 1]
+    doubts = [f"{' and '.join(map(str, found))}: which one is {found[0].stem!r}?" for found in several]
+    if doubts and strict:
+        raise ValueError(
+            f"Expected one file a name, but found {some(doubts)} Move one away, or list images with their ending."
+        )
+    return Listing(items, LabelFormat.of_folder(ids, len(classes)), str(root), [*problems, *doubts])
 
 
 def read_synthia_ids(path: Path) -> np.ndarray:
@@ -200,7 +231,7 @@ def read_synthia_ids(path: Path) -> np.ndarray:
     Pillow keeps the high byte of such a file, which is 0 for every class id; a net then trains on nothing. A file that
     has been saved again with 8 bits has lost its ids for good and is refused.
     """
-    pixels = _decode_png(path)
+    pixels = decode_png(path)
     if pixels.dtype == np.uint8 and pixels.max(initial=0) <= 3:
         raise ValueError(
             f"Expected {path} to hold SYNTHIA class ids in 16 bits, but it has 8 bits and no value above 3: the ids "
@@ -221,76 +252,102 @@ def _mapped(
 
 def _train_ids_or_ids(items: list[Item], where: str, keep: Sequence[int] | None) -> Listing:
     """`items` name `_labelTrainIds.png`; where none was made, all are read from `_labelIds.png`."""
-    if any(item.label.is_file() for item in items):
-        return Listing(items, _mapped(TRAIN_IDS, read_index_png, TRAIN_IDS, keep), where)
-    shipped = [item._replace(label=item.label.with_name(item.label.name.replace("TrainIds", "Ids"))) for item in items]
-    return Listing(shipped, _mapped(CITYSCAPES_IDS, read_index_png, range(34), keep), where)
+    labels = _Names()
+    made = [item._replace(label=labels.find(item.label)) for item in items]
+    if any(item.label.is_file() for item in made):
+        return Listing(made, _mapped(TRAIN_IDS, read_ids, TRAIN_IDS, keep), where)
+    shipped = [labels.find(item.label.with_name(item.label.name.replace("TrainIds", "Ids"))) for item in items]
+    items = [item._replace(label=label) for item, label in zip(items, shipped, strict=True)]
+    return Listing(items, _mapped(CITYSCAPES_IDS, read_ids, range(34), keep), where)
 
 
-def _rgb_anon(root: Path, patterns: Sequence[str], where: str, keep: Sequence[int] | None) -> Listing:
-    images = next((found for p in patterns if (found := sorted((root / "rgb_anon").glob(p)))), [])
+def _rgb_anon(root: Path, folders: Sequence[str], where: str, keep: Sequence[int] | None) -> Listing:
+    ending = "_rgb_anon.png"
+    found = ([p for d in sorted((root / "rgb_anon").glob(f)) for p in _ending(d, "**/*", ending)] for f in folders)
+    images = next(filter(None, found), [])
     if not images:
-        wanted = " or ".join(str(root / "rgb_anon" / pattern) for pattern in patterns)
+        wanted = " or ".join(str(root / "rgb_anon" / below / "**" / f"*{ending}") for below in folders)
         raise FileNotFoundError(f"Expected images like {wanted}, but found none.")
     items = []
-    for path in images:
-        name = path.name.removesuffix("_rgb_anon.png")
+    for path in sorted(images):
+        name = path.name[: -len(ending)]
         labels = root / "gt" / path.parent.relative_to(root / "rgb_anon")
         items.append(Item(name, path, labels / f"{name}_gt_labelTrainIds.png"))
     return _train_ids_or_ids(items, where, keep)
 
 
-def _decode_png(path: Path) -> np.ndarray:
-    """(channels, H, W) at the file's own bit depth, which Pillow does not give for 16-bit colour."""
-    try:
-        from torchvision.io import ImageReadMode, decode_png
-    except ImportError as error:
-        raise RuntimeError(f"{path} needs a torchvision that decodes 16-bit PNGs (0.21 or newer): {error}.") from error
-    try:
-        content = path.read_bytes()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pixels = decode_png(
-                torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.UNCHANGED
-            ).numpy()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise OSError(f"Cannot read the label {path}: {error}") from error
-    if content[24] == 16 and pixels.dtype == np.uint8:  # the bit depth in the file's header
-        raise RuntimeError(f"{path} has 16 bits, but this torchvision decodes 8: version 0.21 or newer is needed.")
-    return pixels  # type: ignore[no-any-return]
+class _Names:
+    """Finds files whatever the case of their names: `.PNG` is `.png` on the systems that many sets come from."""
+
+    def __init__(self) -> None:
+        self.seen: dict[Path, dict[str, str]] = {}
+
+    def find(self, path: Path) -> Path:
+        """The file that is meant, or `path` itself where there is none."""
+        if path.parent not in self.seen:
+            names = sorted(os.listdir(path.parent), reverse=True) if path.parent.is_dir() else []
+            self.seen[path.parent] = {**{name.lower(): name for name in names}, **{name: name for name in names}}
+        names_here = self.seen[path.parent]
+        return path.with_name(names_here.get(path.name, names_here.get(path.name.lower(), path.name)))
 
 
-def _find(directory: Path, pattern: str) -> list[Path]:
+def _find(directory: Path, below: str, ending: str) -> list[Path]:
     if not directory.is_dir():
-        raise FileNotFoundError(f"Expected a folder {directory} with files {pattern}, but it does not exist.")
-    found = sorted(directory.glob(pattern))
+        raise FileNotFoundError(f"Expected a folder {directory} with files {below}{ending}, but it does not exist.")
+    found = sorted(_ending(directory, below, ending))
     if not found:
-        raise FileNotFoundError(f"Expected files {pattern} in {directory}, but found none.")
+        raise FileNotFoundError(f"Expected files {below}{ending} in {directory}, but found none.")
     return found
 
 
-def _by_stem(directory: Path, suffixes: Sequence[str], *, empty: bool = False) -> dict[str, Path]:
-    """{path below `directory` without ending: path}."""
+def _ending(directory: Path, below: str, ending: str) -> Iterable[Path]:
+    """Files of an ending in any case, but for hidden ones (macOS leaves `._name` beside files)."""
+    paths = (path for path in directory.glob(below) if path.name.lower().endswith(ending.lower()))
+    return (path for path in paths if not path.name.startswith("."))
+
+
+def _files(directory: Path, suffixes: Sequence[str], *, empty: bool = False) -> list[Path]:
+    """Sorted files of these endings below a folder, but for hidden ones."""
     if not directory.is_dir():
         if empty:
-            return {}
+            return []
         raise FileNotFoundError(
             f"Expected a folder {directory} with files {', '.join(suffixes)}, but it does not exist."
         )
-    paths = (path for path in sorted(directory.rglob("*")) if path.suffix.lower() in suffixes)
-    return {path.relative_to(directory).with_suffix("").as_posix(): path for path in paths}
+    found = (path for path in directory.rglob("*") if path.suffix.lower() in suffixes)
+    return sorted(path for path in found if not path.name.startswith("."))
 
 
-def _without_suffix(name: str) -> str:
-    return Path(name).with_suffix("").as_posix() if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
+def _name(path: Path, directory: Path) -> str:
+    return path.relative_to(directory).with_suffix("").as_posix()
 
 
-def read_list(path: Path) -> list[str]:
-    """Lines of a text file that are not empty."""
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a list of image names {path}, but it does not exist.")
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+def _calls(path: Path, root: Path, name: str | None = None) -> tuple[str, ...]:
+    """The paths by which lists name an image: with and without its ending, and with that of its data set."""
+    below = path.relative_to(root) if path.is_relative_to(root) else Path(*path.parts[-2:])
+    short = [below.with_name(name)] if name is not None else []
+    return tuple(dict.fromkeys(p.as_posix() for p in (below, below.with_suffix(""), *short)))
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def _faults(found: Found, count: int, where: str, root: str, *, strict: bool) -> list[str]:
+    """Raise for what is wrong with a list, or return it."""
+    if strict and found.absent:
+        raise FileNotFoundError(
+            f"Expected every name in {where} to be an image in {root}, but {len(found.absent)} of {count} are missing: "
+            f"{some(found.absent)}."
+        )
+    if strict and found.ambiguous:
+        raise ValueError(
+            f"Expected every name in {where} to mean one image in {root}, but {len(found.ambiguous)} mean several: "
+            f"{some(found.ambiguous)}."
+        )
+    if strict and found.repeated:
+        raise ValueError(
+            f"Expected {where} to name each image once, but {len(found.repeated)} come again: {some(found.repeated)}."
+        )
+    listed = Path(where).name
+    return [
+        *(f"{Path(root) / name}: no such image, but {listed} names it" for name in found.absent),
+        *(f"{where}: {name} means several images" for name in found.ambiguous),
+        *(f"{where}: {name} is named more than once" for name in found.repeated),
+    ]

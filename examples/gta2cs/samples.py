@@ -1,10 +1,9 @@
-"""Samples in memory: classes, label formats, and the two kinds of data set, one of which has no labels to give."""
+"""Samples in memory: label formats, and the two kinds of data set, one of which has no labels to give."""
 
 from __future__ import annotations
 
-import colorsys
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -12,50 +11,19 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from rich import get_console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IGNORE = 255
+from gta2cs.classes import ClassSet as ClassSet
+from gta2cs.classes import Ids
+from gta2cs.classes import rainbow as rainbow
+from gta2cs.reading import IGNORE, ColourTable, ImageFormat, read_ids
+from gta2cs.reading import read_image as read_image
+
 Reader = Callable[[Path], np.ndarray]
 Size = tuple[int, int]  # (height, width), as in tensors; folders and papers say width x height
-
-
-@dataclass(frozen=True, eq=False)
-class ClassSet:
-    """The classes of a pair.
-
-    `scores` names the means that a table reports, each over a subset of the classes; the first is the headline:
-    `{"mIoU16": (0, ..., 15), "mIoU13": (0, 1, 2, 6, ...)}`.
-    """
-
-    names: tuple[str, ...]
-    palette: np.ndarray  # (K, 3) uint8
-    scores: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        count = len(self.names)
-        if self.palette.shape != (count, 3) or self.palette.dtype != np.uint8:
-            raise ValueError(
-                f"Expected `palette` to be uint8 ({count}, 3), one colour a class, "
-                f"but got {self.palette.dtype} {self.palette.shape}."
-            )
-        if not self.scores:
-            object.__setattr__(self, "scores", {"mIoU": tuple(range(count))})
-        for name, ids in self.scores.items():
-            if not ids or not all(0 <= i < count for i in ids):
-                raise ValueError(f"Expected score {name!r} to list class ids in [0, {count}), but got {ids}.")
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def rainbow(count: int) -> np.ndarray:
-    """Colours (count, 3) uint8 for classes without a palette: hues a golden angle apart."""
-    colours = [colorsys.hsv_to_rgb(i * 0.618 % 1, 0.65, 0.55 + 0.4 * (i % 2)) for i in range(count)]
-    return (255 * np.array(colours)).astype(np.uint8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,22 +31,19 @@ class LabelFormat:
     """How label files become train ids: read the raw ids, then look them up.
 
     `table` is uint8 (256,), raw id -> train id or 255. `expected` are the raw ids that such a file may hold: with
-    `strict` another one is an error at once, otherwise it reads as 255 and only `check_data` reports it.
+    `strict` another one is an error at once, otherwise it reads as 255 and only `check_data` reports it. `doubt_masks`
+    says that nobody stated what 255 means, so that files of 0 and 255 alone may be masks with 255 for the foreground.
     """
 
     table: np.ndarray
     expected: frozenset[int]
     read_ids: Reader
     strict: bool = False
+    doubt_masks: bool = False
 
     @classmethod
     def of_table(
-        cls,
-        ids: Mapping[int, int],
-        read_ids: Callable[[Path], np.ndarray],
-        *,
-        also: Iterable[int] = (),
-        strict: bool = False,
+        cls, ids: Mapping[int, int], read_ids: Reader, *, also: Iterable[int] = (), strict: bool = False
     ) -> LabelFormat:
         """Build from `{raw id: train id}`; `also` are raw ids that are expected and ignored. 255 always is."""
         table = np.full(256, IGNORE, np.uint8)
@@ -86,15 +51,28 @@ class LabelFormat:
             table[raw] = train
         return cls(table, frozenset((*ids, *also, IGNORE)), read_ids, strict)
 
+    @classmethod
+    def of_folder(cls, ids: Ids, count: int) -> LabelFormat:
+        """Build for a set of one's own with `count` classes: ids as they are, mapped, or told by their colours."""
+        plain = {i: i for i in range(count)}
+        if ids is None:
+            return replace(cls.of_table(plain, read_ids, strict=True), doubt_masks=True)
+        if not all(isinstance(raw, int) for raw in ids):
+            return cls.of_table(plain, ColourTable(ids))  # type: ignore[arg-type]
+        return replace(cls.of_table(ids, read_ids), doubt_masks=IGNORE not in ids)  # type: ignore[arg-type]
+
     def read(self, path: Path) -> np.ndarray:
         """Train ids (H, W) uint8 of a label file."""
-        raw = self.read_ids(path)
+        return self.train_ids(self.read_ids(path), path)
+
+    def train_ids(self, raw: np.ndarray, path: Path) -> np.ndarray:
+        """Look up the raw ids of a file."""
         if int(raw.max(initial=0)) > 255 or int(raw.min(initial=0)) < 0:
             raise ValueError(f"Expected label ids in [0, 255], but {path} holds {raw.min()} to {raw.max()}.")
         if self.strict and (extra := self.unexpected(raw)):
             known = sorted(self.expected - {IGNORE})
             raise ValueError(
-                f"Expected label ids {_ranges(known)} or 255, but {path} also holds {_ranges(extra)}. "
+                f"Expected label ids {ranges(known)} or 255, but {path} also holds {ranges(extra)}. "
                 "Map them with `ids` (`ids: {raw id: train id}` in classes.yaml)."
             )
         return self.table[raw]
@@ -132,12 +110,22 @@ class Remembered:
 
 
 class Unlabelled(Dataset[Tensor]):
-    """Images only: `[i]` -> uint8 (3, H, W). It is given no labels and no label paths, so it cannot return any."""
+    """Images only: `[i]` -> (K, H, W), see `ImageFormat`. It is given no labels and no label paths to return any."""
 
-    def __init__(self, names: Sequence[str], images: Store, *, paths: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        images: Store,
+        *,
+        paths: Sequence[Path] = (),
+        image_format: ImageFormat | None = None,
+        missing: Sequence[str] = (),
+    ) -> None:
         self.names = tuple(names)
         self.images = images
         self.paths = tuple(paths)
+        self.image_format = image_format or ImageFormat()
+        self.missing = tuple(missing)  # what was listed and not found; kept for check_data, never part of the set
 
     def __len__(self) -> int:
         return len(self.names)
@@ -151,7 +139,7 @@ class Unlabelled(Dataset[Tensor]):
 
 
 class Labelled(Dataset[tuple[Tensor, Tensor]]):
-    """Images with train ids: `[i]` -> (image uint8 (3, H, W), label uint8 (H, W), 255 = ignore).
+    """Images with train ids: `[i]` -> (image (K, H, W), see `ImageFormat`, label uint8 (H, W), 255 = ignore).
 
     With `native_labels` the label keeps the size of its file while the image is resized: evaluation at full size.
     """
@@ -165,6 +153,7 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
         native_labels: bool = False,
         paths: Sequence[tuple[Path, Path]] = (),
         format: LabelFormat | None = None,
+        image_format: ImageFormat | None = None,
         missing: Sequence[str] = (),
     ) -> None:
         self.names = tuple(names)
@@ -173,6 +162,7 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
         self.native_labels = native_labels
         self.paths = tuple(paths)
         self.format = format
+        self.image_format = image_format or ImageFormat()
         self.missing = tuple(missing)  # images without a label; kept for check_data, never part of the set
 
     def __len__(self) -> int:
@@ -193,12 +183,15 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
 
     def without_labels(self) -> Unlabelled:
         """Return the images alone; nothing of the result leads to the labels."""
-        return Unlabelled(self.names, self.images, paths=[image for image, _ in self.paths])
+        paths = [image for image, _ in self.paths]
+        return Unlabelled(self.names, self.images, paths=paths, image_format=self.image_format)
 
 
-def image_files(paths: Sequence[Path], *, size: Size | None = None, cache: bool = False) -> Remembered:
-    """Images of `paths` as uint8 (3, H, W), resized to `size` (bilinear, antialiased)."""
-    return Remembered(len(paths), partial(_image_at, tuple(paths), size), cache=cache)
+def image_files(
+    paths: Sequence[Path], format: ImageFormat | None = None, *, size: Size | None = None, cache: bool = False
+) -> Remembered:
+    """Images of `paths` as (K, H, W), see `ImageFormat`, resized to `size` (bilinear, antialiased)."""
+    return Remembered(len(paths), partial(_image_at, tuple(paths), format or ImageFormat(), size), cache=cache)
 
 
 def label_files(
@@ -208,38 +201,8 @@ def label_files(
     return Remembered(len(paths), partial(_label_at, tuple(paths), format, size), cache=cache)
 
 
-def read_image(path: Path) -> Tensor:
-    """Decode an image as uint8 (3, H, W)."""
-    return _decode(path).contiguous()
-
-
-def _decode(path: Path) -> Tensor:
-    """The same with the channels innermost in memory, as files have them."""
-    try:
-        with Image.open(path) as image:
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise OSError(f"Cannot read the image {path}: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def read_index_png(path: Path) -> np.ndarray:
-    """Decode a one-channel label file: the indices of a palette PNG as they are stored, never its colours."""
-    try:
-        with Image.open(path) as image:
-            mode, ids = image.mode, np.array(image)
-    except (OSError, SyntaxError) as error:
-        raise OSError(f"Cannot read the label {path}: {error}") from error
-    if ids.ndim != 2:
-        raise ValueError(
-            f"Expected the label {path} to hold one class id a pixel (palette or grey PNG), but its mode is {mode}: "
-            "colours are for viewing."
-        )
-    return ids.astype(np.uint8) if ids.dtype == np.bool_ else ids
-
-
 def resize_image(image: Tensor, size: Size | None) -> Tensor:
-    """Bilinear with antialias, in uint8."""
+    """Bilinear with antialias, in the type of the image."""
     if size is None or image.shape[-2:] == size:
         return image
     return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
@@ -258,9 +221,9 @@ def nearest_index(old: int, new: int) -> Tensor:
     return (2 * torch.arange(new) + 1) * old // (2 * new)
 
 
-def _image_at(paths: tuple[Path, ...], size: Size | None, index: int) -> Tensor:
+def _image_at(paths: tuple[Path, ...], format: ImageFormat, size: Size | None, index: int) -> Tensor:
     # Contiguous last: resizing is quickest with the channels innermost, and what is left to copy is smaller.
-    return resize_image(_decode(paths[index]), size).contiguous()
+    return resize_image(format.read(paths[index]), size).contiguous()
 
 
 def _label_at(paths: tuple[Path, ...], format: LabelFormat, size: Size | None, index: int) -> Tensor:
@@ -278,8 +241,8 @@ def progress(items: Sized, title: str) -> Iterable[int]:
     return track(items, title, transient=True, disable=len(items) < 50 or not get_console().is_terminal)  # type: ignore[arg-type]
 
 
-def _ranges(ids: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
+def ranges(ids: Sequence[int]) -> str:
+    """Shorten [0, 1, 2, 5] -> "0-2, 5"."""
     runs: list[list[int]] = []
     for i in sorted(ids):
         if runs and i == runs[-1][1] + 1:

@@ -1,0 +1,185 @@
+"""One reader: what each kind of file becomes, and that training, --check-data and predict.py refuse the same ones."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import odd_files
+from gta2cs.datasets import ClassSet, build_pair, check_data, folder
+from gta2cs.layouts import load_classes
+from gta2cs.reading import ColourTable, ImageFormat, decode, read_ids, turn, viewable
+from odd_files import IMAGES, LABELS, READ, REFUSED, Odd, noise, save, save_turned
+
+TWO = ClassSet(("thing", "stuff"), np.array([[1, 2, 3], [4, 5, 6]], np.uint8))
+
+
+def make_folder(root: Path, odd: Odd | None = None, label: Odd | None = None) -> Path:
+    """A folder pair whose first image or label is an odd one."""
+    for i, name in enumerate("ab"):
+        save(root / "images" / f"{name}.png", noise(3))
+        save(root / "labels" / f"{name}.png", noise(high=2))
+        for part, file in (("images", odd), ("labels", label)):
+            if i == 0 and file is not None:
+                (root / part / "a.png").unlink()
+                file.write((root / part / "a").with_suffix(Path(file.name).suffix))
+    return root
+
+
+@pytest.mark.parametrize("odd", READ, ids=lambda odd: odd.name)
+def test_images_that_are_read(tmp_path: Path, odd: Odd) -> None:
+    path = tmp_path / odd.name
+    odd.write(path)
+    image = ImageFormat(odd.channels, odd.value_range).read(path)
+    assert image.dtype == (torch.uint8 if odd.value_range is None else torch.float32)
+    tolerance = 4 if path.suffix == ".jpg" else 0 if odd.value_range is None else 1e-3
+    np.testing.assert_allclose(image.numpy(), odd.value, rtol=0, atol=tolerance)
+    assert viewable(image).shape == (*image.shape[-2:], 3)
+
+
+@pytest.mark.parametrize("odd", REFUSED, ids=lambda odd: odd.name)
+def test_images_that_are_refused_by_name(tmp_path: Path, odd: Odd) -> None:
+    root = make_folder(tmp_path, odd)
+    listing = folder(root, "train", TWO)
+    format = ImageFormat(odd.channels, odd.value_range)
+    data = listing.labelled(image_format=format)
+    bad = [path for path, _ in data.paths].index(next(p for p, _ in data.paths if p.stem == "a"))
+    with pytest.raises((OSError, ValueError), match=str(odd.value)) as caught:
+        data[bad]
+    assert "images/a." in str(caught.value)
+    for part in (data, listing.unlabelled(image_format=format)):
+        report = check_data(part)
+        found = [what for kind in ("unreadable", "refused") for what in report.problems.get(kind, [])]
+        assert any(str(caught.value) in what for what in found)
+        assert report.lines()
+
+
+@pytest.mark.parametrize("odd", LABELS, ids=lambda odd: odd.name)
+def test_labels(tmp_path: Path, odd: Odd) -> None:
+    data = folder(make_folder(tmp_path, label=odd), "train", TWO).labelled()
+    path = data.paths[0][1]
+    assert path.stem == "a"
+    assert data.format is not None
+    if isinstance(odd.value, str):
+        with pytest.raises((OSError, ValueError), match=odd.value) as caught:
+            data[0]
+        assert "labels/a." in str(caught.value)
+        report = check_data(data)
+        assert not report.ok
+        assert any("labels/a." in line for line in report.lines())
+    else:
+        assert data.format.read(path).tolist() == odd.value.tolist()
+
+
+def test_colour_coded_labels(tmp_path: Path) -> None:
+    (tmp_path / "classes.yaml").write_text(
+        "names: [road, lane]\ncolors: {road: [1, 2, 3], lane: [[9, 9, 9], [8, 0, 0]], ignore: [0, 0, 0]}\n"
+    )
+    colours = np.array([[1, 2, 3], [9, 9, 9], [8, 0, 0], [0, 0, 0]], np.uint8)
+    root = make_folder(tmp_path / "set")
+    for name in "ab":
+        save(root / "labels" / f"{name}.png", colours[noise(high=4)])
+    known, ids = load_classes(tmp_path / "classes.yaml")
+    data = folder(root, "train", known, ids=ids).labelled()
+    assert data[0][1].tolist() == np.array([0, 1, 1, 255])[noise(high=4)].tolist()
+    assert check_data(data, known).ok
+    save(root / "labels" / "a.png", np.full((*odd_files.SIZE, 3), 77, np.uint8))
+    with pytest.raises(ValueError, match=r"labels/a\.png to hold only the colours .* 1 other: \[77, 77, 77\] at 35"):
+        data[0]
+    assert "labels/a.png" in check_data(data).problems["refused"][0]
+
+
+def test_the_palette_may_be_the_table_of_colours(tmp_path: Path) -> None:
+    path = tmp_path / "classes.yaml"
+    path.write_text("names: [road, lane]\npalette: [[1, 2, 3], [4, 5, 6]]\ncolors: palette\n")
+    table = ColourTable(load_classes(path).ids)  # type: ignore[arg-type]
+    ids = noise(high=2)
+    save(tmp_path / "a.png", TWO.palette[ids])
+    assert table(tmp_path / "a.png").tolist() == ids.tolist()
+
+
+def test_masks_of_0_and_255_are_refused_unless_a_table_says_what_255_is(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    for name in "ab":
+        save(root / "labels" / f"{name}.png", noise(high=2) * 255)
+    with pytest.raises(ValueError, match=r"only 0 and 255, .* `ids: \{0: 0, 255: 1\}` in classes\.yaml makes 255 the"):
+        folder(root, "train", TWO).labelled()
+    assert "masks" in check_data(folder(root, "train", TWO).labelled(strict=False)).problems
+    with pytest.raises(ValueError, match="only 0 and 255"):
+        folder(root, "train", TWO, ids={0: 0, 1: 1}).labelled()
+    for ids, meant in (({0: 0, 255: 1}, 1), ({0: 0, 255: 255}, 255)):
+        data = folder(root, "train", TWO, ids=ids).labelled()
+        assert data[0][1].tolist() == (noise(high=2) * np.uint8(meant)).tolist()
+        assert check_data(data).ok
+    save(root / "labels" / "b.png", noise(high=2))  # one true label: 255 is what is ignored
+    assert folder(root, "train", TWO).labelled()[0][1].unique().tolist() == [0, 255]
+
+
+def test_an_orientation_of_the_image_alone_is_named(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    save_turned(root / "images" / "a.png", noise(3), 6)
+    report = check_data(folder(root, "train", TWO).labelled())
+    assert "a.png is 5x7" in report.problems["size differs"][0]
+    assert "before its EXIF orientation turns it" in report.problems["size differs"][0]
+    assert report.seen["data"].turned == 1
+    save_turned(root / "labels" / "a.png", noise(high=2), 6)  # a label that carries the same orientation fits
+    assert check_data(folder(root, "train", TWO).labelled()).ok
+
+
+def test_the_check_tells_what_the_files_are_like(tmp_path: Path) -> None:
+    root = make_folder(tmp_path)
+    save(root / "images" / "a.png", np.full((*odd_files.SIZE, 3), 20, np.uint8))
+    save(root / "images" / "b.png", np.full((*odd_files.SIZE, 3), 10, np.uint8))
+    save(root / "images" / "c.png", np.zeros((8, 9, 3), np.uint8))
+    save(root / "labels" / "c.png", noise(high=2))
+    report = check_data(folder(root, "train", TWO).labelled(), TWO)
+    seen = report.seen["data"]
+    assert (seen.low, seen.high, dict(seen.depths), dict(seen.bands)) == (0, 20, {"8 bit": 3}, {3: 3})
+    assert seen.sizes == {(5, 7): 2, (8, 9): 1}
+    np.testing.assert_allclose(np.mean(seen.mean, 0), 10 / 255)
+    assert seen.pixels[:2].sum() == 105
+    assert any("no value of any image is above 20 of 255" in note for note in report.notes)
+    assert any("1 labels have the size of other images" in note for note in report.notes)
+    deep = tmp_path / "deep"
+    save(deep / "images" / "a.png", noise(high=4000, dtype=np.uint16))
+    report = check_data(folder(deep, "train", TWO).unlabelled(image_format=ImageFormat(value_range=(0, 4000))))
+    assert report.ok
+    assert report.seen["data"].depths == {"16 bit": 1}
+
+
+def test_ranges_of_a_pair(tmp_path: Path) -> None:
+    for side in ("source", "target"):
+        deep = noise(high=1000, dtype=np.uint16)
+        save(tmp_path / side / "images" / "a.png", deep if side == "target" else noise())
+        save(tmp_path / side / "labels" / "a.png", noise(high=2))
+    pair = build_pair("folder", data_root=tmp_path, classes=TWO, channels=1, target_range=(0, 1000))
+    assert pair.channels == 1
+    assert pair.source_train[0][0].dtype == torch.uint8
+    assert pair.source_train[0][0].shape == (1, *odd_files.SIZE)
+    np.testing.assert_allclose(pair.target_train[0][0].numpy(), deep * 0.255, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"a value range \(low, high\) with low < high, but got \(5, 5\)"):
+        build_pair("folder", data_root=tmp_path, classes=TWO, target_range=(5, 5))
+
+
+def test_every_orientation_by_the_words_of_the_standard() -> None:
+    for orientation in range(1, 9):
+        for pixels in (noise(), noise(3)):
+            assert (turn(pixels, orientation) == odd_files.upright(pixels, orientation)).all()
+
+
+def test_the_generator_covers_what_it_says() -> None:
+    assert len({odd.name for odd in IMAGES}) == len(IMAGES)
+    assert len(READ) >= 20
+    assert len(REFUSED) >= 15
+
+
+def test_palette_indices_and_depth(tmp_path: Path) -> None:
+    from PIL import Image
+
+    ids = noise(high=5)
+    picture = Image.fromarray(ids)
+    picture.putpalette([(7 * i + 3) % 256 for i in range(768)])
+    picture.save(tmp_path / "a.png")
+    assert read_ids(tmp_path / "a.png").tolist() == ids.tolist()
+    assert decode(tmp_path / "a.png").pixels.shape == (*odd_files.SIZE, 3)
