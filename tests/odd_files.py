@@ -90,6 +90,7 @@ def _images() -> list[Odd]:
     nan = real.copy()
     nan[1, 2] = np.nan
     opaque = np.dstack([colours, np.full(SIZE, 255, np.uint8)])
+    near_infrared, volume = {"photometric": "rgb", "extrasamples": [0]}, {"metadata": {"axes": "ZYX"}, "photometric": 1}
     thrice = np.repeat(planes(grey), 3, 0)
     return [
         Odd("colours.png", lambda p: save(p, colours), planes(colours)),
@@ -108,8 +109,11 @@ def _images() -> list[Odd]:
         Odd("five.tif", lambda p: tiff(p, five, planarconfig="contig"), planes(five), 5),
         Odd("planes.tif", lambda p: tiff(p, planes(five), planarconfig="separate"), planes(five), 5),
         Odd("pages.tif", lambda p: tiff(p, planes(five), photometric="minisblack"), planes(five), 5),
-        Odd("four.tif", lambda p: tiff(p, four, photometric="rgb", extrasamples=[0]), planes(four), 4),
-        *(Odd(f"turned_{o}.png", lambda p, o=o: save_turned(p, colours, o), planes(upright(colours, o))) for o in range(1, 9)),
+        Odd("four.tif", lambda p: tiff(p, four, **near_infrared), planes(four), 4),
+        *(
+            Odd(f"turned_{o}.png", lambda p, o=o: save_turned(p, colours, o), planes(upright(colours, o)))
+            for o in range(1, 9)
+        ),
         Odd("turned.jpg", lambda p: save_turned(p, np.full((4, 8, 3), 90, np.uint8), 6), np.full((3, 8, 4), 90)),
         # refused
         Odd("no_range.png", lambda p: save(p, deep), "8 bits a channel or a stated range, but it holds uint16 from"),
@@ -118,9 +122,9 @@ def _images() -> list[Odd]:
         Odd("no_range_float32.tif", lambda p: save(p, real), "or a stated range, but it holds float32 from 0"),
         Odd("no_range_colours.tif", lambda p: tiff(p, deep3), "or a stated range, but it holds uint16 from"),
         Odd("nan.tif", lambda p: tiff(p, nan), "but it also holds NaN or infinity", 1, (0, 1)),
-        Odd("fourth_band.tif", lambda p: tiff(p, four, photometric="rgb", extrasamples=[0]), "3 channels, but it has 4"),
+        Odd("fourth_band.tif", lambda p: tiff(p, four, **near_infrared), "3 channels, but it has 4"),
         Odd("five_bands.tif", lambda p: tiff(p, five, planarconfig="contig"), "3 channels, but it has 5"),
-        Odd("stack.tif", lambda p: tiff(p, noise(3).transpose(2, 0, 1), metadata={"axes": "ZYX"}, photometric="minisblack"), "a stack with the axes ZYX"),
+        Odd("stack.tif", lambda p: tiff(p, planes(noise(3)), **volume), "a stack with the axes ZYX"),
         Odd("transparent.png", lambda p: save(p, four), "to be opaque, but its alpha channel is not"),
         Odd("one_of_three.png", lambda p: save(p, colours), "to have 1 channel, but it has 3", 1),
         Odd("huge.png", save_huge, "it has more than 178 megapixels"),
@@ -134,10 +138,8 @@ def _images() -> list[Odd]:
 
 def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """By the standard's words: where row 0 and column 0 of the file are in the picture."""
-    row, column = {
-        **{1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left")},
-        **{5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom")},
-    }[orientation]
+    places = "top left, top right, bottom right, bottom left, left top, right top, right bottom, left bottom"
+    row, column = places.split(", ")[orientation - 1].split()
     height, width = pixels.shape[:2]
     shape = (height, width) if row in ("top", "bottom") else (width, height)
     out = np.zeros((*shape, *pixels.shape[2:]), pixels.dtype)
