@@ -153,6 +153,8 @@ REALISTIC: dict[str, Callable[[Operation], Example]] = {
     "RectifiedSelector": lambda op: _consensus,
     "ClassQuantileSelector": _with(bins=4096),
     "AdaptiveThresholdSelector": _with(momentum=0.0),  # the same at every call
+    "LabelFreeScores": _with(samples=0),  # a draw has no textbook
+    "ConfidenceThreshold": _with(bins=4096),
     "strong_augment": lambda op: _augment,
     "fourier_transfer": _with(beta=0.01),
     "downscale_labels": _with(factor=STRIDE, min_ratio=0.75),
@@ -172,6 +174,7 @@ ELSEWHERE = {
     "ClassPrototypes": "its methods have rows",
     "ClassDistributions": "its update has a row",
     "EMATeacher": "its update has a row; calling it is calling the net",
+    **dict.fromkeys(("mirror_view", "shift_view", "crop_view", "rotation_view"), "what view_consistency is given"),
 }
 
 

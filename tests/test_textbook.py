@@ -16,7 +16,7 @@ from textbook import NO_TEXTBOOK, TEXTBOOK
 ROWS = {w.name: w for w in workloads()}
 # Draws are compared by their statistics below, approximations with the tolerance that they document.
 DRAWS = ("draw_classes", "ClassMix", "CrossDomainMix", "draw_box_mask", "draw_block_mask")
-APPROXIMATE = ("ClassQuantileSelector", "histogram_transfer", "color_transfer", "strong_augment")
+APPROXIMATE = ("ClassQuantileSelector", "ConfidenceThreshold", "histogram_transfer", "color_transfer", "strong_augment")
 SAMPLES = {
     "supervised_pixel_contrast_loss": {"h": 12, "w": 12},  # few pixels: all are drawn
     "fourier_transfer": {"h": 204, "w": 210},  # a square of more than one frequency
@@ -74,6 +74,14 @@ def test_agrees_class_quantile() -> None:
     ours, theirs = results("ClassQuantileSelector", False)
     assert (ours[0] == theirs[0]).float().mean() > 0.99
     assert (ours[3] - theirs[3]).abs().max() < 0.03
+
+
+def test_agrees_confidence_threshold() -> None:
+    """A bin is as wide as it is; the shares above its edges are close."""
+    ours, theirs = results("ConfidenceThreshold", False)
+    assert float(ours[0]) == pytest.approx(float(theirs[0]))
+    assert float(ours[1]) == pytest.approx(float(theirs[1]), abs=0.01)
+    assert float(ours[2]) == pytest.approx(float(theirs[2]), abs=0.01)
 
 
 def test_agrees_histogram() -> None:

@@ -703,3 +703,82 @@ def feature_tap(images: Tensor) -> tuple[Tensor, Tensor]:
     """The net of the entry, changed to return its features."""
     features = F.softplus(F.avg_pool2d(images, 2))
     return F.interpolate(features, scale_factor=2.0, mode="nearest"), features
+
+
+# --- validation -----------------------------------------------------------------------------------
+
+
+@textbook("LabelFreeScores")
+def label_free_scores(logits: Tensor, *, valid: Tensor, num_classes: int, samples: int) -> tuple[Tensor, ...]:
+    """The sums that the scores are made of, of the batch and of its mirror image, which is valid everywhere."""
+    p = torch.cat([single(x).softmax(1).movedim(1, -1)[v] for x, v in ((logits, valid), (logits.flip(-1), valid >= 0))])
+    entropy = -(p * p.clamp_min(1e-30).log()).sum(1)
+    predicted = torch.bincount(p.argmax(1), minlength=num_classes)
+    sums = torch.stack([p.amax(1).sum(), entropy.sum(), (p**4).sum()])
+    zero = torch.zeros(())
+    pixels = torch.tensor(float(len(p)))
+    state = (predicted.float(), pixels, zero, p.sum(0), p.T @ p, sums, zero, predicted / len(p))
+    return tuple(x.float() for x in state)
+
+
+def mean_iou(a: Tensor, b: Tensor, c: int) -> Tensor:
+    confusion = torch.bincount(a * c + b, minlength=c * c).view(c, c)
+    both = confusion.diagonal()
+    return (both / (confusion.sum(0) + confusion.sum(1) - both)).nanmean()
+
+
+@textbook("consistency_score")
+def consistency_score(logits: Tensor, perturbed_logits: Tensor, *, valid: Tensor) -> Tensor:
+    pairs = zip(logits.argmax(1), perturbed_logits.argmax(1), valid, strict=True)
+    return torch.stack([mean_iou(a[v], b[v], logits.shape[1]) for a, b, v in pairs])
+
+
+@textbook("view_consistency")
+def view_consistency(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    transform: Callable[[Tensor], Tensor],
+    inverse: Callable[[Tensor], Tensor],
+    *,
+    valid: Tensor,
+) -> Tensor:
+    return consistency_score(model(images), inverse(model(transform(images))), valid=valid)
+
+
+@textbook("mirror_consistency")
+def mirror_consistency(model: Callable[[Tensor], Tensor], images: Tensor, *, valid: Tensor) -> Tensor:
+    return consistency_score(model(images), model(images.flip(-1)).flip(-1), valid=valid)
+
+
+@textbook("ensemble_agreement")
+def ensemble_agreement(probabilities: Sequence[Tensor], *, valid: Tensor) -> Tensor:
+    p = torch.stack(list(probabilities))
+    same = p.argmax(2) == p.mean(0).argmax(1)
+    return same[:, valid].float().mean(1)
+
+
+@textbook("ConfidenceThreshold")
+def confidence_threshold(
+    source: Tensor, labels: Tensor, logits: Tensor, *, valid: Tensor, temperature: float, bins: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The exact quantile of the sorted confidences."""
+    confidence, predicted = (single(source) / temperature).softmax(1).max(1)
+    known = labels != IGNORE
+    accuracy = (predicted == labels)[known].double().mean()
+    threshold = confidence[known].quantile(1 - accuracy.to(confidence.dtype))
+    target = (single(logits) / temperature).softmax(1).amax(1)[valid]
+    return accuracy, threshold, (target > threshold).double().mean()
+
+
+@textbook("fit_temperature")
+def fit_temperature(logits: Tensor, labels: Tensor) -> Tensor:
+    """Newton's method on 1 / T."""
+    known = labels != IGNORE
+    scores, target = single(logits).movedim(1, -1)[known], labels[known]
+    inverse = torch.ones((), dtype=scores.dtype)
+    for _ in range(12):
+        p = (scores * inverse).softmax(1)
+        mean = (p * scores).sum(1)
+        slope = (mean - scores.gather(1, target[:, None])[:, 0]).mean()
+        inverse = (inverse - slope / ((p * scores.square()).sum(1) - mean.square()).mean()).clamp(1 / 20, 20)
+    return 1 / inverse

@@ -1,6 +1,6 @@
 """Parts for unsupervised domain adaptive semantic segmentation, as functions and Modules on tensors."""
 
-from udakit import binary, features, labels, losses, mixing, prototypes, pseudo_labels, sampling, teachers
+from udakit import binary, features, labels, losses, mixing, prototypes, pseudo_labels, sampling, teachers, validation
 from udakit.binary import *  # noqa: F403
 from udakit.features import *  # noqa: F403
 from udakit.labels import *  # noqa: F403
@@ -10,6 +10,7 @@ from udakit.prototypes import *  # noqa: F403
 from udakit.pseudo_labels import *  # noqa: F403
 from udakit.sampling import *  # noqa: F403
 from udakit.teachers import *  # noqa: F403
+from udakit.validation import *  # noqa: F403
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ __all__ = [
     "pseudo_labels",
     "sampling",
     "teachers",
+    "validation",
 ]
 __all__ += binary.__all__
 __all__ += features.__all__
@@ -34,3 +36,4 @@ __all__ += prototypes.__all__
 __all__ += pseudo_labels.__all__
 __all__ += sampling.__all__
 __all__ += teachers.__all__
+__all__ += validation.__all__

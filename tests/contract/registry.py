@@ -17,7 +17,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-FAMILIES = ("losses", "contrast", "mixing", "pseudo_labels", "prototypes", "teachers", "labels", "sampling", "features")
+FAMILIES = (
+    "losses",
+    "contrast",
+    "mixing",
+    "pseudo_labels",
+    "prototypes",
+    "teachers",
+    "labels",
+    "sampling",
+    "features",
+    "validation",
+)
 
 # The checks an entry can be exempted from (the functions test_<check> of test_contract.py).
 CHECKS = (

@@ -1,0 +1,32 @@
+"""Is it getting better, without a target label? Scores of a net on unlabelled images."""
+
+from udakit.validation.confidence_threshold import ConfidenceThreshold, fit_temperature
+from udakit.validation.consistency import ConsistencyScore, consistency_score
+from udakit.validation.ensemble import EnsembleAgreement, ensemble_agreement
+from udakit.validation.label_free import LabelFreeScores
+from udakit.validation.views import (
+    View,
+    crop_view,
+    mirror_consistency,
+    mirror_view,
+    rotation_view,
+    shift_view,
+    view_consistency,
+)
+
+__all__ = [
+    "ConfidenceThreshold",
+    "ConsistencyScore",
+    "EnsembleAgreement",
+    "LabelFreeScores",
+    "View",
+    "consistency_score",
+    "crop_view",
+    "ensemble_agreement",
+    "fit_temperature",
+    "mirror_consistency",
+    "mirror_view",
+    "rotation_view",
+    "shift_view",
+    "view_consistency",
+]

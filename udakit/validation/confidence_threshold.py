@@ -1,0 +1,233 @@
+"""Expected accuracy on target, from a confidence threshold found on labelled source (ATC)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor
+
+from udakit._checks import (
+    check_device,
+    check_ignore_index,
+    check_integer,
+    check_labels_like,
+    check_mask_like,
+    check_option,
+    check_pair,
+    check_range,
+    check_scores,
+)
+from udakit._reduce import KINDS, Kind, class_ids, upcast
+from udakit._state import FullPrecisionState, sum_ranks
+from udakit.pseudo_labels.class_quantile import _BITS
+
+
+class ConfidenceThreshold(FullPrecisionState):
+    r"""Estimate the accuracy on unlabelled target images by a threshold that is right on labelled source.
+
+    $$t: \ \frac1N \#\{p \in \text{source} : s_p > t\} = \text{accuracy on source}, \qquad
+    \widehat{\text{accuracy}} = \frac1M \#\{p \in \text{target} : s_p > t\}$$
+
+    with the confidence $s = \max_c \operatorname{softmax}(z / T)_c$.
+
+    **Convention.** Detached. `fit` counts confidences in a histogram with fixed bins, evenly spaced in -log2(1 - s) as
+    those of `ClassQuantileSelector`; of the bin in which the threshold lies the same share counts on target as on
+    source, so that ties, at 1.0 above all, leave the source's accuracy exact. Counts add up over batches and ranks.
+    NaN before the first `fit`, and for a batch without a valid pixel. A NaN confidence counts as wrong and as 0.
+
+    **Source.** ATC (Garg et al. 2022), by maximum confidence. It estimates accuracy and selects nothing; it holds where
+    confidence and accuracy shift together, which pseudo-label training can undo.
+
+    Attributes:
+        histogram: int64 buffer (bins,), source pixels by confidence.
+        correct: int64 buffer (), source pixels that are predicted rightly.
+
+    Args:
+        kind: "logits" | "probabilities".
+        temperature: T > 0 of a calibrated confidence (`fit_temperature`); for logits only.
+        bins: of the histogram.
+        ignore_index: the label that takes no part.
+
+    Example:
+        >>> import torch
+        >>> threshold = ConfidenceThreshold(kind="probabilities")
+        >>> p = torch.linspace(0.5, 0.9, 10).view(1, 1, 10)
+        >>> source = torch.cat([p, 1 - p], 1)
+        >>> threshold.fit(source, (p[:, 0] < 0.6).long())  # wrong where unsure: 7 of 10 are right
+        >>> threshold.estimate(source), threshold.estimate(source[..., :5])
+        (tensor(0.7000), tensor(0.4000))
+    """
+
+    histogram: Tensor
+    correct: Tensor
+
+    def __init__(
+        self, *, kind: Kind = "logits", temperature: float = 1.0, bins: int = 4096, ignore_index: int = 255
+    ) -> None:
+        super().__init__()
+        check_option("kind", kind, KINDS)
+        check_range("temperature", temperature, 0.0, open_low=True)
+        check_integer("bins", bins, 2)
+        check_ignore_index(ignore_index)
+        if kind == "probabilities" and temperature != 1:
+            raise ValueError(f"Expected `temperature` to be 1 for probabilities, but got {temperature!r}.")
+        self.kind: Kind = kind
+        self.temperature, self.bins, self.ignore_index = float(temperature), bins, ignore_index
+        self.register_buffer("histogram", torch.zeros(bins, dtype=torch.int64))
+        self.register_buffer("correct", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def accuracy(self) -> Float[Tensor, ""]:
+        """Accuracy on source; NaN before the first `fit`."""
+        return (self.correct.double() / self.histogram.sum()).float()
+
+    @property
+    def threshold(self) -> Float[Tensor, ""]:
+        """Lower edge of the bin in which the threshold lies."""
+        share = self._share()
+        counted = (share > 0).sum()
+        return 1 - torch.exp2(-(self.bins - counted) * (_BITS / self.bins))
+
+    def reset(self) -> None:
+        """Forget the source."""
+        self.histogram.zero_()
+        self.correct.zero_()
+
+    @torch.no_grad()
+    def fit(
+        self, logits: Float[Tensor, "n c *space"], labels: Integer[Tensor, "n *space"], *, sync: bool = False
+    ) -> None:
+        """Take in a labelled batch of the source.
+
+        Args:
+            logits: (N, C, *space), or probabilities by `kind`.
+            labels: class ids or `ignore_index`; other ids are ignored, too.
+            sync: add the counts of all ranks; every rank must call. Without a process group: one rank.
+
+        Raises:
+            TypeError: tensors of another dtype.
+            ValueError: shapes or devices that do not match.
+        """
+        predicted, bins = self._bins(logits)
+        check_labels_like(labels, logits)
+        ids = class_ids(labels, logits.shape[1], self.ignore_index)
+        counts = torch.cat([self._count(bins, ids < logits.shape[1]), (predicted == ids).sum().view(1)])
+        counts = sum_ranks(counts) if sync else counts
+        self.histogram.add_(counts[:-1])
+        self.correct.add_(counts[-1])
+
+    @torch.no_grad()
+    def estimate(
+        self, logits: Float[Tensor, "n c *space"], *, valid: Bool[Tensor, "n *space"] | None = None
+    ) -> Float[Tensor, ""]:
+        """Return the expected accuracy on a batch; over batches of one size the mean of it is that of all.
+
+        Args:
+            logits: (N, C, *space), or probabilities by `kind`.
+            valid: True where a pixel counts.
+
+        Returns:
+            Float32 in [0, 1].
+
+        Raises:
+            TypeError: `logits` that are not float, `valid` that is not bool.
+            ValueError: shapes or devices that do not match.
+        """
+        _, bins = self._bins(logits)
+        if valid is not None:
+            check_mask_like(valid, logits)
+        counts = self._count(bins, torch.ones_like(bins, dtype=torch.bool) if valid is None else valid).double()
+        return ((counts * self._share()).sum() / counts.sum()).float()
+
+    def _bins(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        check_scores("logits", logits, self.kind)
+        check_device("histogram", self.histogram, logits, "logits")
+        top, predicted = logits.detach().max(1)
+        if self.kind == "probabilities":
+            doubt = 1 - upcast(top)
+        else:
+            scores = upcast(logits.detach()).mul(1 / self.temperature)
+            others = scores.sub_(scores.amax(1, keepdim=True)).exp_()
+            total = others.sum(1)
+            doubt = (total - 1).clamp_min(0) / total  # 1 - s, without the rounding of s to 1
+        depth = -torch.log2(doubt.clamp(0, 1)) * (self.bins / _BITS)
+        sound = ~depth.isnan()
+        bins = depth.nan_to_num(0.0).clamp(0, self.bins - 1).long()
+        return predicted.where(sound, -1), bins
+
+    def _count(self, bins: Tensor, where: Tensor) -> Tensor:
+        counts = torch.zeros(self.bins, dtype=torch.int64, device=bins.device)
+        return counts.index_add(0, bins.flatten(), where.flatten().long())
+
+    def _share(self) -> Tensor:
+        """Share of each bin that counts as right: 1 above the threshold's, 0 below, a fraction in it."""
+        above = self.histogram.flip(0).cumsum(0).flip(0) - self.histogram
+        share = ((self.correct - above).double() / self.histogram.clamp_min(1)).clamp(0, 1)
+        return share.where(self.histogram.sum() > 0, torch.nan)
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return (
+            f"kind={self.kind!r}, temperature={self.temperature:g}, bins={self.bins}, ignore_index={self.ignore_index}"
+        )
+
+
+@torch.no_grad()
+def fit_temperature(
+    logits: Float[Tensor, "n c *space"],
+    labels: Integer[Tensor, "n *space"],
+    *,
+    temperature_range: tuple[float, float] = (0.05, 20.0),
+    ignore_index: int = 255,
+) -> Float[Tensor, ""]:
+    r"""Temperature that calibrates a net on labelled pixels.
+
+    $$\arg\min_T \ \frac1N \sum_p \operatorname{CE}(z_p / T,\ y_p)$$
+
+    **Convention.** Detached. The loss is convex in 1 / T: its slope is bisected in log T. Everything ignored, or
+    a net without an error, gives an end of the range.
+
+    **Source.** Guo et al. 2017.
+
+    Args:
+        logits: (N, C, *space) of labelled source images that the net was not trained on.
+        labels: class ids or `ignore_index`; other ids are ignored, too.
+        temperature_range: (lowest, highest) T.
+        ignore_index: the label that takes no part.
+
+    Returns:
+        () float32.
+
+    Raises:
+        TypeError: tensors of another dtype.
+        ValueError: shapes that do not match, or a range that is none.
+
+    Example:
+        >>> import torch
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> logits = torch.randn(1, 3, 64, 64, generator=generator)
+        >>> labels = torch.distributions.Gumbel(0.0, 1.0).sample(logits.shape).add(logits).argmax(1)  # drawn from it
+        >>> abs(float(fit_temperature(3 * logits, labels)) - 3) < 0.3
+        True
+    """
+    check_pair("temperature_range", temperature_range, "(lowest, highest), both above 0")
+    low, high = temperature_range
+    check_range("temperature_range", low, 0.0, open_low=True)
+    check_range("temperature_range", high, low)
+    check_ignore_index(ignore_index)
+    check_scores("logits", logits)
+    check_labels_like(labels, logits)
+    ids = class_ids(labels, logits.shape[1], ignore_index)
+    known = ids < logits.shape[1]
+    scores = upcast(logits.detach())
+    scores = (scores - scores.amax(1, keepdim=True)).clamp_min(-1e30)  # 0 * -inf is NaN
+    target = scores.gather(1, ids.where(known, 0).unsqueeze(1)).squeeze(1)
+    ends = torch.full((2,), low, dtype=scores.dtype, device=scores.device).log()
+    ends[1:].fill_(high).log_()
+    for _ in range(24):
+        middle = ends.mean()
+        p = (scores / middle.exp()).softmax(1)
+        # The derivative by 1 / T: above 0 where T is too small.
+        slope = torch.where(known, (p * scores).sum(1) - target, 0).sum()
+        ends = torch.where(torch.stack([slope > 0, slope <= 0]), middle, ends)
+    return ends.mean().exp().float()

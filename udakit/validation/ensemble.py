@@ -1,0 +1,165 @@
+"""Which of several nets agrees most with all of them together (EnsV)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from udakit._checks import (
+    check_device,
+    check_integer,
+    check_mask_like,
+    check_option,
+    check_same_shape,
+    check_scores,
+    is_sequence,
+    kind_of,
+)
+from udakit._reduce import upcast
+from udakit._state import FullPrecisionState, sum_ranks
+
+EnsembleKind = Literal["probabilities", "logits"]
+KINDS = get_args(EnsembleKind)
+Candidates = Float[Tensor, "k n c *space"] | Sequence[Float[Tensor, "n c *space"]]
+
+
+def ensemble_agreement(
+    probabilities: Candidates,
+    *,
+    kind: EnsembleKind = "probabilities",
+    valid: Bool[Tensor, "n *space"] | None = None,
+) -> Float[Tensor, "k"]:
+    r"""Share of pixels on which each candidate agrees with the arg-max of the candidates' mean.
+
+    $$a_k = \frac{1}{N} \#\Big\{p : \arg\max_c P^{(k)}_{pc} = \arg\max_c \tfrac1K \sum_j P^{(j)}_{pc}\Big\}$$
+
+    **Convention.** Detached. Counted over the `valid` pixels; 0 where there is none. A pixel at which a candidate holds
+    a NaN or an infinity takes no part in the mean, and that candidate disagrees there.
+
+    **Source.** EnsV (Hu et al. 2024), which keeps the candidate with the highest agreement.
+
+    Args:
+        probabilities: (K, N, C, *space), or K tensors (N, C, *space): the candidates' probabilities of one batch.
+        kind: "probabilities" | "logits".
+        valid: True where a pixel counts.
+
+    Returns:
+        (K,) float32 in [0, 1]; higher is closer to the ensemble.
+
+    Raises:
+        TypeError: tensors that are not float, or a `valid` that is not bool.
+        ValueError: no candidate, unlike shapes, or an unknown `kind`.
+
+    Example:
+        >>> import torch
+        >>> p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]]).view(3, 1, 2, 1)
+        >>> ensemble_agreement(p)
+        tensor([1., 1., 0.])
+    """
+    check_option("kind", kind, KINDS)
+    agreeing, pixels = _agreement(_candidates(probabilities, kind), kind, valid)
+    return agreeing / pixels.clamp_min(1)
+
+
+class EnsembleAgreement(FullPrecisionState):
+    """[`ensemble_agreement`][udakit.validation.ensemble_agreement] over a whole data set, from its batches.
+
+    **Convention.** Counts (int64) add up over batches and, with `sync`, over ranks, bit by bit as in one process. A
+    call takes a batch in and returns that batch's own agreement.
+
+    Attributes:
+        agreeing: int64 buffer (K,).
+        pixels: int64 buffer ().
+
+    Args:
+        candidates: K.
+        kind: "probabilities" | "logits".
+
+    Example:
+        >>> import torch
+        >>> agreement = EnsembleAgreement(2, kind="logits")
+        >>> for _ in range(3):
+        ...     _ = agreement([net(torch.rand(1, 3, 4, 4)) for net in [torch.nn.Conv2d(3, 5, 1)] * 2])
+        >>> agreement.compute().shape
+        torch.Size([2])
+    """
+
+    agreeing: Tensor
+    pixels: Tensor
+
+    def __init__(self, candidates: int, *, kind: EnsembleKind = "probabilities") -> None:
+        super().__init__()
+        check_integer("candidates", candidates)
+        check_option("kind", kind, KINDS)
+        self.candidates = candidates
+        self.kind: EnsembleKind = kind
+        self.register_buffer("agreeing", torch.zeros(candidates, dtype=torch.int64))
+        self.register_buffer("pixels", torch.zeros((), dtype=torch.int64))
+
+    def reset(self) -> None:
+        """Forget what was seen."""
+        self.agreeing.zero_()
+        self.pixels.zero_()
+
+    def forward(
+        self, probabilities: Candidates, *, valid: Bool[Tensor, "n *space"] | None = None
+    ) -> Float[Tensor, "k"]:
+        """Take in a batch and return its own agreement; the arguments are those of the function."""
+        maps = _candidates(probabilities, self.kind)
+        if len(maps) != self.candidates:
+            raise ValueError(
+                f"Expected `probabilities` to be those of {self.candidates} candidates, but got {len(maps)}."
+            )
+        check_device("agreeing", self.agreeing, maps[0], "probabilities")
+        agreeing, pixels = _agreement(maps, self.kind, valid)
+        self.agreeing.add_(agreeing)
+        self.pixels.add_(pixels)
+        return agreeing / pixels.clamp_min(1)
+
+    def compute(self, *, sync: bool = False) -> Float[Tensor, "k"]:
+        """Return the agreement over all pixels seen so far, of all ranks with `sync`; 0 before the first."""
+        counts = torch.cat([self.agreeing, self.pixels.view(1)])
+        counts = sum_ranks(counts) if sync else counts
+        return counts[:-1] / counts[-1].clamp_min(1)
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"candidates={self.candidates}, kind={self.kind!r}"
+
+
+def _candidates(probabilities: Candidates, kind: EnsembleKind) -> list[Tensor]:
+    if not isinstance(probabilities, Tensor) and not is_sequence(probabilities):
+        raise TypeError(
+            "Expected `probabilities` to be a tensor (K, N, C, *space) or K tensors (N, C, *space), "
+            f"but got {kind_of(probabilities)}."
+        )
+    if len(probabilities) == 0:
+        raise ValueError("Expected `probabilities` to have one candidate at least, but got none.")
+    maps = list(probabilities)
+    for x in maps:
+        check_scores("probabilities", x, kind)
+        check_same_shape(x, maps[0], name="probabilities", reference_name="probabilities")
+    return maps
+
+
+@torch.no_grad()
+def _agreement(maps: list[Tensor], kind: str, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Pixels on which each agrees, (K,) int64, and pixels that count, () int64."""
+    if valid is not None:
+        check_mask_like(valid, maps[0], reference_name="probabilities")
+    total, labels, sound = torch.zeros_like(upcast(maps[0])), [], []
+    for x in maps:
+        p = upcast(x)
+        p = p.softmax(1) if kind == "logits" else p
+        finite = p.sum(1).isfinite()
+        total = total + torch.where(finite.unsqueeze(1), p, 0)
+        labels.append(x.max(1).indices)
+        sound.append(finite)
+    leader = total.max(1).indices
+    inside = torch.ones_like(sound[0]) if valid is None else valid
+    agreeing = [((own == leader) & finite & inside).sum() for own, finite in zip(labels, sound, strict=True)]
+    return torch.stack(agreeing), inside.sum()

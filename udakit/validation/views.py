@@ -1,0 +1,305 @@
+"""Consistency under views of an image that leave its labels where they are: mirror, shift, crop, rotation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from udakit._checks import (
+    check_callable,
+    check_integer,
+    check_maps,
+    check_mask_like,
+    check_range,
+    check_scores,
+    check_two_dimensional,
+    is_integer,
+    is_sequence,
+    kind_of,
+    net_logits,
+    shape_of,
+)
+from udakit._reduce import full_precision, interpolate, upcast
+from udakit.validation.consistency import Scope, consistency_score
+
+Transform = Callable[[Tensor], Tensor]
+Inverse = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
+
+
+class View(NamedTuple):
+    """A change of the image and its way back: `view_consistency(model, images, *view)`.
+
+    Attributes:
+        transform: images (N, K, *space) to images.
+        inverse: the logits of the transformed images, at their size, back to the pixels of the untouched ones: logits,
+            or (logits, valid) where some pixels have no counterpart.
+    """
+
+    transform: Transform
+    inverse: Inverse
+
+
+@torch.no_grad()
+def view_consistency(
+    model: Callable[[Tensor], Any],
+    images: Float[Tensor, "n k *space"],
+    transform: Transform,
+    inverse: Inverse,
+    *,
+    background: int | None = None,
+    scope: Scope = "image",
+    valid: Bool[Tensor, "n *space"] | None = None,
+) -> Float[Tensor, "n"] | Float[Tensor, ""]:
+    r"""How far a net contradicts itself on another view of the same image.
+
+    $$\operatorname{consistency}\left(f(x),\ \text{inverse}(f(\text{transform}(x)))\right)$$
+
+    with [`consistency_score`][udakit.validation.consistency_score].
+
+    **Convention.** Detached; logits of another size are brought to the images' size, linearly, before `inverse`. The
+    net keeps its train or eval mode: call `model.eval()`. Pixels that the view loses are left out.
+
+    **Source.** CMR (Kutra et al. 2026) perturbs with noise; that views keep the labels' places, and IoU, are ours.
+
+    Args:
+        model: any callable from images to logits (N, C, *space'), or to what holds them (`.logits`, "out").
+        images: the batch.
+        transform: images to images; `*view` of a `View` fills in this argument and the next.
+        inverse: logits of the transformed images to logits, or to (logits, valid).
+        background: as in `consistency_score`, like all further options.
+        scope: "image" | "batch".
+        valid: True where a pixel counts.
+
+    Returns:
+        (N,) float32 in [0, 1], () for scope "batch"; NaN where there is nothing to compare.
+
+    Raises:
+        TypeError: `images` that are not float, or a net that returns something else.
+        ValueError: shapes that do not match, an unknown `scope`, or a `background` that is no class.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Conv2d(3, 5, 1)  # looks at single pixels: no shift can surprise it
+        >>> view_consistency(net, torch.rand(2, 3, 8, 8), *shift_view((2, 1)))
+        tensor([1., 1.])
+    """
+    straight, back, kept = view_logits(model, images, transform, inverse)
+    if valid is not None:
+        check_mask_like(valid, straight, reference_name="images")
+        kept = valid if kept is None else kept & valid
+    return consistency_score(straight, back, background=background, scope=scope, valid=kept)
+
+
+@torch.no_grad()
+def view_logits(
+    model: Callable[[Tensor], Any], images: Tensor, transform: Transform, inverse: Inverse
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The two predictions that `view_consistency` compares, and where both are known (None: everywhere)."""
+    check_callable("model", model, "model(images)")
+    check_callable("transform", transform, "transform(images)")
+    check_callable("inverse", inverse, "inverse(logits)")
+    check_maps("images", images, "N, K")
+    straight = _logits_at(model, images)
+    back = inverse(_logits_at(model, transform(images)))
+    kept = None
+    if not isinstance(back, Tensor):
+        if not is_sequence(back) or len(back) != 2:
+            raise TypeError(f"Expected `inverse` to return logits or (logits, valid), but got {kind_of(back)}.")
+        back, kept = back
+        check_mask_like(kept, straight, name="inverse", reference_name="images")
+    if back.shape != straight.shape:
+        raise ValueError(
+            f"Expected `inverse` to return logits of the size of the images, {shape_of(straight)}, "
+            f"but got {shape_of(back)}."
+        )
+    return straight, back, kept
+
+
+def _logits_at(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
+    logits = net_logits(model(images))
+    check_scores("model(images)", logits)
+    if logits.ndim != images.ndim:
+        raise ValueError(
+            f"Expected `model(images)` to have the axes of `images` {shape_of(images)}, but got {shape_of(logits)}."
+        )
+    same = logits.shape[2:] == images.shape[2:]
+    return logits if same else interpolate(upcast(logits), images.shape[2:])
+
+
+def mirror_consistency(
+    model: Callable[[Tensor], Any],
+    images: Float[Tensor, "n k *space"],
+    *,
+    background: int | None = None,
+    scope: Scope = "image",
+    valid: Bool[Tensor, "n *space"] | None = None,
+    axis: int = -1,
+) -> Float[Tensor, "n"] | Float[Tensor, ""]:
+    r"""How far a net contradicts itself on the mirror image: mean IoU of its two label maps.
+
+    $$\operatorname{mIoU}\left(\arg\max f(x),\ \operatorname{flip} \arg\max f(\operatorname{flip} x)\right)$$
+
+    Higher is better. Of the label-free scores tried on three pairs this one kept its sign on all of them.
+
+    **Convention.** [`view_consistency`][udakit.validation.view_consistency] of `mirror_view(axis)`. For one number of a
+    data set add up intersections and unions with [`ConsistencyScore`][udakit.validation.ConsistencyScore].
+
+    **Source.** Ours.
+
+    Args:
+        model: any callable from images to logits (N, C, *space'), or to what holds them (`.logits`, "out").
+        images: the batch.
+        background: as in `consistency_score`.
+        scope: "image" | "batch".
+        valid: True where a pixel counts.
+        axis: a spatial axis of `images` along which the labels may be mirrored.
+
+    Returns:
+        (N,) float32 in [0, 1], () for scope "batch"; NaN where there is nothing to compare.
+
+    Raises:
+        TypeError: `images` that are not float, or a net that returns something else.
+        ValueError: shapes that do not match, or an option out of range.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Conv2d(3, 5, 1)
+        >>> mirror_consistency(net, torch.rand(2, 3, 8, 8))
+        tensor([1., 1.])
+    """
+    return view_consistency(model, images, *mirror_view(axis), background=background, scope=scope, valid=valid)
+
+
+def mirror_view(axis: int = -1) -> View:
+    """Mirror along a spatial axis, the last by default; its own way back.
+
+    Example:
+        >>> import torch
+        >>> mirror_view().transform(torch.arange(3.0).view(1, 1, 3))
+        tensor([[[2., 1., 0.]]])
+    """
+    if not is_integer(axis):
+        raise TypeError(f"Expected `axis` to be an integer, but got {kind_of(axis)}.")
+
+    def flip(x: Tensor) -> Tensor:
+        if not (2 <= axis < x.ndim or 2 - x.ndim <= axis < 0):
+            raise ValueError(f"Expected `axis` to be a spatial axis of {shape_of(x)}, but got {axis}.")
+        return x.flip(axis)
+
+    return View(flip, flip)
+
+
+def shift_view(offset: Sequence[int]) -> View:
+    """Move the scene by whole pixels, an entry for each spatial axis; the border's pixels are repeated.
+
+    A shift by less than the net's stride shows how much its answer depends on where its grid lies.
+
+    Example:
+        >>> import torch
+        >>> view = shift_view((1,))
+        >>> view.transform(torch.arange(3.0).view(1, 1, 3))
+        tensor([[[0., 0., 1.]]])
+        >>> view.inverse(torch.arange(3.0).view(1, 1, 3))
+        (tensor([[[1., 2., 2.]]]), tensor([[ True,  True, False]]))
+    """
+    steps = _per_axis("offset", offset)
+
+    def move(x: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+        _check_axes("offset", steps, x)
+        inside = torch.ones(x.shape[:1] + x.shape[2:], dtype=torch.bool, device=x.device)
+        for axis, step in enumerate(steps, 2):
+            # Clamped indices repeat the border, also where the shift exceeds the image.
+            wanted = torch.arange(x.shape[axis], device=x.device) - sign * step
+            index = wanted.clamp(0, x.shape[axis] - 1)
+            x = x.index_select(axis, index)
+            inside = inside & (wanted == index).view([-1 if a == axis - 1 else 1 for a in range(inside.ndim)])
+        return x, inside
+
+    return View(lambda images: move(images, 1)[0], lambda logits: move(logits, -1))
+
+
+def crop_view(margin: Sequence[tuple[int, int]]) -> View:
+    """Cut the image's borders off, (before, after) for each spatial axis: the net sees the rest without its context.
+
+    Keep the size that is left a multiple of the net's stride.
+
+    Example:
+        >>> import torch
+        >>> view = crop_view([(1, 0)])
+        >>> view.transform(torch.arange(3.0).view(1, 1, 3))
+        tensor([[[1., 2.]]])
+        >>> view.inverse(torch.ones(1, 1, 2))
+        (tensor([[[0., 1., 1.]]]), tensor([[False,  True,  True]]))
+    """
+    if not is_sequence(margin) or not all(is_sequence(ends) and len(ends) == 2 for ends in margin):
+        raise ValueError(f"Expected `margin` to be (before, after) for each spatial axis, but got {margin!r}.")
+    for ends in margin:
+        for end in ends:
+            check_integer("margin", end, 0)
+    margins = [tuple(ends) for ends in margin]
+    padding = [end for ends in reversed(margins) for end in ends]
+
+    def cut(images: Tensor) -> Tensor:
+        _check_axes("margin", margins, images)
+        for axis, (before, after) in enumerate(margins, 2):
+            left = images.shape[axis] - before - after
+            if left < 1:
+                raise ValueError(f"Expected `margin` to leave something of {shape_of(images)}, but got {margin!r}.")
+            images = images.narrow(axis, before, left)
+        return images
+
+    def back(logits: Tensor) -> tuple[Tensor, Tensor]:
+        inside = torch.ones(logits.shape[:1] + logits.shape[2:], dtype=torch.bool, device=logits.device)
+        return F.pad(logits, padding), F.pad(inside, padding)
+
+    return View(cut, back)
+
+
+def rotation_view(degrees: float) -> View:
+    """Turn the image about its centre; for images (N, K, H, W) alone. Beyond the border its pixels are repeated.
+
+    Example:
+        >>> import torch
+        >>> view = rotation_view(90.0)
+        >>> view.transform(torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view(1, 1, 2, 2)).round()
+        tensor([[[[2., 4.],
+                  [1., 3.]]]])
+    """
+    check_range("degrees", degrees, -180.0, 180.0)
+
+    def turn(x: Tensor, angle: float) -> tuple[Tensor, Tensor]:
+        check_maps("images", x, "N, K")
+        check_two_dimensional("images", x, "a rotation", "N, K")
+        n, _, h, w = x.shape
+        values = upcast(x)
+        cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+        # Centres of pixels, in pixels from the image's centre: a rotation there is none in [-1, 1] unless H = W.
+        down = (torch.arange(h, dtype=values.dtype, device=x.device) - (h - 1) / 2).view(h, 1)
+        right = (torch.arange(w, dtype=values.dtype, device=x.device) - (w - 1) / 2).view(1, w)
+        column, row = (cos * right - sin * down) * (2 / w), (sin * right + cos * down) * (2 / h)
+        grid = torch.stack([column, row], -1).unsqueeze(0).expand(n, -1, -1, -1)
+        with full_precision(values):
+            turned = F.grid_sample(values, grid, padding_mode="border", align_corners=False)
+        inside = (column.abs() <= 1 - 1 / w) & (row.abs() <= 1 - 1 / h)
+        return turned, inside.unsqueeze(0).expand(n, -1, -1)
+
+    return View(lambda images: turn(images, degrees)[0].to(images.dtype), lambda logits: turn(logits, -degrees))
+
+
+def _per_axis(name: str, values: Sequence[int]) -> list[int]:
+    if not is_sequence(values) or not all(is_integer(v) for v in values):
+        raise ValueError(f"Expected `{name}` to be an integer for each spatial axis, but got {values!r}.")
+    return list(values)
+
+
+def _check_axes(name: str, values: Sequence[Any], x: Tensor) -> None:
+    if len(values) != x.ndim - 2:
+        raise ValueError(
+            f"Expected `{name}` to have an entry for each spatial axis of {shape_of(x)}, but got {len(values)}."
+        )
