@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from jsonargparse import auto_cli
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.files import write_text
 from gta2cs.inference import Trained
 from gta2cs.loading import MEAN, STD
+from gta2cs.options import read_options
 
 Format = Literal["onnx", "torch_export", "torchscript", "safetensors"]
 Run = Callable[[Tensor], Tensor]
@@ -231,7 +231,7 @@ def verdict_of(checkpoint: Path) -> str:
 
 if __name__ == "__main__":
     try:
-        main(auto_cli(Config, as_positional=False))
+        main(read_options(Config))
     except (OSError, ValueError, ModuleNotFoundError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[red]{escape(str(error))}[/]")
         sys.exit(2)

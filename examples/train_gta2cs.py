@@ -35,15 +35,16 @@ from rich.console import Console
 from rich.progress import track
 
 from gta2cs import report
-from gta2cs.checkpoints import load_net
 from gta2cs.config import Config, DataConfig, NetConfig, Stage, parse, plain
 from gta2cs.datasets import Pair, build_pair, check_data
 from gta2cs.evaluation import Score, with_bn_statistics
 from gta2cs.loading import Batch, StepData, sample_generator, step_loader
 from gta2cs.observers import LossLog, Observer, ProgressLine, Saving, Scoring, score_on_target
+from gta2cs.pretrained import load_init
 from gta2cs.recipes import RECIPES, Draws, Losses, Preparation, Recipe
 from gta2cs.stage import Run, StageState
 from gta2cs.summary import write_report
+from gta2cs.tracking import Tracking, send_pictures, start_tracking
 
 __all__ = ["RECIPES", "Config", "DataConfig", "NetConfig", "Stage", "main", "parse", "plain"]
 
@@ -68,7 +69,7 @@ def train_stage(
     step = TrainingStep(state)
     loader = step_loader(stage_data(state, sampler), start=state.done, stop=state.steps, workers=config.data.workers)
     with ProgressLine(state) as progress:
-        observers: list[Observer] = [LossLog(run), Scoring(), progress, Saving()]
+        observers: list[Observer] = [LossLog(run), Scoring(), progress, Tracking(), Saving()]
         for batch in loader:
             losses = step(batch)
             for observer in observers:
@@ -220,7 +221,7 @@ def main(config: Config) -> dict[str, Score]:
             stale.unlink()  # of an earlier run: a later --resume must not find its stages
     student = config.net.build(len(pair.classes.names))
     if config.init is not None:
-        load_net(student, config.init)
+        load_init(student, config.init, take=config.net.take)
 
     rows: dict[str, Score] = {}
     nets: dict[str, torch.nn.Module] = {}
@@ -243,6 +244,7 @@ def main(config: Config) -> dict[str, Score]:
 
     if run.is_main:
         write_report(run, rows, nets, histories)
+        send_pictures(run.accelerator, config.out, step=sum(stage.steps for stage in config.stages))
     run.accelerator.end_training()
     return rows
 
@@ -261,11 +263,16 @@ def make_accelerator(config: Config) -> Accelerator:
     """Find the device and the other processes."""
     # Under torchrun without a GPU, accelerate starts independent single processes unless told that the CPU is meant.
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
+    tracker = None if config.log_with == "none" else config.log_with
+    accelerator = Accelerator(
+        mixed_precision=config.precision, cpu=on_cpu, log_with=tracker, project_dir=config.out if tracker else None
+    )
     if accelerator.num_processes != (world := int(os.environ.get("WORLD_SIZE", "1"))):
         raise RuntimeError(
             f"Expected {world} processes to work together, but accelerate found {accelerator.num_processes}."
         )
+    if tracker:
+        start_tracking(accelerator, config)
     return accelerator
 
 

@@ -1,0 +1,69 @@
+"""Trackers (tensorboard, wandb, mlflow) through accelerate: what the report shows at the end, while a run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+
+from gta2cs.config import Config, plain
+from gta2cs.recipes import Losses
+from gta2cs.stage import StageState
+
+PROJECT = "udakit"
+
+
+def start_tracking(accelerator: Accelerator, config: Config) -> None:
+    """Open the tracker and tell it the configuration."""
+    if not accelerator.log_with:  # accelerate leaves out, in silence, what is not installed
+        raise ModuleNotFoundError(
+            f"`log_with: {config.log_with}` needs a package that is not installed: pip install {config.log_with}"
+        )
+    accelerator.init_trackers(PROJECT, config=flat(plain(config)))
+
+
+class Tracking:
+    """Sends losses, kept shares and scores to the tracker as they are logged."""
+
+    def __call__(self, state: StageState, losses: Losses) -> None:
+        """Send what the observers before have put into the history at this step."""
+        run, history = state.run, state.history
+        values: dict[str, Any] = {}
+        if history["losses"] and (entry := history["losses"][-1])["step"] == state.done:
+            values |= {f"loss/{name}": value for name, value in entry["terms"].items()}
+            values |= {f"kept/{name}": share for name, share in entry.get("kept", {}).items()}
+        if history["scores"] and (entry := history["scores"][-1])["step"] == state.done:
+            for net, score in entry["nets"].items():
+                values |= {f"{mean}/{net}": v for mean, v in score["means"].items() if v is not None}
+                values |= {f"IoU/{net}/{name}": v for name, v in score["iou"].items() if v is not None}
+        if values:
+            before = sum(stage.steps for stage in run.config.stages[: state.index])
+            run.accelerator.log(values, step=before + state.done)
+
+
+def send_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
+    """Send panels and curves of a finished run."""
+    for path in sorted(folder.glob("*.png")):
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({path.stem: pixels[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({path.stem: [pixels]}, step=step)
+            else:
+                tracker.log_artifact(str(path))
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one level of plain values, which every tracker takes."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found
