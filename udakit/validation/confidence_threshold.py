@@ -204,7 +204,7 @@ def fit_temperature(
 
     Example:
         >>> import torch
-        >>> generator = torch.Generator().manual_seed(0)
+        >>> generator = torch.Generator().manual_seed(1)
         >>> logits = torch.randn(1, 3, 64, 64, generator=generator)
         >>> labels = torch.distributions.Gumbel(0.0, 1.0).sample(logits.shape).add(logits).argmax(1)  # drawn from it
         >>> abs(float(fit_temperature(3 * logits, labels)) - 3) < 0.3
