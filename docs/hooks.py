@@ -2,6 +2,7 @@
 
 Formulas become MathML, which browsers draw without a script. Links to files of the checkout (`../examples/predict.py`)
 lead to pages with their source. `<!-- core: examples/integrations/smp_net.py -->` shows the heart of a script, folded.
+`<!-- options: examples/gta2cs/config.py Config -->` becomes a table of the fields of a dataclass.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ARG = re.compile(r"\\arg(?![a-z])")  # latex2mathml prints it as it stands
 COMMAND = re.compile(r"\\[A-Za-z]+")
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 SOURCE = re.compile(r"\]\((?:\.\./)+((?:examples|benchmarks|tests|\.ci)/[\w./-]+|Dockerfile|CONTRIBUTING\.md)\)")
+OPTIONS = re.compile(r"^<!-- options: (?P<path>\S+) (?P<name>\S+) -->$", re.MULTILINE)
 CORE = re.compile(r"^<!-- core: (?P<path>\S+)(?P<open> open)? -->$", re.MULTILINE)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".md": "markdown", ".ipynb": "json"}
 
@@ -60,6 +62,7 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     """Lead links to the pages above, and show cores."""
     folder = posixpath.dirname(page.file.src_uri)
     markdown = SOURCE.sub(lambda m: f"]({posixpath.relpath(page_of(m[1]), folder or '.')})", markdown)
+    markdown = OPTIONS.sub(lambda m: option_table(ROOT / m["path"], m["name"]), markdown)
     return CORE.sub(lambda m: folded(m["path"], is_open=m["open"] is not None), markdown)
 
 
@@ -81,6 +84,28 @@ def core(source: str) -> str:
     while indent(lines[first]) > min(indent(line) for line in body if line):  # and so does the method it stands in
         first -= 1
     return textwrap.dedent("\n".join(lines[first : update.end_lineno]))
+
+
+def option_table(path: Path, name: str) -> str:
+    """Return a table of a dataclass's fields; what explains one stands below it, or behind it as a comment."""
+    source = path.read_text(encoding="utf-8")
+    lines, node = source.splitlines(), ast.parse(source)
+    body: list[ast.stmt] = node.body
+    for part in name.split("."):
+        body = next(n for n in body if isinstance(n, ast.ClassDef) and n.name == part).body
+    rows = []
+    for statement, below in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or "Config" in ast.unparse(statement.annotation):
+            continue
+        default = "" if statement.value is None else ast.unparse(statement.value)
+        default = re.sub(r"field\(default_factory=(?:lambda: )?(.+)\)", r"\1", default)
+        default = {"list": "[]", "dict": "{}"}.get(default, default)
+        text = lines[(statement.end_lineno or 0) - 1].partition("  # ")[2]
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            text = " ".join(str(below.value.value).split())
+        names = (ast.unparse(statement.target), ast.unparse(statement.annotation), default)
+        rows.append("| " + " | ".join([*(f"`{name}`" for name in names), text.replace("|", "\\|")]) + " |")
+    return "\n".join(["| option | type | default | |", "|---|---|---|---|", *rows])
 
 
 def indent(line: str) -> int:

@@ -87,3 +87,15 @@ def test_the_core_of_every_integration_is_shown() -> None:
         assert "EMATeacher(" in core, script
         assert core.splitlines()[-1].lstrip().startswith(("teacher.update(", "self.teacher.update(")), script
         assert not core.startswith(" "), script
+
+
+def test_every_table_of_options_has_a_line_an_option() -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.[docs]'")
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    for match in hooks.OPTIONS.finditer(page):
+        assert len(hooks.option_table(ROOT / match["path"], match["name"]).splitlines()) > 2, match["name"]
+    table = hooks.option_table(ROOT / "examples" / "gta2cs" / "config.py", "NetConfig")
+    assert "| `take` | `Literal['all', 'encoder', 'some']` | `'all'` | What to take" in table
