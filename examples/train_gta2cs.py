@@ -14,7 +14,6 @@ global sample index), but for the net's own dropout of (seed, k, process), so `-
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import os
 import sys
@@ -45,6 +44,7 @@ from gta2cs.recipes import RECIPES, Draws, Losses, Preparation, Recipe
 from gta2cs.stage import Run, StageState
 from gta2cs.summary import write_report
 from gta2cs.tracking import Tracking, send_pictures, start_tracking
+from udakit import copy_net
 
 __all__ = ["RECIPES", "Config", "DataConfig", "NetConfig", "Stage", "main", "parse", "plain"]
 
@@ -236,7 +236,7 @@ def main(config: Config) -> dict[str, Score]:
         for name, net in recipe.nets().items():
             row = title if len(recipe.nets()) == 1 else f"{title}, {name}"
             rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
-            nets[row] = copy.deepcopy(net)  # the next stage goes on from it
+            nets[row] = copy_net(net)  # the next stage goes on from it
         if stage.recipe == "source_only":
             crops = (batch.target_images for batch in plain_batches(run)(0, 50))  # the same whatever came before
             adapted = with_bn_statistics(student, crops)

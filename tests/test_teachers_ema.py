@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from contract.checks import NoHostRead, needs_fake_cuda
-from udakit import EMATeacher, FeatureTap, unwrap_model
+from udakit import EMATeacher, FeatureTap, keep_statistics, unwrap_model
 
 
 def make_net(seed: int = 0) -> nn.Sequential:
@@ -202,6 +202,26 @@ def test_real_nets(make: Callable[[], nn.Module]) -> None:
     torch.testing.assert_close(FeatureTap(teacher.eval(), "module", index=0)(images)[0], expected.detach())
 
 
+def test_a_teacher_may_live_in_the_net_that_it_averages() -> None:
+    net, plain = make_net(), make_net()
+    net.teacher = EMATeacher(net, decay=0.5, warmup=False)
+    reference = EMATeacher(plain, decay=0.5, warmup=False)
+    for one in (net, plain):
+        for k in (0, 1, 3):
+            move(one[k], k)
+    net.teacher.update(net)
+    reference.update(plain)
+    for name, x in reference.module.state_dict().items():
+        assert torch.equal(net.teacher.module.state_dict()[name], x), name
+    twin = copy.deepcopy(net)
+    twin.teacher.update(twin)
+    EMATeacher(net).update(plain)  # another one of the same net
+
+
+def _pruned(module: nn.Module) -> nn.Module:
+    return nn.utils.prune.random_unstructured(module, "weight", amount=0.5)
+
+
 # --- buffers, BatchNorm and mode ---------------------------------------------------------------------------------
 
 
@@ -264,6 +284,54 @@ def test_non_persistent_buffers_are_left_alone() -> None:
     net.cache = torch.ones(7)  # a cache may have any size
     teacher.update(net)
     assert torch.equal(teacher.module.cache, torch.zeros(3))
+
+
+@pytest.mark.parametrize("mode", ["batch_statistics", "train", "eval"])
+@pytest.mark.parametrize("buffers", ["copy", "ema", "keep"])
+def test_update_bn_estimates_the_teachers_statistics(mode: str, buffers: str) -> None:
+    net, loader = make_net(), [torch.rand(8, 3, 4, 4) * 5 + 10 for _ in range(3)]
+    teacher, reference = EMATeacher(net, mode=mode, buffers=buffers), make_net()
+    torch.optim.swa_utils.update_bn(loader, teacher)
+    torch.optim.swa_utils.update_bn(loader, reference)
+    for name, x in reference[1].named_buffers():
+        torch.testing.assert_close(teacher.module[1].get_buffer(name), x, msg=name)
+    assert int(teacher.module[1].num_batches_tracked) == 3
+    assert teacher.module[1].momentum == 0.1
+    assert teacher.module[1].training == (mode != "eval")
+    before = state(teacher.module)
+    teacher(loader[0] + 1)
+    if buffers != "keep":  # the next pass is an ordinary one again
+        assert all(torch.equal(x, before[name]) for name, x in teacher.module.state_dict().items())
+
+
+def test_statistics_of_a_block_are_not_recorded() -> None:
+    net = make_net()
+    before = state(net)
+    images = torch.rand(4, 3, 5, 5) + 3
+    net[2].eval()
+    with keep_statistics(nn.DataParallel(net)):
+        inside = net(images)
+        with pytest.raises(RuntimeError):
+            net(images[:, :1])
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items())
+    torch.testing.assert_close(net(images), inside)  # the statistics of the batch, in the block as well
+    assert not torch.equal(net[1].running_mean, before["1.running_mean"])
+
+
+@pytest.mark.parametrize("buffers", ["copy", "ema", "keep"])
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm, _pruned])
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_what_weights_are_computed_from_follows_the_student(norm: Callable[..., nn.Module], buffers: str) -> None:
+    """A singular vector that stays behind, or a mask of halves, would silently give other weights."""
+    net = norm(nn.Linear(6, 6)).train()
+    teacher = EMATeacher(net, decay=0.5, warmup=False, buffers=buffers, mode="eval")
+    with torch.no_grad():
+        for x in net.buffers():
+            x.copy_(x.flip(0))
+    teacher.update(net)
+    for name, x in net.named_buffers():
+        assert torch.equal(teacher.module.get_buffer(name), x), name
+    assert [*net.buffers()]
 
 
 # --- half precision ----------------------------------------------------------------------------------------------
@@ -371,6 +439,21 @@ def test_a_frozen_backbone_is_stored_once() -> None:
         teacher.update(net)
 
 
+def test_loading_leaves_the_students_frozen_tensors_alone() -> None:
+    net = make_net()
+    net[0].requires_grad_(False)
+    teacher = EMATeacher(net, decay=0.5, warmup=False, share_frozen=True)
+    teacher.load_state_dict(state(teacher))
+    assert teacher.module[0].weight is net[0].weight  # the same values: they go on sharing
+    before = net[0].weight.clone()
+    teacher.load_state_dict({name: x + 1 for name, x in state(teacher).items()})
+    assert torch.equal(net[0].weight, before)
+    torch.testing.assert_close(teacher.module[0].weight, before + 1)
+    teacher.update(net)
+    torch.testing.assert_close(teacher.module[0].weight, before + 0.5)
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
 # --- state, copies, devices --------------------------------------------------------------------------------------
 
 
@@ -408,6 +491,47 @@ def test_a_copy_of_a_teacher_is_independent() -> None:
     twin.update(net)
     twin(torch.rand(2, 3, 4, 4))
     assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_assigned_checkpoints_keep_their_precision(dtype: torch.dtype) -> None:
+    """`assign=True` takes tensors as they come: the averages stay in float32 for all that."""
+    net = make_net().to(dtype)
+    teacher, source = EMATeacher(net, decay=0.9, warmup=False), EMATeacher(make_net(3).bfloat16())
+    half = {name: x.bfloat16() if x.is_floating_point() else x for name, x in source.state_dict().items()}
+    teacher.load_state_dict(half, assign=True)
+    assert all(x.dtype == torch.float32 for x in teacher.masters.buffers())
+    start = teacher.module[0].weight.float()
+    with torch.no_grad():
+        net[0].weight.copy_(start + 1)
+    for _ in range(10):
+        teacher.update(net)
+    assert [*teacher.masters.buffers()]
+    torch.testing.assert_close(
+        teacher.float().module[0].weight - start, torch.full_like(start, 1 - 0.9**10), atol=0.02, rtol=0
+    )
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_the_average_may_live_on_another_device() -> None:
+    with FakeTensorMode():
+        net = make_net()
+        with torch.device("cuda"):
+            on_gpu = make_net()
+        for student, device in ((on_gpu, "cpu"), (net, "cuda")):
+            teacher = EMATeacher(student, buffers="ema", device=device)
+            teacher.update(student)
+            assert {x.device.type for x in teacher.state_dict().values()} == {device}
+            assert {x.device.type for x in student.state_dict().values()} == {"cuda" if device == "cpu" else "cpu"}
+    net = make_net()
+    net[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="`share_frozen` to be False with a `device`"):
+        EMATeacher(net, share_frozen=True, device="cpu")
+    teacher, plain = EMATeacher(net, decay=0.5, device="cpu"), EMATeacher(net, decay=0.5)
+    move(net, 1)
+    teacher.update(net)
+    plain.update(net)
+    assert all(torch.equal(x, plain.state_dict()[name]) for name, x in teacher.state_dict().items())
 
 
 @needs_fake_cuda

@@ -24,6 +24,14 @@ class FullPrecisionState(nn.Module):
 
         return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local: dict[str, Any], *args: Any) -> None:
+        """Keep the dtypes under `load_state_dict(assign=True)`, too, which takes tensors as they come."""
+        for name, x in self._buffers.items():
+            given = state_dict.get(prefix + name)
+            if x is not None and isinstance(given, Tensor):
+                state_dict[prefix + name] = given.to(x.dtype)
+        super()._load_from_state_dict(state_dict, prefix, local, *args)
+
 
 def gather_ranks(*tensors: Tensor) -> list[Tensor]:
     """Stack the ranks' tensors of one shape in rank order, each (R, ...); without a process group there is one rank.

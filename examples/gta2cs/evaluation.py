@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from gta2cs.datasets import ClassSet, Labelled
 from gta2cs.loading import evaluation_batches, normalise
 from gta2cs.nets import bn_statistics
+from udakit import copy_net
 
 
 @dataclass
@@ -83,7 +83,7 @@ def evaluate(
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world > 1:
-        net = copy.deepcopy(net)
+        net = copy_net(net)
         for buffer in net.buffers():
             dist.broadcast(buffer, 0)
     metric, near = (
@@ -136,6 +136,6 @@ def with_bn_statistics(net: nn.Module, images: Iterable[Tensor]) -> nn.Module:
 
     The cheapest adaptation there is, and the row that every other method has to beat.
     """
-    adapted = copy.deepcopy(net)
+    adapted = copy_net(net)
     bn_statistics(adapted, images)
     return adapted

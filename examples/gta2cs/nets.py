@@ -6,7 +6,6 @@ a network. Other encoders ask the model hub. A random start has to be asked for 
 
 from __future__ import annotations
 
-import copy
 import importlib
 import re
 from collections.abc import Iterable, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from gta2cs.loading import MEAN, STD
 from gta2cs.pretrained import ENOUGH, Take, load_weights
+from udakit import copy_net
 
 SMP_ARCHS = {"deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN", "segformer": "Segformer", "unet": "Unet"}
 ARCHS = (*SMP_ARCHS, "hf_segformer", "torchvision")
@@ -215,7 +215,7 @@ class ReferenceEncoder(nn.Module):
 
     def __init__(self, net: SegNet) -> None:
         super().__init__()
-        self.net = copy.deepcopy(net).requires_grad_(False).eval()
+        self.net = copy_net(net).requires_grad_(False).eval()
         self.net.decoder, self.net.head = nn.Identity(), nn.Identity()
 
     def train(self, mode: bool = True) -> ReferenceEncoder:

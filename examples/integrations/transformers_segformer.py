@@ -8,7 +8,6 @@ The net is built from a config, with random weights, because an example should r
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -16,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from udakit import ConfidentRatioSelector, EMATeacher, FeatureTap, cross_entropy, draw_block_mask, feature_distance_loss
+from udakit import (
+    ConfidentRatioSelector,
+    EMATeacher,
+    FeatureTap,
+    copy_net,
+    cross_entropy,
+    draw_block_mask,
+    feature_distance_loss,
+)
 
 CLASSES = 19
 
@@ -44,7 +51,7 @@ def main(steps: int = 2, size: int = 64) -> list[float]:
     select = ConfidentRatioSelector()
 
     # The encoder before any training, of ImageNet: it still knows rare things that synthetic source images unteach.
-    reference = copy.deepcopy(student.segformer).requires_grad_(False).eval()
+    reference = copy_net(student.segformer).requires_grad_(False).eval()
     features_of = FeatureTap(student, "segformer", index="last_hidden_state")  # an output with names: take one of them
 
     # Two learning rates, as for every pretrained encoder under a fresh head.

@@ -66,6 +66,8 @@ NET = {
     "shape_errors": "its arguments are nets, not tensors of a fixed shape",
 }
 
+COVERS = ("copy_net", "keep_statistics", "unwrap_model")
+
 OPERATIONS = [
     Operation(
         "fuse_teachers",
@@ -104,7 +106,7 @@ OPERATIONS = [
         output="valid",
         exempt=NO_MODULE,
     ),
-    Operation("EMATeacher", _average(), _ema, covers=("unwrap_model",), **STATE, exempt=NET),
+    Operation("EMATeacher", _average(), _ema, covers=COVERS, **STATE, exempt=NET),
     Operation("EMATeacher[ema]", _average(buffers="ema", warmup=False, mode="train"), _ema, **STATE, exempt=NET),
     Operation("EMATeacher[keep]", _average(buffers="keep", mode="eval"), _ema, **STATE, exempt=NET),
 ]

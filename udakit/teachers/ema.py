@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from udakit._checks import check_integer, check_option, check_range, shape_of
+from udakit._checks import check_integer, check_option, check_range, kind_of
 from udakit._state import FullPrecisionState
-from udakit.teachers.unwrap import named_state, unwrap_all, unwrap_model
+from udakit.teachers._matching import check_match, local, shards
+from udakit.teachers.copying import computed_buffers, copy_sharing
+from udakit.teachers.statistics import recording, set_recording
+from udakit.teachers.unwrap import Average, named_state, unwrap_model
 
 __all__ = ["EMATeacher"]
 
@@ -21,11 +23,10 @@ TeacherMode = Literal["batch_statistics", "train", "eval"]
 BUFFERS = get_args(Buffers)
 TEACHER_MODES = get_args(TeacherMode)
 
-_ONE_NET = "A teacher averages the net that it was made of: make another one for another net."
 _HALF = (torch.float16, torch.bfloat16)
 
 
-class EMATeacher(nn.Module):
+class EMATeacher(Average):
     r"""A teacher whose weights are the exponential moving average of a student's.
 
     $$\theta_T \leftarrow \alpha_t\, \theta_T + (1 - \alpha_t)\, \theta_S, \qquad
@@ -45,22 +46,31 @@ class EMATeacher(nn.Module):
     evaluation, which is DAFormer's teacher; "train" is plain training mode (DACS, DiGA); "eval" keeps the teacher in
     evaluation for good. `.eval()` always evaluates. A new teacher starts as if `.train()` had been called.
     Running statistics follow the student ("copy", "ema") and the teacher's own passes never touch them; with "keep"
-    they belong to the teacher: its passes in training mode move them and the student never does.
+    they belong to the teacher: its passes in training mode move them and the student never does. Buffers that weights
+    are computed from (`spectral_norm`, `prune`) follow the student whatever `buffers` says.
+    `torch.optim.swa_utils.update_bn(loader, teacher)` estimates the statistics anew in any `mode`; for a net with
+    layers of `momentum=None` call it on `teacher.module`.
 
     **Source.** Tarvainen and Valpola 2017. DACS, DAFormer and DiGA average parameters only: `buffers="keep"`.
 
     Args:
-        model: the student; it is copied, not kept.
+        model: the student; it is copied (`copy_net`), not kept.
         decay: alpha in [0, 1].
         warmup: whether alpha rises from 0 as above; turn it off when the student starts from trained weights.
         buffers: floating-point buffers are copied from the student, averaged like parameters, or left alone.
         mode: what `.train()` puts the teacher in: "batch_statistics" | "train" | "eval".
         share_frozen: whether parameters that do not require a gradient are the student's own tensors instead of copies,
             so that a frozen backbone is stored once. Unfreezing one later is an error at the next update. Moving or
-            casting the teacher (`.to`, `.half`) then does the same to these tensors of the student.
+            casting the teacher (`.to`, `.half`) then does the same to these tensors of the student. Loading other
+            values into the teacher, or copying it, gives it tensors of its own: load the student first.
+        module: a second net, made as the student was, to be averaged into: it takes the student's state and is not
+            copied. For nets that `copy_net` refuses, sharded ones (FSDP2) among them.
+        device: where the averaged net lives, when not beside the student: another GPU, or "cpu" to save memory. An
+            update then moves the student's tensors there, and a GPU waits for it.
 
     Raises:
-        ValueError: an unknown option, and in `update` a model that does not match.
+        ValueError: an unknown option, a net that cannot be copied (by the name of the submodule), a `module` that does
+            not match, and in `update` a model that does not match.
 
     Example:
         >>> student = nn.Conv2d(3, 2, 1)
@@ -85,6 +95,8 @@ class EMATeacher(nn.Module):
         *,
         mode: TeacherMode = "batch_statistics",
         share_frozen: bool = False,
+        module: nn.Module | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         check_range("decay", decay, 0.0, 1.0)
@@ -96,13 +108,19 @@ class EMATeacher(nn.Module):
         self.mode: TeacherMode = mode
         inner = unwrap_model(model)
         shared = {id(p) for p in inner.parameters() if share_frozen and not p.requires_grad}
+        if shared and device is not None:
+            raise ValueError("Expected `share_frozen` to be False with a `device`: what is shared is on one device.")
         # A dict for its keys: torch.compile of torch 2.6 and 2.8 fails at a frozenset of a Module.
         self._shared = {name: None for name, p, _ in named_state(inner) if id(p) in shared}
-        # deepcopy finds the tensors ready made, and so copies no gradients.
-        copies: dict[int, Any] = {id(b): b.detach().clone() for b in inner.buffers()}
-        for p in inner.parameters():
-            copies[id(p)] = p if id(p) in shared else nn.Parameter(p.detach().clone(), requires_grad=False)
-        self.module = unwrap_all(copy.deepcopy(inner, copies))
+        if module is None:
+            self.module = copy_sharing(inner, shared, device)
+        else:
+            self.module = _take(module, inner, self._shared).to(device)
+        self.module.requires_grad_(False)
+        self._apart = device is not None
+        self._computed = dict.fromkeys(computed_buffers(self.module))
+        # Where no layer averages cumulatively by itself, one that does is being estimated anew (`update_bn`).
+        self._cumulative = any(norm.momentum is None for norm in self._norms())
         first = next(self.module.parameters(), torch.empty(0))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=first.device))
         self.masters = FullPrecisionState()
@@ -120,9 +138,15 @@ class EMATeacher(nn.Module):
         Raises:
             ValueError: parameters or persistent buffers that differ in name or shape from the averaged net's.
         """
+        for shard in self.module.modules():
+            if _is_fsdp(shard):  # a pass without gradients may leave it gathered
+                shard.reshard()  # type: ignore[operator]
         student = {name: x for name, x, _ in named_state(model)}
         own = list(named_state(self.module))
-        self._check_match({name: x for name, x, _ in own}, student)
+        mine = {name: x for name, x, _ in own}
+        if self._shared:  # a copy of this teacher has tensors of its own
+            self._shared = {name: None for name in self._shared if mine[name] is student.get(name, mine[name])}
+        check_match(mine, student, shared=self._shared, apart=self._apart)
         if step is not None:
             check_integer("step", step, 0)
             self.step.fill_(step)
@@ -130,9 +154,9 @@ class EMATeacher(nn.Module):
         copied: list[tuple[Tensor, Tensor]] = []
         rounded: list[tuple[Tensor, Tensor]] = []
         policies = list(self._policies(own))
-        halves = {_key(name) for name, x, policy in policies if policy == "ema" and x.dtype in _HALF}
-        if halves != {*self.masters._buffers}:
-            self._make_masters()  # the net inside was cast by itself
+        halves = {_key(name): shards(x) for name, x, policy in policies if policy == "ema" and x.dtype in _HALF}
+        if halves != {key: shards(master) for key, master in self.masters._buffers.items()}:
+            self._make_masters()  # the net inside was cast, or sharded, by itself
         for name, x, policy in policies:
             if policy == "copy":
                 copied.append((x, student[name]))
@@ -151,15 +175,20 @@ class EMATeacher(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged net without gradients."""
-        recording = [] if self.buffers_policy == "keep" else [n for n in self._norms() if n.track_running_stats]
+        norms = recording(self.module)
+        anew = [] if self._cumulative or not self.training else [n for n in norms if n.momentum is None]
+        modes = [norm.training for norm in anew]
+        quiet = [] if anew or self.buffers_policy == "keep" else norms
         try:
-            for norm in recording:  # batch statistics are used in training mode, but not recorded
-                norm.track_running_stats = False
+            set_recording(quiet, False)  # batch statistics are used in training mode, but not recorded
+            for norm in anew:
+                norm.train()
             with torch.no_grad():
                 return self.module(*args, **kwargs)
         finally:
-            for norm in recording:
-                norm.track_running_stats = True
+            set_recording(quiet, True)
+            for norm, mode in zip(anew, modes, strict=True):
+                norm.train(mode)
 
     def train(self, mode: bool = True) -> EMATeacher:
         """Put the teacher in its training `mode` (see the class), or in evaluation."""
@@ -202,7 +231,8 @@ class EMATeacher(nn.Module):
         for name, x, policy in self._policies(named_state(self.module)):
             master = masters._buffers.get(_key(name))
             if policy == "ema" and x.dtype in _HALF:
-                self.masters.register_buffer(_key(name), (x.detach() if master is None else master).float())
+                known = master is not None and shards(master) == shards(x)
+                self.masters.register_buffer(_key(name), (master if known else x.detach()).float())  # type: ignore[union-attr]
             elif policy == "ema" and master is not None:  # the net became float32: its digits are in the copy
                 x.data.copy_(_with_digits(x, master))
 
@@ -214,17 +244,26 @@ class EMATeacher(nn.Module):
                 continue
             done.add(id(x))
             number = x.is_floating_point() or x.is_complex()
-            yield name, x, "copy" if not number else "ema" if is_parameter else self.buffers_policy
+            fixed = not number or name in self._computed
+            yield name, x, "copy" if fixed else "ema" if is_parameter else self.buffers_policy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._make_masters()
         return self
 
+    def _keep_from(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Load no other values into what is the student's: such a parameter becomes the teacher's own."""
+        for name, x, _ in list(named_state(self.module)):
+            loaded = state_dict.get(prefix + name) if name in self._shared else None
+            if loaded is not None and not (loaded.shape == x.shape and torch.equal(loaded.to(x), x)):
+                _put(self.module, name, nn.Parameter(x.detach().clone(), requires_grad=False))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take a checkpoint of a teacher of another precision, too: with or without float32 copies."""
         held = f"{prefix}masters."
         copies = {key: state_dict.pop(key) for key in [*state_dict] if key.startswith(held)}
+        self._keep_from(state_dict, f"{prefix}module.")
         names = {
             f"{held}{_key(name)}": f"{prefix}module.{name}" for name, _, _ in self._policies(named_state(self.module))
         }
@@ -234,34 +273,39 @@ class EMATeacher(nn.Module):
                 state_dict[key] = state_dict[name]
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def _check_match(self, own: dict[str, Tensor], student: dict[str, Tensor]) -> None:
-        missing = [name for name in own if name not in student]
-        unknown = [name for name in student if name not in own]
-        if missing or unknown:
-            raise ValueError(
-                "Expected `model` to have the parameters and buffers of the averaged net, but got a "
-                f"net of which {len(own) - len(missing)} of {len(own)} match: "
-                f"missing {_first(missing)}, unknown {_first(unknown)}. {_ONE_NET}"
-            )
-        unlike = [n for n, x in own.items() if x.shape != student[n].shape]
-        if unlike:
-            listed = [f"{n} {shape_of(own[n])} but got {shape_of(student[n])}" for n in unlike]
-            raise ValueError(f"Expected `model` to have the shapes of the averaged net: {_first(listed)}. {_ONE_NET}")
-        apart = [
-            f"{n} on '{x.device}' but got '{student[n].device}'"
-            for n, x in own.items()
-            if x.device != student[n].device
-        ]
-        if apart:
-            raise ValueError(
-                f"Expected `model` to be on the devices of the averaged net: {_first(apart)}. Move one with .to()."
-            )
-        thawed = [name for name in self._shared if student[name].requires_grad]
-        if thawed:
-            raise ValueError(
-                "Expected `model` to keep frozen what `share_frozen=True` shares, but got parameters that require a "
-                f"gradient: {_first(sorted(thawed))}. Make the teacher anew after unfreezing."
-            )
+
+def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Module:
+    """A net made by the user, with the student's state."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"Expected `module` to be an nn.Module, but got {kind_of(module)}.")
+    module = unwrap_model(module)
+    student = {name: x for name, x, _ in named_state(model)}
+    own = {name: x for name, x, _ in named_state(module)}
+    check_match(own, student, apart=True)
+    common = [name for name, x in own.items() if x is student[name]]
+    if common or module is model:
+        raise ValueError(
+            f"Expected `module` to be a net of its own, but got one that has {common[0] if common else 'all'} in "
+            "common with `model`. Make it as you made `model`, by a second call."
+        )
+    with torch.no_grad():
+        for target, source in _grouped([(x, student[name]) for name, x in own.items()]):
+            torch._foreach_copy_(target, source)
+    for name in shared:
+        _put(module, name, student[name])
+    return module
+
+
+def _put(module: nn.Module, name: str, parameter: Tensor) -> None:
+    *path, leaf = name.split(".")
+    for step in path:
+        module = unwrap_model(module._modules[step])  # type: ignore[arg-type]
+    module._parameters[leaf] = parameter  # type: ignore[assignment]
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    method = getattr(type(module), "reshard", None)
+    return method is not None and method.__module__.startswith("torch.distributed")
 
 
 def _key(name: str) -> str:
@@ -274,16 +318,11 @@ def _with_digits(x: Tensor, master: Tensor) -> Tensor:
     return torch.where(kept, master, x.to(master.dtype))
 
 
-def _first(names: Sequence[str], limit: int = 5) -> str:
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "none") + more
-
-
 def _grouped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Split (target, source) pairs by device and dtype, the source cast to its target: one fused call a group."""
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
         targets, sources = groups.setdefault((target.device, target.dtype), ([], []))
-        targets.append(target)
-        sources.append(source.to(target.dtype))
+        targets.append(local(target))
+        sources.append(local(source).to(target.device, target.dtype))
     yield from groups.values()

@@ -11,6 +11,10 @@ from udakit._checks import kind_of
 __all__ = ["unwrap_model"]
 
 
+class Average(nn.Module):
+    """Marks what averages a net: stored inside that net, it is no part of it."""
+
+
 def unwrap_model(model: nn.Module) -> nn.Module:
     """Take off the wrappers of `torch.compile`, DataParallel and DistributedDataParallel, in any nesting.
 
@@ -21,6 +25,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         The net inside; wrappers of its submodules stay.
 
     Example:
+        >>> import torch
         >>> net = nn.Linear(2, 2)
         >>> unwrap_model(nn.DataParallel(torch.compile(net))) is net
         True
@@ -38,6 +43,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def unwrap_all(model: nn.Module) -> nn.Module:
+    """Take the wrappers off a net and its submodules, for good."""
     model = unwrap_model(model)
     for name, child in model._modules.items():
         if child is not None:
@@ -46,7 +52,10 @@ def unwrap_all(model: nn.Module) -> nn.Module:
 
 
 def named_state(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield (name without wrappers, tensor, whether it is a parameter) of parameters and persistent buffers."""
+    """Yield (name without wrappers, tensor, whether it is a parameter) of parameters and persistent buffers.
+
+    A teacher inside the net is left out.
+    """
     model = unwrap_model(model)
     for name, parameter in model._parameters.items():
         if parameter is not None:
@@ -55,5 +64,5 @@ def named_state(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
         if buffer is not None and name not in model._non_persistent_buffers_set:
             yield prefix + name, buffer, False
     for name, child in model._modules.items():
-        if child is not None:
+        if child is not None and not isinstance(child, Average):
             yield from named_state(child, f"{prefix}{name}.")

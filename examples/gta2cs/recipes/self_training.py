@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gta2cs.learned_translator import Translator, train_translator
 from gta2cs.recipes.base import Draws, Preparation, Recipe
 from gta2cs.translators import TRANSLATORS
-from udakit import EMATeacher, draw_block_mask, draw_classes, row_mask
+from udakit import EMATeacher, draw_block_mask, draw_classes, keep_statistics, row_mask
 
 LEARNED = "learned"
 MASKING = ("mask_weight", "mask_ratio", "mask_block", "mask_complements")
@@ -64,7 +64,7 @@ class SelfTraining(Recipe):
 
     def on_mixed(self, images: Tensor) -> Any:
         """Student output of mixed images, whose statistics are recorded or only used."""
-        with nullcontext() if self.options.record_mixed else not_recording(self.student):
+        with nullcontext() if self.options.record_mixed else keep_statistics(self.student):
             return self.student(images)
 
     def masked_consistency(self, images: Tensor, draws: Draws, loss: Callable[[Any], Tensor]) -> dict[str, Tensor]:
@@ -104,19 +104,6 @@ class SelfTraining(Recipe):
             return None
         n, _, h, w = logits.shape
         return row_mask(h, w, top, bottom).to(logits.device).expand(n, h, w)
-
-
-@contextmanager
-def not_recording(net: nn.Module) -> Iterator[None]:
-    """Let BatchNorm work with the statistics of the batch as ever, and not record them."""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    try:
-        for norm in norms:
-            norm.track_running_stats = False
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 class TargetStyled(SelfTraining):

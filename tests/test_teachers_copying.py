@@ -1,0 +1,419 @@
+"""A copy of a net shares nothing with it: nets as people bring them, and what is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+import types
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+
+from udakit import EMATeacher, FeatureTap, copy_net
+
+IMAGES = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Conv2d(3, 4, 1)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).relu())
+
+    def doubled(self, x: Tensor) -> Tensor:
+        return 2 * Net.forward(self, x)
+
+
+def spoil(net: nn.Module) -> None:
+    """Change all weights: what a copy gives must not follow."""
+    with torch.no_grad():
+        for x in [*net.parameters(), *net.buffers()]:
+            x.add_(1) if x.is_floating_point() else None
+
+
+# --- what is copied ----------------------------------------------------------------------------------------------
+
+
+def _as_method(net: nn.Module) -> None:
+    net.forward = types.MethodType(lambda self, x: 3 * Net.forward(self, x), net)
+
+
+def _own_method(net: nn.Module) -> None:
+    net.forward = net.doubled
+
+
+def _partial(net: nn.Module) -> None:
+    net.forward = functools.partial(Net.doubled, net)
+
+
+def _accelerate(net: nn.Module) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(net)
+    assert "forward" in vars(net)
+
+
+def _accelerate_hooks(net: nn.Module) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(net.body, hooks.ModelHook())
+    assert "forward" in vars(net.body)
+
+
+def _own_hook(net: nn.Module) -> None:
+    """The net hangs a method of its own on a layer."""
+    net.add_one = types.MethodType(lambda self, module, args, output: output + self.head.bias.sum(), net)
+    net.body.register_forward_hook(net.add_one)
+
+
+class Store:
+    def __init__(self) -> None:
+        self.last: list[Tensor] = []
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.last[:] = [output.detach()]
+
+
+def _own_store(net: nn.Module) -> None:
+    """The net returns what its hook kept: a copy must not give the original's activations."""
+    net.store = Store()
+    net.head.register_forward_hook(net.store)
+    net.forward = types.MethodType(lambda self, x: (Net.forward(self, x), self.store.last[0])[1], net)
+
+
+def _with_kwargs(net: nn.Module) -> None:
+    net.twice = types.MethodType(lambda self, module, args, kwargs, output: 2 * output + self.head.bias.sum(), net)
+    net.register_forward_hook(net.twice, with_kwargs=True)
+
+
+def _weight_norm(net: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(net.body)
+    net(IMAGES)
+
+
+def _pruned_twice(net: nn.Module) -> None:
+    prune.l1_unstructured(net.body, "weight", amount=0.3)
+    prune.random_unstructured(net.body, "weight", amount=0.3)
+    net(IMAGES)
+
+
+def _spectral_norm(net: nn.Module) -> None:
+    nn.utils.spectral_norm(net.body)
+    net(IMAGES)
+
+
+def _compiled_part(net: nn.Module) -> None:
+    net.body = torch.compile(net.body, backend="eager")
+
+
+def _checkpointing(net: nn.Module) -> None:
+    net.run = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+
+
+def _activation(net: nn.Module) -> None:
+    scale = torch.tensor(2.0)
+    net.activation = lambda x: scale * x  # a constant
+
+
+COPIED: dict[str, Callable[[nn.Module], None]] = {
+    "plain": lambda net: None,
+    "method set on the net": _as_method,
+    "method of its own": _own_method,
+    "partial": _partial,
+    "accelerate prepare": _accelerate,
+    "accelerate hooks": _accelerate_hooks,
+    "hook of its own": _own_hook,
+    "hook of its own with kwargs": _with_kwargs,
+    "store of its own": _own_store,
+    "weight_norm": _weight_norm,
+    "weight_norm parametrized": lambda net: parametrizations.weight_norm(net.body),
+    "spectral_norm": _spectral_norm,
+    "spectral_norm parametrized": lambda net: parametrizations.spectral_norm(net.body),
+    "orthogonal parametrized": lambda net: parametrizations.orthogonal(net.body),
+    "prune": lambda net: prune.l1_unstructured(net.body, "weight", amount=0.5),
+    "prune twice": _pruned_twice,
+    "compiled part": _compiled_part,
+    "compiled in place": lambda net: net.compile(backend="eager"),
+    "checkpointing function": _checkpointing,
+    "activation": _activation,
+}
+
+
+@pytest.mark.parametrize("name", COPIED)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_copy_gives_what_the_net_gave_and_shares_nothing(name: str) -> None:
+    net = Net()
+    COPIED[name](net)
+    net.eval()
+    before = net(IMAGES).detach()
+    twin = copy_net(net)
+    torch.testing.assert_close(twin(IMAGES), before)
+    spoil(net)
+    assert not torch.allclose(net(IMAGES).float(), before.float()), "the case proves nothing"
+    torch.testing.assert_close(twin(IMAGES), before)
+    net_now = net(IMAGES).detach()
+    spoil(twin)
+    torch.testing.assert_close(net(IMAGES).detach(), net_now)  # nor the other way round
+    own = {id(x) for x in [*net.parameters(), *net.buffers(), *net.modules()]}
+    assert not own & {id(x) for x in [*twin.parameters(), *twin.buffers(), *twin.modules()]}
+
+
+@pytest.mark.parametrize("name", COPIED)
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_teacher_follows_such_a_net(name: str) -> None:
+    net = Net()
+    COPIED[name](net)
+    teacher = EMATeacher(net, decay=0.5, warmup=True, mode="eval")
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    teacher.update(net)  # step 0 copies
+    net.eval()
+    torch.testing.assert_close(teacher(IMAGES), net(IMAGES).detach())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_recurrent_nets_and_graph_modules() -> None:
+    rnn = nn.LSTM(3, 4)
+    x = torch.rand(5, 2, 3)
+    torch.testing.assert_close(copy_net(rnn)(x)[0], rnn(x)[0])
+    traced = torch.fx.symbolic_trace(Net())
+    twin = copy_net(traced)
+    before = twin(IMAGES)
+    spoil(traced)
+    assert torch.equal(twin(IMAGES), before)
+
+
+def test_a_tree_of_modules_stays_tied() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    net.append(net[0])
+    twin = copy_net(net)
+    assert twin[0].weight is twin[1].weight
+    assert twin[2] is twin[0]
+    assert twin[0].weight is not net[0].weight
+
+
+def test_flags_stay_and_gradients_go() -> None:
+    net = Net().eval()
+    net.body.requires_grad_(False)
+    net(IMAGES).sum().backward()
+    twin = copy_net(nn.DataParallel(net))
+    assert type(twin) is Net
+    assert not twin.training
+    assert [p.requires_grad for p in twin.parameters()] == [False, False, True, True]
+    assert all(p.grad is None for p in twin.parameters())
+
+
+SEEN: list[Tensor] = []
+
+
+def test_hooks_of_users_stay_behind() -> None:
+    net, seen = Net(), []
+
+    class Trainer:
+        def __init__(self, net: nn.Module) -> None:
+            self.net = net
+
+        def look(self, module: nn.Module, args: Any, output: Tensor) -> None:
+            seen.append("trainer")
+
+    def watch(trainer: Trainer) -> Callable[..., None]:
+        return lambda module, args, output: seen.append(str(type(trainer)))
+
+    net.body.register_forward_hook(lambda module, args, output: seen.append("hook"))
+    net.body.register_forward_pre_hook(functools.partial(lambda store, module, args: store.append("pre"), seen))
+    net.head.register_forward_hook(Trainer(net).look)
+    net.head.register_forward_hook(lambda module, args, output: SEEN.append(output))
+    net.head.register_forward_hook(watch(Trainer(net)))
+    net.head.register_full_backward_hook(lambda module, gradient, output: seen.append("backward"))
+    with FeatureTap(net, "body") as tap:
+        twin = copy_net(net)
+        twin(IMAGES).sum().backward()
+        assert not seen
+        assert not SEEN
+        with pytest.raises(RuntimeError, match="did not"):
+            tap.pop()
+        net(IMAGES)
+        assert tap.pop().shape == (2, 4, 4, 4)
+    reference = weakref.ref(tap)
+    del tap
+    assert reference() is None  # no copy holds the tap
+    assert len(seen) == 4
+    assert len(SEEN) == 1
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in twin.modules())
+
+
+def test_hooks_of_the_nets_library_come_along() -> None:
+    """transformers hangs hooks on at the first pass, and knows that it did."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.SegformerConfig(
+        num_labels=3, hidden_sizes=[8, 8, 16, 16], depths=[1] * 4, decoder_hidden_size=12, num_attention_heads=[1] * 4
+    )
+    net = transformers.SegformerForSemanticSegmentation(config).eval()
+    images = torch.rand(1, 3, 64, 64)
+    before = net(images, output_hidden_states=True).hidden_states
+    after = copy_net(net)(images, output_hidden_states=True).hidden_states
+    assert len(before) == len(after) > 0
+    for x, y in zip(before, after, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_stored_hook_handle_is_the_copys() -> None:
+    net = Net()
+    net.own = types.MethodType(lambda self, module, args, output: output + 1, net)
+    net.handle = net.body.register_forward_hook(net.own)
+    twin = copy_net(net)
+    twin.handle.remove()
+    assert not twin.body._forward_hooks
+    assert net.body._forward_hooks
+
+
+# --- what is refused, by name ------------------------------------------------------------------------------------
+
+
+def _closure(net: nn.Module) -> None:
+    old = net.body.forward
+    net.body.forward = lambda x: 2 * old(x)
+
+
+def _autocast(net: nn.Module) -> None:
+    net.forward = torch.autocast("cpu", dtype=torch.bfloat16)(net.forward)
+
+
+def _compiled_forward(net: nn.Module) -> None:
+    net.forward = torch.compile(net.forward, backend="eager")
+
+
+def _default(net: nn.Module) -> None:
+    net.body.forward = lambda x, layer=net.head: x
+
+
+def _foreign(net: nn.Module) -> None:
+    other = nn.Conv2d(3, 4, 1)
+    net.extra = lambda x: other(x)
+
+
+def _closure_hook(net: nn.Module) -> None:
+    net.store = []
+    store = net.store
+    net.body.register_forward_hook(lambda module, args, output: store.append(output))
+
+
+def _hook_on_self(net: nn.Module) -> None:
+    net.body.register_forward_hook(lambda module, args, output: setattr(net, "last", output))
+
+
+def _graph(net: nn.Module) -> None:
+    net.head.last = {"features": [net.body(IMAGES)]}
+
+
+def _weak(net: nn.Module) -> None:
+    net.head.parent = weakref.ref(net)
+
+
+def _proxy(net: nn.Module) -> None:
+    object.__setattr__(net.head, "parent", weakref.proxy(net))
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
+    "closure": (_closure, r"submodule 'body' has a `forward` of its own, a function that refers to the net"),
+    "autocast": (_autocast, r"the net itself has a `forward` of its own"),
+    "compiled forward": (_compiled_forward, r"the net itself has a `forward` of its own"),
+    "default": (_default, r"submodule 'body' has a `forward` of its own"),
+    "function over another net": (_foreign, r"the net itself has a `extra` of its own"),
+    "closure hook over a store": (_closure_hook, r"submodule 'body' has a hook, _closure_hook.*refers to the net"),
+    "closure hook over the net": (_hook_on_self, r"submodule 'body' has a hook, _hook_on_self"),
+    "tensor with a graph": (_graph, r"submodule 'head' holds a tensor with a graph in `last`"),
+    "weak reference": (_weak, r"submodule 'head' has a `parent` of its own"),
+    "weak proxy": (_proxy, r"submodule 'head' has a `parent` of its own"),
+    "lock": (lambda net: setattr(net.body, "lock", threading.Lock()), r"'body' holds a lock in `lock`: cannot pickle"),
+    "lazy": (lambda net: setattr(net, "neck", nn.LazyLinear(3)), r"submodule 'neck' is lazy: weight, bias has no"),
+    "generator": (
+        lambda net: setattr(net, "rows", iter([])) or setattr(net, "g", (x for x in [])),
+        r"holds a generator",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("make", [copy_net, EMATeacher])
+def test_what_cannot_be_copied_is_refused_by_name(name: str, make: Callable[[nn.Module], nn.Module]) -> None:
+    net = Net()
+    spoiler, message = REFUSED[name]
+    spoiler(net)
+    with pytest.raises(ValueError, match=message):
+        make(net)
+    if name != "lazy":
+        with pytest.raises(ValueError, match=r"EMATeacher\(model, module=second\)"):
+            make(net)
+
+
+@pytest.mark.parametrize("name", [k for k in REFUSED if k not in ("lazy", "compiled forward")])
+def test_the_way_out_leads_out(name: str) -> None:
+    """A second net, made by the user as the first."""
+    net, second = Net(), Net()
+    for one in (net, second):
+        REFUSED[name][0](one)
+    spoil(net)
+    teacher = EMATeacher(net, decay=0.5, warmup=False, module=second)
+    assert teacher.module is second
+    assert not any(p.requires_grad for p in second.parameters())
+    assert torch.equal(second.body.weight, net.body.weight)
+    before = second.body.weight.clone()
+    spoil(net)
+    teacher.update(net)
+    torch.testing.assert_close(second.body.weight, before + 0.5)
+    assert net.body.weight.requires_grad
+
+
+def test_a_module_must_be_another_net_of_the_same_kind() -> None:
+    net = Net()
+    with pytest.raises(
+        ValueError, match=r"`module` to be a net of its own, but got one that has body\.weight in common"
+    ):
+        EMATeacher(net, module=net)
+    half = Net()
+    half.head = net.head
+    with pytest.raises(ValueError, match=r"one that has head\.weight in common"):
+        EMATeacher(net, module=half)
+    with pytest.raises(ValueError, match="0 of 2 match"):
+        EMATeacher(net, module=nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"`module` to be an nn\.Module, but got dict"):
+        EMATeacher(net, module={})  # type: ignore[arg-type]
+
+
+def test_a_module_can_share_what_is_frozen() -> None:
+    net, second = Net(), Net()
+    net.body.requires_grad_(False)
+    teacher = EMATeacher(net, module=second, share_frozen=True)
+    assert second.body.weight is net.body.weight
+    assert second.head.weight is not net.head.weight
+    teacher.update(net)
+
+
+def test_a_copied_teacher_is_one_of_its_own() -> None:
+    """With `share_frozen`, too: its frozen part follows the student that it is shown."""
+    net = Net()
+    net.body.requires_grad_(False)
+    teacher = EMATeacher(net, decay=0.5, warmup=False, share_frozen=True)
+    twin = copy.deepcopy(teacher)
+    other = copy_net(net)
+    spoil(other)
+    before = net.body.weight.clone()
+    twin.update(other)
+    torch.testing.assert_close(twin.module.body.weight, before + 0.5)
+    assert torch.equal(net.body.weight, before)
+    pair = copy.deepcopy({"student": net, "teacher": teacher})
+    assert pair["teacher"].module.body.weight is pair["student"].body.weight  # copied together they go on sharing

@@ -1,0 +1,193 @@
+"""What a net holds beside its weights, and what of it cannot be copied."""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils.hooks import RemovableHandle
+
+WAY_OUT = (
+    "Make a second net as you made this one: EMATeacher(model, module=second) takes it, and "
+    "second.load_state_dict(model.state_dict()) makes it a copy."
+)
+_INTERNAL = {*vars(nn.Module()), "_compiled_call_impl", "_is_full_backward_hook"}
+_ATOMS = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type,
+    types.ModuleType,
+    torch.dtype,
+    torch.device,
+    type(None),
+    RemovableHandle,
+)
+_SHARED = (types.FunctionType, weakref.ReferenceType, *weakref.ProxyTypes)  # what `deepcopy` does not copy
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+
+
+class Held:
+    """What the modules of a net hold beside parameters, buffers and submodules, and which of it cannot be copied."""
+
+    def __init__(self, modules: dict[str, nn.Module], copies: Mapping[int, object]) -> None:
+        self.net = {id(m) for m in modules.values()} | {*copies}
+        self.packages = {
+            "torch",
+            *(type(m).__module__.split(".")[0] for m in modules.values() if "." in type(m).__module__),
+        }
+        self.ids: set[int] = set()
+        self.containers: set[int] = set()
+        self._functions: list[tuple[str, str, Any]] = []  # what `deepcopy` shares
+        for name, module in modules.items():
+            for attribute, value in attributes(module):
+                self._visit(name, attribute, value)
+        for name, attribute, function in self._functions:
+            if self._refers(function):
+                raise copy_error(
+                    name,
+                    f"has a `{attribute}` of its own, a function that refers to the net: on a copy it would go on "
+                    "running the original. Set it as a method, types.MethodType(function, net), or after the copy is "
+                    "made.",
+                )
+
+    def _visit(self, name: str, attribute: str, value: object) -> None:
+        stack = [value]
+        while stack:
+            x = stack.pop()
+            if isinstance(x, _ATOMS) or id(x) in self.ids:
+                continue
+            if isinstance(x, _SHARED):
+                self._functions.append((name, attribute, x))
+            elif isinstance(x, Tensor):
+                if x.grad_fn is not None and id(x) not in self.net:
+                    raise copy_error(
+                        name, f"holds a tensor with a graph in `{attribute}`. Detach it or set it to None."
+                    )
+            elif isinstance(x, types.MethodType):
+                self._functions.append((name, attribute, x.__func__))
+                stack.append(x.__self__)
+            elif not isinstance(x, nn.Module):
+                self.ids.add(id(x))
+                if isinstance(x, (Mapping, *_CONTAINERS)):
+                    self.containers.add(id(x))
+                stack.extend(_parts(x))
+
+    def _refers(self, function: object, *, is_hook: bool = False) -> bool:
+        """Whether a function (or a weak reference) leads to the net or what it holds, or to weights of another one.
+
+        A hook may work with a net of its user's, and for an object of the user's that knows the net, a trainer's say.
+        """
+        stack: list[tuple[object, bool]] = [(function, True)]
+        seen: set[int] = set()
+        while stack:
+            x, direct = stack.pop()
+            if isinstance(x, _ATOMS) or id(x) in seen:
+                continue
+            seen.add(id(x))
+            if id(x) in self.net or (direct and id(x) in self.containers):
+                return True
+            if isinstance(x, nn.Module):
+                foreign = type(x) in weakref.ProxyTypes or next(x.parameters(), None) is not None
+            else:
+                foreign = isinstance(x, Tensor) and x.requires_grad
+                through = isinstance(x, (*_SHARED, types.MethodType, functools.partial, Mapping, *_CONTAINERS))
+                if through or not is_hook:
+                    stack.extend((part, direct and through) for part in _parts(x))
+            if foreign and not is_hook:
+                return True
+        return False
+
+    def keeps(self, name: str, hook: Any) -> bool:
+        """Whether a hook on a call belongs to the net; raise where it does and cannot be copied."""
+        while type(hook).__name__ == "_WrappedHook":
+            hook = hook.hook
+        if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
+            return True
+        function = hook
+        own = False
+        while isinstance(function, functools.partial):
+            own = own or any(self._holds(x) for x in (*function.args, *function.keywords.values()))
+            function = function.func
+        if isinstance(function, types.MethodType):
+            own = own or self._holds(function.__self__)
+            function = function.__func__ if own else None
+        elif not isinstance(function, types.FunctionType):
+            return own or self._holds(function)
+        if function is None:
+            return False
+        if self._refers(function, is_hook=not own):
+            raise copy_error(
+                name,
+                f"has a hook, {_title(function)}, a function that refers to the net: on a copy it would go on working "
+                "for the original. Remove it until the copy is made.",
+            )
+        return own or (function.__module__.split(".")[0] in self.packages and _is_pure(hook))
+
+    def _holds(self, x: object) -> bool:
+        return id(x) in self.net or id(x) in self.ids
+
+
+def attributes(module: nn.Module) -> list[tuple[str, object]]:
+    """Attributes of the instance that torch does not keep itself, as `deepcopy` sees them."""
+    try:
+        state = module.__getstate__()  # type: ignore[no-untyped-call] # nn.RNN leaves its weak references out
+    except Exception:
+        state = None
+    state = state if isinstance(state, dict) else vars(module)
+    return [(name, value) for name, value in state.items() if name not in _INTERNAL]
+
+
+def _parts(x: Any) -> list[Any]:
+    """What an object refers to, one step far."""
+    if isinstance(x, types.FunctionType):
+        cells = []
+        for cell in x.__closure__ or ():
+            try:
+                cells.append(cell.cell_contents)
+            except ValueError:  # not filled yet
+                continue
+        known = (x.__globals__.get(name) for name in x.__code__.co_names)
+        nets = [g for g in known if isinstance(g, nn.Module | types.MethodType)]
+        return [*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values(), *vars(x).values(), *nets]
+    if isinstance(x, types.MethodType):
+        return [x.__func__, x.__self__]
+    if isinstance(x, functools.partial):
+        return [x.func, *x.args, *x.keywords.values(), *vars(x).values()]
+    if isinstance(x, weakref.ReferenceType):
+        return [x()]
+    if isinstance(x, Mapping):
+        return [*x.values()]
+    if isinstance(x, _CONTAINERS):
+        return [*x]
+    return [*getattr(x, "__dict__", {}).values()]
+
+
+def _is_pure(function: object) -> bool:
+    """Whether a function holds nothing that it could write to, and names no global container."""
+    if not isinstance(function, (types.FunctionType, functools.partial)):
+        return isinstance(function, _ATOMS)
+    named: list[object] = []
+    if isinstance(function, types.FunctionType):
+        named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    return all(map(_is_pure, _parts(function))) and not any(isinstance(x, (Mapping, *_CONTAINERS)) for x in named)
+
+
+def copy_error(name: str, what: str) -> ValueError:
+    where = f"its submodule '{name}'" if name else "the net itself"
+    return ValueError(f"Expected `model` to be a net that can be copied, but {where} {what} {WAY_OUT}")
+
+
+def _title(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__name__))

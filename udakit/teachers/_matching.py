@@ -1,0 +1,66 @@
+"""Whether a student fits the net that a teacher averages."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from udakit._checks import shape_of
+
+_ONE_NET = "A teacher averages the net that it was made of: make another one for another net."
+
+
+def check_match(
+    own: Mapping[str, Tensor], student: Mapping[str, Tensor], *, shared: Collection[str] = (), apart: bool = False
+) -> None:
+    """Raise unless both nets have the same names, shapes and shards, and (unless `apart`) the same devices."""
+    missing = [name for name in own if name not in student]
+    unknown = [name for name in student if name not in own]
+    if missing or unknown:
+        raise ValueError(
+            "Expected `model` to have the parameters and buffers of the averaged net, but got a "
+            f"net of which {len(own) - len(missing)} of {len(own)} match: "
+            f"missing {_first(missing)}, unknown {_first(unknown)}. {_ONE_NET}"
+        )
+    unlike = [n for n, x in own.items() if x.shape != student[n].shape]
+    if unlike:
+        listed = [f"{n} {shape_of(own[n])} but got {shape_of(student[n])}" for n in unlike]
+        raise ValueError(f"Expected `model` to have the shapes of the averaged net: {_first(listed)}. {_ONE_NET}")
+    split = [n for n, x in own.items() if shards(x) != shards(student[n])]
+    if split:
+        raise ValueError(
+            f"Expected `model` to be sharded as the averaged net, but got another layout of {_first(split)}. Shard "
+            "both nets in the same way, with fully_shard(net, reshard_after_forward=True)."
+        )
+    moved = [
+        f"{n} on '{x.device}' but got '{student[n].device}'" for n, x in own.items() if x.device != student[n].device
+    ]
+    if moved and not apart:
+        raise ValueError(
+            f"Expected `model` to be on the devices of the averaged net: {_first(moved)}. Move one with .to(), or make "
+            "the teacher with `device=` to keep it elsewhere."
+        )
+    thawed = [name for name in shared if student[name].requires_grad]
+    if thawed:
+        raise ValueError(
+            "Expected `model` to keep frozen what `share_frozen=True` shares, but got parameters that require a "
+            f"gradient: {_first(sorted(thawed))}. Make the teacher anew after unfreezing."
+        )
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a sharded tensor (DTensor) that is on this rank; any other tensor is whole."""
+    part: Tensor = x.to_local() if hasattr(x, "to_local") else x
+    return part
+
+
+def shards(x: Any) -> Any:
+    """How a tensor is sharded; None for one that is whole."""
+    return getattr(x, "placements", None)
+
+
+def _first(names: Sequence[str], limit: int = 5) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "none") + more

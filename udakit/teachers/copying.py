@@ -1,0 +1,165 @@
+"""An independent copy of a net."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from udakit.teachers._held import Held, attributes, copy_error
+from udakit.teachers.unwrap import unwrap_all, unwrap_model
+
+__all__ = ["copy_net"]
+
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+_FSDP = ("FullyShardedDataParallel", "FSDPModule")
+
+
+def copy_net(model: nn.Module) -> nn.Module:
+    """Copy a net so that nothing of the copy is the original's.
+
+    **Convention.** Parameters, buffers and all else that the net holds are copied, gradients are not; the wrappers of
+    `torch.compile`, DataParallel and DistributedDataParallel come off, and `requires_grad` and the training mode stay.
+    A `forward` that was set on the net itself, and hooks that are methods of the net or of what it holds, work on the
+    copy. So do the hooks by which torch computes weights (`weight_norm`, `spectral_norm`, `prune`) and hooks that the
+    library of the net hung on. All other hooks on a call are left behind: an open `FeatureTap` does not see the copy.
+
+    Args:
+        model: a net, wrapped or not.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: a net that cannot be copied so, by the name of the submodule: it holds a function that refers to the
+            net itself (a closure would go on running the original), a tensor with a graph, a lock, parameters without
+            a shape yet, or it is sharded.
+
+    Example:
+        >>> net = nn.Conv2d(3, 2, 1)
+        >>> twin = copy_net(net)
+        >>> bool((twin.weight == net.weight).all()), twin.weight is net.weight
+        (True, False)
+    """
+    return copy_sharing(model, ())
+
+
+def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device | str | None = None) -> nn.Module:
+    """Copy a net to a device, except for the parameters whose ids are in `shared`: the copy has them in common."""
+    inner = unwrap_model(model)
+    modules = dict(named_modules(inner))
+    for name, module in modules.items():
+        _check_ready(name, module)
+    memo: dict[int, Any] = {id(b): b.detach().to(device, copy=True) for b in inner.buffers()}
+    for p in inner.parameters():
+        own = p if id(p) in shared else nn.Parameter(p.detach().to(device, copy=True), requires_grad=p.requires_grad)
+        memo[id(p)] = own
+    for module in modules.values():
+        for x in computed_weights(module):
+            memo.setdefault(id(x), x.detach().to(device, copy=True))
+    held = Held(modules, memo)
+    hooks = _empty_hooks(modules, held, memo)
+    try:
+        for wrapper in reversed(_wrappers(inner)):
+            memo[id(wrapper)] = copy.deepcopy(unwrap_model(wrapper), memo)
+        twin = copy.deepcopy(inner, memo)
+        for target, kept in hooks:  # only now: they refer to modules of the copy
+            target.update({key: copy.deepcopy(hook, memo) for key, hook in kept.items()})
+    except Exception as error:
+        raise copy_error(*_culprit(modules, memo, error)) from error
+    return unwrap_all(twin)
+
+
+def named_modules(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (dotted name, module) of a net and its submodules, each once and without wrappers."""
+    module, seen = unwrap_model(module), set() if seen is None else seen
+    if id(module) not in seen:
+        seen.add(id(module))
+        yield prefix, module
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from named_modules(child, f"{prefix}.{name}".lstrip("."), seen)
+
+
+def computed_weights(module: nn.Module) -> list[Tensor]:
+    """Tensors that torch's own hooks compute before each call, and keep beside the parameters."""
+    names = [
+        hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+        for hook in module._forward_pre_hooks.values()
+        if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod))
+    ]
+    return [x for name in names if isinstance(x := vars(module).get(name), Tensor)]
+
+
+def computed_buffers(model: nn.Module) -> Iterator[str]:
+    """Yield the names of buffers that weights are computed from: they belong to the weights, not to a policy."""
+    for name, module in named_modules(model):
+        start = f"{name}." if name else ""
+        if "parametrizations" in name.split("."):
+            yield from (start + key for key in module._buffers)
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                yield from (f"{start}{hook.name}_u", f"{start}{hook.name}_v")
+            elif isinstance(hook, BasePruningMethod):
+                yield f"{start}{hook._tensor_name}_mask"
+
+
+def _empty_hooks(
+    modules: dict[str, nn.Module], held: Held, memo: dict[int, Any]
+) -> list[tuple[OrderedDict[int, Any], dict[int, Any]]]:
+    """Let `deepcopy` find empty hooks on calls; return each with those that it will get."""
+    pairs = []
+    for name, module in modules.items():
+        keys: set[int] = set()
+        for hooks in (vars(module).get(kind) for kind in _CALL_HOOKS):
+            if hooks:
+                memo[id(hooks)] = target = OrderedDict[int, Any]()
+                kept = {key: hook for key, hook in hooks.items() if held.keeps(name, hook)}
+                keys.update(kept)
+                pairs.append((target, kept))
+        for flags in (vars(module).get(kind) for kind in _HOOK_FLAGS):
+            if flags:
+                memo[id(flags)] = OrderedDict((key, flag) for key, flag in flags.items() if key in keys)
+    return pairs
+
+
+def _wrappers(module: nn.Module) -> list[nn.Module]:
+    """Wrapped submodules, outer before inner."""
+    found = []
+    for child in unwrap_model(module)._modules.values():
+        if child is not None:
+            found += ([] if unwrap_model(child) is child else [child]) + _wrappers(child)
+    return found
+
+
+def _check_ready(name: str, module: nn.Module) -> None:
+    if any(base.__name__ in _FSDP for base in type(module).__mro__):
+        raise copy_error(name, "is sharded (FSDP). Shard the second net in the same way.")
+    tensors = (*module._parameters.items(), *module._buffers.items())
+    lazy = [key for key, x in tensors if isinstance(x, (UninitializedParameter, UninitializedBuffer))]
+    if lazy:
+        raise copy_error(name, f"is lazy: {', '.join(lazy)} has no shape yet. Call the net once before.")
+
+
+def _culprit(modules: dict[str, nn.Module], memo: dict[int, Any], error: Exception) -> tuple[str, str]:
+    """Name what `deepcopy` failed at."""
+    others = {id(m): m for m in modules.values()}
+    for name, module in modules.items():
+        for attribute, value in attributes(module):
+            try:
+                copy.deepcopy(value, {**memo, **others})
+            except Exception as reason:
+                return name, f"holds a {type(value).__name__} in `{attribute}`: {reason}."
+    for name, module in modules.items():
+        if hasattr(type(module), "__deepcopy__"):
+            return name, f"is copied by a method of {type(module).__name__}, which fails: {error}."
+    return "", f"fails to be copied: {error}."

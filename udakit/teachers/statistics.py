@@ -1,0 +1,48 @@
+"""BatchNorm that works with the statistics of a batch and does not record them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["keep_statistics"]
+
+
+@contextmanager
+def keep_statistics(model: nn.Module) -> Iterator[None]:
+    """Within the block, BatchNorm in training mode uses the batch's own statistics as ever, and does not record them.
+
+    For passes over images whose statistics the net should not remember, mixed ones for example. `EMATeacher` does the
+    same in its own passes.
+
+    Args:
+        model: a net, wrapped or not.
+
+    Example:
+        >>> import torch
+        >>> student = nn.BatchNorm2d(3)
+        >>> with keep_statistics(student):
+        ...     student(torch.rand(2, 3, 4, 4)).sum().backward()
+        >>> student.running_mean, int(student.num_batches_tracked)
+        (tensor([0., 0., 0.]), 0)
+    """
+    norms = recording(model)
+    try:
+        set_recording(norms, False)
+        yield
+    finally:
+        set_recording(norms, True)
+
+
+def recording(model: nn.Module) -> list[_BatchNorm]:
+    """BatchNorm layers that record statistics when they are trained."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def set_recording(norms: Iterable[_BatchNorm], on: bool) -> None:
+    """Let BatchNorm layers record statistics or not."""
+    for norm in norms:
+        norm.track_running_stats = on
