@@ -210,7 +210,7 @@ def test_daformer_counts_its_zeroed_rows_in_the_ratio() -> None:
         ),
         (
             lambda: udakit.BilateralConsensus(_prototypes())(torch.zeros(1, 4, 2, 2), torch.zeros(2, 3, 2, 2)),
-            "Expected `features` to hold the 1 images of `logits`",
+            r"Expected `features` to be \(N, D, H, W\) for `logits` \(1, 4, 2, 2\), but got \(2, 3, 2, 2\)",
         ),
         (
             lambda: udakit.bilateral_consensus(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 3).long()),

@@ -111,6 +111,46 @@ class _Select(torch.autograd.Function):
         return None, select(mask, grad) if wants_x else None, select(~mask, grad) if wants_other else None
 
 
+def zero_where_not_(mask: Tensor, x: Tensor) -> Tensor:
+    """`x` with exactly 0 where the mask is not, NaN or not, in the memory of `x`, which must be the caller's own."""
+    if any(stride == 0 and side > 1 for stride, side in zip(x.stride(), x.shape, strict=True)):
+        return select(mask, x)  # an expanded tensor has no memory of its own for each element
+    if x.device.type == "cpu" and x.itemsize in _BITS:
+        bits = _BITS[x.itemsize]
+        x.view(bits).bitwise_and_(mask.to(bits).neg_())
+        return x
+    return x.masked_fill_(~mask, 0)
+
+
+def guard(x: Tensor, valid: Tensor | None) -> Tensor:
+    """`x` (N, C, *space), to which no gradient comes back from pixels that are not valid.
+
+    There 0 times the derivative at a NaN or an infinity would be NaN. The value is hidden by `reduce_pixels`; taking
+    the pixel out before the arithmetic would cost a pass over the map on the way there as well.
+    """
+    if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
+        return x
+    if torch.compiler.is_compiling():
+        return torch.where(valid.unsqueeze(1), x, 0)
+    guarded: Tensor = _Guard.apply(x, valid)
+    return guarded
+
+
+class _Guard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, valid: Tensor) -> Tensor:
+        ctx.save_for_backward(valid)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mask = ctx.saved_tensors[0].unsqueeze(1)
+        if torch.is_grad_enabled():  # create_graph=True: others hold this gradient
+            return select(mask, grad), None
+        # Only the loss itself has seen what `guard` returned, so its gradient is memory that nobody else holds.
+        return zero_where_not_(mask, grad), None
+
+
 def check_reduction(reduction: str) -> None:
     """Raise for a `reduction` that is not one of the four."""
     check_option("reduction", reduction, REDUCTIONS)
@@ -123,11 +163,12 @@ def reduce_pixels(
 
     Invalid entries become exactly 0 with zero gradient. "mean" divides by the number of valid entries, "mean_all" by
     all of them; a `pixel_weight` enters the numerator only. With nothing valid the result is 0 with a graph attached.
-    The loss must be finite at invalid entries: `torch.where` hides a value, not the gradient of a NaN.
+    What is not finite at an invalid entry stays out of the value. `guard` keeps it out of the gradient.
     """
     check_reduction(reduction)
     if pixel_weight is not None:
-        loss = loss * pixel_weight.to(loss.dtype)
+        pixel_weight = pixel_weight.to(loss.dtype)
+        loss = loss * (pixel_weight if valid is None else select(valid, pixel_weight))
     if valid is not None:
         loss = select(valid, loss)
     if reduction == "none":

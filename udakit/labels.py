@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from udakit._checks import (
+    check_ignore_index,
     check_integer,
     check_label_map,
     check_range,
@@ -78,14 +79,17 @@ SYNTHIA_16_CLASSES: Final = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 
 SYNTHIA_13_CLASSES: Final = (0, 1, 2, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)
 """Train ids of the 13-class protocol: the 16 without wall, fence and pole."""
 
+DENSE = 2**20  # ids that a table is laid out for; a wider one is searched
+
 Labels = TypeVar("Labels", Tensor, NDArray[np.integer])
 
 
 def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> Labels:
     """Replace every id by its entry in `table`, and every id without one by `default`.
 
-    **Convention.** One lookup, exact for any integer: no float, no loop over ids, nothing modified in place. To
-    re-index for a head with fewer outputs, map twice: `map_ids(x, {t: k for k, t in enumerate(SYNTHIA_16_CLASSES)})`.
+    **Convention.** One lookup, exact for any integer, whatever ids the table spans: no float, no loop over ids, nothing
+    modified in place. To re-index for a head with fewer outputs, map twice:
+    `map_ids(x, {t: k for k, t in enumerate(SYNTHIA_16_CLASSES)})`.
 
     Args:
         labels: integer ids of any shape, a tensor or a NumPy array (what a data loader has in hand).
@@ -103,6 +107,8 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         >>> map_ids(torch.tensor([[7, 26, 0]], dtype=torch.uint8), CITYSCAPES_IDS)
         tensor([[  0,  13, 255]], dtype=torch.uint8)
     """
+    if not is_integer(default):
+        raise TypeError(f"Expected `default` to be an integer, but got {kind_of(default)}.")
     if not isinstance(table, (dict, Mapping)) or not all(is_integer(i) for pair in table.items() for i in pair):
         given = f"{dict(list(table.items())[:3])}" if isinstance(table, Mapping) else kind_of(table)
         raise TypeError(
@@ -111,12 +117,18 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         )
     if isinstance(labels, Tensor):
         _check_integer(labels)
-        low, high = _key_range(table, torch.iinfo(labels.dtype), default)
-        lookup = labels.new_full((high - low + 2,), default)  # the last place is for every id outside the table
-        for old, new in table.items():
-            if low <= old <= high:  # entry by entry: a copy of a host list would make a GPU wait
-                lookup[old - low].fill_(new)
+        pairs, low, high = _pairs(table, torch.iinfo(labels.dtype), default)
         ids = labels.long()
+        if high - low > DENSE:
+            old, new = ids.new_zeros((2, len(pairs)))
+            for place, pair in enumerate(pairs):  # entry by entry: a copy of a host list would make a GPU wait
+                old[place].fill_(pair[0])
+                new[place].fill_(pair[1])
+            place_of = torch.searchsorted(old, ids).clamp_max(len(pairs) - 1)
+            return torch.where(old[place_of] == ids, new[place_of], default).to(labels.dtype)
+        lookup = labels.new_full((high - low + 2,), default)  # the last place is for every id outside the table
+        for key, value in pairs:
+            lookup[key - low].fill_(value)
         return lookup[torch.where((ids >= low) & (ids <= high), ids - low, high - low + 1)]
     if not isinstance(labels, np.ndarray | np.generic):
         raise TypeError(
@@ -125,19 +137,25 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         )
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"Expected `labels` to be an integer array, but got {labels.dtype}. .astype makes one.")
-    low, high = _key_range(table, np.iinfo(labels.dtype), default)
+    pairs, low, high = _pairs(table, np.iinfo(labels.dtype), default)
+    if high - low > DENSE:
+        keys, values = np.array(pairs, dtype=np.int64).T
+        wide = labels.astype(np.int64)
+        places = np.searchsorted(keys, wide).clip(max=len(pairs) - 1)
+        return np.where(keys[places] == wide, values[places], default).astype(labels.dtype)
     array_lookup: NDArray[Any] = np.full(high - low + 2, default, dtype=labels.dtype)
-    for old, new in table.items():
-        if low <= old <= high:
-            array_lookup[old - low] = new
+    for key, value in pairs:
+        array_lookup[key - low] = value
     if low == 0 and high == np.iinfo(labels.dtype).max:
         return array_lookup.take(labels)
     wide = labels.astype(np.int64)
     return array_lookup.take(np.where((wide >= low) & (wide <= high), wide - low, high - low + 1))
 
 
-def _key_range(table: Mapping[int, int], limits: torch.iinfo | np.iinfo[Any], default: int) -> tuple[int, int]:
-    """Check that the new ids fit, and return the ids that the lookup spans."""
+def _pairs(
+    table: Mapping[int, int], limits: torch.iinfo | np.iinfo[Any], default: int
+) -> tuple[list[tuple[int, int]], int, int]:
+    """Check that the new ids fit; return the pairs that labels of the dtype can meet, and the ids they span."""
     new = [default, *table.values()]
     if min(new) < limits.min or max(new) > limits.max:
         raise ValueError(
@@ -145,9 +163,10 @@ def _key_range(table: Mapping[int, int], limits: torch.iinfo | np.iinfo[Any], de
             f"{min(new)}..{max(new)}, but got {str(limits.dtype).removeprefix('torch.')}. "
             "Widen it first: .long() of a tensor, .astype(np.int64) of an array."
         )
+    pairs = sorted((int(old), int(to)) for old, to in table.items() if limits.min <= old <= min(limits.max, 2**63 - 1))
     if limits.min == 0 and limits.max < 2**16:  # every id that the dtype has: no comparison is needed
-        return 0, limits.max
-    return min(table, default=0), max(table, default=0)
+        return pairs, 0, int(limits.max)
+    return pairs, pairs[0][0] if pairs else 0, pairs[-1][0] if pairs else 0
 
 
 def _check_integer(labels: Tensor, name: str = "labels") -> None:
@@ -183,6 +202,7 @@ def check_labels(
 of a data set to these with map_ids, or correct `num_classes` or `ignore_index`.
     """
     check_integer("num_classes", num_classes)
+    check_ignore_index(ignore_index)
     _check_integer(labels, name)
     # Reads values because it is asked to: for the first batches of a data set, not for each step.
     found = dict(zip(*(x.tolist() for x in torch.unique(labels, return_counts=True)), strict=True))
@@ -233,6 +253,7 @@ def downscale_labels(
     check_label_map(labels)
     check_integer("factor", factor)
     check_integer("num_classes", num_classes)
+    check_ignore_index(ignore_index, num_classes)
     check_range("min_ratio", min_ratio, 0, 1)
     if labels.dtype == torch.uint8:
         check_range("ignore_index", ignore_index, 0, 255)

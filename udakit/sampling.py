@@ -67,6 +67,8 @@ def count_classes(
         )
     if load is not None:
         check_callable("load", load, "load(item)")
+    if progress is not None:
+        check_callable("progress", progress, "progress(images_done)")
     rows: list[Tensor] = []
     for item in _items(labels):
         found = load(item) if load else _read(item)

@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import udakit
 from contract.registry import Call, Operation, Sample
+from contract.wrong_options import WRONG
 
 # The one table of tolerances (relative, absolute), by the dtype of the result.
 TOLERANCE = {
@@ -33,6 +35,7 @@ TOLERANCE = {
 }
 MAPS = ("labels", "valid", "mask", "weight")  # (N, H, W)
 SPATIAL = ("logits", "probabilities", "features", "images", *MAPS)
+SCORES = ("logits", "probabilities")
 BATCHED = (*SPATIAL, "chosen", "batch_values", "batch_class_values", "batch_class_vectors")
 CLASS_AXIS = {
     "logits": 1, "probabilities": 1, "chosen": 1, "batch_class_values": 1, "batch_class_vectors": 1,
@@ -289,13 +292,14 @@ def autocast(op: Operation) -> None:
 
 
 def extreme_values(op: Operation) -> None:
-    """Logits of 1e4, features from 0 over 1e-15 to 1e15, one class, one image: nothing non-finite."""
+    """Logits of 1e4, features from 0 over 1e-15 to 1e15, the fewest classes, one image: nothing non-finite."""
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         if _exempt(op, f"extreme_values.{str(dtype).removeprefix('torch.')}"):
             continue
         # Float16 ends at 65504 below and 6e-8 above: its features stay where products with the gradient can be told.
         scales = (0.0, 1e-4, 1e4) if dtype == torch.float16 else (0.0, 1e-15, 1e15)
-        for name, sizes in {"": {}, "one_class": {"c": 1}, "one_image": {"n": 1}}.items():
+        scores = any(role in SCORES for role in make(op).roles)  # these have two classes at least: `one_channel`
+        for name, sizes in {"": {}, "one_class": {"c": 1 + scores}, "one_image": {"n": 1}}.items():
             if _exempt(op, f"extreme_values.{name}"):
                 continue
             plain = make(op, dtype=dtype, **sizes)
@@ -533,6 +537,122 @@ def _permutation(op: Operation, ex: Example, permute: Callable[[Tensor, str | No
         assert_equal(permuted_gradient, expected, f"gradient under {axis} permutation")
 
 
+# --- maps of other kinds -----------------------------------------------------------------------------------------
+
+SPACES = {1: lambda h, w: (h * w,), 3: lambda h, w: (h, w // 3, 3)}  # of the pixels of (h, w), in their order
+
+
+def _reshaped(x: Tensor, role: str | None, axes: int) -> Tensor:
+    """A map of the same pixels with another number of spatial axes."""
+    if role not in SPATIAL or not isinstance(x, Tensor):
+        return x
+    first = 1 if role in MAPS else 2
+    return x.reshape(*x.shape[:first], *SPACES[axes](*x.shape[first:]))
+
+
+def space(op: Operation) -> None:
+    """In one and three dimensions as on the flattened map, or refused by name; what looks at neighbours has a test."""
+    ex = make(op)
+    if op.space == "none":
+        pytest.skip("takes no map, or hands it to a net of the user's")
+    if op.space == "two":
+        for axes in SPACES:
+            message = _refusal(ex.map(lambda x, role, axes=axes: _reshaped(x, role, axes)), None)
+            assert message is not None, f"{axes} spatial axes: no error"
+            assert "two-dimensional" in message, f"{axes} spatial axes: does not say that it is for two: {message}"
+        return
+    if op.space != "pixel":
+        file, _, name = op.space.partition("::")
+        source = (Path(__file__).parents[1] / file).read_text()
+        assert re.search(rf"^def {re.escape(name)}\(", source, re.MULTILINE), f"there is no test {op.space}"
+        pytest.skip(f"looks at neighbours: {op.space}")
+    assert any(role in SPATIAL for role in ex.roles), "it takes no map: space='none'"
+    expected, expected_gradient = run_with_gradients(ex)
+    for axes in SPACES:
+        value, gradient = run_with_gradients(ex.map(lambda x, role, axes=axes: _reshaped(x, role, axes)))
+        assert all(a.numel() == e.numel() for a, e in zip(value, expected, strict=True)), f"{axes} spatial axes: sizes"
+        assert_equal(
+            [a.reshape(e.shape) for a, e in zip(value, expected, strict=True)], expected, f"{axes} spatial axes"
+        )
+        folded = [g.reshape(e.shape) for g, e in zip(gradient, expected_gradient, strict=True)]
+        # Where an output is a map, the uneven weights of `gradients` fall on the same pixels: the order is the same.
+        assert_equal(folded, expected_gradient, f"gradient with {axes} spatial axes")
+
+
+class Strict(Tensor):
+    """A subclass as libraries have them: it keeps its class, and its `new_empty` takes a tuple alone (MetaTensor)."""
+
+    def new_empty(self, size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> Tensor:  # type: ignore[override]
+        if not isinstance(size, tuple | list):
+            raise TypeError(f"new_empty(): argument 'size' must be tuple of ints, not {type(size).__name__}")
+        return self.as_subclass(Tensor).new_empty(size, dtype=dtype, device=device, requires_grad=requires_grad)
+
+
+def subclass(op: Operation) -> None:
+    """A strict subclass of Tensor in every place gives the values and gradients of plain tensors."""
+    ex = make(op)
+    if not any(isinstance(x, Tensor) for x in ex.leaves):
+        pytest.skip("takes no tensor")
+    expected = run_with_gradients(ex)
+    dressed = ex.map(lambda x, role: x.detach().clone().as_subclass(Strict))
+    for i in dressed.grad:
+        dressed.leaves[i].requires_grad_()
+    out = run(dressed)
+    found = gradients([x.as_subclass(Tensor) for x in out], dressed)
+    assert_equal([x.detach().as_subclass(Tensor) for x in out], expected[0], "of a subclass")
+    assert_equal([x.as_subclass(Tensor) for x in found], expected[1], "gradient of a subclass")
+
+
+def one_channel(op: Operation) -> None:
+    """Logits and probabilities of one channel are refused, naming the function that makes two classes of them."""
+    ex = make(op)
+    scores = [i for i, role in enumerate(ex.roles) if role in SCORES]
+    if not scores:
+        pytest.skip("takes no logits")
+    wrong = ex.map(lambda x, role: x[:, :1] if role in SCORES else x)
+    message = _refusal(wrong, None)
+    assert message is not None, "one channel: no error"
+    assert re.search(r"udakit\.binary_(logits|probabilities)", message), f"does not name the way out: {message}"
+
+
+def nan_outside(op: Operation) -> None:
+    """What is not finite where nothing counts changes nothing: masking equals removing, for NaN and infinities too.
+
+    The left half of every image is ignored, and spoilt in its left quarter, so that what looks at neighbours may.
+    """
+    ex = make(op, w=24)
+    masks = [role for role in ("labels", "valid") if role in ex.roles]
+    spoilt = ("logits", "probabilities", "features", "weight")
+    if not masks or not any(role in spoilt and _is_float(x) for x, role in zip(ex.leaves, ex.roles, strict=True)):
+        pytest.skip("has no pixel that does not count, or no float map")
+    ignored = ex.call().options.get("ignore_index", 255)
+
+    def mask(x: Tensor, role: str | None) -> Tensor:
+        if role not in masks:
+            return x
+        x = x.clone()
+        x[..., : x.shape[-1] // 2] = ignored if role == "labels" else False
+        return x
+
+    def spoil(x: Tensor, role: str | None, value: float) -> Tensor:
+        if role not in spoilt or not _is_float(x):
+            return x
+        x = x.clone()
+        x[..., : x.shape[-1] // 4] = value
+        return x
+
+    def counted(values: list[Tensor]) -> list[Tensor]:
+        return [x[..., x.shape[-1] // 2 :] if x.ndim >= 3 else x for x in values]
+
+    masked = ex.map(mask)
+    expected, expected_gradient = run_with_gradients(masked)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        found, gradient = run_with_gradients(masked.map(lambda x, role, v=value: spoil(x, role, v)))
+        assert_equal(counted(found), counted(expected), f"{value} where nothing counts")
+        if all(x.ndim == 0 for x in expected):
+            assert_equal(gradient, expected_gradient, f"gradient, {value} where nothing counts")
+
+
 # --- randomness and errors ---------------------------------------------------------------------------------------
 
 
@@ -583,8 +703,12 @@ def shape_errors(op: Operation) -> None:
 
 
 def _refusal(ex: Example, make_function: Callable[[Operation, Call], nn.Module] | None) -> str | None:
+    return _error_of(lambda: run(ex, function=make_function(ex.op, ex.call()) if make_function else None))
+
+
+def _error_of(call: Callable[[], Any]) -> str | None:
     try:
-        run(ex, function=make_function(ex.op, ex.call()) if make_function else None)
+        call()
     except (ValueError, TypeError) as error:
         return str(error)
     return None
@@ -600,7 +724,10 @@ def _mistakes(ex: Example) -> Iterator[tuple[str, Example]]:
             continue
         what = f"tensor {i} ({role})"
         if not _exempt(op, "shape_errors.axes"):
-            yield f"{what} without its last axis", ex.change(i, x[..., 0])
+            # By itself a map without its last axis is a signal: then it loses all of them.
+            alone = role in SPATIAL and sum(r in SPATIAL for r in ex.roles) == 1
+            cut = x.flatten(1 if role in MAPS else 2)[..., 0] if alone else x[..., 0]
+            yield f"{what} without {'any spatial' if alone else 'its last'} axis", ex.change(i, cut)
         if not _exempt(op, "shape_errors.size"):
             if role in SPATIAL and sizes.count(x.shape[-2:]) > 1:
                 yield f"{what} one column short", ex.change(i, x[..., :-1])
@@ -625,3 +752,60 @@ def _argument_names(ex: Example) -> set[str]:
     names = {name for target in targets for name in inspect.signature(target).parameters}
     fields = {name for arg in call.args if isinstance(arg, tuple) for name in getattr(arg, "_fields", ())}
     return names | fields | set(call.tensors) | set(call.options)
+
+
+# Arguments that are no options: nets, devices, and words for messages.
+NOT_OPTIONS = {"self", "device", "name", "images", "model", "options", "args", "keywords"}
+
+
+def wrong_options(op: Operation) -> None:
+    """Each option of the function, and of the Module's constructor, refuses each wrong value of the table by name."""
+    refused = 0
+    ex = make(op)
+    base = ex.call()
+    public = getattr(udakit, op.name.partition("[")[0], None)
+    if inspect.isfunction(public):
+        refused += _refuse_options(op, _option_names(public), base, lambda call: call.run(public))
+    if op.module is not None and ("module" not in op.exempt or public is op.module):
+        options = op.module_options(ex.call()) if op.module_options else ex.call().options
+        accepted = {k: v for k, v in options.items() if k in inspect.signature(op.module.__init__).parameters}
+        made = Call((), {}, accepted)
+        refused += _refuse_options(op, _option_names(op.module.__init__), made, lambda call: op.module(**call.options))  # type: ignore[misc]
+    if not refused:
+        pytest.skip("has no option")
+
+
+def _option_names(function: Any) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    found = []
+    for p in parameters:
+        tensor = "Tensor" in str(p.annotation) and p.name != "class_weight"
+        if p.name not in NOT_OPTIONS and not tensor and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            found.append(p.name)
+    return found
+
+
+def _refuse_options(op: Operation, names: list[str], call: Call, use: Callable[[Call], Any]) -> int:
+    tried = 0
+    for name in names:
+        rows = op.wrong.get(name, WRONG.get(name))
+        assert rows is not None, f"the option `{name}` has no row in wrong_options.py: what must it refuse?"
+        for value in rows:
+            wrong = _with_option(op, call, name, value)
+            message = _error_of(lambda wrong=wrong: use(wrong))  # type: ignore[misc]
+            assert message is not None, f"{name}={value!r}: no error"
+            assert f"`{name}" in message, f"{name}={value!r}: the message does not name it: {message}"
+            tried += 1
+    return tried
+
+
+def _with_option(op: Operation, call: Call, name: str, value: Any) -> Call:
+    """The call with one option replaced, where it is given by position, too."""
+    public = getattr(udakit, op.name.partition("[")[0], None)
+    if inspect.isfunction(public) and call.args:
+        names = list(inspect.signature(public).parameters)
+        if name in names[: len(call.args)]:
+            args = list(call.args)
+            args[names.index(name)] = value
+            return replace(call, args=tuple(args))
+    return replace(call, options={**call.options, name: value})

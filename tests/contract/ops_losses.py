@@ -133,6 +133,7 @@ OPERATIONS = [
         _upsampled_cross_entropy,
         udakit.upsampled_cross_entropy,
         udakit.UpsampledCrossEntropyLoss,
+        space="two",
         covers=("UpsampledCrossEntropyLoss",),
         inductor=True,
     ),
@@ -141,6 +142,7 @@ OPERATIONS = [
         _upsampled_kd_loss,
         udakit.upsampled_kd_loss,
         udakit.UpsampledKDLoss,
+        space="two",
         covers=("UpsampledKDLoss",),
     ),
     Operation(
@@ -148,6 +150,7 @@ OPERATIONS = [
         _upsampled_kd_loss_sizes,
         udakit.upsampled_kd_loss,
         udakit.UpsampledKDLoss,
+        space="two",
     ),
     Operation(
         "feature_distance_loss",

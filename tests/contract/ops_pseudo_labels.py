@@ -46,7 +46,7 @@ def _consensus(s: Sample) -> Call:
 
 def _consensus_of(logits: Tensor, features: Tensor, prototypes: Tensor, *, valid: Tensor) -> Any:
     with logits.device:
-        held = udakit.ClassPrototypes(logits.shape[1], features.shape[1]).set_(prototypes)
+        held = udakit.ClassPrototypes(*prototypes.shape).set_(prototypes)
         return udakit.BilateralConsensus(held)(logits, features, valid=valid)
 
 
@@ -171,6 +171,7 @@ OPERATIONS = [
         "BilateralConsensus",
         _consensus,
         _consensus_of,
+        space="test_space.py::test_consensus_upsamples_the_similarities",
         kind="state",
         grad=(),
         output=SELECTION,
@@ -220,6 +221,7 @@ OPERATIONS = [
         "hflip_average",
         _flip,
         udakit.hflip_average,
+        space="test_space.py::test_hflip_average_mirrors_the_last_axis",
         kind="map",
         grad=(),
         output="probabilities",
@@ -229,6 +231,7 @@ OPERATIONS = [
         "row_mask",
         lambda s: Call((s.h, s.w, 1, 2), {}, {"device": "cpu"}),
         udakit.row_mask,
+        space="none",
         kind="map",
         grad=(),
         output="other",

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from contract.temporary import TEMPORARY
 
 FAMILIES = (
     "losses",
@@ -48,6 +50,11 @@ CHECKS = (
     "state_dict",  # Modules: saved and loaded, the next call gives the same
     "extreme_values",  # logits +-1e4 and features 1e-15..1e15: nothing non-finite
     "shape_errors",  # a transposed or truncated tensor raises ValueError or TypeError naming an argument
+    "space",  # signals and volumes: as `Operation.space` says
+    "subclass",  # a strict subclass of Tensor passes, with the same values
+    "one_channel",  # logits or probabilities of one channel are refused, naming binary_logits or binary_probabilities
+    "nan_outside",  # NaN and inf where nothing counts: the same values and gradients
+    "wrong_options",  # every option refuses every wrong value, by name
 )
 
 # Parts of a check that an entry can be exempted from as "<check>.<part>", leaving the rest of the check in force.
@@ -169,6 +176,12 @@ class Operation:
         An operation whose signature has `generator` (whatever its kind) is given a freshly seeded one at every call,
         and None where it is compiled or run on fake tensors: an example makes no generator itself.
     grad: positions in `args` that gradients flow to; `()` for an operation that detaches, or has no float input.
+    space: "pixel" for what looks at single pixels: in signals and volumes it gives what it gives on the flattened map.
+        "two" for what is two-dimensional by nature, and refuses the others by name. "none" for what takes no map, or
+        hands it to a net of the user's. Else the test, "test_file.py::test_name", that holds it to a textbook version
+        in one, two and three dimensions.
+    wrong: options of the function or Module to values that they must refuse, beside or in place of those of
+        `wrong_options.py`; an empty tuple leaves the option out, with the reason in a comment.
     output: the role of the output (or of each tensor of a tuple, in order; None and nesting are left out), for the
         permutation checks. "other" is not compared.
     exempt: name of a check, or "<check>.<part>" (see PARTS), to the reason why it cannot apply.
@@ -187,6 +200,8 @@ class Operation:
     kind: Literal["loss", "map", "draw", "state"] = "loss"
     grad: tuple[int, ...] = (0,)
     output: Role | tuple[Role, ...] = "scalar"
+    space: str = "pixel"
+    wrong: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     exempt: dict[str, str] = field(default_factory=dict)
     # The inductor backend takes seconds each: a handful of operations ask for it.
     inductor: bool = False
@@ -198,4 +213,6 @@ def all_operations() -> tuple[Operation, ...]:
     operations: list[Operation] = []
     for family in FAMILIES:
         operations += importlib.import_module(f"contract.ops_{family}").OPERATIONS
-    return tuple(operations)
+    return tuple(
+        replace(op, exempt={**TEMPORARY[op.name], **op.exempt}) if op.name in TEMPORARY else op for op in operations
+    )

@@ -16,14 +16,19 @@ from contract.registry import CHECKS, Call, Operation, Sample
 
 def sound(logits: Tensor, labels: Tensor, *, class_weight: Tensor, ignore_index: int = 255) -> Tensor:
     """What is expected of everyone: a cross-entropy in a few lines."""
-    if not logits.is_floating_point() or logits.ndim != 4:
-        raise ValueError("Expected `logits` to be float (N, C, H, W).")
-    if labels.dtype != torch.int64 or labels.ndim != 3 or labels.shape[1:] != logits.shape[2:]:
-        raise ValueError("Expected `labels` to be int64 (N, H, W).")
-    if class_weight.shape != logits.shape[1:2]:
+    if not logits.is_floating_point() or not 3 <= logits.ndim <= 5:
+        raise ValueError("Expected `logits` to be float (N, C, *space).")
+    if logits.shape[1] < 2:
+        raise ValueError("Expected `logits` to have two classes: udakit.binary_logits makes them.")
+    if labels.dtype != torch.int64 or labels.shape[1:] != logits.shape[2:]:
+        raise ValueError("Expected `labels` to be int64 (N, *space).")
+    if not isinstance(class_weight, Tensor) or class_weight.shape != logits.shape[1:2]:
         raise ValueError("Expected `class_weight` to be (C,).")
+    if type(ignore_index) is not int or abs(ignore_index) > 2**62:
+        raise TypeError("Expected `ignore_index` to be an integer.")
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     valid = labels != ignore_index
+    logits = torch.where(valid.unsqueeze(1), logits, 0)
     loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
     return (loss * class_weight.to(loss.dtype)[labels.where(valid, 0)] * valid).sum() / valid.sum().clamp_min(1)
 
@@ -31,6 +36,10 @@ def sound(logits: Tensor, labels: Tensor, *, class_weight: Tensor, ignore_index:
 class Sound(nn.Module):
     def __init__(self, *, class_weight: Tensor, ignore_index: int = 255) -> None:
         super().__init__()
+        if not isinstance(class_weight, Tensor) or class_weight.ndim != 1:
+            raise TypeError("Expected `class_weight` to be a tensor (C,).")
+        if type(ignore_index) is not int or abs(ignore_index) > 2**62:
+            raise TypeError("Expected `ignore_index` to be an integer.")
         self.register_buffer("class_weight", class_weight)
         self.ignore_index = ignore_index
 
@@ -151,8 +160,8 @@ def nan_gradient(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     return _sound(logits, labels, weight) + logits.square().sum(1).sqrt().mean()
 
 
-def one_class_only(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
-    return _sound(logits, labels, weight) + logits.std(dim=1).mean()
+def three_classes_at_least(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return _sound(logits, labels, weight) * (1.0 if logits.shape[1] > 2 else float("nan"))
 
 
 def reads_the_storage(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
@@ -185,6 +194,61 @@ def names_another(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     return _sound(logits, labels, weight)
 
 
+def two_dimensional_only(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return _sound(logits.permute(0, 1, 3, 2), labels.permute(0, 2, 1), weight)
+
+
+def mean_of_the_rows(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return _sound(logits, labels, weight) + logits.mean(-1).square().mean()
+
+
+def refuses_without_a_word(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    if logits.ndim != 4:
+        raise ValueError("Expected `logits` to be something else.")
+    return _sound(logits, labels, weight)
+
+
+def new_empty_by_numbers(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return _sound(logits, labels, weight) + logits.new_empty(2, 3).zero_().sum()
+
+
+def one_channel_passes(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return logits.softmax(1).mean()
+
+
+def one_channel_unexplained(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    if logits.shape[1] == 1:
+        raise ValueError("Expected `logits` to have more classes.")
+    return _sound(logits, labels, weight)
+
+
+def nan_times_zero(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return _sound(logits, labels, weight) + (logits * (labels != 255).unsqueeze(1)).sum()
+
+
+def nan_gradient_outside(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    extra = torch.where(labels != 255, logits.softmax(1).square().sum(1), 0)
+    return _sound(logits, labels, weight) + extra.mean()
+
+
+class UncheckedIndex(Sound):
+    def __init__(self, *, class_weight: Tensor, ignore_index: int = 255) -> None:
+        super().__init__(class_weight=class_weight)
+        self.ignore_index = ignore_index
+
+
+class UnnamedIndex(Sound):
+    def __init__(self, *, class_weight: Tensor, ignore_index: int = 255) -> None:
+        super().__init__(class_weight=class_weight)
+        if ignore_index != 255:
+            raise ValueError("Expected another index.")
+
+
+class UnknownOption(Sound):
+    def __init__(self, *, class_weight: Tensor, flavour: str = "sweet") -> None:
+        super().__init__(class_weight=class_weight)
+
+
 def _draw(body: Callable[..., Tensor]) -> Operation:
     return Operation(
         body.__name__, lambda s: Call((s.labels(),)), body, kind="draw", grad=(), output="mask",
@@ -211,8 +275,8 @@ def generator_unchecked(labels: Tensor, *, generator: torch.Generator | None = N
 
 
 def sound_draw(labels: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    if labels.ndim != 3 or labels.is_floating_point():
-        raise ValueError("Expected `labels` to be an integer (N, H, W).")
+    if labels.ndim not in (2, 3, 4) or labels.is_floating_point():
+        raise ValueError("Expected `labels` to be an integer (N, *space).")
     if generator is not None and generator.device != labels.device:
         raise ValueError("Expected `generator` to be on the input's device.")
     return torch.rand(labels.shape, generator=generator, device=labels.device) < 0.5
@@ -257,7 +321,21 @@ BROKEN = [
     ("state_dict", Operation("forgetful", example, sound, ForgetfulState), "after load_state_dict"),
     ("extreme_values", broken(overflows), "non-finite"),
     ("extreme_values", broken(nan_gradient), "feature scale 0, pattern 0: non-finite entries in tensor 1"),
-    ("extreme_values", broken(one_class_only), "one_class"),
+    ("extreme_values", broken(three_classes_at_least), "one_class"),
+    ("space", broken(two_dimensional_only), "dim"),
+    ("space", broken(mean_of_the_rows), "1 spatial axes"),
+    ("space", broken(_sound, space="two"), "no error"),
+    ("space", broken(refuses_without_a_word, space="two"), "does not say that it is for two"),
+    ("space", broken(_sound, space="test_space.py::test_that_is_not_there"), "there is no test"),
+    ("space", Operation("no_map", lambda s: Call((s.class_values(),)), torch.mean), "space='none'"),
+    ("subclass", broken(new_empty_by_numbers), "must be tuple of ints"),
+    ("one_channel", broken(one_channel_passes), "no error"),
+    ("one_channel", broken(one_channel_unexplained), "does not name the way out"),
+    ("nan_outside", broken(nan_times_zero), "nan where nothing counts"),
+    ("nan_outside", broken(nan_gradient_outside), "gradient, nan where nothing counts"),
+    ("wrong_options", Operation("unchecked", example, sound, UncheckedIndex), "ignore_index=None: no error"),
+    ("wrong_options", Operation("unnamed", example, sound, UnnamedIndex), "the message does not name it"),
+    ("wrong_options", Operation("unknown", example, sound, UnknownOption), "has no row in wrong_options.py"),
     ("shape_errors", broken(says_nothing), "AssertionError"),
     ("shape_errors", broken(broadcasts_silently), "no error"),
     ("shape_errors", broken(names_another), "`gt` is no argument"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import Kind, full_precision, plain, upcast
+from udakit._reduce import Kind, full_precision, plain, upcast, zero_where_not_
 from udakit.losses.cross_entropy import labelled_cross_entropy
 from udakit.losses.kd import Divergence, kd_loss, soften
 
@@ -89,7 +89,8 @@ def _upsampled_loss_backward(
                 label = target[:, None, start:stop].long()
                 label = label.where(label != ignore_index, 0)  # any class: g is 0 there
                 p.scatter_(1, label, p.gather(1, label) - 1).mul_(g)
-            student.add_transposed(result, p, start, stop)
+            # Of a pixel whose loss does not count, be it NaN, nothing comes back: 0 times NaN is NaN.
+            student.add_transposed(result, zero_where_not_(g != 0, p), start, stop)
     return result.to(logits.dtype)
 
 

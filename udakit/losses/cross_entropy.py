@@ -6,8 +6,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_labels_like, check_per_class, check_scores, check_weight_like, check_weight_option
-from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit._checks import (
+    check_ignore_index,
+    check_labels_like,
+    check_per_class,
+    check_scores,
+    check_weight_like,
+    check_weight_option,
+)
+from udakit._reduce import check_reduction, guard, reduce_pixels, upcast
 
 
 def cross_entropy(
@@ -56,14 +63,16 @@ def cross_entropy(
     """
     check_reduction(reduction)
     check_scores("logits", logits)
+    check_ignore_index(ignore_index, logits.shape[1])
     check_labels_like(labels, logits)
     if class_weight is not None:
         check_class_weight(class_weight, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
     labels = labels.long()
-    loss = labelled_cross_entropy(upcast(logits), labels, ignore_index, class_weight)
-    return reduce_pixels(loss, labels != ignore_index, pixel_weight=pixel_weight, reduction=reduction)
+    valid = labels != ignore_index
+    loss = labelled_cross_entropy(guard(upcast(logits), valid), labels, ignore_index, class_weight)
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 
 def check_class_weight(class_weight: Tensor, logits: Tensor) -> None:
@@ -115,6 +124,7 @@ class CrossEntropyLoss(nn.Module):
 
     def __init__(self, *, class_weight: Tensor | None = None, ignore_index: int = 255, reduction: str = "mean") -> None:
         super().__init__()
+        check_ignore_index(ignore_index)
         check_reduction(reduction)
         check_weight_option(class_weight)
         self.register_buffer("class_weight", class_weight)

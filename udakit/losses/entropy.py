@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_mask_like, check_option, check_scores, check_weight_like
-from udakit._reduce import KINDS, Kind, check_reduction, reduce_pixels, upcast
+from udakit._checks import check_flag, check_mask_like, check_option, check_scores, check_weight_like
+from udakit._reduce import KINDS, Kind, check_reduction, guard, reduce_pixels, upcast
 
 
 def entropy_loss(
@@ -55,13 +55,13 @@ def entropy_loss(
         >>> round(loss.item(), 4)
         1.0
     """
-    _check_options(kind, reduction)
+    _check_options(normalize, kind, reduction)
     check_scores("logits", logits, kind)
     if valid is not None:
         check_mask_like(valid, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
-    x = upcast(logits)
+    x = guard(upcast(logits), valid)
     if kind == "logits":
         log_p = F.log_softmax(x, dim=1)
         loss = -(log_p.exp() * log_p).sum(dim=1)
@@ -72,7 +72,8 @@ def entropy_loss(
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 
-def _check_options(kind: str, reduction: str) -> None:
+def _check_options(normalize: bool, kind: str, reduction: str) -> None:
+    check_flag("normalize", normalize)
     check_option("kind", kind, KINDS)
     check_reduction(reduction)
 
@@ -88,7 +89,7 @@ class EntropyLoss(nn.Module):
 
     def __init__(self, *, normalize: bool = True, kind: Kind = "logits", reduction: str = "mean") -> None:
         super().__init__()
-        _check_options(kind, reduction)
+        _check_options(normalize, kind, reduction)
         self.normalize = normalize
         self.kind: Kind = kind
         self.reduction = reduction

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_maps, check_mask_like, check_same_shape
-from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit._reduce import check_reduction, guard, reduce_pixels, upcast
 from udakit.losses._unit import lengths
 
 
@@ -55,7 +55,7 @@ def feature_distance_loss(
     check_same_shape(reference_features, features, name="reference_features", reference_name="features")
     if valid is not None:
         check_mask_like(valid, features, reference_name="features")
-    difference = upcast(features) - upcast(reference_features.detach())
+    difference = guard(upcast(features), valid) - upcast(reference_features.detach())
     return reduce_pixels(lengths(difference).squeeze(1), valid, reduction=reduction)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from udakit._checks import (
     check_callable,
     check_device,
+    check_flag,
     check_float,
     check_integer,
     check_mask_like,
@@ -110,7 +111,8 @@ def inconsistency_loss(
     k(p) = \arg\max_c t_p$$
 
     **Convention.** `kd_loss` with a pixel weight of mean 1 over the valid pixels of the batch: equal inconsistency
-    everywhere gives plain `kd_loss`. Weights and teacher are detached. "mean" divides by the number of `valid` pixels.
+    everywhere gives plain `kd_loss`, and so does a batch whose classes the
+    formula gives no weight. Weights and teacher are detached. "mean" divides by the number of `valid` pixels.
 
     **Source.** The idea is DUDA's (WACV 2026): stress the classes that the small net adapts worst. The formula is
     ours, since the paper's is not public to us; `weight_fn` replaces it.
@@ -159,9 +161,17 @@ def inconsistency_loss(
         raise ValueError(f"Expected `weight_fn` to return a tensor (C,) = {shape_of(d)}, but got {kind_of(w)}.")
     w = w.detach()
     pixel_weight = w[top_class(teacher)]
-    counted = torch.ones_like(pixel_weight) if valid is None else valid.to(pixel_weight.dtype)
-    mean = (pixel_weight * counted).sum() / counted.sum().clamp_min(1)
-    pixel_weight = pixel_weight / torch.where(mean > 0, mean, 1)
+    if valid is not None:
+        pixel_weight = torch.where(valid, pixel_weight, 0)  # or a weight that no valid pixel has would overflow below
+    count = pixel_weight.numel() if valid is None else valid.sum().clamp_min(1)
+    # By the largest first: what is left of a class after a sharp softmax may be too small to divide by.
+    largest = pixel_weight.amax() if pixel_weight.numel() else pixel_weight.sum()
+    weighs = largest > torch.finfo(d.dtype).tiny
+    pixel_weight = pixel_weight / torch.where(weighs, largest, 1)
+    mean = pixel_weight.sum() / max(count, 1) if valid is None else pixel_weight.sum() / count
+    # Where the formula leaves no valid pixel a weight all weigh alike; a `weight_fn` may mean it.
+    alike = 1 if weight_fn is None else 0
+    pixel_weight = torch.where(weighs, pixel_weight / torch.where(weighs, mean, 1), alike)
     return kd_loss(
         student,
         teacher,
@@ -186,7 +196,7 @@ def _check_options(
     resize: str,
     reduction: str,
 ) -> None:
-    check_pair("weight_range", weight_range, "(low, high) with 0 <= low <= high")
+    check_pair("weight_range", weight_range, "(low, high) with 0 <= low <= high", finite=False)
     if not 0 <= weight_range[0] <= weight_range[1]:
         raise ValueError(f"Expected `weight_range` to be (low, high) with 0 <= low <= high, but got {weight_range!r}.")
     if weight_fn is not None:
@@ -246,6 +256,7 @@ class InconsistencyLoss(FullPrecisionState):
         super().__init__()
         check_integer("num_classes", num_classes)
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
+        check_flag("sync", sync)
         _check_options(weight_range, weight_temperature, temperature, weight_fn, teacher_kind, resize, reduction)
         self.register_buffer("intersection", torch.zeros(num_classes, dtype=torch.float32))
         self.register_buffer("union", torch.zeros(num_classes, dtype=torch.float32))

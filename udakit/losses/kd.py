@@ -18,7 +18,7 @@ from udakit._checks import (
     check_weight_like,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, check_reduction, interpolate, reduce_pixels, upcast
+from udakit._reduce import KINDS, Kind, check_reduction, guard, interpolate, reduce_pixels, upcast
 
 Divergence = Literal["cross_entropy", "kl"]
 Resize = Literal["error", "student", "teacher"]
@@ -93,10 +93,13 @@ def kd_loss(
         check_weight_like(pixel_weight, student, reference_name="student_logits")
 
     target = soften(teacher, temperature, teacher_kind).to(student.dtype)
-    loss = -(target * F.log_softmax(student / temperature, dim=1)).sum(dim=1)
+    student = guard(student, valid)
+    student = student if temperature == 1 else student / temperature
+    loss = -(target * F.log_softmax(student, dim=1)).sum(dim=1)
     if divergence == "kl":
         loss = loss + torch.special.xlogy(target, target).sum(dim=1)
-    return reduce_pixels(temperature**2 * loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+    loss = loss if temperature == 1 else temperature**2 * loss
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 
 def match_logits(
@@ -132,7 +135,7 @@ def check_logits_pair(student_logits: Tensor, teacher_logits: Tensor, teacher_ki
 def soften(teacher: Tensor, temperature: float, kind: str) -> Tensor:
     """Class probabilities at a temperature, of logits or probabilities."""
     if kind == "logits":
-        return F.softmax(teacher / temperature, dim=1)
+        return F.softmax(teacher if temperature == 1 else teacher / temperature, dim=1)
     if temperature == 1.0:
         return teacher
     teacher = teacher.clamp_min(0)

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_mask_like, check_option, check_range, check_scores, check_weight_like
-from udakit._reduce import KINDS, Kind, check_reduction, reduce_pixels, top_class, upcast
+from udakit._reduce import KINDS, Kind, check_reduction, guard, reduce_pixels, top_class, upcast
 
 
 def max_square_loss(
@@ -62,7 +62,7 @@ def max_square_loss(
         check_mask_like(valid, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
-    x = upcast(logits)
+    x = guard(upcast(logits), valid)
     p = F.softmax(x, dim=1) if kind == "logits" else x
     loss = -0.5 * p.square().sum(dim=1)
     if balance:

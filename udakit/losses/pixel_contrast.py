@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_integer, check_maps, check_mask_like, check_range, check_same_shape
-from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit._reduce import check_reduction, reduce_pixels, select, upcast
 from udakit.losses._infonce import infonce
 
 
@@ -67,6 +67,8 @@ def pixel_contrast_loss(
         check_mask_like(valid, view_a, reference_name="view_a")
     z = torch.cat([upcast(view_a).flatten(2), upcast(view_b).flatten(2)], dim=2)
     both = None if valid is None else valid.flatten(1).repeat(1, 2)
+    # Of an invalid pixel, be it NaN, nothing enters the products.
+    z = z if both is None else select(both.unsqueeze(1), z)
     loss = infonce(z, both, temperature, chunk_size or 1024).view(len(z), 2, *view_a.shape[2:])
     return reduce_pixels(loss, None if valid is None else valid.unsqueeze(1), reduction=reduction)
 

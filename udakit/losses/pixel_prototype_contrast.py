@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from udakit._checks import (
     check_device,
+    check_flag,
     check_float,
+    check_ignore_index,
     check_labels_like,
     check_maps,
     check_per_class,
@@ -19,7 +21,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import check_reduction, class_ids, reduce_pixels, upcast
+from udakit._reduce import check_reduction, class_ids, reduce_pixels, select, upcast
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
@@ -76,7 +78,7 @@ def pixel_prototype_contrast_loss(
         >>> pixel_prototype_contrast_loss(features, labels, torch.zeros(3, 8)).item()  # no class seen
         0.0
     """
-    _check_options(temperature, reduction)
+    _check_options(temperature, normalize, ignore_index, reduction)
     check_maps("features", features, "N, D")
     check_labels_like(labels, features, reference_name="features")
     check_float("prototypes", prototypes, 2, "(C, D)")
@@ -94,25 +96,30 @@ def pixel_prototype_contrast_loss(
     if pixel_weight is not None:
         check_weight_like(pixel_weight, features, reference_name="features")
     c = prototypes.shape[0]
+    check_ignore_index(ignore_index, c)
     seen = prototypes.detach().ne(0).any(dim=1) if seen is None else seen
-    x, bank = upcast(features), upcast(prototypes).to(upcast(features).dtype)
+    ids = class_ids(labels, c, ignore_index)
+    inside = ids < c
+    ids = torch.where(inside, ids, 0)
+    valid = inside & seen[ids]
+    # Of a pixel that is ignored, be it NaN, nothing enters the products, whose gradients sum over pixels.
+    x = select(valid.unsqueeze(1), upcast(features))
+    bank = upcast(prototypes).to(x.dtype)
     if normalize:
         x, bank = unit_vectors(x), unit_vectors(bank)
     logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
     # Finite, so that a pixel with no candidate at all (ignored then) has no NaN to hide.
     logits = torch.where(seen.view(-1, *[1] * (logits.ndim - 2)), logits, torch.finfo(logits.dtype).min / 4)
-    ids = class_ids(labels, c, ignore_index)
-    inside = ids < c
-    ids = torch.where(inside, ids, 0)
-    valid = inside & seen[ids]
     loss = F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")
     if class_weight is not None:
         loss = loss * class_weight.to(loss.dtype)[ids]
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 
-def _check_options(temperature: float, reduction: str) -> None:
+def _check_options(temperature: float, normalize: bool, ignore_index: int, reduction: str) -> None:
     check_range("temperature", temperature, 0.0, open_low=True)
+    check_flag("normalize", normalize)
+    check_ignore_index(ignore_index)
     check_reduction(reduction)
 
 
@@ -140,7 +147,7 @@ class PixelPrototypeContrastLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_options(temperature, reduction)
+        _check_options(temperature, normalize, ignore_index, reduction)
         check_weight_option(class_weight)
         self.register_buffer("class_weight", class_weight)
         self.temperature = temperature

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_device, check_integer, check_maps, check_option, shape_of
-from udakit._reduce import check_reduction, full_precision, interpolate, upcast
+from udakit._checks import check_device, check_flag, check_integer, check_maps, check_mask_like, check_option, shape_of
+from udakit._reduce import check_reduction, full_precision, interpolate, select, upcast
 from udakit.losses._unit import unit_vectors
 from udakit.losses.feature_distance import feature_distance_loss
 from udakit.losses.kd import Resize
@@ -54,6 +54,7 @@ class ProjectedFeatureLoss(nn.Module):
         super().__init__()
         check_integer("dim", dim)
         check_integer("reference_dim", reference_dim)
+        check_flag("normalize", normalize)
         check_option("resize", resize, get_args(Resize))
         check_reduction(reduction)
         self.projection = nn.Conv2d(dim, reference_dim, kernel_size=1)
@@ -87,6 +88,9 @@ class ProjectedFeatureLoss(nn.Module):
         check_device("reference_features", reference_features, features, "features")
         check_device("projection.weight", self.projection.weight, features, "features")
         x, reference = upcast(features), upcast(reference_features.detach())
+        if valid is not None and self.resize != "teacher":
+            check_mask_like(valid, features, reference_name="features")
+            x = select(valid.unsqueeze(1), x)  # or a NaN outside would enter the gradient of the projection
         weight, bias = upcast(self.projection.weight).to(x.dtype), self.projection.bias
         with full_precision(x):
             # As a map of one column where there are not two spatial axes: the projection looks at single pixels.

@@ -6,7 +6,14 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_integer, check_labels_like, check_range, check_same_shape, check_scores
+from udakit._checks import (
+    check_ignore_index,
+    check_integer,
+    check_labels_like,
+    check_range,
+    check_same_shape,
+    check_scores,
+)
 from udakit._reduce import check_reduction, reduce_pixels
 from udakit.losses._matmul import matmul
 from udakit.prototypes import class_means
@@ -60,7 +67,7 @@ def prototype_contrast_loss(
         >>> prototype_contrast_loss(weak, strong, torch.zeros_like(labels), num_classes=19).item()
         0.0
     """
-    _check_options(num_classes, temperature, reduction)
+    _check_options(num_classes, temperature, ignore_index, reduction)
     check_scores("view_a", view_a)
     check_scores("view_b", view_b)
     check_same_shape(view_b, view_a, name="view_b", reference_name="view_a")
@@ -79,9 +86,10 @@ def prototype_contrast_loss(
     return reduce_pixels(loss, present.any(dim=1), reduction=reduction)
 
 
-def _check_options(num_classes: int, temperature: float, reduction: str) -> None:
+def _check_options(num_classes: int, temperature: float, ignore_index: int, reduction: str) -> None:
     check_integer("num_classes", num_classes)
     check_range("temperature", temperature, 0.0, open_low=True)
+    check_ignore_index(ignore_index, num_classes)
     check_reduction(reduction)
 
 
@@ -100,7 +108,7 @@ class PrototypeContrastLoss(nn.Module):
         self, num_classes: int, *, temperature: float = 1 / 7, ignore_index: int = 255, reduction: str = "mean"
     ) -> None:
         super().__init__()
-        _check_options(num_classes, temperature, reduction)
+        _check_options(num_classes, temperature, ignore_index, reduction)
         self.num_classes = num_classes
         self.temperature = temperature
         self.ignore_index = ignore_index

@@ -9,7 +9,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_generator, check_integer, check_labels_like, check_maps, check_option, check_range
+from udakit._checks import (
+    check_flag,
+    check_generator,
+    check_ignore_index,
+    check_integer,
+    check_labels_like,
+    check_maps,
+    check_option,
+    check_range,
+)
 from udakit._reduce import (
     LOG_2,
     check_reduction,
@@ -82,7 +91,7 @@ def supervised_pixel_contrast_loss(
         >>> labels = torch.randint(3, (2, 16, 16))
         >>> supervised_pixel_contrast_loss(features, labels, num_classes=3).backward()
     """
-    _check_options(num_classes, temperature, max_anchors, denominator, reduction)
+    _check_options(num_classes, temperature, max_anchors, denominator, normalize, ignore_index, reduction)
     check_maps("features", features, "N, D")
     check_labels_like(labels, features, reference_name="features")
     check_generator(generator, features.device)
@@ -92,6 +101,7 @@ def supervised_pixel_contrast_loss(
     size = labels[0].numel()
     # Indexed before anything else touches the features: the rest costs the sample, not the map.
     z = upcast(features.flatten(2)[pixels // size, :, pixels % size])
+    z = torch.where(drawn.unsqueeze(1), z, 0)  # a row that is not drawn holds some other pixel, be it NaN
     if normalize:
         z = unit_vectors(z)
     others = drawn & ~torch.eye(len(drawn), dtype=torch.bool, device=z.device)
@@ -170,11 +180,21 @@ class _Spread(torch.autograd.Function):
             return torch.mm(gradient + gradient.T, z / ctx.temperature), None, None, None
 
 
-def _check_options(num_classes: int, temperature: float, max_anchors: int, denominator: str, reduction: str) -> None:
+def _check_options(
+    num_classes: int,
+    temperature: float,
+    max_anchors: int,
+    denominator: str,
+    normalize: bool,
+    ignore_index: int,
+    reduction: str,
+) -> None:
     check_integer("num_classes", num_classes)
     check_range("temperature", temperature, 0.0, open_low=True)
     check_integer("max_anchors", max_anchors)
     check_option("denominator", denominator, DENOMINATORS)
+    check_flag("normalize", normalize)
+    check_ignore_index(ignore_index, num_classes)
     check_reduction(reduction)
 
 
@@ -201,7 +221,7 @@ class SupervisedPixelContrastLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_options(num_classes, temperature, max_anchors, denominator, reduction)
+        _check_options(num_classes, temperature, max_anchors, denominator, normalize, ignore_index, reduction)
         self.num_classes = num_classes
         self.temperature = temperature
         self.max_anchors = max_anchors

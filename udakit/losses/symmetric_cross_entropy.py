@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import check_labels_like, check_range, check_scores, check_weight_like
-from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit._checks import check_ignore_index, check_labels_like, check_range, check_scores, check_weight_like
+from udakit._reduce import check_reduction, guard, reduce_pixels, upcast
 from udakit.losses.cross_entropy import labelled_cross_entropy
 
 
@@ -62,14 +62,15 @@ def symmetric_cross_entropy(
         >>> round(loss.item(), 4)
         4.6745
     """
-    _check_options(ce_weight, rce_weight, min_probability, min_label, reduction)
+    _check_options(ce_weight, rce_weight, min_probability, min_label, ignore_index, reduction)
     check_scores("logits", logits)
+    check_ignore_index(ignore_index, logits.shape[1])
     check_labels_like(labels, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
     labels = labels.long()
     valid = labels != ignore_index
-    x = upcast(logits)
+    x = guard(upcast(logits), valid)
     ce = labelled_cross_entropy(x, labels, ignore_index)
     # log of the label is 0 at the labelled class: what remains is the probability of all the others, summed as such
     # (1 - p_y would lose it to rounding).
@@ -79,12 +80,13 @@ def symmetric_cross_entropy(
 
 
 def _check_options(
-    ce_weight: float, rce_weight: float, min_probability: float, min_label: float, reduction: str
+    ce_weight: float, rce_weight: float, min_probability: float, min_label: float, ignore_index: int, reduction: str
 ) -> None:
     check_range("ce_weight", ce_weight, 0.0)
     check_range("rce_weight", rce_weight, 0.0)
     check_range("min_probability", min_probability, 0.0, 1.0, open_low=True)
     check_range("min_label", min_label, 0.0, 1.0, open_low=True)
+    check_ignore_index(ignore_index)
     check_reduction(reduction)
 
 
@@ -108,7 +110,7 @@ class SymmetricCrossEntropyLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_options(ce_weight, rce_weight, min_probability, min_label, reduction)
+        _check_options(ce_weight, rce_weight, min_probability, min_label, ignore_index, reduction)
         self.ce_weight = ce_weight
         self.rce_weight = rce_weight
         self.min_probability = min_probability

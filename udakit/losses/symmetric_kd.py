@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_range, check_same_shape, check_scores
-from udakit._reduce import check_reduction, exp_, first_derivative_only, plain, reduce_pixels, upcast
+from udakit._reduce import check_reduction, exp_, first_derivative_only, guard, plain, reduce_pixels, upcast
 from udakit.losses.kd import kd_loss
 
 BLOCK = 2**18  # elements of a class map worked on at once on the CPU: small enough to stay in the cache
@@ -79,8 +79,8 @@ def symmetric_kd_loss(
         check_same_shape(x, student_clean, name=name, reference_name="student_clean")
     if valid is not None:
         check_mask_like(valid, student_clean, reference_name="student_clean")
-    forward = _soft_cross_entropy(student_mixed, teacher_clean, temperature)
-    reverse = _soft_cross_entropy(student_clean, teacher_mixed, temperature)
+    forward = _soft_cross_entropy(guard(student_mixed, valid), teacher_clean, temperature)
+    reverse = _soft_cross_entropy(guard(student_clean, valid), teacher_mixed, temperature)
     return reduce_pixels(forward + reverse_weight * reverse, valid, reduction=reduction)
 
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from udakit._checks import (
     check_device,
+    check_flag,
+    check_ignore_index,
     check_integer,
     check_label_map,
     check_scores,
@@ -76,9 +78,10 @@ def upsampled_cross_entropy(
         >>> logits.grad.shape
         torch.Size([2, 19, 8, 16])
     """
-    _check_options(chunk_rows, reduction)
+    _check_options(ignore_index, align_corners, chunk_rows, reduction)
     check_scores("logits", logits)
     check_two_dimensional("logits", logits, "`upsampled_cross_entropy`", hint=ELSEWHERE)
+    check_ignore_index(ignore_index, logits.shape[1])
     check_label_map(labels, reference=logits)
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(f"Expected `labels` to have the N of `logits` {shape_of(logits)}, but got {shape_of(labels)}.")
@@ -98,7 +101,9 @@ def upsampled_cross_entropy(
     return reduce_labelled(loss, labels, class_weight, pixel_weight, ignore_index, reduction)
 
 
-def _check_options(chunk_rows: int | None, reduction: str) -> None:
+def _check_options(ignore_index: int, align_corners: bool, chunk_rows: int | None, reduction: str) -> None:
+    check_ignore_index(ignore_index)
+    check_flag("align_corners", align_corners)
     if chunk_rows is not None:
         check_integer("chunk_rows", chunk_rows)
     check_reduction(reduction)
@@ -126,7 +131,7 @@ class UpsampledCrossEntropyLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_options(chunk_rows, reduction)
+        _check_options(ignore_index, align_corners, chunk_rows, reduction)
         check_weight_option(class_weight)
         self.register_buffer("class_weight", class_weight)
         self.ignore_index = ignore_index

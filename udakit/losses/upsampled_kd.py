@@ -5,7 +5,14 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from udakit._checks import check_integer, check_mask_like, check_size, check_two_dimensional, check_weight_like
+from udakit._checks import (
+    check_flag,
+    check_integer,
+    check_mask_like,
+    check_size,
+    check_two_dimensional,
+    check_weight_like,
+)
 from udakit._reduce import Kind, plain, reduce_pixels
 from udakit.losses._upsampled import upsampled_loss
 from udakit.losses.kd import Divergence, check_logits_pair
@@ -74,7 +81,7 @@ def upsampled_kd_loss(
         >>> student.grad.shape
         torch.Size([2, 19, 8, 16])
     """
-    _check_options(size, temperature, divergence, teacher_kind, chunk_rows, reduction)
+    _check_options(size, temperature, divergence, teacher_kind, align_corners, chunk_rows, reduction)
     check_logits_pair(student_logits, teacher_logits, teacher_kind)
     check_two_dimensional("student_logits", student_logits, "`upsampled_kd_loss`", hint=ELSEWHERE)
     height, width = size or teacher_logits.shape[2:]
@@ -101,12 +108,14 @@ def _check_options(
     temperature: float,
     divergence: str,
     teacher_kind: str,
+    align_corners: bool,
     chunk_rows: int | None,
     reduction: str,
 ) -> None:
     if size is not None:
         check_size("size", size)
     check_kd_options(temperature, divergence, teacher_kind, "error", reduction)
+    check_flag("align_corners", align_corners)
     if chunk_rows is not None:
         check_integer("chunk_rows", chunk_rows)
 
@@ -133,7 +142,7 @@ class UpsampledKDLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_options(size, temperature, divergence, teacher_kind, chunk_rows, reduction)
+        _check_options(size, temperature, divergence, teacher_kind, align_corners, chunk_rows, reduction)
         self.size = size
         self.temperature = temperature
         self.divergence: Divergence = divergence

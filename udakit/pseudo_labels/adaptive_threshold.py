@@ -6,7 +6,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_integer, check_option, check_range, check_scores, shape_of, space_form
+from udakit._checks import (
+    check_device,
+    check_flag,
+    check_integer,
+    check_option,
+    check_range,
+    check_scores,
+    shape_of,
+    space_form,
+)
 from udakit._reduce import KINDS, Kind, select, upcast
 from udakit._state import FullPrecisionState, gather_ranks
 from udakit.pseudo_labels.selection import PseudoLabels, Selector, expand_valid
@@ -86,6 +95,7 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
         check_integer("num_classes", num_classes)
         check_range("momentum", momentum, 0.0, 1.0)
         check_range("max_threshold", max_threshold, 0.0, 1.0)
+        check_flag("sync", sync)
         self.num_classes, self.momentum, self.max_threshold, self.sync = num_classes, momentum, max_threshold, sync
         start = torch.full((), 1 / num_classes, dtype=torch.float32)
         self.register_buffer("threshold", start.clone())

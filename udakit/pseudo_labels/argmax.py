@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._reduce import Kind
-from udakit.pseudo_labels.selection import PseudoLabels, expand_valid, predict, share_per_class
+from udakit.pseudo_labels.selection import (
+    PseudoLabels,
+    check_exclude,
+    check_features,
+    expand_valid,
+    predict,
+    share_per_class,
+)
 
 
 class ArgmaxSelector(nn.Module):
@@ -18,6 +27,9 @@ class ArgmaxSelector(nn.Module):
 
     **Source.** EHTDI trains on all pixels of its pseudo-labels.
 
+    Args:
+        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
+
     Example:
         >>> import torch
         >>> logits = torch.tensor([2.0, 0.0, 1.0]).view(1, 3, 1, 1).expand(1, 3, 1, 2)
@@ -26,8 +38,9 @@ class ArgmaxSelector(nn.Module):
         ([[[0, 0]]], [[[1.0, 1.0]]], [1.0, 0.0, 0.0])
     """
 
-    def __init__(self) -> None:  # for editors: nn.Module's takes anything
+    def __init__(self, *, exclude: Sequence[int] = ()) -> None:
         super().__init__()
+        self.exclude = check_exclude(exclude)
 
     def forward(
         self,
@@ -39,6 +52,11 @@ class ArgmaxSelector(nn.Module):
     ) -> PseudoLabels:
         """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
         with torch.no_grad():
-            labels, confidence = predict(logits, kind)
+            labels, confidence = predict(logits, kind, self.exclude)
+            check_features(features, logits)
             kept = torch.ones_like(labels, dtype=torch.bool) if valid is None else expand_valid(valid, logits)
             return PseudoLabels(labels, confidence, kept.float(), share_per_class(labels, kept, kept, logits.shape[1]))
+
+    def extra_repr(self) -> str:
+        """Return the options as they were given."""
+        return f"exclude={self.exclude}" if self.exclude else ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_integer, check_range, check_scores, shape_of, space_form
+from udakit._checks import check_device, check_flag, check_integer, check_range, check_scores, shape_of, space_form
 from udakit._reduce import Kind
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.pseudo_labels.selection import PseudoLabels, Selector
@@ -41,9 +43,12 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         bins: number of bins.
         sync: sum the counts over the ranks of the default process group.
         ignore_index: the label of what is rejected.
+        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
 
     Example:
-        >>> import torch
+        >>> from collections.abc import Sequence
+
+    import torch
         >>> confidence = torch.linspace(0.5, 0.9, 10).view(1, 1, 1, 10)
         >>> probabilities = torch.cat([confidence, 1 - confidence], dim=1)
         >>> selector = ClassQuantileSelector(2, share=0.2)
@@ -62,11 +67,13 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         bins: int = 4096,
         sync: bool = False,
         ignore_index: int = 255,
+        exclude: Sequence[int] = (),
     ) -> None:
-        super().__init__(ignore_index=ignore_index)
+        super().__init__(ignore_index=ignore_index, exclude=exclude)
         check_integer("num_classes", num_classes)
         check_range("share", share, 0.0, 1.0, open_low=True)
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
+        check_flag("sync", sync)
         check_integer("bins", bins, 2)
         self.num_classes, self.share, self.momentum, self.bins, self.sync = num_classes, share, momentum, bins, sync
         self.register_buffer("histogram", torch.zeros(num_classes, bins, dtype=torch.float32))
@@ -100,11 +107,12 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
     ) -> Tensor:
         """Whether the confidence lies in the upper bins of its class; updates the histogram in training mode."""
-        depth = -torch.log2(1 - confidence.clamp(0, 1)) * (self.bins / _BITS)
+        known = confidence >= 0  # False for NaN, which has no bin
+        depth = -torch.log2(1 - torch.where(known, confidence, 0).clamp(max=1)) * (self.bins / _BITS)
         bin_of_pixel = depth.clamp(max=self.bins - 1).long()
         if self.training:
             self._update(labels * self.bins + bin_of_pixel, valid)
-        kept = bin_of_pixel >= self._lowest_bin()[labels]
+        kept = (bin_of_pixel >= self._lowest_bin()[labels]) & known
         return kept if valid is None else kept & valid
 
     def _update(self, cell: Tensor, valid: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor, nn
 
 from udakit._checks import check_confidence, check_mask_like, check_option, check_range
 from udakit._reduce import Kind, upcast
-from udakit.pseudo_labels.selection import PseudoLabels, expand_valid, predict, share_per_class
+from udakit.pseudo_labels.selection import (
+    PseudoLabels,
+    check_exclude,
+    check_features,
+    expand_valid,
+    predict,
+    share_per_class,
+)
 
 Scope = Literal["batch", "image"]
 RatioOver = Literal["all", "valid"]
@@ -73,8 +81,8 @@ class ConfidentRatioSelector(nn.Module):
     The share is [`confident_ratio`][udakit.pseudo_labels.confident_ratio].
 
     **Convention.** Detached. Pixels that are not `valid` keep their label and have weight 0. `ratio_over="all"` takes
-    the share over all pixels even so, "valid" over the valid ones. `accepted` is 1 for a class that is predicted
-    anywhere inside `valid`, whatever the weight.
+    the share over all pixels even so, "valid" over the valid ones. `accepted` is the share of each class's valid pixels
+    whose weight is above 0: all of them, or none where no pixel (of the image) is confident.
 
     **Source.** DACS, DAFormer: `scope="batch"`, and DAFormer's zeroed rows (15 at the top, 120 at the bottom) lie in
     the denominator: `ratio_over="all"` with `valid=row_mask(...)`.
@@ -83,6 +91,7 @@ class ConfidentRatioSelector(nn.Module):
         threshold: in [0, 1].
         scope: "batch" | "image".
         ratio_over: "all" | "valid".
+        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
 
     Example:
         >>> import torch
@@ -91,13 +100,21 @@ class ConfidentRatioSelector(nn.Module):
         tensor([[[0.5000, 0.5000]]])
     """
 
-    def __init__(self, threshold: float = 0.968, scope: Scope = "batch", *, ratio_over: RatioOver = "all") -> None:
+    def __init__(
+        self,
+        threshold: float = 0.968,
+        scope: Scope = "batch",
+        *,
+        ratio_over: RatioOver = "all",
+        exclude: Sequence[int] = (),
+    ) -> None:
         super().__init__()
         _check_options(threshold, scope)
         check_option("ratio_over", ratio_over, RATIOS)
         self.threshold = threshold
         self.scope: Scope = scope
         self.ratio_over: RatioOver = ratio_over
+        self.exclude = check_exclude(exclude)
 
     def forward(
         self,
@@ -109,17 +126,16 @@ class ConfidentRatioSelector(nn.Module):
     ) -> PseudoLabels:
         """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
         with torch.no_grad():
-            labels, confidence = predict(logits, kind)
+            labels, confidence = predict(logits, kind, self.exclude)
+            check_features(features, logits)
             kept = torch.ones_like(labels, dtype=torch.bool) if valid is None else expand_valid(valid, logits)
             within = kept if self.ratio_over == "valid" else None
             ratio = confident_ratio(confidence, threshold=self.threshold, scope=self.scope, valid=within)
-            return PseudoLabels(
-                labels,
-                confidence,
-                kept * ratio.view(-1, *[1] * (kept.ndim - 1)),
-                share_per_class(labels, kept, kept, logits.shape[1]),
-            )
+            weight = kept * ratio.view(-1, *[1] * (kept.ndim - 1))
+            accepted = share_per_class(labels, weight > 0, kept, logits.shape[1])
+            return PseudoLabels(labels, confidence, weight, accepted)
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""
-        return f"threshold={self.threshold:g}, scope={self.scope!r}, ratio_over={self.ratio_over!r}"
+        excluded = f", exclude={self.exclude}" if self.exclude else ""
+        return f"threshold={self.threshold:g}, scope={self.scope!r}, ratio_over={self.ratio_over!r}{excluded}"

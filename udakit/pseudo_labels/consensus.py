@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
-from udakit._checks import check_device, check_label_map, check_same_shape, kind_of, shape_of
+from udakit._checks import (
+    check_device,
+    check_flag,
+    check_ignore_index,
+    check_label_map,
+    check_same_shape,
+    kind_of,
+    shape_of,
+)
 from udakit._reduce import Kind, interpolate, top_class
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels.selection import PseudoLabels, Selector
@@ -37,10 +47,13 @@ def bilateral_consensus(
         ValueError: shapes that do not match.
 
     Example:
-        >>> import torch
+        >>> from collections.abc import Sequence
+
+    import torch
         >>> bilateral_consensus(torch.tensor([[[0, 1, 2]]]), torch.tensor([[[0, 2, 255]]]))
         tensor([[[  0, 255, 255]]])
     """
+    check_ignore_index(ignore_index)
     check_label_map(labels_a, name="labels_a")
     check_label_map(labels_b, name="labels_b")
     check_same_shape(labels_b, labels_a, name="labels_b", reference_name="labels_a")
@@ -67,9 +80,12 @@ class BilateralConsensus(Selector):
         align_corners: of the linear upsampling.
         include_unseen: let classes never seen compete as zero vectors.
         ignore_index: the label of what is rejected.
+        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
 
     Example:
-        >>> import torch
+        >>> from collections.abc import Sequence
+
+    import torch
         >>> prototypes = ClassPrototypes(2, 1).set_(torch.tensor([[-1.0], [1.0]]))
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(1, 2, 1, 2)
         >>> BilateralConsensus(prototypes)(logits, torch.tensor([-1.0, -1.0]).view(1, 1, 1, 2)).labels
@@ -83,8 +99,11 @@ class BilateralConsensus(Selector):
         *,
         include_unseen: bool = False,
         ignore_index: int = 255,
+        exclude: Sequence[int] = (),
     ) -> None:
-        super().__init__(ignore_index=ignore_index)
+        super().__init__(ignore_index=ignore_index, exclude=exclude)
+        check_flag("align_corners", align_corners)
+        check_flag("include_unseen", include_unseen)
         if not isinstance(prototypes, ClassPrototypes):
             raise TypeError(
                 f"Expected `prototypes` to be a ClassPrototypes, but got {kind_of(prototypes)}. "

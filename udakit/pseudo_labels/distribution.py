@@ -8,7 +8,9 @@ from torch import Tensor
 
 from udakit._checks import (
     check_device,
+    check_flag,
     check_float,
+    check_ignore_index,
     check_integer,
     check_option,
     check_per_class,
@@ -127,6 +129,8 @@ class DistributionAlignment(FullPrecisionState):
         super().__init__()
         check_integer("num_classes", num_classes)
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
+        check_flag("sync", sync)
+        check_ignore_index(ignore_index, num_classes)
         uniform = torch.full((num_classes,), 1 / num_classes, dtype=torch.float32)
         if source_share is not None:
             check_float("source_share", source_share)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from udakit._checks import check_mask_like, check_option, check_scores
-from udakit._reduce import KINDS, Kind, exp_, upcast
+from udakit._checks import (
+    check_ignore_index,
+    check_maps,
+    check_mask_like,
+    check_option,
+    check_scores,
+    is_integer,
+    is_sequence,
+    shape_of,
+    space_form,
+)
+from udakit._reduce import KINDS, Kind, exp_, plain, upcast
 
 
 class PseudoLabels(NamedTuple):
@@ -19,8 +30,8 @@ class PseudoLabels(NamedTuple):
         labels: int64 class ids, `ignore_index` where a selector rejects.
         confidence: float32 probability of the arg-max class, also where rejected.
         weight: float32 factor for a per-pixel loss (`pixel_weight`), 0 where rejected or not `valid`.
-        accepted: float32 share of each predicted class's valid pixels that were kept. 0 also for a class that is
-            predicted nowhere: a class that stays at 0 is dying.
+        accepted: float32 share of each predicted class's valid pixels that are used, at a weight above 0. 0 also for a
+            class that is predicted nowhere: a class that stays at 0 is dying.
     """
 
     labels: Int64[Tensor, "n *space"]
@@ -35,17 +46,52 @@ class PseudoLabels(NamedTuple):
 
 
 def predict(
-    logits: Float[Tensor, "n c *space"], kind: Kind = "logits"
+    logits: Float[Tensor, "n c *space"], kind: Kind = "logits", exclude: tuple[int, ...] = ()
 ) -> tuple[Int64[Tensor, "n *space"], Float[Tensor, "n *space"]]:
-    """Arg-max class and its probability, of logits or of probabilities."""
+    """Arg-max class and its probability, of logits or of probabilities, among the classes that are not excluded."""
     check_option("kind", kind, KINDS)
     check_scores("logits", logits, kind)
-    score, labels = logits.detach().max(dim=1)
+    logits = plain(logits.detach())
+    if exclude:
+        logits = _without(logits, exclude)
+    score, labels = logits.max(dim=1)
+    for class_id in exclude:  # in ascending order: back to the ids of all classes
+        labels = labels + (labels >= class_id)
     if kind == "probabilities":
-        return labels, score.float()
+        score = score.float()
+        return labels, score / logits.float().sum(dim=1).clamp_min(torch.finfo(score.dtype).tiny) if exclude else score
     # The softmax at its largest entry: exact at any magnitude, where exp(max - logsumexp) rounds at the logits' size.
-    scores = upcast(logits.detach())
+    scores = upcast(logits)
     return labels, exp_(scores - upcast(score).unsqueeze(1)).sum(dim=1).reciprocal().float()
+
+
+def _without(logits: Tensor, exclude: tuple[int, ...]) -> Tensor:
+    c = logits.shape[1]
+    if exclude[-1] >= c or len(exclude) == c:
+        raise ValueError(
+            f"Expected `exclude` to be some of the ids 0..{c - 1} of `logits` {shape_of(logits)}, but got {exclude}."
+        )
+    starts, stops = (0, *(i + 1 for i in exclude)), (*exclude, c)
+    return torch.cat([logits[:, a:b] for a, b in zip(starts, stops, strict=True)], dim=1)
+
+
+def check_exclude(exclude: Sequence[int]) -> tuple[int, ...]:
+    """Ascending ids of the classes that are never predicted; raise for what is none."""
+    if not is_sequence(exclude) or not all(is_integer(i) and i >= 0 for i in exclude):
+        raise TypeError(f"Expected `exclude` to be class ids, such as (0,), but got {exclude!r}.")
+    return tuple(sorted({int(i) for i in exclude}))
+
+
+def check_features(features: Tensor | None, logits: Tensor) -> None:
+    """Raise for `features` that are none: a selector that takes no notice of them would not notice a mask there."""
+    if features is None:
+        return
+    check_maps("features", features, "N, D", hint=" A mask goes by keyword: valid=mask.")
+    if features.ndim != logits.ndim or len(features) != len(logits):
+        raise ValueError(
+            f"Expected `features` to be {space_form('N, D', logits.ndim - 2)} for `logits` {shape_of(logits)}, "
+            f"but got {shape_of(features)}. Masks and weights go by keyword."
+        )
 
 
 def expand_valid(valid: Bool[Tensor, "n *space"] | Bool[Tensor, "h w"], logits: Float[Tensor, "n c *space"]) -> Tensor:
@@ -76,9 +122,11 @@ class Selector(nn.Module):
     A subclass says in `keep` which pixels stay. What is not kept has label `ignore_index` and weight 0.
     """
 
-    def __init__(self, *, ignore_index: int = 255) -> None:
+    def __init__(self, *, ignore_index: int = 255, exclude: Sequence[int] = ()) -> None:
         super().__init__()
+        check_ignore_index(ignore_index)
         self.ignore_index = ignore_index
+        self.exclude = check_exclude(exclude)
 
     def forward(
         self,
@@ -104,7 +152,9 @@ class Selector(nn.Module):
             ValueError: shapes that do not match, or an unknown `kind`.
         """
         with torch.no_grad():
-            labels, confidence = predict(logits, kind)
+            labels, confidence = predict(logits, kind, self.exclude)
+            check_ignore_index(self.ignore_index, logits.shape[1])
+            check_features(features, logits)
             valid = None if valid is None else expand_valid(valid, logits)
             kept = self.keep(labels, confidence, valid, logits.shape[1], features)
             return PseudoLabels(
@@ -122,4 +172,4 @@ class Selector(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""
-        return f"ignore_index={self.ignore_index}"
+        return f"ignore_index={self.ignore_index}" + (f", exclude={self.exclude}" if self.exclude else "")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from udakit._checks import check_range
@@ -19,6 +21,7 @@ class ThresholdSelector(Selector):
     Args:
         threshold: in [0, 1]; a confidence equal to it is kept.
         ignore_index: the label of what is rejected.
+        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
 
     Example:
         >>> import torch
@@ -27,8 +30,8 @@ class ThresholdSelector(Selector):
         tensor([[[  0, 255]]])
     """
 
-    def __init__(self, threshold: float, *, ignore_index: int = 255) -> None:
-        super().__init__(ignore_index=ignore_index)
+    def __init__(self, threshold: float, *, ignore_index: int = 255, exclude: Sequence[int] = ()) -> None:
+        super().__init__(ignore_index=ignore_index, exclude=exclude)
         check_range("threshold", threshold, 0.0, 1.0)
         self.threshold = threshold
 
