@@ -47,7 +47,19 @@ def test_resize_labels_is_nearest_interpolation(space: tuple[int, ...]) -> None:
         assert torch.equal(udakit.resize_labels(labels, size), expected)
 
 
-@each_space
+# ClassPrototypes takes (N, D, h, w) alone so far.
+prototype_space = pytest.mark.parametrize(
+    "space",
+    [
+        pytest.param(
+            s, marks=() if len(s) == 2 else pytest.mark.xfail(raises=ValueError, strict=True), id=f"{len(s)}-D"
+        )
+        for s in SPACES
+    ],
+)
+
+
+@prototype_space
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_consensus_upsamples_the_similarities(space: tuple[int, ...], align_corners: bool) -> None:
     g = torch.Generator().manual_seed(0)
@@ -61,6 +73,20 @@ def test_consensus_upsamples_the_similarities(space: tuple[int, ...], align_corn
     expected = torch.where(logits.argmax(1) == up.argmax(1), logits.argmax(1), 255)
     assert torch.equal(found.labels, expected)
     assert 0 < (expected == 255).float().mean() < 1
+
+
+@prototype_space
+def test_rectified_selector_upsamples_the_similarities(space: tuple[int, ...]) -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, centres = torch.randn(2, 3, *space, generator=g), torch.randn(3, 4, generator=g)
+    features = torch.randn(2, 4, *(side // 2 for side in space), generator=g)
+    held = udakit.ClassPrototypes(3, 4).set_(centres)
+    found = udakit.RectifiedSelector(held)(logits, features)
+    distance = torch.stack([(features - c.view(1, 4, *[1] * len(space))).norm(dim=1) for c in centres], dim=1)
+    up = F.interpolate((-distance).softmax(1), space, mode=LINEAR[len(space)])
+    product = logits.softmax(1) * up
+    torch.testing.assert_close(found.confidence, (product / product.sum(1, keepdim=True)).amax(1))
+    assert torch.equal(found.labels, product.argmax(1))
 
 
 @each_space

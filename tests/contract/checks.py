@@ -539,7 +539,10 @@ def _permutation(op: Operation, ex: Example, permute: Callable[[Tensor, str | No
 
 # --- maps of other kinds -----------------------------------------------------------------------------------------
 
-SPACES = {1: lambda h, w: (h * w,), 3: lambda h, w: (h, w // 3, 3)}  # of the pixels of (h, w), in their order
+SPACES = {
+    1: lambda h, w: (h * w,),
+    3: lambda h, w: (h, w // 3, 3) if w % 3 == 0 else (h, w, 1),
+}  # of the pixels of (h, w), in their order
 
 
 def _reshaped(x: Tensor, role: str | None, axes: int) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 
 import udakit
 from contract.registry import Call, Operation, Sample
+from contract.wrong_options import NOT_NEGATIVE
 
 
 def _pixel_contrast_loss(s: Sample) -> Call:
@@ -84,6 +85,7 @@ OPERATIONS: list[Operation] = [
         _distribution_contrast_loss,
         udakit.distribution_contrast_loss,
         udakit.DistributionContrastLoss,
+        wrong={"ratio": NOT_NEGATIVE},
         covers=("DistributionContrastLoss",),
         grad=(0, 2, 3),
     ),
@@ -92,6 +94,7 @@ OPERATIONS: list[Operation] = [
         _distribution_contrast_loss_seen,
         udakit.distribution_contrast_loss,
         udakit.DistributionContrastLoss,
+        wrong={"ratio": NOT_NEGATIVE},
         grad=(0, 2, 3),
     ),
     Operation(

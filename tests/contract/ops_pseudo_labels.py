@@ -8,6 +8,7 @@ from torch import Tensor
 
 import udakit
 from contract.registry import Call, Operation, Sample
+from contract.wrong_options import SHARE
 
 SELECTION = ("labels", "weight", "weight", "class_values")  # labels, confidence, weight, accepted
 
@@ -46,7 +47,7 @@ def _consensus(s: Sample) -> Call:
 
 def _consensus_of(logits: Tensor, features: Tensor, prototypes: Tensor, *, valid: Tensor) -> Any:
     with logits.device:
-        held = udakit.ClassPrototypes(*prototypes.shape).set_(prototypes)
+        held = udakit.ClassPrototypes(len(prototypes), features.shape[1]).set_(prototypes)
         return udakit.BilateralConsensus(held)(logits, features, valid=valid)
 
 
@@ -77,7 +78,7 @@ def _distances(s: Sample) -> Tensor:
 
 def _rectified_of(logits: Tensor, features: Tensor, prototypes: Tensor, *, valid: Tensor) -> Any:
     with logits.device:
-        held = udakit.ClassPrototypes(logits.shape[1], features.shape[1]).set_(prototypes)
+        held = udakit.ClassPrototypes(len(prototypes), features.shape[1]).set_(prototypes)
         return udakit.RectifiedSelector(held, threshold=0.3)(logits, features, valid=valid)
 
 
@@ -145,6 +146,7 @@ OPERATIONS = [
         grad=(),
         output=SELECTION,
         build=_build(udakit.AdaptiveThresholdSelector),
+        wrong={"momentum": SHARE},
     ),
     Operation(
         "align_distribution",
@@ -154,7 +156,6 @@ OPERATIONS = [
         output="probabilities",
         exempt={
             "module": "DistributionAlignment keeps the shares and has an entry of its own",
-            "shape_errors.axes": "probabilities may have any number of spatial axes",
         },
     ),
     Operation(
@@ -193,6 +194,7 @@ OPERATIONS = [
         "RectifiedSelector",
         _consensus,
         _rectified_of,
+        space="test_space.py::test_rectified_selector_upsamples_the_similarities",
         kind="state",
         grad=(),
         output=SELECTION,

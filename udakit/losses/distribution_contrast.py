@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from udakit._checks import (
     check_device,
+    check_flag,
     check_float,
+    check_ignore_index,
     check_labels_like,
     check_maps,
     check_per_class,
@@ -19,7 +21,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import check_reduction, class_ids, reduce_pixels, upcast
+from udakit._reduce import check_reduction, class_ids, reduce_pixels, select, upcast
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
@@ -72,7 +74,7 @@ def distribution_contrast_loss(
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 features), or (N, h, w) for "none".
+        A float32 scalar (float64 for float64 features), or (N, *space) for "none".
 
     Raises:
         TypeError: a tensor of the wrong kind.
@@ -87,7 +89,7 @@ def distribution_contrast_loss(
         >>> distribution_contrast_loss(features, labels, torch.zeros(3, 8), variances).item()  # no class seen
         0.0
     """
-    _check_options(temperature, ratio, reduction)
+    _check_options(temperature, ratio, normalize, ignore_index, reduction)
     check_maps("features", features, "N, D")
     check_labels_like(labels, features, reference_name="features")
     check_float("means", means, 2, "(C, D)")
@@ -107,25 +109,28 @@ def distribution_contrast_loss(
     n, _, *space = features.shape
     c = means.shape[0]
     seen = means.detach().ne(0).any(dim=1) if seen is None else seen
-    x = upcast(features)
+    ids = class_ids(labels, c, ignore_index).flatten(1)
+    inside = ids < c
+    ids = torch.where(inside, ids, 0)
+    valid = inside & seen[ids]
+    # Of a pixel that is ignored, be it NaN, nothing enters the products, whose gradients sum over pixels.
+    x = select(valid.view(n, 1, *space), upcast(features))
     x = (unit_vectors(x) if normalize else x).flatten(2)
     mean, spread = upcast(means).to(x.dtype), upcast(variances).to(x.dtype) * (ratio / (2 * temperature))
     linear = matmul((mean / temperature).expand(n, -1, -1), x)
     square = matmul((spread / temperature).expand(n, -1, -1), x.square())
     # Finite, so that a pixel with no candidate at all (ignored then) has no NaN to hide.
     logits = torch.where(seen.view(-1, 1), linear + square, torch.finfo(x.dtype).min / 4)
-    ids = class_ids(labels, c, ignore_index).flatten(1)
-    inside = ids < c
-    ids = torch.where(inside, ids, 0)
-    valid = inside & seen[ids]
     loss = F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")
     loss = loss + square.gather(1, ids.unsqueeze(1)).squeeze(1)
     return reduce_pixels(loss.view(n, *space), valid.view(n, *space), pixel_weight=pixel_weight, reduction=reduction)
 
 
-def _check_options(temperature: float, ratio: float, reduction: str) -> None:
+def _check_options(temperature: float, ratio: float, normalize: bool, ignore_index: int, reduction: str) -> None:
     check_range("temperature", temperature, 0.0, open_low=True)
     check_range("ratio", ratio, 0.0)
+    check_flag("normalize", normalize)
+    check_ignore_index(ignore_index)
     check_reduction(reduction)
 
 
@@ -152,7 +157,7 @@ class DistributionContrastLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        _check_options(temperature, ratio, reduction)
+        _check_options(temperature, ratio, normalize, ignore_index, reduction)
         self.temperature = temperature
         self.ratio = ratio
         self.normalize = normalize

@@ -18,7 +18,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import Kind, interpolate, top_class
+from udakit._reduce import Kind, interpolate, plain, top_class
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels.selection import PseudoLabels, Selector
 
@@ -153,7 +153,7 @@ class BilateralConsensus(Selector):
         return kept if valid is None else kept & valid
 
     def _nearest(self, features: Tensor, labels: Tensor) -> Tensor:
-        distance = self.prototypes.distances(features, include_unseen=self.include_unseen)
+        distance = self.prototypes.distances(plain(features), include_unseen=self.include_unseen)
         check_device("features", features, labels, "logits")
         if len(features) != len(labels):
             raise ValueError(

@@ -17,7 +17,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, interpolate, upcast
+from udakit._reduce import KINDS, Kind, interpolate, plain, upcast
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels.adaptive_threshold import check_class_scores
 from udakit.pseudo_labels.selection import PseudoLabels, Selector
@@ -157,7 +157,7 @@ class RectifiedSelector(Selector):
         check_option("kind", kind, KINDS)
         check_class_scores(logits, kind, self.prototypes.num_classes)
         with torch.no_grad():
-            distance = self.prototypes.distances(features)
+            distance = self.prototypes.distances(plain(features))
             check_device("features", features, logits, "logits")
             if features.ndim != logits.ndim or len(features) != len(logits):
                 raise ValueError(
