@@ -6,7 +6,7 @@ Whoever mends an operation deletes its row: an exemption that is not needed fail
 SPACE = "its maps have two spatial axes so far, or its entry does not say what it looks at"
 MEMORY = "it makes memory by new_empty of numbers"
 ONE_CHANNEL = "it does not refuse one channel yet"
-SUMS = "class sums take in what is not finite at ignored pixels"
+SUMS = "its sums take in what is not finite at ignored pixels"
 OPTIONS = "some of its options are not checked yet"
 
 TEMPORARY: dict[str, dict[str, str]] = {
@@ -46,4 +46,15 @@ TEMPORARY: dict[str, dict[str, str]] = {
     "EMATeacher[ema]": {"space": SPACE},
     "EMATeacher[keep]": {"space": SPACE},
     "FeatureTap": {"space": SPACE},
+    "LabelFreeScores": {"space": SPACE, "nan_outside": SUMS},
+    "consistency_score": {"wrong_options": OPTIONS},
+    "consistency_score[background]": {"wrong_options": OPTIONS},
+    "view_consistency": {"space": SPACE, "wrong_options": OPTIONS},
+    "mirror_consistency": {"space": SPACE, "wrong_options": OPTIONS},
+    "mirror_view": {"space": SPACE, "wrong_options": OPTIONS},
+    "shift_view": {"space": SPACE, "wrong_options": OPTIONS},
+    "crop_view": {"space": SPACE, "wrong_options": OPTIONS},
+    "rotation_view": {"space": SPACE, "wrong_options": OPTIONS},
+    "ensemble_agreement": {"wrong_options": OPTIONS},
+    "fit_temperature": {"wrong_options": OPTIONS},
 }
