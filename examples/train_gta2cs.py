@@ -29,7 +29,7 @@ considerate_threads()  # before torch is imported
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.console import Console
 from rich.progress import track
 
@@ -120,6 +120,7 @@ def prepare(state: StageState) -> None:
         Preparation(
             plain_batches(run),
             seed=run.config.seed,
+            steps=state.steps,
             folder=run.config.out if run.is_main else None,
             resume=run.config.resume,
             console=run.console if run.is_main else None,
@@ -264,8 +265,13 @@ def make_accelerator(config: Config) -> Accelerator:
     # Under torchrun without a GPU, accelerate starts independent single processes unless told that the CPU is meant.
     on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
     tracker = None if config.log_with == "none" else config.log_with
+    idle = any(RECIPES[stage.recipe].IDLE_PARAMETERS for stage in config.stages)
     accelerator = Accelerator(
-        mixed_precision=config.precision, cpu=on_cpu, log_with=tracker, project_dir=config.out if tracker else None
+        mixed_precision=config.precision,
+        cpu=on_cpu,
+        log_with=tracker,
+        project_dir=config.out if tracker else None,
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=idle)],
     )
     if accelerator.num_processes != (world := int(os.environ.get("WORLD_SIZE", "1"))):
         raise RuntimeError(

@@ -1,6 +1,7 @@
 """The methods, each a `Recipe`: a Module whose forward is the training loss."""
 
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, Shared
+from gta2cs.recipes.combined import Combined
 from gta2cs.recipes.dacs import Dacs
 from gta2cs.recipes.diga import Diga, DigaWarmup
 from gta2cs.recipes.duda import Duda, DudaPre
@@ -11,6 +12,7 @@ from gta2cs.recipes.source_only import SourceOnly
 RECIPES: dict[str, type[Recipe]] = {
     "source_only": SourceOnly,
     "dacs": Dacs,
+    "combined": Combined,
     "diga_warmup": DigaWarmup,
     "diga": Diga,
     "ehtdi": Ehtdi,
@@ -20,6 +22,7 @@ RECIPES: dict[str, type[Recipe]] = {
 
 __all__ = [
     "RECIPES",
+    "Combined",
     "Dacs",
     "Diga",
     "DigaWarmup",

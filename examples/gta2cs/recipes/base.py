@@ -76,6 +76,7 @@ class Preparation(NamedTuple):
 
     batches: Callable[[int, int], Iterable[Batch]]  # of the steps start ... stop - 1, as a function of the step
     seed: int = 0
+    steps: int = 0  # of the stage
     folder: Path | None = None  # of the run, for what takes long to make; None in all processes but the first
     resume: bool = False  # whether to use what lies there
     console: Console | None = None  # for a progress bar
@@ -89,6 +90,7 @@ class Recipe(nn.Module):
     """
 
     FIXED: ClassVar[tuple[str, ...]] = ()  # inherited options that the method leaves no choice about
+    IDLE_PARAMETERS: ClassVar[bool] = False  # whether a step leaves some parameters without a gradient
 
     @dataclass
     class Options:

@@ -1,0 +1,246 @@
+"""Adaptation under ONE policy: every recipe with the same options on every pair, scored without labels as it trains.
+
+    UDAKIT_DATA=/data python benchmarks/adaptation.py                      # whatever is not in the JSON yet
+    python benchmarks/adaptation.py --pairs nuclei toy --rows dacs combined --seeds 0 1
+    python benchmarks/adaptation.py --group search                         # candidate policies, for the choice
+    python benchmarks/adaptation.py --choose                               # which policy the other pairs choose
+
+A pair brings its paths, net, crop and numbers of steps; all that a method or an augmentation could be tuned by is the
+policy's. A row of the table uses the policy that the OTHER pairs choose (the two that share CamVid's day images are
+left out together). A run is (pair, row, seed): a source-only warm start, shared by the rows of a seed, then the same
+number of optimiser steps for each row. The last checkpoint counts, never the best on validation; every 50 steps the
+label-free scores of all nets are kept beside their true mIoU, for benchmarks/selection.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+from gta2cs.threads import considerate_threads
+
+considerate_threads()  # before torch is imported
+
+import train_gta2cs
+from gta2cs.checkpoints import load_checkpoint
+from gta2cs.files import write_json
+
+RESULTS = ROOT / "benchmarks" / "results" / "adaptation.json"
+HALF = {"decoder_pyramid_channels": 128, "decoder_segmentation_channels": 64}  # of an FPN: time
+FPN = {"arch": "fpn", "options": HALF}
+STREET: dict[str, Any] = {"net": {"arch": "deeplabv3plus"}, "crop": (160, 208), "warm": 600, "steps": 400}
+NUCLEI: dict[str, Any] = {"net": FPN, "crop": (128, 128), "warm": 200, "steps": 400}
+# What is a pair's own: net, crop, steps. Nothing that a method could be tuned by.
+PAIRS: dict[str, dict[str, Any]] = {
+    "toy": {"net": FPN, "crop": (128, 192), "warm": 300, "steps": 450},
+    "nuclei": NUCLEI,
+    "nuclei_backwards": NUCLEI,
+    "camvid": STREET,
+    "carla2camvid": STREET,
+}
+TOGETHER = {"camvid": {"camvid", "carla2camvid"}, "carla2camvid": {"camvid", "carla2camvid"}}  # share day images
+LR = {"source_only": 3e-4, "oracle": 3e-4}
+ADAPTATION_LR = 3e-4
+WARM_UP = 20  # steps of linear warm-up of the learning rate, in every stage
+EVERY = 50  # steps between scores
+
+# What the policy chooses between. Images and augmentation, the same for every row of a policy ...
+SCALES = {"source_scale": (0.5, 2.0), "target_scale": (0.7, 1.4)}
+AUGMENT: dict[str, Any] = {"jitter": 0.8}
+# ... and how DACS labels and selects. `combined` tries all of them itself.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "balanced": {"selector": "class_quantile", "share": 0.6, "translate": "histogram", "translate_share": 0.7},
+    "running": {"teacher_mode": "eval", "buffers": "ema"},
+}
+EHTDI = {
+    "labels_from": "teacher",
+    "mix_weight": 1.0,
+    "paste_weight": 1.0,
+    "boundary_weight": 0.1,
+    "boundary_paste_weight": 0.01,
+    "pixel_contrast": 0.1,
+    "prototype_contrast": 0.1,
+}
+BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of the scores
+    "bad_argmax": {"selector": "argmax", "jitter": 0.2},
+    "bad_threshold": {"selector": "threshold", "threshold": 0.99, "jitter": 0.2},
+}
+
+
+def rows_of(pair: str) -> dict[str, dict[str, Any]]:
+    """Every row: its stages, their options and changes to the data. `search_*` rows are what the policy is chosen from."""
+    chosen = SETTINGS[choose(pair, load(RESULTS))]
+    rows: dict[str, dict[str, Any]] = {
+        "source_only": {"recipes": ["source_only"]},
+        "dacs": {"recipes": ["dacs"], "options": chosen},
+        "diga": {"recipes": ["diga_warmup", "diga"], "options": {"augment_source": True, "translate": "histogram"}},
+        "ehtdi": {"recipes": ["ehtdi"], "options": EHTDI},
+        "combined": {"recipes": ["combined"], "own": True},
+        "oracle": {"recipes": ["source_only"], "data": {"oracle": True}},
+    }
+    rows |= {f"search_{name}": {"recipes": ["dacs"], "options": o} for name, o in SETTINGS.items()}
+    rows |= {name: {"recipes": ["dacs"], "options": o, "bad": True} for name, o in BAD.items()}
+    return rows
+
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "main": ("source_only", "dacs", "combined", "oracle", "diga", "ehtdi"),
+    "search": tuple(f"search_{name}" for name in SETTINGS),
+    "bad": tuple(BAD),
+}
+
+
+def choose(pair: str, results: dict[str, Any]) -> str:
+    """The setting with the best mean gain over source-only on all pairs but `pair` and those that share its images."""
+    left_out = TOGETHER.get(pair, {pair})
+    gains: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    for other in set(PAIRS) - left_out:
+        base = final(results, other, "source_only")
+        found = {name: final(results, other, f"search_{name}") for name in SETTINGS}
+        if base and all(found.values()):
+            for name, values in found.items():
+                gains[name].append(statistics.mean(values) - statistics.mean(base))
+    if not gains["plain"]:
+        return "plain"
+    return max(gains, key=lambda name: statistics.mean(gains[name]))
+
+
+def final(results: dict[str, Any], pair: str, row: str, net: str = "student") -> list[float]:
+    """True mIoU of a row's last checkpoint, a number a seed."""
+    runs = [r for r in results.values() if (r["pair"], r["recipe"]) == (pair, row)]
+    return [c["miou"] for r in runs for c in r["checkpoints"][-2:] if c["net"] == net and c["step"] == r["steps"]]
+
+
+def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
+    """The run of a row; "warm" is the source-only net that all rows of a seed start from."""
+    own = PAIRS[pair]
+    entry = {"recipes": ["source_only"]} if row == "warm" else rows_of(pair)[row]
+    steps = own["warm" if row == "warm" else "steps"]
+    recipes = entry["recipes"]
+    counts = [steps // len(recipes)] * len(recipes)
+    counts[-1] += steps - sum(counts)
+    options = {**({} if entry.get("own") else AUGMENT), **entry.get("options", {})}
+    lr = LR.get(row, LR["source_only"] if row == "warm" else ADAPTATION_LR)
+    return train_gta2cs.Config(
+        data=train_gta2cs.DataConfig(
+            pair=pair, data_root=data_root, crop=own["crop"], **SCALES, **entry.get("data", {})
+        ),
+        net=train_gta2cs.NetConfig(**own["net"]),
+        stages=[
+            train_gta2cs.Stage(recipe, n, lr=lr, lr_warmup=WARM_UP, options=dict(options))
+            for recipe, n in zip(recipes, counts, strict=True)
+        ],
+        head_multiplier=3.0,
+        seed=seed if row == "warm" else seed + 100,  # other batches than those of what it starts from
+        init=None if row == "warm" else warm_start(pair, seed, data_root, cache),
+        out=cache / pair / f"seed{seed}" / row,
+        eval_every=EVERY,
+        save_every=100,
+        resume=True,
+    )
+
+
+def warm_start(pair: str, seed: int, data_root: Path | None, cache: Path) -> Path:
+    """Where the source-only net of a seed lies once it is trained."""
+    return cache / pair / f"seed{seed}" / "warm" / "stage1_source_only" / "last.pt"
+
+
+def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, Any]:
+    """Train a row, its warm start first where that is missing, and return what the JSON keeps of it."""
+    if row != "warm" and not (cache / pair / f"seed{seed}" / "warm" / "results.json").is_file():
+        train_gta2cs.main(configure(pair, "warm", seed, data_root, cache))
+    config = configure(pair, row, seed, data_root, cache)
+    began = time.perf_counter()
+    rows = train_gta2cs.main(config)
+    histories = histories_of(config)
+    return {
+        "pair": pair,
+        "recipe": row,
+        "seed": seed,
+        "bad": bool(row != "warm" and rows_of(pair)[row].get("bad", False)),
+        "start": "warm" if row != "warm" else None,
+        "steps": sum(h["steps"] for h in histories),
+        "seconds": round(time.perf_counter() - began, 1),
+        "stages": [dataclasses.asdict(stage) for stage in config.stages],
+        "rows": {title: score.to_json() for title, score in rows.items()},
+        "checkpoints": list(checkpoints_of(histories)),
+    }
+
+
+def histories_of(config: train_gta2cs.Config) -> list[dict[str, Any]]:
+    """What each stage logged."""
+    folders = [config.out / f"stage{i}_{stage.recipe}" for i, stage in enumerate(config.stages, 1)]
+    return [json.loads(load_checkpoint(folder / "last.pt")["history"]) for folder in folders]
+
+
+def checkpoints_of(histories: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Truth and label-free scores of every net at every evaluation; steps count over all stages."""
+    before = 0
+    for history in histories:
+        for entry in history["scores"]:
+            for net, score in entry["nets"].items():
+                label_free = entry.get("label_free", {}).get(net, {})
+                yield {
+                    "step": before + entry["step"],
+                    "net": net,
+                    "miou": next(iter(score["means"].values())),
+                    "means": score["means"],
+                    "iou": score["iou"],
+                    **label_free,
+                }
+        before += history["steps"]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def add(path: Path, key: str, result: dict[str, Any]) -> None:
+    """Add a result to the JSON, also beside another process that does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_json(path, {**load(path), key: result})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("UDAKIT_DATA"))
+    parser.add_argument("--group", default="main", choices=list(GROUPS))
+    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    parser.add_argument("--rows", nargs="+", help="default: all of the group")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "adaptation")
+    parser.add_argument("--choose", action="store_true", help="train nothing, say which setting each pair's row uses")
+    options = parser.parse_args()
+    if options.choose:
+        for pair in PAIRS:
+            print(f"{pair}: {choose(pair, load(options.results))}, chosen on the other pairs")
+        return
+    root = Path(options.data_root) if options.data_root else None
+    for seed, row, pair in itertools.product(options.seeds, options.rows or GROUPS[options.group], options.pairs):
+        if (key := f"{pair}/{row}/{seed}") in load(options.results):
+            continue
+        if pair != "toy" and (root is None or not root.is_dir()):
+            print(f"skipped {key}: no --data-root and no UDAKIT_DATA")
+            continue
+        print(f"== {key}", flush=True)
+        add(options.results, key, run(pair, row, seed, root, options.cache))
+
+
+if __name__ == "__main__":
+    main()

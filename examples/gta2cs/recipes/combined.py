@@ -1,0 +1,171 @@
+"""Try several settings of self-training for a share of the steps, keep the one that contradicts itself least.
+
+Ours; no paper has it. No fixed setting serves every pair of domains: class-balanced selection that trebles the IoU of a
+class on one pair ruins it on the next, and falling losses show neither. What tells them apart without a target label is
+how far a net contradicts itself on the mirror image (docs/families/validation.md). So the candidates take turns, a step
+each, on nets of their own; then `mirror_consistency` on target crops keeps one, which takes all steps that are left.
+The trial counts into the steps of the stage.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gta2cs.evaluation import evaluating
+from gta2cs.loading import Batch
+from gta2cs.nets import param_groups
+from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
+from gta2cs.recipes.dacs import Dacs
+from udakit.validation import ConsistencyScore
+
+# What the candidates differ in, chosen on the pairs of benchmarks/rows, each on the others than its own.
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "balanced": {"selector": "class_quantile", "share": 0.6},
+    "plain": {},
+    "running": {"teacher_mode": "eval", "buffers": "ema"},
+}
+SHARED: dict[str, Any] = {"jitter": 0.8, "translate": "histogram", "translate_share": 0.7}
+
+
+class Combined(Recipe):
+    """Candidates of DACS in turn, then the one that the label-free score keeps."""
+
+    IDLE_PARAMETERS = True
+
+    @dataclass
+    class Options:
+        """Options of the recipe. A candidate is a name of `CANDIDATES`, or a name and options of its own."""
+
+        candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CANDIDATES))
+        shared: dict[str, Any] = field(default_factory=lambda: dict(SHARED))  # options of dacs, of all candidates
+        trial: float = 0.5  # share of the steps in which the candidates take turns
+        images: int = 24  # target crops that the score looks at
+
+    candidates: nn.ModuleDict
+    images: Tensor
+    progress: Tensor
+
+    def __init__(self, num_classes: int, options: Any, candidates: dict[str, Dacs]) -> None:
+        super().__init__(next(iter(candidates.values())).student, num_classes, options)
+        self.candidates = nn.ModuleDict(candidates)
+        self.register_buffer("images", torch.empty(0), persistent=True)
+        # Steps done, steps of the trial, the candidate that was kept (-1: none yet): a resumed run goes on from it.
+        self.register_buffer("progress", torch.tensor([0, 0, -1]))
+        self.done, self.trial_steps, self.kept = 0, 0, -1
+        self.scores: dict[str, float] = {}
+        self.console: Any = None
+
+    @classmethod
+    def build(
+        cls,
+        student: nn.Module,
+        num_classes: int,
+        options: dict[str, Any],
+        make_net: Callable[..., nn.Module],
+        previous: Recipe | None = None,
+    ) -> Combined:
+        """Make the candidates: the first around `student` itself, the others around nets like it."""
+        parsed = cls.parse(options)
+        if not parsed.candidates:
+            raise ValueError("Expected `candidates` to name at least one, but got an empty table.")
+        if not 0 <= parsed.trial < 1:
+            raise ValueError(f"Expected `trial` to be a share in [0, 1), but got {parsed.trial}.")
+        candidates = {}
+        for name, own in parsed.candidates.items():
+            net = student
+            if candidates:
+                net = make_net(weights="random")
+                net.load_state_dict(student.state_dict())
+            candidates[name] = Dacs.build(net, num_classes, {**parsed.shared, **own}, make_net, previous)
+        return cls(num_classes, parsed, candidates)
+
+    def prepare(self, data: Preparation) -> None:
+        """Keep some target crops for the score; let every candidate look at the images."""
+        self.console = data.console
+        crops: list[Tensor] = []
+        for batch in data.batches(0, self.options.images):
+            crops.extend(batch.target_images)
+            if len(crops) >= self.options.images:
+                break
+        self.images = torch.stack(crops[: self.options.images])
+        count = len(self.candidates)
+        self.trial_steps = count * round(self.options.trial * data.steps / count) if count > 1 else 0
+        self.progress = self.progress.new_tensor([0, self.trial_steps, 0 if self.trial_steps == 0 else -1])
+        self.kept = int(self.progress[2])
+        for candidate in self.candidates.values():
+            candidate.prepare(data)
+
+    @property
+    def active(self) -> Dacs:
+        """The candidate whose step it is."""
+        turn = self.done % len(self.candidates) if self.kept < 0 else self.kept
+        return list(self.candidates.values())[turn]  # type: ignore[return-value]
+
+    def forward(self, batch: Batch, draws: Draws) -> Losses:
+        """Return the losses of the candidate whose step it is."""
+        return self.active(batch, draws)  # type: ignore[no-any-return]
+
+    def after_step(self) -> None:
+        """Move the active teacher; at the end of the trial keep the candidate with the best score."""
+        self.active.after_step()
+        self.done += 1
+        if self.kept < 0 and self.done >= self.trial_steps:
+            self.scores = {name: self.score(c.student) for name, c in self.candidates.items()}  # type: ignore[arg-type]
+            self.keep(self.agree(max(range(len(self.scores)), key=list(self.scores.values()).__getitem__)))
+            if self.console is not None:
+                found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
+                kept = list(self.candidates)[self.kept]
+                self.console.print(f"step {self.done}: mirror consistency {found}; '{kept}' goes on", markup=False)
+        self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
+
+    @torch.no_grad()
+    def score(self, net: nn.Module) -> float:
+        """Mirror consistency on the kept target crops; a net with nothing to compare is the worst."""
+        metric = ConsistencyScore(self.num_classes).to(self.images.device)
+        with evaluating(net):
+            for images in self.images.split(8):
+                metric(net(images).logits, net(images.flip(-1)).logits.flip(-1))
+        score = float(metric.compute())
+        return score if score == score else -1.0
+
+    def agree(self, position: int) -> int:
+        """What rank 0 says: the ranks' running statistics, and so their scores, differ a little."""
+        if not dist.is_initialized():
+            return position
+        said = torch.tensor(position, device=self.images.device)
+        dist.broadcast(said, 0)
+        return int(said)
+
+    def keep(self, position: int) -> None:
+        """Make one candidate the deployed one; the others rest from now on."""
+        self.kept = position
+        self.student = list(self.candidates.values())[position].student  # type: ignore[assignment]
+
+    def nets(self) -> dict[str, nn.Module]:
+        """Student and teacher of the candidate that was kept; before, of the first."""
+        return list(self.candidates.values())[max(0, self.kept)].nets()  # type: ignore[operator, no-any-return]
+
+    def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
+        """The other candidates' students learn like the first."""
+        first, *others = self.candidates.values()
+        groups = first.extra_param_groups(lr, head_multiplier)  # type: ignore[operator]
+        for candidate in others:
+            groups += param_groups(candidate.student, lr=lr, head_multiplier=head_multiplier)  # type: ignore[arg-type]
+            groups += candidate.extra_param_groups(lr, head_multiplier)  # type: ignore[operator]
+        return groups  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if (saved := state_dict.get(prefix + "progress")) is not None:
+            self.done, self.trial_steps, kept = saved.tolist()
+            self.keep(max(0, kept))  # `student` is the kept one's: known before its tensors are read
+            self.kept = kept
+        if (images := state_dict.get(prefix + "images")) is not None:
+            self.images = torch.empty_like(images, device=self.images.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
