@@ -81,7 +81,7 @@ BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of
 
 
 def rows_of(pair: str) -> dict[str, dict[str, Any]]:
-    """Every row: its stages, their options and changes to the data. `search_*` rows are what the policy is chosen from."""
+    """Every row: its stages, their options, changes to the data; the policy is chosen from the `search_*` rows."""
     chosen = SETTINGS[choose(pair, load(RESULTS))]
     rows: dict[str, dict[str, Any]] = {
         "source_only": {"recipes": ["source_only"]},

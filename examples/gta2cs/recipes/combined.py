@@ -23,7 +23,7 @@ from gta2cs.loading import Batch
 from gta2cs.nets import param_groups
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.dacs import Dacs
-from udakit.validation import ConsistencyScore
+from udakit.validation import ConsistencyScore, LabelFreeScores
 
 # What the candidates differ in, chosen on the pairs of benchmarks/rows, each on the others than its own.
 CANDIDATES: dict[str, dict[str, Any]] = {
@@ -31,6 +31,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "plain": {},
     "running": {"teacher_mode": "eval", "buffers": "ema"},
 }
+LEAST = 1e-3  # share of the pixels from which a class counts as predicted
 SHARED: dict[str, Any] = {"jitter": 0.8, "translate": "histogram", "translate_share": 0.7}
 
 
@@ -117,7 +118,7 @@ class Combined(Recipe):
         self.active.after_step()
         self.done += 1
         if self.kept < 0 and self.done >= self.trial_steps:
-            self.scores = {name: self.score(c.student) for name, c in self.candidates.items()}  # type: ignore[arg-type]
+            self.scores = self.scores_of({name: c.student for name, c in self.candidates.items()})  # type: ignore[misc]
             self.keep(self.agree(max(range(len(self.scores)), key=list(self.scores.values()).__getitem__)))
             if self.console is not None:
                 found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
@@ -126,14 +127,25 @@ class Combined(Recipe):
         self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
 
     @torch.no_grad()
-    def score(self, net: nn.Module) -> float:
-        """Mirror consistency on the kept target crops; a net with nothing to compare is the worst."""
+    def scores_of(self, nets: dict[str, nn.Module]) -> dict[str, float]:
+        """Mirror consistency of nets on the kept target crops: IoU, a mean over the classes that any of them predicts.
+
+        A class that a net has lost counts as 0 for it: one class everywhere never contradicts itself.
+        """
+        found = {name: self.class_consistency(net) for name, net in nets.items()}
+        seen = torch.stack([iou >= 0 for iou in found.values()]).any(0)
+        return {name: float(iou.nan_to_num()[seen].mean()) for name, iou in found.items()}
+
+    def class_consistency(self, net: nn.Module) -> Tensor:
+        """IoU of each class between the prediction and that of the mirror image; NaN where the net predicts none."""
         metric = ConsistencyScore(self.num_classes).to(self.images.device)
+        shares = LabelFreeScores(self.num_classes).to(self.images.device)
         with evaluating(net):
             for images in self.images.split(8):
-                metric(net(images).logits, net(images.flip(-1)).logits.flip(-1))
-        score = float(metric.compute())
-        return score if score == score else -1.0
+                logits = net(images).logits
+                metric(logits, net(images.flip(-1)).logits.flip(-1))
+                shares.update(logits)
+        return metric.class_iou.where(shares.class_share >= LEAST, torch.nan)
 
     def agree(self, position: int) -> int:
         """What rank 0 says: the ranks' running statistics, and so their scores, differ a little."""

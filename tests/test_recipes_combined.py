@@ -1,0 +1,134 @@
+"""The recipe that tries candidates and keeps one: whose step it is, what is kept, and that it resumes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_gta2cs
+from gta2cs.checkpoints import load_checkpoint, load_net
+from gta2cs.datasets import build_pair
+from gta2cs.evaluation import evaluating
+from gta2cs.recipes import Combined
+from gta2cs.recipes.combined import CANDIDATES
+from udakit import mirror_consistency
+
+TWO = {"a": {}, "b": {"selector": "argmax"}}
+
+
+def config_of(out: Path, steps: int = 6, **changes) -> train_gta2cs.Config:
+    options = {"candidates": TWO, "trial": 0.67, "images": 4, "shared": {}, **changes.pop("options", {})}
+    return train_gta2cs.Config(
+        data=train_gta2cs.DataConfig(crop=(64, 64)),
+        net=train_gta2cs.NetConfig(weights="random"),
+        stages=[train_gta2cs.Stage("combined", steps=steps, lr=1e-3, options=options)],
+        batch_size=2,
+        eval_every=0,
+        out=out,
+        **changes,
+    )
+
+
+def build(**options) -> Combined:
+    net = train_gta2cs.NetConfig(weights="random")
+    student = net.build(8)
+    torch.manual_seed(0)
+    recipe = Combined.build(student, 8, options, lambda **changes: net.build(8, **changes))
+    assert isinstance(recipe, Combined)
+    return recipe
+
+
+@pytest.mark.slow
+def test_a_resumed_trial_is_bit_identical_and_the_winner_is_deployed(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gta2cs, "write_report", lambda *args: None)
+    monkeypatch.setattr("gta2cs.observers.score_on_target", lambda *args: _any_score())
+    train_gta2cs.main(config_of(tmp_path / "whole"))
+    for stop in (3, 5):  # in the middle of the trial, and after its end
+        killed = tmp_path / f"killed{stop}"
+        from gta2cs import stage
+
+        save = stage.save_checkpoint
+
+        def dies(path: Path, value: dict, save=save, stop=stop) -> None:
+            save(path, value)
+            if value["step"] == stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(stage, "save_checkpoint", dies)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            train_gta2cs.main(config_of(killed, save_every=1))
+        monkeypatch.setattr(stage, "save_checkpoint", save)
+        train_gta2cs.main(config_of(killed, resume=True))
+        whole, resumed = (load_checkpoint(x / "stage1_combined" / "last.pt") for x in (tmp_path / "whole", killed))
+        assert whole["recipe"].keys() == resumed["recipe"].keys()
+        assert all(torch.equal(value, resumed["recipe"][name]) for name, value in whole["recipe"].items())
+
+    saved = load_checkpoint(tmp_path / "whole" / "stage1_combined" / "last.pt")["recipe"]
+    done, trial, kept = saved["progress"].tolist()
+    assert (done, trial) == (6, 4)
+    name = list(TWO)[kept]
+    assert torch.equal(saved["student.head.weight"], saved[f"candidates.{name}.student.head.weight"])
+    other = saved[f"candidates.{list(TWO)[1 - kept]}.student.head.weight"]
+    assert not torch.equal(saved["student.head.weight"], other)
+    net = train_gta2cs.NetConfig(weights="random").build(len(build_pair("toy").classes.names))
+    load_net(net, tmp_path / "whole" / "stage1_combined" / "last.pt")  # as predict.py does
+
+
+def _any_score():
+    from gta2cs.evaluation import Score
+
+    return Score({"a": 1.0}, {"mIoU": 1.0})
+
+
+def test_the_candidate_that_contradicts_itself_least_is_kept_and_a_lost_class_counts_as_zero():
+    recipe = build(candidates=TWO, shared={})
+    recipe.images = torch.randn(5, 3, 64, 64)
+    first, second = (candidate.student for candidate in recipe.candidates.values())
+    torch.nn.init.normal_(first.head.weight, std=3.0)  # several classes
+    with evaluating(first), torch.no_grad():
+        wanted = mirror_consistency(first, recipe.images, scope="batch")
+        present = first(recipe.images).logits.argmax(1).unique()
+    assert len(present) > 1
+    assert recipe.scores_of({"alone": first})["alone"] == pytest.approx(float(wanted), abs=0.05)  # tiny classes aside
+
+    torch.nn.init.zeros_(second.head.weight)  # one class everywhere: never contradicts itself
+    second.head.bias.data = torch.nn.functional.one_hot(present[0], 8).float()
+    assert recipe.scores_of({"constant": second})["constant"] == 1.0
+    assert recipe.scores_of({"a": first, "constant": second})["constant"] < 0.51
+    recipe.done, recipe.trial_steps = 3, 4
+    recipe.after_step()
+    best = max(recipe.scores, key=recipe.scores.__getitem__)
+    assert recipe.active is recipe.candidates[best]
+    assert recipe.student is recipe.active.student
+
+
+def test_candidates_take_turns_and_start_from_the_same_net():
+    recipe = build()
+    assert list(recipe.candidates) == list(CANDIDATES)
+    first = recipe.student.state_dict()
+    for candidate in recipe.candidates.values():
+        assert all(torch.equal(value, first[name]) for name, value in candidate.student.state_dict().items())
+    turns = []
+    for recipe.done in range(6):
+        turns.append(next(name for name, c in recipe.candidates.items() if c is recipe.active))
+    assert turns == 2 * list(CANDIDATES)
+    assert len(recipe.extra_param_groups(1e-3)) >= len(CANDIDATES) - 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"candidates": {}}, "`candidates` to name at least one"), ({"trial": 1.0}, r"`trial` to be a share in \[0, 1\)")],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)
+
+
+def test_a_run_names_what_it_keeps(tmp_path, capsys):
+    train_gta2cs.main(config_of(tmp_path, dry_run=True, options={"candidates": {"only": {}}}))
+    saved = load_checkpoint(tmp_path / "stage1_combined" / "last.pt")
+    assert saved["recipe"]["progress"].tolist() == [2, 0, 0]
+    assert json.loads(saved["history"])["losses"][-1]["terms"]["source"] > 0
