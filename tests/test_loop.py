@@ -52,6 +52,7 @@ def test_dry_run_of_the_default_command_leaves_everything_to_look_at(tmp_path):
     done = run_script("--dry-run", *TINY, f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "results.json").exists()  # a finished run would still be there
+    assert "source_only, step 1 of 2: source " in done.stdout  # without a terminal a plain line, no bar
     results = json.loads((tmp_path / "dry_run" / "results.json").read_text())
     assert list(results)[:2] == ["source_only", "source_only + BatchNorm statistics of target"]
     assert {"dacs, student", "dacs, teacher"} <= set(results)
