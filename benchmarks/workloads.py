@@ -167,7 +167,14 @@ FEATURES = (
     *("distribution_contrast_loss", "ClassDistributions.update"),
     *("supervised_pixel_contrast_loss", "class_means", "ClassPrototypes.update", "ClassPrototypes.distances"),
 )
-CONSTANT = ("row_mask", "draw_strong_augment", "rare_class_probabilities", "RareClassSampler", "EMATeacher.update")
+CONSTANT = (
+    "row_mask",
+    "draw_detail_box",
+    "draw_strong_augment",
+    "rare_class_probabilities",
+    "RareClassSampler",
+    "EMATeacher.update",
+)
 # Entries whose code is that of other rows, one after another.
 ELSEWHERE = {
     "StrongAugment": "draw_strong_augment, then strong_augment",

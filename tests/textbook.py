@@ -23,6 +23,7 @@ from torch import Tensor, nn
 IGNORE = 255
 TEXTBOOK: dict[str, Callable[..., Any]] = {}
 NO_TEXTBOOK = {
+    "draw_detail_box": "it draws two numbers an image: there is nothing to compute",
     "draw_strong_augment": "it draws ten numbers an image: there is nothing to compute",
     "RareClassSampler": "it draws image numbers on the host, microseconds each, beside the reading of an image",
 }
@@ -578,6 +579,47 @@ def align_distribution(probabilities: Tensor, source_share: Tensor, target_share
 def distribution_alignment(logits: Tensor, *, valid: Tensor, num_classes: int, source_share: Tensor) -> Tensor:
     p = single(logits).softmax(1)
     return align_distribution(p, source_share, p.movedim(1, -1)[valid].mean(0))
+
+
+@textbook("sliding_logits")
+def sliding_logits(
+    model: Callable[[Tensor], Tensor], images: Tensor, window: tuple[int, int], stride: tuple[int, int]
+) -> Tensor:
+    """As in mmsegmentation: counts at full size."""
+    height, width = images.shape[2:]
+    rows, columns = (-(-(a - w) // s) + 1 for a, w, s in zip((height, width), window, stride, strict=True))
+    total, count = 0, images.new_zeros(height, width)
+    for i in range(rows):
+        for j in range(columns):
+            y, x = min(i * stride[0], height - window[0]), min(j * stride[1], width - window[1])
+            logits = model(images[..., y : y + window[0], x : x + window[1]])
+            total = total + F.pad(logits, (x, width - x - window[1], y, height - y - window[0]))
+            count[y : y + window[0], x : x + window[1]] += 1
+    return total / count
+
+
+@textbook("crop_detail")
+def crop_detail(x: Tensor, box: Any) -> Tensor:
+    h, w = box.size
+    return torch.stack([image[..., a : a + h, b : b + w] for image, (a, b) in zip(x, box.start.tolist(), strict=True)])
+
+
+@textbook("fuse_scales")
+def fuse_scales(context: Tensor, detail: Tensor, attention: Tensor, box: Any) -> Tensor:
+    """As released, with a box an image."""
+    (h, w), size = (
+        context.shape[2:],
+        [i * d // s for i, d, s in zip(box.image, detail.shape[2:], box.size, strict=True)],
+    )
+    mask, inserted = torch.zeros_like(attention), detail.new_zeros(*detail.shape[:2], *size)
+    for i, (y, x) in enumerate(box.start.tolist()):
+        top, left = y * h // box.image[0], x * w // box.image[1]
+        mask[i, :, top : top + box.size[0] * h // box.image[0], left : left + box.size[1] * w // box.image[1]] = 1
+        top, left = y * size[0] // box.image[0], x * size[1] // box.image[1]
+        inserted[i, :, top : top + detail.shape[2], left : left + detail.shape[3]] = detail[i]
+    attention = attention * mask
+    up = [F.interpolate(m, size, mode="bilinear") for m in (attention, (1 - attention) * context)]
+    return up[0] * inserted + up[1]
 
 
 @textbook("hflip_average")

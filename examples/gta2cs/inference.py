@@ -22,6 +22,7 @@ from gta2cs.nets import MIT, SegNet, build_net
 from gta2cs.reading import ImageFormat
 from gta2cs.recipes.duda import LARGE_PAIR, DudaPre
 from gta2cs.samples import Size, rainbow, resize_image
+from udakit import sliding_bands, sliding_logits
 
 # Of DUDA's pre-adaptation, in the order of its table.
 LARGE = {name: f"base.{prefix}" for name, prefix in sorted(LARGE_PAIR.items())}
@@ -130,16 +131,15 @@ class Logits(NamedTuple):
 
 
 class SlidingWindow(nn.Module):
-    """A net that looks at one window at a time; its logits are the logarithm of the averaged probabilities."""
+    """A net that looks at one window at a time; the windows' logits are averaged."""
 
     def __init__(self, net: nn.Module, window: Size, stride: Size | None = None) -> None:
         super().__init__()
         self.net, self.window, self.stride = net, window, check_window(window, stride)
 
     def forward(self, images: Tensor) -> Logits:
-        """Logits (N, C, H, W) whose softmax is the average."""
-        bands = [p for _, p in probability_bands(self.net, images, window=self.window, stride=self.stride)]
-        return Logits(torch.cat(bands, dim=2).clamp_min(1e-30).log())
+        """Averaged logits (N, C, H, W)."""
+        return Logits(sliding_logits(self.net, images, self.window, self.stride))
 
 
 def check_window(window: Size | None, stride: Size | None) -> Size | None:
@@ -157,44 +157,22 @@ def check_window(window: Size | None, stride: Size | None) -> Size | None:
     return stride
 
 
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """First pixel of each window along an axis; the last one ends with the axis."""
-    return [0] if length <= window else [*range(0, length - window, stride), length - window]
-
-
 @torch.no_grad()
 def probability_bands(
     net: nn.Module, images: Tensor, *, window: Size | None = None, stride: Size | None = None
 ) -> Iterator[tuple[int, Tensor]]:
     """Class probabilities of normalised images (N, 3, H, W) from top to bottom: (first row, (N, C, rows, W)).
 
-    Without a window there is one band, the whole image. With one, every pixel's probabilities are averaged over the
-    windows that see it, and a band is handed out as soon as no further window reaches it: what is held at any time is
-    one row of windows, whatever the height of the image.
+    Without a window there is one band, the whole image. With one, every pixel's logits are averaged over the windows
+    that see it, and what is held at any time is one row of windows, whatever the height of the image.
     """
     stride = check_window(window, stride)
-    if window is None or stride is None:
+    if window is None:
         yield 0, class_probabilities(net, images)
         return
-    height, width = images.shape[-2:]
-    h, w = min(window[0], height), min(window[1], width)
-    tops, lefts = window_starts(height, h, stride[0]), window_starts(width, w, stride[1])
-    rows, columns = (_coverage(*axis).to(images.device) for axis in ((height, h, tops), (width, w, lefts)))
-    held: Tensor | None = None
-    for number, top in enumerate(tops):
-        band: Tensor | None = None
-        for left in lefts:
-            seen = class_probabilities(net, images[..., top : top + h, left : left + w])
-            if band is None:
-                band = seen.new_zeros(*seen.shape[:2], h, width)
-                if held is not None:  # the rows that the windows above have seen as well
-                    shared = tops[number - 1] + h - top
-                    band[:, :, :shared] = held[:, :, h - shared :]
-            band[..., left : left + w] += seen
-        assert band is not None
-        end = tops[number + 1] if number + 1 < len(tops) else height
-        yield top, band[:, :, : end - top] / (rows[top:end, None] * columns)
-        held = band
+    images = images.contiguous(memory_format=torch.channels_last)
+    for top, logits in sliding_bands(net, images, window, stride):
+        yield top, logits.softmax(1)
 
 
 def segment(
@@ -233,11 +211,3 @@ def segment(
         best_c = torch.where(full > best_p, c, best_c)
         best_p = torch.maximum(full, best_p)
     return best_c.byte().cpu().numpy(), best_p.cpu().numpy()
-
-
-def _coverage(length: int, window: int, starts: list[int]) -> Tensor:
-    """How many windows see each pixel of an axis."""
-    count = torch.zeros(length)
-    for start in starts:
-        count[start : start + window] += 1
-    return count

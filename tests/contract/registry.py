@@ -30,6 +30,7 @@ FAMILIES = (
     "sampling",
     "features",
     "validation",
+    "resolution",
 )
 
 # The checks an entry can be exempted from (the functions test_<check> of test_contract.py).

@@ -1,0 +1,191 @@
+"""Sliding windows against a sum and a count at full size; HRDA's fusion against loops with slices."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import udakit
+
+
+def net(dimensions: int = 2, stride: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+    return convolution(3, 4, 3, stride=stride, padding=1).double()
+
+
+def averaged(model: nn.Module, images: Tensor, window: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    """Every window by itself; HRDA's grid, written as released."""
+    space = images.shape[2:]
+    sides = [min(w, length) for w, length in zip(window, space, strict=True)]
+    grids = [max(-(-(length - w) // s), 0) + 1 for length, w, s in zip(space, sides, stride, strict=True)]
+    total, count = 0, torch.zeros(space, dtype=torch.float64)
+    for cell in product(*(range(g) for g in grids)):
+        at = tuple(
+            slice(begin := min(k * s, length - w), begin + w)
+            for k, s, w, length in zip(cell, stride, sides, space, strict=True)
+        )
+        part = torch.zeros(len(images), 4, *space, dtype=torch.float64)
+        part[(slice(None), slice(None), *at)] = model(images[(slice(None), slice(None), *at)])
+        total = total + part
+        count[at] += 1
+    return total / count
+
+
+CASES = [
+    ((20, 30), (8, 8), (4, 4)),
+    ((20, 30), (8, 12), (8, 12)),  # windows that meet only where the last one is pushed back
+    ((23, 17), (9, 7), (2, 3)),  # more than two windows over a pixel
+    ((23, 17), (23, 5), (1, 5)),
+    ((6, 5), (8, 8), (3, 3)),  # smaller than a window
+    ((8, 9), (8, 8), (4, 4)),
+    ((29,), (8,), (3,)),
+    ((7, 9, 5), (4, 4, 4), (2, 3, 4)),
+]
+
+
+@pytest.mark.parametrize(("size", "window", "stride"), CASES)
+def test_windows_value_and_gradient(size: tuple[int, ...], window: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    model = net(len(size))
+    images = torch.randn(2, 3, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    ours, theirs = udakit.sliding_logits(model, images, window, stride), averaged(model, images, window, stride)
+    torch.testing.assert_close(ours, theirs)
+    weights = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    inputs = (images, *model.parameters())
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((theirs * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("size", "window", "stride"), CASES)
+def test_bands_are_the_same_and_never_large(
+    size: tuple[int, ...], window: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    images = torch.randn(1, 3, *size, dtype=torch.float64)
+    with torch.no_grad():
+        bands = list(udakit.sliding_bands(net(len(size)), images, window, stride))
+        torch.testing.assert_close(
+            torch.cat([band for _, band in bands], 2), udakit.sliding_logits(net(len(size)), images, window, stride)
+        )
+    assert all(band.shape[2] <= window[0] for _, band in bands)
+    ends = [0]
+    for top, band in bands:
+        assert top == ends[-1]
+        ends.append(top + band.shape[2])
+
+
+def test_any_net_and_any_stride() -> None:
+    """Nets in dicts, objects and tuples; small logits are brought to the window."""
+    model, images = net(stride=2), torch.randn(1, 3, 16, 24, dtype=torch.float64)
+    expected = udakit.sliding_logits(lambda x: F.interpolate(model(x), x.shape[2:], mode="bilinear"), images, (8, 8))
+    for wrapped in (model, lambda x: {"out": model(x)}, lambda x: (model(x), None)):
+        torch.testing.assert_close(udakit.sliding_logits(wrapped, images, (8, 8)), expected)
+
+
+def test_a_net_sees_one_window_at_a_time() -> None:
+    seen = []
+
+    def model(x: Tensor) -> Tensor:
+        seen.append(tuple(x.shape))
+        return x
+
+    udakit.sliding_logits(model, torch.zeros(2, 3, 20, 30), (8, 8))
+    assert set(seen) == {(2, 3, 8, 8)}
+    assert len(seen) == 4 * 7
+
+
+# --- HRDA ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["batch", "image"])
+def test_every_place_is_drawn_and_lies_inside(scope: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    box = udakit.draw_detail_box(400, (64, 50), detail=(32, 50), scope=scope, generator=generator)
+    assert box.start.shape == (400, 2)
+    if scope == "batch":
+        assert len(box.start.unique(dim=0)) == 1
+    else:
+        assert sorted(box.start[:, 0].unique().tolist()) == [0, 8, 16, 24, 32]
+    assert box.start[:, 1].unique().tolist() == [0]
+
+
+def test_crop_of_images_and_labels() -> None:
+    x, labels = torch.randn(2, 3, 6, 8, requires_grad=True), torch.randint(9, (2, 6, 8), dtype=torch.uint8)
+    box = udakit.DetailBox(torch.tensor([[0, 3], [2, 4]]), (4, 4), (6, 8))
+    crops = udakit.crop_detail(x, box)
+    assert torch.equal(crops, torch.stack([x[0, :, 0:4, 3:7], x[1, :, 2:6, 4:8]]))
+    found = udakit.crop_detail(labels, box)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, torch.stack([labels[0, 0:4, 3:7], labels[1, 2:6, 4:8]]))
+    crops.sum().backward()
+    assert float(x.grad.sum()) == crops.numel()
+
+
+def released(context: Tensor, detail: Tensor, attention: Tensor, start: tuple[int, int]) -> Tensor:
+    """Stride 4, half the scale, one place for the batch: slices, as in HRDA's head."""
+    n, c, h, w = context.shape
+    y, x = (v // 8 for v in start)
+    half = detail.shape[2] // 2, detail.shape[3] // 2
+    mask = torch.zeros(n, 1, h, w, dtype=context.dtype)
+    mask[:, :, y : y + half[0], x : x + half[1]] = 1
+    attention = attention * mask
+    low = F.interpolate((1 - attention) * context, scale_factor=2, mode="bilinear", align_corners=False)
+    up = F.interpolate(attention, scale_factor=2, mode="bilinear", align_corners=False)
+    inserted = torch.zeros(n, c, 2 * h, 2 * w, dtype=context.dtype)
+    y, x = (v // 4 for v in start)
+    inserted[:, :, y : y + detail.shape[2], x : x + detail.shape[3]] = detail
+    return up * inserted + low
+
+
+@pytest.mark.parametrize("start", [(0, 0), (8, 24), (32, 64)])
+def test_fusion_is_that_of_the_released_code(start: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(2, 3, 8, 16, dtype=torch.float64, generator=generator).requires_grad_()
+    detail = torch.randn(2, 3, 8, 16, dtype=torch.float64, generator=generator).requires_grad_()
+    attention = torch.rand(2, 3, 8, 16, dtype=torch.float64, generator=generator).requires_grad_()
+    box = udakit.DetailBox(torch.tensor([start, start]), (32, 64), (64, 128))
+    ours, theirs = udakit.fuse_scales(context, detail, attention, box), released(context, detail, attention, start)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    inputs = (context, detail, attention)
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs),
+        torch.autograd.grad((theirs * weights).sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_fusion_of_whole_images(dimensions: int) -> None:
+    small, large = (2, 3, *[4] * dimensions), (2, 3, *[8] * dimensions)
+    context, attention, detail = torch.randn(small), torch.rand(small), torch.randn(large)
+    mode = ("linear", "bilinear", "trilinear")[dimensions - 1]
+    expected = F.interpolate(attention, large[2:], mode=mode) * detail
+    expected = expected + F.interpolate((1 - attention) * context, large[2:], mode=mode)
+    torch.testing.assert_close(udakit.fuse_scales(context, detail, attention), expected)
+
+
+def test_errors() -> None:
+    images, box = torch.zeros(2, 3, 8, 8), udakit.DetailBox(torch.zeros(2, 2).long(), (4, 4), (8, 8))
+    with pytest.raises(ValueError, match=r"Expected `stride` to be at most `window` \(4, 4\)"):
+        udakit.sliding_logits(net(), images, (4, 4), (5, 4))
+    with pytest.raises(ValueError, match=r"Expected `window` to be \(height, width\)"):
+        udakit.sliding_logits(net(), images, 4)
+    with pytest.raises(TypeError, match=r"Expected `model` to return logits"):
+        udakit.sliding_logits(lambda x: {"y": x}, images, (4, 4))
+    with pytest.raises(ValueError, match=r"Expected `detail` to be at most `size`"):
+        udakit.draw_detail_box(1, (8, 8), detail=(9, 8))
+    with pytest.raises(ValueError, match=r"Expected `x` to hold 2 maps of the size \(8, 8\)"):
+        udakit.crop_detail(images[..., :7], box)
+    with pytest.raises(TypeError, match=r"Expected `box` to be a DetailBox"):
+        udakit.fuse_scales(images, images, images, (0, 0, 4, 4))
+    with pytest.raises(ValueError, match=r"Expected `attention` to have the shape of `context_logits`"):
+        udakit.fuse_scales(images, images, images[:, :1], box)

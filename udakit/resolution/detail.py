@@ -1,0 +1,146 @@
+"""A crop at full resolution beside the whole image at a lower one: where it is, and how to cut it out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from jaxtyping import Int64, Shaped
+from torch import Tensor
+
+from udakit._checks import check_device, check_integer, check_option, check_size, check_tensor, draw_device, shape_of
+
+Scope = Literal["batch", "image"]
+SCOPES = get_args(Scope)
+
+
+class DetailBox(NamedTuple):
+    """Where the detail crop of each image lies.
+
+    Attributes:
+        start: int64 (N, d), first pixel along each spatial axis: a tensor, which is never read on the host.
+        size: sides of the crop in pixels, one for each axis.
+        image: sides of the images that it was drawn for.
+    """
+
+    start: Int64[Tensor, "n d"]
+    size: tuple[int, ...]
+    image: tuple[int, ...]
+
+
+def draw_detail_box(
+    n: int,
+    size: Sequence[int],
+    *,
+    detail: Sequence[int],
+    divisor: int = 8,
+    scope: Scope = "batch",
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> DetailBox:
+    """Draw where the detail crop of each of `n` images lies.
+
+    **Convention.** First pixels are multiples of `divisor`, each equally likely: with the output stride of the net
+    times the factor between the scales, the crop's logits fall on the grid of the context's. `scope="batch"` draws one
+    place for all images, "image" one for each.
+
+    **Source.** HRDA (Hoyer et al., ECCV 2022): half of the crop's sides, one place for the batch, multiples of 8
+    (stride 4, factor 2). Its draw leaves out the last place, and raises where one side has no margin and the other has.
+
+    Args:
+        n: number of images.
+        size: sides of the images in pixels, such as (height, width).
+        detail: sides of the crop in pixels, at most those of the image.
+        divisor: first pixels are multiples of it.
+        scope: "batch" | "image".
+        generator: random numbers are drawn on `device`.
+        device: of the result; by default that of the generator, else the CPU.
+
+    Returns:
+        A `DetailBox`.
+
+    Raises:
+        ValueError: an option out of range, or a generator on another device.
+
+    Example:
+        >>> box = draw_detail_box(2, (64, 128), detail=(32, 64))
+        >>> box.start.shape, box.size, bool((box.start % 8 == 0).all())
+        (torch.Size([2, 2]), (32, 64), True)
+    """
+    check_integer("n", n, 0)
+    check_size("size", size, len(size) if 1 <= len(size) <= 3 else 2)
+    check_size("detail", detail, len(size))
+    check_integer("divisor", divisor)
+    check_option("scope", scope, SCOPES)
+    if any(d > s for d, s in zip(detail, size, strict=True)):
+        raise ValueError(f"Expected `detail` to be at most `size` {tuple(size)}, but got {tuple(detail)}.")
+    device = draw_device(generator, device)
+    count = 1 if scope == "batch" else n
+    u = torch.rand(len(size), count, generator=generator, device=device, dtype=torch.float32)
+    starts = []
+    for axis, (side, crop) in enumerate(zip(size, detail, strict=True)):
+        places = (side - crop) // divisor + 1
+        starts.append((u[axis] * places).floor().clamp_max(places - 1).long() * divisor)
+    start = torch.stack(starts, 1).expand(n, len(size)).contiguous()
+    return DetailBox(start, tuple(detail), tuple(size))
+
+
+def crop_detail(x: Shaped[Tensor, "n ..."], box: DetailBox) -> Shaped[Tensor, "n ..."]:
+    """Cut the detail crop out of images, labels or weights.
+
+    **Convention.** Gathered on the device: slicing would read the place on the host. Any dtype; gradients flow to `x`.
+
+    Args:
+        x: (N, K, H, W) or (N, H, W), at the size that the box was drawn for.
+        box: of `draw_detail_box`.
+
+    Returns:
+        The same with the sides of the box.
+
+    Raises:
+        TypeError: `x` or `box` of another kind.
+        ValueError: an `x` that does not match the box.
+
+    Example:
+        >>> import torch
+        >>> box = DetailBox(torch.tensor([[0, 1]]), (1, 2), (2, 3))
+        >>> crop_detail(torch.arange(6).view(1, 2, 3), box)
+        tensor([[[1, 2]]])
+    """
+    check_tensor("x", x)
+    check_box(box)
+    spatial = box.start.shape[1]
+    if x.ndim not in (spatial + 1, spatial + 2) or len(x) != len(box.start) or tuple(x.shape[-spatial:]) != box.image:
+        raise ValueError(
+            f"Expected `x` to hold {len(box.start)} maps of the size {box.image} of `box`, but got {shape_of(x)}."
+        )
+    check_device("box", box.start, x, "x")
+    first = x.ndim - spatial
+    for axis, side in enumerate(box.size):
+        place = box.start[:, axis : axis + 1] + torch.arange(side, device=x.device)
+        x = gather_axis(x, first + axis, place)
+    return x
+
+
+def check_box(box: DetailBox) -> None:
+    """Raise unless `box` is a DetailBox whose parts fit together."""
+    if not isinstance(box, DetailBox):
+        raise TypeError(
+            f"Expected `box` to be a DetailBox, as draw_detail_box makes one, but got {type(box).__name__}."
+        )
+    check_tensor("box", box.start, "one with an int64 tensor `start`")
+    if box.start.dtype != torch.int64 or box.start.ndim != 2 or box.start.shape[1] != len(box.size):
+        raise ValueError(
+            f"Expected `box` to have an int64 `start` (N, {len(box.size)}), but got {box.start.dtype} "
+            f"{shape_of(box.start)}."
+        )
+
+
+def gather_axis(x: Tensor, axis: int, place: Tensor) -> Tensor:
+    """Pick `place` (N, L) along an axis of x (N, ...), other places in each image."""
+    view = [1] * x.ndim
+    view[0], view[axis] = place.shape
+    shape = list(x.shape)
+    shape[axis] = place.shape[1]
+    return x.gather(axis, place.view(view).expand(shape))

@@ -1,0 +1,115 @@
+"""Logits of a whole image at low resolution and of a crop at high resolution, made one by attention (HRDA)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from udakit._checks import check_device, check_maps, check_same_shape, shape_of
+from udakit._reduce import interpolate, upcast
+from udakit.resolution.detail import DetailBox, check_box, gather_axis
+
+
+def fuse_scales(
+    context_logits: Float[Tensor, "n c *space"],
+    detail_logits: Float[Tensor, "n c *space2"],
+    attention: Float[Tensor, "n c *space"],
+    box: DetailBox | None = None,
+) -> Float[Tensor, "n c *space3"]:
+    r"""Fuse the logits of two scales: the attention says, class by class, where to trust the detail.
+
+    $$z = \operatorname{up}(a)\, z_d + \operatorname{up}((1 - a)\, z_c)$$
+
+    with $z_d$ the detail logits in their place, 0 elsewhere, and the attention $a$ 0 outside the detail.
+
+    **Convention.** The result has the resolution of the detail logits: where the crop of `box.size` pixels has
+    `detail_logits` of one side, the image of `box.image` pixels gets its multiple. `up` is linear in each axis,
+    align_corners=False; the attention is set to 0 before it is upsampled, so that it fades over a pixel at the crop's
+    border. Places are exact where `box.start` is a multiple of the stride of either map, and rounded down elsewhere.
+    Gradients flow to all three maps. The arithmetic is in float32 at least.
+
+    **Source.** HRDA (Hoyer et al., ECCV 2022): `attention` is the sigmoid of a head on the context's features, with a
+    channel for each class. Its loss is 0.9 times that of the fused logits plus 0.1 times that of the detail's.
+
+    Args:
+        context_logits: of the whole image at the lower scale.
+        detail_logits: of the crop, or with `box=None` of the whole image at the higher scale, for example by
+            `sliding_logits`.
+        attention: in [0, 1], at the size of the context logits.
+        box: where the crop lies.
+
+    Returns:
+        Logits of the whole image at the resolution of the detail, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: maps that are not float, or a `box` of another kind.
+        ValueError: maps or a `box` that do not match.
+
+    Example:
+        >>> import torch
+        >>> box = DetailBox(torch.tensor([[0, 8]]), (8, 8), (8, 16))
+        >>> context, detail = torch.zeros(1, 2, 1, 2, requires_grad=True), torch.ones(1, 2, 2, 2)
+        >>> fused = fuse_scales(context, detail, torch.ones(1, 2, 1, 2), box)
+        >>> fused.sum().backward()
+        >>> fused.shape, fused[0, 0, 0].tolist()
+        (torch.Size([1, 2, 2, 4]), [0.0, 0.0, 0.75, 1.0])
+    """
+    check_maps("context_logits", context_logits)
+    check_maps("detail_logits", detail_logits)
+    check_maps("attention", attention)
+    check_same_shape(attention, context_logits, name="attention", reference_name="context_logits")
+    if detail_logits.ndim != context_logits.ndim or detail_logits.shape[:2] != context_logits.shape[:2]:
+        raise ValueError(
+            f"Expected `detail_logits` to have the images and classes of `context_logits` {shape_of(context_logits)}, "
+            f"but got {shape_of(detail_logits)}."
+        )
+    check_device("detail_logits", detail_logits, context_logits, "context_logits")
+    context, detail = upcast(context_logits), upcast(detail_logits)
+    attention = upcast(attention).to(context.dtype)
+    size = tuple(detail.shape[2:])
+    if box is not None:
+        _check_fits(box, context)
+        size = tuple(i * d // s for i, d, s in zip(box.image, detail.shape[2:], box.size, strict=True))
+        attention = torch.where(_inside(box, context.shape[2:]), attention, 0)
+        detail = _in_place(detail, box, size)
+    return interpolate(attention, size) * detail + interpolate((1 - attention) * context, size)
+
+
+def _check_fits(box: DetailBox, context: Tensor) -> None:
+    check_box(box)
+    if len(box.start) != len(context) or len(box.size) != context.ndim - 2:
+        raise ValueError(
+            f"Expected `box` to be of the {len(context)} images of `context_logits` {shape_of(context)}, but got a "
+            f"`start` {shape_of(box.start)}."
+        )
+    check_device("box", box.start, context, "context_logits")
+
+
+def _inside(box: DetailBox, size: tuple[int, ...]) -> Tensor:
+    """(N, 1, *size), True on the cells of the crop."""
+    inside = torch.ones([1] * (len(size) + 2), dtype=torch.bool, device=box.start.device)
+    for axis, (cells, side, image) in enumerate(zip(size, box.size, box.image, strict=True)):
+        start = box.start[:, axis : axis + 1] * cells // image
+        place = torch.arange(cells, device=start.device)
+        within = (place >= start) & (place < start + max(1, side * cells // image))
+        inside = inside & _along(within, axis, len(size))
+    return inside
+
+
+def _in_place(detail: Tensor, box: DetailBox, size: tuple[int, ...]) -> Tensor:
+    """The detail logits on a map of the whole image, 0 elsewhere."""
+    for axis, (cells, image) in enumerate(zip(size, box.image, strict=True)):
+        side = detail.shape[axis + 2]
+        place = torch.arange(cells, device=detail.device) - box.start[:, axis : axis + 1] * cells // image
+        within = (place >= 0) & (place < side)
+        detail = gather_axis(detail, axis + 2, place.clamp(0, side - 1))
+        detail = torch.where(_along(within, axis, len(size)), detail, 0)
+    return detail
+
+
+def _along(x: Tensor, axis: int, spatial: int) -> Tensor:
+    """(N, L) as a map (N, 1, ..., L, ...)."""
+    view = [1] * (spatial + 2)
+    view[0], view[axis + 2] = x.shape
+    return x.view(view)

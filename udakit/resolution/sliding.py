@@ -1,0 +1,176 @@
+"""A net's logits of an image that is too large for it, from windows that overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from udakit._checks import check_callable, check_maps, check_size, net_logits
+from udakit._reduce import interpolate, upcast
+
+
+class _Grid(NamedTuple):
+    """Windows of one image size: their size, and the first pixel of each along every axis."""
+
+    window: tuple[int, ...]
+    starts: tuple[tuple[int, ...], ...]
+
+
+def sliding_logits(
+    model: Callable[[Tensor], Any],
+    images: Float[Tensor, "n k *space"],
+    window: Sequence[int],
+    stride: Sequence[int] | None = None,
+) -> Float[Tensor, "n c *space"]:
+    r"""Average a net's logits over windows that slide over the images.
+
+    $$z_p = \frac{1}{|\{w : p \in w\}|} \sum_{w \ni p} f(x_w)_p$$
+
+    **Convention.** Along an axis of length L there are $\lceil (L - w) / s \rceil + 1$ windows; the last one is moved
+    back to end with the image, so that nothing is padded. An axis shorter than the window has one window, the axis. The
+    net sees one window of all N images at a time. Logits smaller than the window are interpolated to it (linear in each
+    axis, align_corners=False). Gradients flow through the net; call it under `torch.no_grad()` unless you want them.
+    The average is taken in float32 at least.
+
+    **Source.** HRDA's grid of detail crops and the "slide" inference of its test time: logits, not probabilities, are
+    averaged, with a stride of half a window.
+
+    Args:
+        model: any callable from images to logits, or to what holds them (`.logits`, "out", a tuple).
+        images: (N, K, H, W), or with one or three spatial axes.
+        window: size of a window in pixels, a number for each spatial axis.
+        stride: step between windows in pixels, at most the window; half of the window by default.
+
+    Returns:
+        Logits at the size of the images, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: `images` that are not float, or a net that returns something else.
+        ValueError: a `window` or `stride` that does not fit.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Conv2d(3, 5, 1)
+        >>> images = torch.randn(1, 3, 20, 30)
+        >>> torch.allclose(sliding_logits(net, images, (8, 8)), net(images), atol=1e-6)
+        True
+    """
+    grid = _grid(model, images, window, stride)
+    total: Tensor | None = None
+    for top in grid.starts[0]:
+        row = _row(model, images, top, grid)
+        if total is None:
+            total = row.new_zeros(*row.shape[:2], *images.shape[2:])
+        total.narrow(2, top, grid.window[0]).add_(row)
+    assert total is not None
+    for axis, (length, starts) in enumerate(zip(images.shape[2:], grid.starts, strict=True)):
+        count = _coverage(length, grid.window[axis], starts, total)
+        total = total / count.view(-1, *[1] * (images.ndim - 3 - axis))
+    return total
+
+
+def sliding_bands(
+    model: Callable[[Tensor], Any],
+    images: Float[Tensor, "n k *space"],
+    window: Sequence[int],
+    stride: Sequence[int] | None = None,
+) -> Iterator[tuple[int, Float[Tensor, "n c rows *rest"]]]:
+    """Yield `sliding_logits` from top to bottom, each band as soon as no further window reaches it.
+
+    **Convention.** What is held at any time is one row of windows, whatever the height of the image. The bands one
+    below the other are exactly `sliding_logits`.
+
+    Args:
+        model: as for `sliding_logits`.
+        images: (N, K, H, W), or with one or three spatial axes.
+        window: size of a window in pixels, a number for each spatial axis.
+        stride: step between windows in pixels, at most the window; half of the window by default.
+
+    Yields:
+        (first row, logits of the rows from there on).
+
+    Raises:
+        TypeError: `images` that are not float, or a net that returns something else.
+        ValueError: a `window` or `stride` that does not fit.
+
+    Example:
+        >>> import torch
+        >>> net = torch.nn.Conv2d(3, 5, 1)
+        >>> [(top, tuple(band.shape)) for top, band in sliding_bands(net, torch.randn(1, 3, 20, 30), (8, 8))]
+        [(0, (1, 5, 4, 30)), (4, (1, 5, 4, 30)), (8, (1, 5, 4, 30)), (12, (1, 5, 8, 30))]
+    """
+    grid = _grid(model, images, window, stride)
+    height, tops = images.shape[2], grid.starts[0]
+    held: Tensor | None = None
+    for number, top in enumerate(tops):
+        row = _row(model, images, top, grid)
+        if held is not None:  # the rows that the windows above have seen as well
+            shared = tops[number - 1] + grid.window[0] - top
+            row.narrow(2, 0, shared).add_(held.narrow(2, grid.window[0] - shared, shared))
+        end = tops[number + 1] if number + 1 < len(tops) else height
+        band = row.narrow(2, 0, end - top)
+        counts = _coverage(height, grid.window[0], tops, row).narrow(0, top, end - top)
+        band = band / counts.view(-1, *[1] * (images.ndim - 3))
+        for axis in range(1, len(grid.window)):
+            count = _coverage(images.shape[axis + 2], grid.window[axis], grid.starts[axis], row)
+            band = band / count.view(-1, *[1] * (images.ndim - 3 - axis))
+        yield top, band
+        held = row
+
+
+def window_starts(length: int, window: int, stride: int) -> tuple[int, ...]:
+    """First pixel of each window along an axis; the last one ends with the axis."""
+    return (0,) if length <= window else (*range(0, length - window, stride), length - window)
+
+
+def _grid(model: object, images: Tensor, window: Sequence[int], stride: Sequence[int] | None) -> _Grid:
+    check_callable("model", model, "model(images)")
+    check_maps("images", images, "N, K")
+    spatial = images.ndim - 2
+    check_size("window", window, spatial)
+    if stride is None:
+        stride = tuple(max(1, side // 2) for side in window)
+    check_size("stride", stride, spatial)
+    if any(s > w for s, w in zip(stride, window, strict=True)):
+        raise ValueError(
+            f"Expected `stride` to be at most `window` {tuple(window)} along each axis, but got {tuple(stride)}."
+        )
+    sides = tuple(min(w, length) for w, length in zip(window, images.shape[2:], strict=True))
+    starts = tuple(window_starts(*axis) for axis in zip(images.shape[2:], sides, stride, strict=True))
+    return _Grid(sides, starts)
+
+
+def _row(model: Callable[[Tensor], Any], images: Tensor, top: int, grid: _Grid) -> Tensor:
+    """Sum of the logits of all windows that begin at row `top`, at the images' size but for the height."""
+    rows = images.narrow(2, top, grid.window[0])
+    total: Tensor | None = None
+    for place in product(*grid.starts[1:]):
+        seen = rows
+        for axis, start in enumerate(place):
+            seen = seen.narrow(axis + 3, start, grid.window[axis + 1])
+        logits = upcast(net_logits(model(seen)))
+        check_maps("model(images)", logits)
+        if logits.shape[2:] != seen.shape[2:]:
+            logits = interpolate(logits, seen.shape[2:])
+        if total is None:
+            total = logits.new_zeros(*logits.shape[:2], *rows.shape[2:])
+        part = total
+        for axis, start in enumerate(place):
+            part = part.narrow(axis + 3, start, grid.window[axis + 1])
+        part.add_(logits)
+    assert total is not None
+    return total
+
+
+def _coverage(length: int, window: int, starts: Sequence[int], like: Tensor) -> Tensor:
+    """How many windows see each pixel of an axis."""
+    place = torch.arange(length, device=like.device)
+    count = torch.zeros(length, dtype=like.dtype, device=like.device)
+    for start in starts:
+        count = count + ((place >= start) & (place < start + window))
+    return count
