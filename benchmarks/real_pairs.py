@@ -3,7 +3,7 @@
     UDAKIT_DATA=/data python benchmarks/real_pairs.py            # whatever is not in the JSON yet
     python benchmarks/real_pairs.py --data-root /data --pairs camvid --recipes source_only dacs --seeds 0 1 2
     python benchmarks/real_pairs.py --group diga_ablation        # DiGA part by part, on one pair
-    python benchmarks/real_pairs.py --table                      # only rewrite the tables of docs/results.md
+    python benchmarks/real_pairs.py --table                      # only rewrite docs/results.md and its sub-pages
 
 A run is (pair, recipe, seed). A source-only warm start is trained once for each (pair, seed) and net, and shared; every
 recipe then takes the same number of optimiser steps from it. The last checkpoint counts, never the best on validation.
@@ -34,15 +34,14 @@ considerate_threads()  # before torch is imported
 import torch
 
 import train_gta2cs
-from benchmarks import class_weights, selection_quality
-from benchmarks.harness import write_section
+from benchmarks import class_weights, results_page, selection_quality
 from benchmarks.rows import GROUPS, PAIRS, net_config, row_of, setting
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import build_pair
 from gta2cs.report import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_pairs.json"
-MARKERS = {"main": "real_pairs"}  # of docs/results.md, where a group's is not its name
+MARKERS = {"main": "real_pairs"}  # of docs/results.md and its sub-pages, where a group's is not its name
 NOTHING = "Not measured yet.\n"
 
 
@@ -214,13 +213,16 @@ def summarize(results: dict[str, Any], group: str = "main") -> str:
         first = next(iter(rows.values()))[0]
         means = list(dict.fromkeys(m for scores in rows.values() for s in scores for m in s["means"]))
         classes = list(first["iou"])
-        table = [f"### {PAIRS[pair]}", "", "| row | seeds | " + " | ".join(means + classes) + " |"]
+        short = ["| row | seeds | " + " | ".join(means) + " |", "|---|---:|" + "---:|" * len(means)]
+        table = ["| row | seeds | " + " | ".join(means + classes) + " |"]
         table.append("|---|---:|" + "---:|" * len(means + classes))
         for name, scores in rows.items():
             cells = [spread([s["means"][m] for s in scores if m in s["means"]]) for m in means]
+            short.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
             cells += [mean([s["iou"][c] for s in scores]) for c in classes]
             table.append(f"| {name} | {len(scores)} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(table))
+        per_class = results_page.folded("IoU of every class", "\n".join(table))
+        parts.append(f"### {PAIRS[pair]}\n\n" + "\n".join(short) + f"\n\n{per_class}")
     return "\n\n".join(parts) + "\n" if parts else NOTHING
 
 
@@ -294,8 +296,10 @@ def mean(values: list[float | None]) -> str:
 
 
 def sections(results: dict[str, Any], pictures: Path) -> dict[str, str]:
-    """The text of each marker of docs/results.md; plots go into the folder `pictures`."""
-    texts = {MARKERS.get(group, group): summarize(results, group) for group in GROUPS}
+    """The text of each marker of docs/results.md and its sub-pages; plots go into the folder `pictures`."""
+    results_page.plot(results, pictures / "results_gain.png")
+    texts = results_page.sections(results)
+    texts |= {MARKERS.get(group, group): summarize(results, group) for group in GROUPS}
     texts["diga_selection"] = summarize_selection(results, pictures)
     texts["duda_classes"] = summarize_classes(results, pictures)
     return texts
@@ -311,7 +315,7 @@ def summarize_classes(results: dict[str, Any], pictures: Path) -> str:
 def write_tables(results: dict[str, Any], page: Path) -> None:
     """Put each group's tables, and what else is made of the results, between the two markers that bear its name."""
     for name, text in sections(results, page.parent / "pictures").items():
-        write_section(name, text, page)
+        results_page.write(name, text, page)
 
 
 def main() -> None:
@@ -324,7 +328,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "real_pairs")
     parser.add_argument("--table", action="store_true", help="train nothing, rewrite the tables")
-    parser.add_argument("--no-table", action="store_true", help="leave docs/results.md alone")
+    parser.add_argument("--no-table", action="store_true", help="leave the pages alone")
     parser.add_argument("--dry-run", action="store_true", help="two steps a stage, in a folder that is thrown away")
     options = parser.parse_args()
     group = GROUPS[options.group]

@@ -1,6 +1,6 @@
 """Parameters, seconds and peak memory of a training step, for the small and the large net of DUDA's rows.
 
-    python benchmarks/step_cost.py            # whatever is not in the JSON yet, then the table of docs/results.md
+    python benchmarks/step_cost.py            # whatever is not in the JSON yet, then the table of docs/results/duda.md
     python benchmarks/step_cost.py --rows duda_pre duda --again
     python benchmarks/step_cost.py --table    # measures nothing, writes what is there
 
@@ -125,7 +125,7 @@ def table(results: Results) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_for(__doc__, "step_cost.json", page=ROOT / "docs" / "results.md")
+    parser = parser_for(__doc__, "step_cost.json", page=ROOT / "docs" / "results" / "duda.md")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--one", choices=list(ROWS), help="measure one row here and print it")
