@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.progress import track
 
 from gta2cs import report
+from gta2cs.choosing import CHOSEN, Choosing, check_select, chosen_net, resume_choice
 from gta2cs.config import Config, DataConfig, NetConfig, Stage, parse, plain
 from gta2cs.datasets import Pair, build_pair, check_data
 from gta2cs.evaluation import Score, with_bn_statistics
@@ -68,8 +69,9 @@ def train_stage(
 
     step = TrainingStep(state)
     loader = step_loader(stage_data(state, sampler), start=state.done, stop=state.steps, workers=config.data.workers)
+    choosing = Choosing(state)
     with ProgressLine(state) as progress:
-        observers: list[Observer] = [LossLog(run), Scoring(), progress, Tracking(), Saving()]
+        observers: list[Observer] = [LossLog(run), Scoring(), choosing, progress, Tracking(), Saving()]
         for batch in loader:
             losses = step(batch)
             for observer in observers:
@@ -220,6 +222,7 @@ def main(config: Config) -> dict[str, Score]:
         config.out.mkdir(parents=True, exist_ok=True)
         for stale in config.out.glob("stage*/*.pt") if not config.resume else ():
             stale.unlink()  # of an earlier run: a later --resume must not find its stages
+    resume_choice(run)
     student = config.net.build(len(pair.classes.names))
     if config.init is not None:
         load_init(student, config.init, take=config.net.take)
@@ -236,13 +239,18 @@ def main(config: Config) -> dict[str, Score]:
         title = row_title(config, index)
         for name, net in recipe.nets().items():
             row = title if len(recipe.nets()) == 1 else f"{title}, {name}"
-            rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
+            if history["scores"]:  # without any target label there is no score against truth
+                rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
             nets[row] = copy_net(net)  # the next stage goes on from it
-        if stage.recipe == "source_only":
+        if stage.recipe == "source_only" and pair.target_val is not None:
             crops = (batch.target_images for batch in plain_batches(run)(0, 50))  # the same whatever came before
             adapted = with_bn_statistics(student, crops)
             rows[f"{title} + BatchNorm statistics of target"] = score_on_target(run, adapted)
 
+    run.accelerator.wait_for_everyone()  # the first process has written best.pt
+    nets[CHOSEN] = chosen_net(run, student)
+    if pair.target_val is not None:
+        rows[CHOSEN] = score_on_target(run, nets[CHOSEN])
     if run.is_main:
         write_report(run, rows, nets, histories)
         send_pictures(run.accelerator, config.out, step=sum(stage.steps for stage in config.stages))
@@ -258,6 +266,7 @@ def check_stages(config: Config) -> None:
         if stage.recipe not in RECIPES:
             raise ValueError(f"Expected `recipe` to be one of {sorted(RECIPES)}, but got {stage.recipe!r}.")
         RECIPES[stage.recipe].parse(stage.options)
+    check_select(config)
 
 
 def make_accelerator(config: Config) -> Accelerator:

@@ -128,6 +128,13 @@ class Config:
     """Steps between evaluations on target; 0 evaluates only at the end of a stage."""
     eval_trimap: int = 0
     """Also score the pixels within this distance of a true boundary, as "boundary"."""
+    select: str = "mirror_consistency"
+    """Which net becomes best.pt, chosen without target labels at every evaluation: last, source_or_last, or a score
+    (mirror_consistency, nuclear_norm, ...; a minus before it turns its direction)."""
+    score_images: int = 24
+    """Unlabelled target training images that the label-free scores look at."""
+    score_views: list[str] = field(default_factory=lambda: ["mirror"])
+    """Views under which a net should not contradict itself: mirror, shift, crop, rotation."""
     save_every: int = 100
     """Steps between checkpoints; 0 saves only at the end of a stage."""
     keep_checkpoints: bool = False
@@ -166,8 +173,9 @@ def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path
     """Refuse to continue a run whose result would be neither the old configuration's nor the new one's."""
     now = plain(config)
     free = {"out", "resume", "eval_every", "eval_trimap", "save_every", "keep_checkpoints", "log_every", "log_with"}
-    free |= {"check_data"}
+    free |= {"check_data", "score_images", "score_views"}
     saved["net"] = {"take": "all", **saved["net"]}  # checkpoints of before it existed
+    saved.setdefault("select", now["select"])
     for side in (saved, now):
         side["stages"] = side["stages"][: index + 1]
         side["data"] = {k: v for k, v in side["data"].items() if k not in ("workers", "cache") and "root" not in k}

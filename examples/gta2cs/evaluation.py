@@ -82,10 +82,7 @@ def evaluate(
     Ranks share the images and come to the same score, of rank 0's net: its buffers are the ones that are saved.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world > 1:
-        net = copy_net(net)
-        for buffer in net.buffers():
-            dist.broadcast(buffer, 0)
+    net = of_rank_0(net)
     metric, near = (
         MulticlassConfusionMatrix(len(classes.names), ignore_index=255, validate_args=False).to(device) for _ in "12"
     )
@@ -104,6 +101,16 @@ def evaluate(
     if trimap > 0:
         score.means["boundary"] = Score.of(near.compute(), classes).miou
     return score
+
+
+def of_rank_0(net: nn.Module) -> nn.Module:
+    """The net itself, or among several processes a copy with rank 0's buffers: those that are saved."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return net
+    net = copy_net(net)
+    for buffer in net.buffers():
+        dist.broadcast(buffer, 0)
+    return net
 
 
 def near_boundary(labels: Tensor, distance: int, ignore_index: int = 255) -> Tensor:

@@ -43,7 +43,8 @@ class Trained:
 
     @classmethod
     def open(cls, path: Path, classes_file: Path | None = None) -> Trained:
-        """Read a checkpoint."""
+        """Read a checkpoint; of a run's folder, the net that was chosen."""
+        path = path / "best.pt" if path.is_dir() else path
         saved = load_checkpoint(path)
         for key in ("config", "history"):
             if key not in saved:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -170,7 +170,7 @@ def step_loader(
 
 
 def evaluation_batches(
-    data: Labelled | Unlabelled, *, batch_size: int = 8, workers: int = 0, indices: range | None = None
+    data: Labelled | Unlabelled, *, batch_size: int = 8, workers: int = 0, indices: Sequence[int] | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None, list[int]]]:
     """Whole images in order: (normalised images, labels int64 or None, positions); one batch never mixes sizes."""
     chosen = range(len(data)) if indices is None else indices

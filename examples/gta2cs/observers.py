@@ -81,7 +81,7 @@ class Scoring:
     def __call__(self, state: StageState, losses: Losses) -> None:
         """Score where it is due."""
         run, history = state.run, state.history
-        if not state.due(run.config.eval_every):
+        if not state.due(run.config.eval_every) or run.pair.target_val is None:
             return
         scores = {name: score_on_target(run, net) for name, net in state.recipe.nets().items()}
         first = next(iter(scores.values()))
@@ -100,6 +100,7 @@ class Scoring:
 def score_on_target(run: Run, net: nn.Module) -> Score:
     """Score a net on the labelled part of target that no training step sees; two images of it in a dry run."""
     config, pair = run.config, run.pair
+    assert pair.target_val is not None
     limit = 2 if config.dry_run else None
     return evaluate(net, pair.target_val, pair.classes, device=run.device, limit=limit, trimap=config.eval_trimap)
 

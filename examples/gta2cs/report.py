@@ -84,8 +84,8 @@ def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
     """Losses, mIoU, the kept share of each predicted class, and what else is logged for each class, over all steps."""
     logged = [entry.get("per_class", {}) for stage in stages for entry in stage["losses"]]
     quantities = list(dict.fromkeys(quantity for entry in logged for quantity in entry))
-    count = 3 + len(quantities)
-    figure, (left, middle, right, *more) = plt.subplots(1, count, figsize=(14 * count / 3, 3.8))
+    count = 4 + len(quantities)
+    figure, (left, middle, free, right, *more) = plt.subplots(1, count, figsize=(14 * count / 3, 3.8))
     start = 0
     colors: dict[str, Any] = {}
     styles: dict[str, tuple[str, str]] = {}
@@ -106,6 +106,14 @@ def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
             x = [start + entry["step"] for entry in stage["scores"]]
             y = [entry["nets"][net]["means"][next(iter(entry["nets"][net]["means"]))] for entry in stage["scores"]]
             middle.plot(x, y, marker="o", ms=3, label=f"{stage['name']}, {net}")
+        evaluated = stage.get("label_free") or []
+        for net in evaluated[0]["nets"] if evaluated else []:
+            y = [100 * entry["nets"][net]["scores"]["mirror_consistency"] for entry in evaluated]
+            x = [start + entry["step"] for entry in evaluated]
+            free.plot(x, y, marker="o", ms=3, label=f"{stage['name']}, {net}")
+        if "source_only" in stage:
+            value = 100 * stage["source_only"]["scores"]["mirror_consistency"]
+            free.axhline(value, color="0.5", ls="--", lw=1, label="source-only net")
         kept = [entry for entry in stage["losses"] if entry.get("kept")]
         for name in dict.fromkeys(
             name for e in kept for name in e["kept"]
@@ -117,14 +125,20 @@ def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
                 x, y = [start + e["step"] for e in found], [e["per_class"][quantity][name] for e in found]
                 plot_class(axis, name, x, y)
         start += stage["steps"]
-    titles = ["loss", "mIoU on target, %", "share of each predicted class that is sure enough", *quantities]
-    for axis, title in zip((left, middle, right, *more), titles, strict=True):
+    titles = [
+        "loss",
+        "mIoU on target, %",
+        "mirror consistency on target, %, no labels",
+        "share of each predicted class that is sure enough",
+        *quantities,
+    ]
+    for axis, title in zip((left, middle, free, right, *more), titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if not axis.get_legend_handles_labels()[0]:  # a run without pseudo-labels keeps none
             axis.set_visible(False)
-        elif axis in (left, middle):
+        elif axis in (left, middle, free):
             axis.legend(fontsize=7, frameon=False)
         else:  # a line a class: below, where it covers none of them
             axis.legend(fontsize=7, frameon=False, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))

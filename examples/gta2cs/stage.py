@@ -28,6 +28,8 @@ class Run:
     pair: Pair
     accelerator: Accelerator
     console: Console
+    source_only: Any = None  # label-free scores of the net that the first adapting stage starts from
+    choice: Any = None  # which net is deployed so far (`choosing.Choice`)
 
     @property
     def device(self) -> torch.device:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from gta2cs import html, report
+from gta2cs import choosing, html, report
+from gta2cs.config import plain
 from gta2cs.evaluation import Score, predict
 from gta2cs.stage import Run
 
@@ -18,33 +20,55 @@ def write_report(run: Run, rows: dict[str, Score], nets: dict[str, nn.Module], h
     report.save_panels(config.out / "panels.png", panels_of(run, nets), pair.classes)
     report.save_curves(config.out / "curves.png", histories)
     report.write_json(config.out / "results.json", {name: score.to_json() for name, score in rows.items()})
-    seconds = sum(h["seconds"] for h in histories)
-    best = max((s["miou"] for h in histories[-1:] for s in h["scores"]), default=float("nan"))
-    report.write_text(
-        config.out / "report.md",
-        f"# {config.data.pair}: {' → '.join(s.recipe for s in config.stages)}\n\n"
-        f"Seed {config.seed}, {sum(h['steps'] for h in histories)} steps, {seconds:.0f} s. IoU in percent on "
-        f"{len(pair.target_val)} target images, one confusion matrix, last checkpoint.\n\n"
-        f"{report.markdown_table(rows, pair.classes)}\n"
-        f"Best of the last stage's evaluations, for information only (it was chosen on this very set): {best:.1f}.\n\n"
-        "![Target images and their truth, what the nets predict, and how sure the last one is](panels.png)\n\n"
-        "![Losses, mIoU on target and, with pseudo-labels, the share that was kept](curves.png)\n",
-    )
+    history = {"config": plain(config), "stages": histories, "choice": asdict(run.choice)}
+    report.write_json(config.out / "history.json", history)
+    report.write_text(config.out / "report.md", text_of(run, rows, histories))
     html.write_html(config.out / "report.md", pair.classes)
-    run.console.print(report.rich_table(rows, pair.classes))
+    if rows:
+        run.console.print(report.rich_table(rows, pair.classes))
+    run.console.print(choosing.verdict(run, histories).replace("**", ""), markup=False)
     run.console.print(f"Report, panels and curves: {config.out / 'report.md'}")
+
+
+def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -> str:
+    """The report: scores against truth where target has labels, scores without labels, and the verdict."""
+    config, pair = run.config, run.pair
+    seconds, steps = sum(h["seconds"] for h in histories), sum(h["steps"] for h in histories)
+    text = f"# {config.data.pair}: {' → '.join(s.recipe for s in config.stages)}\n\n"
+    text += f"Seed {config.seed}, {steps} steps, {seconds:.0f} s. "
+    if pair.target_val is not None:
+        best = max((s["miou"] for h in histories[-1:] for s in h["scores"]), default=float("nan"))
+        text += (
+            f"IoU in percent on {len(pair.target_val)} target images, one confusion matrix, last checkpoint; the last "
+            f"row is the net of `best.pt`, chosen without labels.\n\n{report.markdown_table(rows, pair.classes)}\n"
+            "Best of the last stage's evaluations, for information only (it was chosen on this very set): "
+            f"{best:.1f}.\n\n"
+        )
+    else:
+        text += "Target has no label, so nothing is compared with truth.\n\n"
+    return text + (
+        "![Target images, their truth where there is one, what the nets predict, and how sure the chosen one is]"
+        "(panels.png)\n\n"
+        "![Losses, mIoU on target, scores without labels and, with pseudo-labels, the share that was kept](curves.png)"
+        f"\n\n## Without labels\n\n{choosing.label_free_table(run, histories, pair.classes.names)}\n"
+        f"{choosing.verdict(run, histories)}"
+    )
 
 
 def panels_of(run: Run, nets: dict[str, nn.Module]) -> list[dict[str, np.ndarray]]:
     """Four target images: truth, where the run began, what it came to, and how sure that is."""
     pair = run.pair
-    count = len(pair.target_val)
+    count = len(pair.target_train if pair.target_val is None else pair.target_val)
     picked = [count * (2 * i + 1) // 8 for i in range(4)]
     panels = []
     for i in picked:
-        image, label = pair.target_val[i]
-        row = {"image": image.permute(1, 2, 0).numpy(), "truth": label.numpy()}
-        for name in dict.fromkeys((next(iter(nets)), list(nets)[-1])):  # where the run began, and what it came to
+        if pair.target_val is None:
+            image = pair.target_train[i]
+            row = {"image": image.permute(1, 2, 0).numpy()}
+        else:
+            image, label = pair.target_val[i]
+            row = {"image": image.permute(1, 2, 0).numpy(), "truth": label.numpy()}
+        for name in dict.fromkeys((next(iter(nets)), list(nets)[-1])):  # where the run began, and what was chosen
             probabilities = predict(nets[name].eval(), image, run.device).cpu()
             row[name] = probabilities.argmax(0).byte().numpy()
         row["confidence"] = probabilities.amax(0).numpy()

@@ -39,6 +39,11 @@ class Tracking:
             for net, score in entry["nets"].items():
                 values |= {f"{mean}/{net}": v for mean, v in score["means"].items() if v is not None}
                 values |= {f"IoU/{net}/{name}": v for name, v in score["iou"].items() if v is not None}
+        if history.get("label_free") and (entry := history["label_free"][-1])["step"] == state.done:
+            for net, found in entry["nets"].items():
+                values |= {f"label_free/{net}/{k}": v for k, v in found["scores"].items() if v is not None}
+                shares = zip(run.pair.classes.names, found["shares"], strict=True)
+                values |= {f"share/{net}/{name}": share for name, share in shares}
         if values:
             before = sum(stage.steps for stage in run.config.stages[: state.index])
             run.accelerator.log(values, step=before + state.done)

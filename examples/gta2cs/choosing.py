@@ -1,0 +1,269 @@
+"""Which net of a run is deployed, decided without target labels: `best.pt`, the alarm and the verdict.
+
+Candidates are the source-only net (the net that the first adapting stage starts from) and, at every evaluation, the
+student and the teacher. `select` says how one is chosen: `last`, `source_or_last`, or the score to be highest.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from gta2cs.checkpoints import load_checkpoint, load_net, save_checkpoint
+from gta2cs.config import Config, plain
+from gta2cs.label_free import DIRECTIONS, PRESENT, RELIABILITY, UNRELIABLE, VIEWS, LabelFree, measure, views_of
+from gta2cs.recipes import Losses
+from gta2cs.stage import Run, StageState
+from udakit import copy_net
+
+SOURCE_ONLY = "source_only"
+CHOSEN = "chosen without labels"  # the row of `best.pt`
+FACTOR = 4  # by which a class's share may change before the alarm speaks
+GUARD = "mirror_consistency"  # what `source_or_last` compares by
+
+
+@dataclass
+class Choice:
+    """The net that is deployed: whose it is, and the score that it was chosen by."""
+
+    recipe: str
+    stage: int
+    step: int
+    net: str
+    score: str = "last"
+    value: float | None = None
+
+    @property
+    def title(self) -> str:
+        """As a table's row names it."""
+        if self.recipe == SOURCE_ONLY and self.net == SOURCE_ONLY:
+            return "source-only net"
+        return f"{self.recipe}, {self.net} of step {self.step}"
+
+
+def check_select(config: Config) -> None:
+    """Refuse an unknown score before any data is looked at."""
+    allowed = ["last", "source_or_last", *DIRECTIONS]
+    if config.select.lstrip("-") not in allowed:
+        raise ValueError(f"Expected `select` to be one of {allowed}, but got {config.select!r}.")
+    unknown = [view for view in config.score_views if view not in VIEWS]
+    if unknown:
+        raise ValueError(f"Expected `score_views` to be among {[*VIEWS]}, but got {unknown}.")
+    if config.score_images < 1:
+        raise ValueError(f"Expected `score_images` to be at least 1, but got {config.score_images}.")
+
+
+def first_adapting(config: Config) -> int | None:
+    """Index of the first stage that looks at target, None where there is none."""
+    return next((i for i, stage in enumerate(config.stages) if stage.recipe != SOURCE_ONLY), None)
+
+
+class Choosing:
+    """At every evaluation: label-free scores of each net, the alarm, and `best.pt` where a net is the best so far."""
+
+    def __init__(self, state: StageState) -> None:
+        self.state, run = state, state.run
+        self.first = first_adapting(run.config)
+        state.history.setdefault("label_free", [])
+        if state.index == self.first and state.done == 0:
+            found = self._measure(state.recipe.student, f"The net that {state.stage.recipe} starts from")
+            state.history["source_only"] = found.to_json()
+            self._offer(SOURCE_ONLY, SOURCE_ONLY, state.recipe.student, found, step=0)
+        if "source_only" in state.history:
+            run.source_only = LabelFree.from_json(state.history["source_only"])
+        self.alarm = ShareAlarm(run.pair.classes.names, run.source_only.shares if run.source_only else None)
+        if state.done == state.steps and not state.history["label_free"]:  # of before there were such scores
+            self(state)
+
+    def __call__(self, state: StageState, losses: Losses | None = None) -> None:
+        """Score where it is due."""
+        run = state.run
+        if not state.due(run.config.eval_every):
+            return
+        nets = state.recipe.nets()
+        found = {
+            name: self._measure(net, f"The {name} of {state.stage.recipe}, step {state.done},")
+            for name, net in nets.items()
+        }
+        state.history["label_free"].append(
+            {"step": state.done, "nets": {name: scores.to_json() for name, scores in found.items()}}
+        )
+        for name, net in nets.items():
+            if not name.startswith("large "):  # of another size than what is deployed
+                self._offer(state.stage.recipe, name, net, found[name], step=state.done)
+                for warning in self.alarm(name, found[name].shares):
+                    state.history.setdefault("alarms", []).append(f"{state.stage.recipe}, step {state.done}: {warning}")
+                    run.console.print(f"[yellow]step {state.done}: {warning}[/]")
+        if run.is_main:
+            shown = run.config.select.lstrip("-")
+            shown = shown if shown in DIRECTIONS else GUARD
+            values = [f"{name} {100 * scores.scores[shown]:.1f}" for name, scores in found.items()]
+            if run.source_only is not None:
+                values.append(f"source-only net {100 * run.source_only.scores[shown]:.1f}")
+            run.console.print(f"  without labels, {shown.replace('_', ' ')}, %: {', '.join(values)}")
+
+    def _measure(self, net: nn.Module, whose: str) -> LabelFree:
+        run, config = self.state.run, self.state.run.config
+        try:
+            return measure(
+                net,
+                run.pair.target_train,
+                run.pair.classes,
+                count=2 if config.dry_run else config.score_images,
+                views=views_of(config.select, [*config.score_views, "mirror"]),
+                known=run.source_only.shares if run.source_only else None,
+                device=run.device,
+            )
+        except ValueError as error:
+            raise ValueError(f"{whose} has no label-free score. {error}") from error
+
+    def _offer(self, recipe: str, name: str, net: nn.Module, found: LabelFree, *, step: int) -> None:
+        """Take a net as the one to deploy where `select` says so."""
+        run, select = self.state.run, self.state.run.config.select
+        index = self.state.index
+        ends = index == len(run.config.stages) - 1 and step == self.state.steps
+        first = name == next(iter(self.state.recipe.nets()))
+        starts = name == SOURCE_ONLY
+        if not starts and self.first is not None and index < self.first:
+            return  # the net of a source-only stage is offered where the next stage starts from it
+        score = GUARD if select in ("last", "source_or_last") else select.lstrip("-")
+        sign = -1 if select.startswith("-") else DIRECTIONS[score]
+        value = found.scores[score]
+        better = run.choice is None or run.choice.value is None or sign * value > sign * run.choice.value
+        if select == "last":
+            taken = ends and first
+        elif select == "source_or_last":
+            taken = starts or (ends and first and better)
+        else:
+            taken = better
+        if taken:
+            run.choice = Choice(recipe, index, step, name, select if select == "last" else score, value)
+            if run.is_main:
+                save_choice(run, self.state, net)
+
+
+class ShareAlarm:
+    """Warns once of a class whose predicted share collapses or explodes against the source-only net's."""
+
+    def __init__(self, names: Sequence[str], reference: Sequence[float] | None, factor: float = FACTOR) -> None:
+        self.names, self.reference, self.factor = names, reference, factor
+        self.warned: set[tuple[str, str, bool]] = set()
+
+    def __call__(self, net: str, shares: Sequence[float]) -> list[str]:
+        """Compare one net's shares; a class that neither net predicts at 0.1 % of the pixels says nothing."""
+        warnings = []
+        for name, before, now in zip(self.names, self.reference or (), shares, strict=False):
+            grown = now > self.factor * max(before, PRESENT)
+            gone = before >= PRESENT and now < before / self.factor
+            if (grown or gone) and (net, name, grown) not in self.warned:
+                self.warned.add((net, name, grown))
+                warnings.append(
+                    f"class '{name}' {'explodes' if grown else 'collapses'}: the {net} predicts it at "
+                    f"{100 * now:.2g} % of the pixels, the source-only net at {100 * before:.2g} %"
+                )
+        return warnings
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# best.pt
+
+
+def best_path(run: Run) -> Path:
+    """Where the chosen net lies."""
+    return run.config.out / "best.pt"
+
+
+def save_choice(run: Run, state: StageState, net: nn.Module) -> None:
+    """Write the chosen net as the student of a checkpoint: what reads the others reads this one."""
+    saved = {
+        "recipe": {f"student.{k}": v for k, v in net.state_dict().items()},
+        "step": state.done,
+        "choice": json.dumps(asdict(run.choice) if run.choice else None),
+        "history": json.dumps(state.history),
+        "config": json.dumps(plain(run.config)),
+    }
+    save_checkpoint(best_path(run), saved)
+
+
+def resume_choice(run: Run) -> None:
+    """Start afresh, or go on from the choice of the run that is resumed."""
+    path = best_path(run)
+    if run.config.resume and path.is_file():
+        saved = json.loads(load_checkpoint(path)["choice"])
+        run.choice = None if saved is None else Choice(**saved)
+    elif run.is_main:
+        path.unlink(missing_ok=True)
+
+
+def chosen_net(run: Run, like: nn.Module) -> nn.Module:
+    """The net of `best.pt`, in eval mode: a copy of one that is built the same."""
+    net = copy_net(like)
+    load_net(net, best_path(run))
+    return net.eval()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
+    """The end of a report: which net to use, by which score, by how much, and how far to trust that."""
+    choice, source = run.choice, run.source_only
+    if choice is None:
+        return "No net was chosen: no evaluation took place.\n"
+    lines = []
+    score = choice.score if choice.score in DIRECTIONS else GUARD
+    named = score.replace("_", " ")
+    last = next(iter(histories[-1]["label_free"][-1]["nets"].values()))["scores"][score]
+    if source is None:
+        lines.append(f"**Use the {choice.title}** (`best.pt`). Nothing was adapted, so there is nothing to compare.")
+    else:
+        before = source.scores[score]
+        if choice.score == "last":
+            lines.append(
+                f"**`select: last`: `best.pt` is the {choice.title}.** Its {named} is {last:.3f}, the source-only "
+                f"net's {before:.3f}: without labels the {'adapted' if last > before else 'source-only'} net "
+                "looks better."
+            )
+        elif choice.net == SOURCE_ONLY:
+            lines.append(
+                f"**Use the source-only net** (`best.pt`). No adapted net reaches its {named} of {before:.3f}; the "
+                f"last student has {last:.3f}. The adaptation did not help, as far as this score can tell."
+            )
+        else:
+            assert choice.value is not None
+            lines.append(
+                f"**Use the adapted net** (`best.pt`): the {choice.title}. Its {named} is {choice.value:.3f}, the "
+                f"source-only net's {before:.3f} ({choice.value - before:+.3f}), the last student's {last:.3f}."
+            )
+    lines.append(RELIABILITY.get(score, UNRELIABLE))
+    alarms = [alarm for history in histories for alarm in history.get("alarms", [])]
+    if alarms:
+        lines.append(
+            "Classes whose share ran away against the source-only net's:\n\n" + "\n".join(f"- {a}" for a in alarms)
+        )
+    return "\n\n".join(lines) + "\n"
+
+
+def label_free_table(run: Run, histories: list[dict[str, Any]], names: Sequence[str]) -> str:
+    """The scores of the source-only net and of the last nets, and the share of the pixels of each class."""
+    rows: dict[str, LabelFree] = {}
+    if run.source_only is not None:
+        rows["source-only net"] = run.source_only
+    for history in histories[-1:]:
+        if history.get("label_free"):
+            for net, found in history["label_free"][-1]["nets"].items():
+                rows[f"{history['name']}, {net}"] = LabelFree.from_json(found)
+    columns = list(next(iter(rows.values())).scores) if rows else []
+    head = [*(name.replace("_", " ") for name in columns), *(f"{name}, % of pixels" for name in names)]
+    lines = ["| net, on target training images | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
+    for title, found in rows.items():
+        cells = [f"{found.scores.get(name, float('nan')):.3f}" for name in columns]
+        cells += [f"{100 * share:.1f}" for share in found.shares]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

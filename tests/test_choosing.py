@@ -1,0 +1,206 @@
+"""The loop's choice without labels: scores on target training images, best.pt, alarm, verdict, and no label at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import train_gta2cs
+from gta2cs import choosing, label_free
+from gta2cs.checkpoints import load_checkpoint
+from gta2cs.inference import Trained
+from gta2cs.label_free import LabelFree, measure
+from gta2cs.samples import ClassSet
+
+CLASSES = ClassSet(("a", "b", "c"), torch.zeros(3, 3, dtype=torch.uint8).numpy())
+IMAGES = [torch.randint(0, 256, (3, 70, 80), generator=torch.Generator().manual_seed(k)).byte() for k in range(30)]
+
+
+class Net(nn.Module):
+    """Logits from the function that it is given."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, images):
+        return SimpleNamespace(logits=self.function(images))
+
+
+def pixels(images):
+    return 3 * images
+
+
+def constant(images):
+    return torch.zeros_like(images) + torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1)
+
+
+def test_a_net_of_single_pixels_scores_1_under_every_view_that_moves_pixels():
+    found = measure(Net(pixels), IMAGES, CLASSES, count=5, views=("mirror", "shift", "crop"))
+    assert [found.scores[f"{view}_consistency"] for view in ("mirror", "shift", "crop")] == [1, 1, 1]
+    assert sum(found.shares) == pytest.approx(1)
+    assert LabelFree.from_json(json.loads(json.dumps(found.to_json()))).scores["confidence"] == pytest.approx(
+        found.scores["confidence"], rel=1e-5
+    )
+
+
+def test_a_net_that_lost_its_classes_is_not_called_consistent():
+    known = measure(Net(pixels), IMAGES, CLASSES, count=4)
+    collapsed = measure(Net(constant), IMAGES, CLASSES, count=4, known=known.shares)
+    assert collapsed.scores["mirror_consistency"] == pytest.approx(1 / 3)
+    assert collapsed.scores["mirror_worst_class"] == 0
+    assert measure(Net(constant), IMAGES, CLASSES, count=4).scores["mirror_consistency"] == 1
+
+
+def test_the_same_few_images_and_the_same_numbers_at_every_call():
+    assert label_free.picked(100, 4) == [12, 37, 62, 87]
+    assert label_free.picked(3, 24) == [0, 1, 2]
+    net = Net(pixels)
+    assert measure(net, IMAGES, CLASSES, count=4).scores == measure(net, IMAGES, CLASSES, count=4).scores
+
+
+def test_bad_nets_and_data_are_named():
+    with pytest.raises(ValueError, match="Expected target training images"):
+        measure(Net(pixels), [], CLASSES)
+    with pytest.raises(ValueError, match="Expected `logits` to be finite"):
+        measure(Net(lambda x: x * float("nan")), IMAGES, CLASSES, count=2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"select": "mirror"},
+            r"`select` to be one of \['last', 'source_or_last', 'mirror_consistency'.* got 'mirror'",
+        ),
+        ({"score_views": ["zoom"]}, r"`score_views` to be among \['mirror', .* got \['zoom'\]"),
+        ({"score_images": 0}, "`score_images` to be at least 1, but got 0"),
+    ],
+)
+def test_options_are_checked_before_any_data_is_looked_at(tmp_path, changes, message):
+    config = train_gta2cs.Config(stages=[train_gta2cs.Stage()], out=tmp_path / "run", **changes)
+    config.data.pair = "folder"  # without a folder
+    with pytest.raises(ValueError, match=message):
+        train_gta2cs.main(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_alarm_in_both_directions_once_and_for_two_classes():
+    alarm = choosing.ShareAlarm(("background", "nuclei"), [0.9, 0.1])
+    assert alarm("student", [0.97, 0.03]) == []
+    (gone,) = alarm("student", [0.98, 0.02])
+    assert "'nuclei' collapses: the student predicts it at 2 % of the pixels, the source-only net at 10 %" in gone
+    assert alarm("student", [0.99, 0.01]) == []
+    (grown,) = alarm("student", [0.55, 0.45])
+    assert "'nuclei' explodes" in grown
+    assert len(alarm("teacher", [0.1, 0.9])) == 2
+    assert choosing.ShareAlarm(("a", "b"), [1.0, 0.0])("student", [0.9999, 0.0001]) == []
+
+
+def offers(tmp_path, select, candidates):
+    """Which of (name, value, step) candidates is chosen, and which were written."""
+    config = train_gta2cs.Config(
+        stages=[train_gta2cs.Stage("source_only"), train_gta2cs.Stage("dacs", steps=20)], select=select, out=tmp_path
+    )
+    run = SimpleNamespace(config=config, choice=None, is_main=True, source_only=None)
+    nets = {"student": nn.Conv2d(1, 1, 1), "teacher": nn.Conv2d(1, 1, 1)}
+    state = SimpleNamespace(
+        run=run,
+        index=1,
+        steps=20,
+        stage=config.stages[1],
+        recipe=SimpleNamespace(nets=lambda: nets),
+        done=0,
+        history={},
+    )
+    chooser = object.__new__(choosing.Choosing)
+    chooser.state, chooser.first = state, 1
+    for name, value, step in candidates:
+        scores = {"mirror_consistency": value, "class_correlation": value}
+        net = nets.get(name, nets["student"])
+        chooser._offer(name if name == "source_only" else "dacs", name, net, LabelFree(scores, []), step=step)
+    return run.choice
+
+
+CANDIDATES = [
+    ("source_only", 0.5, 0), ("student", 0.4, 10), ("teacher", 0.8, 10), ("student", 0.6, 20), ("teacher", 0.7, 20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("select", "net", "step"),
+    [
+        ("mirror_consistency", "teacher", 10),
+        ("-mirror_consistency", "student", 10),
+        ("class_correlation", "student", 10),  # its source calls a lower one better
+        ("last", "student", 20),
+        ("source_or_last", "student", 20),
+    ],
+)
+def test_select(tmp_path, select, net, step):
+    choice = offers(tmp_path, select, CANDIDATES)
+    assert (choice.net, choice.step) == (net, step)
+    saved = json.loads(load_checkpoint(tmp_path / "best.pt")["choice"])
+    assert (saved["net"], saved["step"]) == (net, step)
+
+
+@pytest.mark.parametrize("select", ["mirror_consistency", "source_or_last"])
+def test_the_source_only_net_stays_where_nothing_is_better(tmp_path, select):
+    choice = offers(tmp_path, select, [("source_only", 0.9, 0), *CANDIDATES[1:]])
+    assert choice.net == "source_only"
+    assert choice.title == "source-only net"
+
+
+def tiny(out, **changes):
+    return train_gta2cs.Config(
+        data=train_gta2cs.DataConfig(crop=(64, 64)),
+        net=train_gta2cs.NetConfig(weights="random"),
+        stages=[train_gta2cs.Stage("source_only", steps=2), train_gta2cs.Stage("dacs", steps=2)],
+        batch_size=2,
+        log_every=1,
+        out=out,
+        dry_run=True,
+        **changes,
+    )
+
+
+def test_a_target_without_any_label(tmp_path, monkeypatch):
+    """No score against truth; the rest is there, and the chosen net serves predict.py, panels and report."""
+    opened = train_gta2cs.open_pair
+    monkeypatch.setattr(train_gta2cs, "open_pair", lambda c: dataclasses.replace(opened(c), target_val=None))
+    rows = train_gta2cs.main(tiny(tmp_path))
+    assert rows == {}
+    text = (tmp_path / "report.md").read_text()
+    assert "Target has no label" in text
+    assert "| dacs, teacher |" in text
+    assert "Use the " in text
+    for name in ("panels.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    history = json.loads((tmp_path / "history.json").read_text())
+    assert [len(stage["label_free"]) for stage in history["stages"]] == [1, 1]
+    assert set(history["stages"][1]["label_free"][0]["nets"]) == {"student", "teacher"}
+    trained = Trained.open(tmp_path)
+    assert trained.path == tmp_path / "best.pt"
+    assert trained.names == ("student",)
+    trained.net()
+    again = train_gta2cs.main(dataclasses.replace(tiny(tmp_path), resume=True))  # all stages are done: it reports again
+    assert again == {}
+    assert json.loads((tmp_path / "history.json").read_text())["choice"] == history["choice"]
+
+
+def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise ValueError("Expected `logits` to be finite at every valid pixel, but got NaN.")
+
+    monkeypatch.setattr(choosing, "measure", broken)
+    with pytest.raises(
+        ValueError, match=r"The student of source_only, step 2, has no label-free score\. Expected `log"
+    ):
+        train_gta2cs.main(tiny(tmp_path))
+    assert not (tmp_path / "best.pt").exists()
+    assert not list(tmp_path.rglob("*.tmp"))
