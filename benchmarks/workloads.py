@@ -170,6 +170,9 @@ FEATURES = (
 CONSTANT = (
     "row_mask",
     "draw_detail_box",
+    "draw_token_mask",
+    "mask_tokens",
+    "adapt_batch_norm",
     "draw_strong_augment",
     "rare_class_probabilities",
     "RareClassSampler",

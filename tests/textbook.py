@@ -23,6 +23,8 @@ from torch import Tensor, nn
 IGNORE = 255
 TEXTBOOK: dict[str, Callable[..., Any]] = {}
 NO_TEXTBOOK = {
+    "draw_token_mask": "it draws one number a token: there is nothing to compute",
+    "adapt_batch_norm": "it is forward passes of a net, whose time is that of the net",
     "draw_detail_box": "it draws two numbers an image: there is nothing to compute",
     "draw_strong_augment": "it draws ten numbers an image: there is nothing to compute",
     "RareClassSampler": "it draws image numbers on the host, microseconds each, beside the reading of an image",
@@ -123,6 +125,14 @@ def upsampled_kd_loss(
 @textbook("feature_distance_loss")
 def feature_distance_loss(features: Tensor, reference: Tensor, *, valid: Tensor, reduction: str = "mean") -> Tensor:
     return masked_mean(torch.norm(features - reference.detach(), dim=1), valid)
+
+
+@textbook("feature_distillation_loss")
+def feature_distillation_loss(features: Tensor, reference: Tensor, *, valid: Tensor, cosine_weight: float) -> Tensor:
+    reference = reference.detach()
+    smooth = F.smooth_l1_loss(features, reference, reduction="none").mean(1)
+    apart = 1 - F.cosine_similarity(features, reference, dim=1)
+    return masked_mean((1 - cosine_weight) * smooth + cosine_weight * apart, valid)
 
 
 @textbook("entropy_loss")
@@ -394,6 +404,13 @@ def draw_box_mask(
         top, left = int(u[1] * (size[0] - h + 1)), int(u[2] * (size[1] - w + 1))
         mask[top : top + h, left : left + w] = True
     return masks
+
+
+@textbook("mask_tokens")
+def mask_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
+    masked = tokens.clone()
+    masked[mask] = mask_token.flatten()
+    return masked
 
 
 @textbook("draw_block_mask")

@@ -6,6 +6,7 @@ from udakit import (
     labels,
     losses,
     mixing,
+    norms,
     prototypes,
     pseudo_labels,
     resolution,
@@ -18,6 +19,7 @@ from udakit.features import *  # noqa: F403
 from udakit.labels import *  # noqa: F403
 from udakit.losses import *  # noqa: F403
 from udakit.mixing import *  # noqa: F403
+from udakit.norms import *  # noqa: F403
 from udakit.prototypes import *  # noqa: F403
 from udakit.pseudo_labels import *  # noqa: F403
 from udakit.resolution import *  # noqa: F403
@@ -34,6 +36,7 @@ __all__ = [
     "labels",
     "losses",
     "mixing",
+    "norms",
     "prototypes",
     "pseudo_labels",
     "resolution",
@@ -46,6 +49,7 @@ __all__ += features.__all__
 __all__ += labels.__all__
 __all__ += losses.__all__
 __all__ += mixing.__all__
+__all__ += norms.__all__
 __all__ += prototypes.__all__
 __all__ += pseudo_labels.__all__
 __all__ += resolution.__all__

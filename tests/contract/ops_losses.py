@@ -54,6 +54,10 @@ def _feature_distance_loss(s: Sample) -> Call:
     return Call((s.features(), s.features()), {"valid": s.valid()}, {"reduction": "mean"})
 
 
+def _feature_distillation_loss(s: Sample) -> Call:
+    return Call((s.features(), s.features()), {"valid": s.valid()}, {"cosine_weight": 0.7})
+
+
 def _entropy_loss(s: Sample) -> Call:
     return Call((s.logits(),), {"valid": s.valid(), "pixel_weight": s.weight()}, {"normalize": True})
 
@@ -158,6 +162,13 @@ OPERATIONS = [
         udakit.feature_distance_loss,
         udakit.FeatureDistanceLoss,
         covers=("FeatureDistanceLoss",),
+    ),
+    Operation(
+        "feature_distillation_loss",
+        _feature_distillation_loss,
+        udakit.feature_distillation_loss,
+        udakit.FeatureDistillationLoss,
+        covers=("FeatureDistillationLoss",),
     ),
     Operation("entropy_loss", _entropy_loss, udakit.entropy_loss, udakit.EntropyLoss, covers=("EntropyLoss",)),
     Operation(

@@ -84,6 +84,14 @@ DRAWS = {"kind": "draw", "grad": (), "output": "other"}
 MAPS = {"kind": "map", "exempt": NO_MODULE}
 ANY_SIZE = {**NO_MODULE, "shape_errors.size": "only statistics of the style are used: it may have any size"}
 
+
+def _mask_tokens(s: Sample) -> Call:
+    """Tokens in the place of classes: their order does not matter."""
+    tokens = s.tag(s.normal(s.n, s.c, s.d), "batch_class_vectors")
+    mask = s.tag(torch.rand(s.n, s.c, generator=s.generator) < 0.5, "chosen")
+    return Call((tokens, mask, s.tag(s.normal(1, 1, s.d), "other")))
+
+
 OPERATIONS = [
     Operation(
         "draw_classes",
@@ -222,6 +230,22 @@ OPERATIONS = [
         udakit.draw_block_mask,
         exempt=NO_MODULE,
         **DRAWS,
+    ),
+    Operation(
+        "draw_token_mask",
+        lambda s: Call((s.n, s.h), {}, {"ratio": 0.5, "prefix": 1, "device": "cpu"}),
+        udakit.draw_token_mask,
+        exempt=NO_MODULE,
+        **DRAWS,
+    ),
+    Operation(
+        "mask_tokens",
+        _mask_tokens,
+        udakit.mask_tokens,
+        kind="map",
+        grad=(0, 2),
+        output="batch_class_vectors",
+        exempt={"module": "the mask token is a parameter of the net"},
     ),
     Operation(
         "fourier_transfer",

@@ -31,6 +31,7 @@ FAMILIES = (
     "features",
     "validation",
     "resolution",
+    "norms",
 )
 
 # The checks an entry can be exempted from (the functions test_<check> of test_contract.py).

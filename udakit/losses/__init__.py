@@ -4,6 +4,7 @@ from udakit.losses.cross_entropy import CrossEntropyLoss, cross_entropy
 from udakit.losses.distribution_contrast import DistributionContrastLoss, distribution_contrast_loss
 from udakit.losses.entropy import EntropyLoss, entropy_loss
 from udakit.losses.feature_distance import FeatureDistanceLoss, feature_distance_loss
+from udakit.losses.feature_distillation import FeatureDistillationLoss, feature_distillation_loss
 from udakit.losses.inconsistency import InconsistencyLoss, class_inconsistency, inconsistency_loss
 from udakit.losses.kd import KDLoss, kd_loss
 from udakit.losses.max_square import MaxSquareLoss, max_square_loss
@@ -22,6 +23,7 @@ __all__ = [
     "DistributionContrastLoss",
     "EntropyLoss",
     "FeatureDistanceLoss",
+    "FeatureDistillationLoss",
     "InconsistencyLoss",
     "KDLoss",
     "MaxSquareLoss",
@@ -39,6 +41,7 @@ __all__ = [
     "distribution_contrast_loss",
     "entropy_loss",
     "feature_distance_loss",
+    "feature_distillation_loss",
     "inconsistency_loss",
     "kd_loss",
     "max_square_loss",

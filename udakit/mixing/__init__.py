@@ -7,6 +7,7 @@ from udakit.mixing.masks import boundary_band, draw_block_mask, draw_box_mask
 from udakit.mixing.strong_augment import StrongAugment, StrongAugmentDraw, draw_strong_augment, strong_augment
 from udakit.mixing.style import color_transfer, fourier_transfer, histogram_transfer
 from udakit.mixing.target_paste import TargetPaste, target_paste
+from udakit.mixing.tokens import draw_token_mask, mask_tokens
 
 __all__ = [
     "ClassMix",
@@ -24,8 +25,10 @@ __all__ = [
     "draw_box_mask",
     "draw_classes",
     "draw_strong_augment",
+    "draw_token_mask",
     "fourier_transfer",
     "histogram_transfer",
+    "mask_tokens",
     "paste",
     "strong_augment",
     "target_paste",

@@ -1,0 +1,143 @@
+"""Normalisation layers, the part of a trained net that adapts most cheaply: their statistics, and what they learn."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from udakit._checks import check_range, check_tensor, kind_of
+
+__all__ = ["adapt_batch_norm", "norm_parameters"]
+
+M = TypeVar("M", bound=nn.Module)
+NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+
+
+def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the scales and shifts of a net's BatchNorm, LayerNorm and GroupNorm layers, each once.
+
+    **Convention.** Nothing is changed. To adapt nothing else, freeze the net and let these learn, as in the example.
+    They can undo what light, weather and camera do to features, and cannot forget a class.
+
+    **Source.** TENT (Wang et al., ICLR 2021) moves those of BatchNorm. Transformers have LayerNorm in its place.
+
+    Args:
+        model: any net.
+
+    Returns:
+        The parameters, in the order of the net's modules.
+
+    Raises:
+        TypeError: a `model` that is not a Module.
+        ValueError: a net in which no such layer learns anything.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1))
+        >>> net = net.requires_grad_(False)
+        >>> for parameter in norm_parameters(net):
+        ...     parameter.requires_grad_()
+        Parameter containing:
+        ...
+        >>> net(torch.randn(2, 3, 8, 8)).square().mean().backward()
+        >>> [name for name, p in net.named_parameters() if p.grad is not None]
+        ['1.weight', '1.bias']
+    """
+    _check_model(model)
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            found |= {id(p): p for p in module.parameters(recurse=False)}
+    if not found:
+        raise ValueError(
+            "Expected `model` to have a BatchNorm, LayerNorm or GroupNorm with a scale and a shift, but found none."
+        )
+    return list(found.values())
+
+
+def adapt_batch_norm(model: M, batches: Iterable[Tensor], *, source_share: float = 0.0) -> M:
+    r"""Copy a net and estimate its BatchNorm statistics anew on batches of target; no weight changes.
+
+    $$\mu = s\, \mu_S + (1 - s)\, \frac{1}{B} \sum_b \mu_b, \qquad
+    \sigma^2 = s\, \sigma_S^2 + (1 - s)\, \frac{1}{B} \sum_b \sigma_b^2$$
+
+    **Convention.** The copy comes back in the modes of the net, whose own statistics stay. Meanwhile the BatchNorm
+    layers normalise by the batch and everything else is in evaluation mode, without dropout. The average is plain over
+    the batches, each with its unbiased variance, as torch keeps them. A layer that keeps no statistics is left alone.
+
+    **Source.** AdaBN (Li et al., 2016) with s = 0; Schneider et al. (NeurIPS 2020) keep a share of source's statistics
+    where target has few images.
+
+    Args:
+        model: a net with BatchNorm.
+        batches: images (N, K, *space), on the net's device and normalised as it wants them. Large and mixed batches
+            give better statistics.
+        source_share: s in [0, 1].
+
+    Returns:
+        The adapted copy.
+
+    Raises:
+        TypeError: a `model` that is not a Module, batches that are not tensors.
+        ValueError: a net without BatchNorm statistics, no batch, or a share out of range.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> adapted = adapt_batch_norm(net, [torch.randn(4, 3, 8, 8) for _ in range(3)])
+        >>> bool(net[1].running_mean.any()), bool(adapted[1].running_mean.any())
+        (False, True)
+    """
+    _check_model(model)
+    check_range("source_share", source_share, 0.0, 1.0)
+    adapted = _copy(model)
+    norms = [m for m in adapted.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    if not norms:
+        raise ValueError(
+            "Expected `model` to have BatchNorm layers with running statistics, but found none. LayerNorm and "
+            "GroupNorm keep no statistics; norm_parameters lists what can learn there."
+        )
+    modes = {module: module.training for module in adapted.modules()}
+    momenta = [norm.momentum for norm in norms]
+    source = [(_statistic(norm.running_mean).clone(), _statistic(norm.running_var).clone()) for norm in norms]
+    adapted.eval()
+    for norm in norms:
+        norm.train()
+        norm.reset_running_stats()
+    count = 0
+    with torch.no_grad():
+        for count, batch in enumerate(batches, 1):
+            check_tensor("batches", batch, "an iterable of tensors")
+            for norm in norms:
+                norm.momentum = 1 / count  # the plain average; None would read the count back from the device
+            adapted(batch)
+    if count == 0:
+        raise ValueError("Expected `batches` to give at least one batch, but it was empty.")
+    for module, mode in modes.items():
+        module.training = mode
+    for norm, momentum, (mean, variance) in zip(norms, momenta, source, strict=True):
+        norm.momentum = momentum
+        _statistic(norm.running_mean).lerp_(mean, source_share)
+        _statistic(norm.running_var).lerp_(variance, source_share)
+    return adapted
+
+
+def _copy(model: M) -> M:
+    """A copy that shares no tensor and carries no gradient."""
+    copies: dict[int, Tensor] = {id(b): b.detach().clone() for b in model.buffers()}
+    for p in model.parameters():
+        copies[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+    return copy.deepcopy(model, copies)
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"Expected `model` to be a Module, but got {kind_of(model)}.")
+
+
+def _statistic(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
