@@ -12,7 +12,6 @@ then 1. Results that exist are replaced only with `--overwrite`, images never.
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from torch import Tensor
 
 from gta2cs.datasets import ClassSet
 from gta2cs.evaluation import Score, evaluate
-from gta2cs.files import write_text
+from gta2cs.files import WriteError, check_writable, replacing, write_text
 from gta2cs.inference import SlidingWindow, Trained, check_window, segment
 from gta2cs.reading import IMAGE_SUFFIXES, viewable
 from gta2cs.report import colorize, progress_bar, rich_table
@@ -104,6 +103,7 @@ def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[P
     """Label every image; returns what could not be, with the reason."""
     classes = trained.classes
     jobs, bad = plan(images, out)
+    check_writable(out)
     check_out(jobs, out, overwrite=config.overwrite)
     net = load(config, trained, config.net or "student")
     format = trained.image_format
@@ -121,13 +121,15 @@ def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[P
                 image = format.read(image_path).contiguous()
                 labels, confidence = segment_or_explain(config, net, image, size)
                 save_results(out, name, image, labels, confidence, classes, config.overlay)
+            except WriteError:
+                raise  # a full disk is no fault of the image, and the next one would not fit either
             except (OSError, ValueError) as error:
                 bad[image_path] = str(error)
                 progress.console.print(f"[yellow]Skipped {escape(str(image_path))}: {escape(str(error))}[/]")
             progress.advance(task)
     names = {"names": list(classes.names), "palette": classes.palette.tolist()}
     write_text(out / "classes.yaml", yaml.safe_dump(names, sort_keys=False, default_flow_style=None))
-    console.print(f"{len(jobs) - len(bad.keys() & jobs.keys())} of {len(jobs)} images labelled: {out}")
+    console.print(f"{len(jobs) - len(bad.keys() & jobs.keys())} of {len(jobs)} images labelled: {out}", markup=False)
     return bad
 
 
@@ -141,13 +143,15 @@ def plan(images: Path, out: Path) -> tuple[dict[Path, Path], dict[Path, str]]:
         found, root = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), images
     else:
         raise FileNotFoundError(f"Expected `images` to be a folder or an image, but there is no {images}.")
-    found = [p for p in found if not p.is_dir()]
+    found = [p for p in found if not p.is_dir() and not p.name.startswith(".")]
+    bad = {p: "its link leads nowhere, or in a circle" for p in found if p.is_symlink() and not p.exists()}
     if not found:
         raise FileNotFoundError(f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {images}, but found none.")
     jobs: dict[Path, Path] = {}
     first: dict[Path, Path] = {}
-    bad: dict[Path, str] = {}
     for path in found:
+        if path in bad:
+            continue
         name = path.relative_to(root).with_suffix(".png")
         if first.setdefault(name, path) is path:
             jobs[path] = name
@@ -204,13 +208,8 @@ def save_results(
 
 def save_png(path: Path, picture: Image.Image) -> None:
     """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -257,6 +256,9 @@ def load(config: Config, trained: Trained, name: str) -> torch.nn.Module:
 if __name__ == "__main__":
     try:
         sys.exit(main(parse()))
+    except KeyboardInterrupt:
+        Console(stderr=True, soft_wrap=True).print("[red]Stopped: every picture that was written is whole.[/]")
+        sys.exit(130)
     except (OSError, ValueError) as error:  # asked for something that cannot be: the message says it, no trace needed
         Console(stderr=True, soft_wrap=True).print(f"[red]{escape(str(error))}[/]")
         sys.exit(2)

@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from gta2cs import report
@@ -38,10 +41,12 @@ from gta2cs.choosing import CHOSEN, Choosing, check_select, chosen_net, resume_c
 from gta2cs.config import Config, DataConfig, NetConfig, Stage, parse, plain
 from gta2cs.datasets import Pair, build_pair, check_data
 from gta2cs.evaluation import Score, with_bn_statistics
+from gta2cs.files import WriteError
 from gta2cs.loading import Batch, StepData, sample_generator, step_loader
 from gta2cs.observers import LossLog, Observer, ProgressLine, Saving, Scoring, score_on_target
 from gta2cs.pretrained import load_init
 from gta2cs.recipes import RECIPES, Draws, Losses, Preparation, Recipe
+from gta2cs.run_folder import clear_folder, own_folder
 from gta2cs.stage import Run, StageState
 from gta2cs.summary import write_report
 from gta2cs.tracking import Tracking, send_pictures, start_tracking
@@ -69,13 +74,18 @@ def train_stage(
 
     step = TrainingStep(state)
     loader = step_loader(stage_data(state, sampler), start=state.done, stop=state.steps, workers=config.data.workers)
-    choosing = Choosing(state)
     with ProgressLine(state) as progress:
-        observers: list[Observer] = [LossLog(run), Scoring(), choosing, progress, Tracking(), Saving()]
-        for batch in loader:
-            losses = step(batch)
-            for observer in observers:
-                observer(state, losses)
+        try:
+            choosing = Choosing(state)
+            observers: list[Observer] = [LossLog(run), Scoring(), choosing, progress, Tracking(), Saving()]
+            for batch in loader:
+                losses = step(batch)
+                for observer in observers:
+                    observer(state, losses)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(state.where()) from None
+        except WriteError as error:
+            raise WriteError(f"{error} {state.where()}") from None
     return state.recipe, state.history
 
 
@@ -191,6 +201,8 @@ def open_pair(config: Config) -> Pair:
         source_list=data.source_list,
         source_size=data.source_size,
         target_size=data.target_size,
+        source_range=data.source_range,
+        target_range=data.target_range,
         cache=data.cache,
         strict=not config.check_data,
     )
@@ -210,22 +222,30 @@ def open_pair(config: Config) -> Pair:
 def main(config: Config) -> dict[str, Score]:
     """Train every stage, then write the report. Returns the table's rows."""
     check_stages(config)
-    pair = open_pair(config)
     if config.check_data:
-        found = check_data(pair)
+        found = check_data(open_pair(config))
         console.print(found)
         sys.exit(0 if found.ok else 1)
+    accelerator = make_accelerator(config)
+    replaced = config.overwrite or config.dry_run
+    with (
+        own_folder(config.out, resume=config.resume, overwrite=replaced)
+        if accelerator.is_main_process
+        else nullcontext()
+    ):
+        return train(Run(config, open_pair(config), accelerator, console))
 
-    run = Run(config, pair, make_accelerator(config), console)
+
+def train(run: Run) -> dict[str, Score]:
+    """Train every stage of a run whose folder is ours, then write the report."""
+    config, pair = run.config, run.pair
     torch.manual_seed(config.seed)
-    if run.is_main:
-        config.out.mkdir(parents=True, exist_ok=True)
-        for stale in config.out.glob("stage*/*.pt") if not config.resume else ():
-            stale.unlink()  # of an earlier run: a later --resume must not find its stages
-    resume_choice(run)
     student = config.net.build(len(pair.classes.names))
     if config.init is not None:
         load_init(student, config.init, take=config.net.take)
+    if run.is_main and not config.resume:
+        clear_folder(config.out)  # not before: what the net starts from may be in it
+    resume_choice(run)
 
     rows: dict[str, Score] = {}
     nets: dict[str, torch.nn.Module] = {}
@@ -298,5 +318,23 @@ def row_title(config: Config, index: int) -> str:
     return f"{recipe} (stage {index + 1})" if came_before else recipe
 
 
+def command() -> int:
+    """Run from the command line: what the user can mend or has asked for is said in a line, without a trace."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of schedulers: as Ctrl-C
+    try:
+        main(parse())
+    except KeyboardInterrupt as stop:
+        said, status = str(stop) or "Stopped before the first step.", 130
+    except (OSError, ValueError) as error:
+        if not str(error).startswith(("Expected", "Cannot")):  # not of ours: a trace is wanted
+            raise
+        said, status = str(error), 2
+    else:
+        return 0
+    if int(os.environ.get("RANK", "0")) == 0:
+        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(said)}[/]", highlight=False)
+    return status
+
+
 if __name__ == "__main__":
-    main(parse())
+    sys.exit(command())

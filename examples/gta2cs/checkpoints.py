@@ -1,36 +1,134 @@
-"""Checkpoints: written whole or not at all, read without pickled code."""
+"""Checkpoints: written whole or not at all, read without pickled code, and refused in plain words."""
 
 from __future__ import annotations
 
+import json
 import os
+import pickle
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
+from gta2cs.files import replacing
+
 
 def save_checkpoint(path: Path, value: dict[str, Any]) -> None:
-    """Write a checkpoint atomically: a run that dies meanwhile leaves the one before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(value, temporary)
-    os.replace(temporary, path)
+    """Write a checkpoint atomically: a run that dies meanwhile, or fills the disk, leaves the one before."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        noting = _Noting(file)
+        try:
+            torch.save(value, noting)
+        except RuntimeError:
+            if noting.error is None:
+                raise
+            raise noting.error from None  # torch's own words say where in its source the writing stopped
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of `save_checkpoint`; says which file when it is none."""
-    if not Path(path).is_file():
+class _Noting:
+    """A file that remembers why writing failed, since torch replaces the reason."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        if self.error is not None:  # torch goes on with the end of the archive
+            return len(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
+    """Read what `torch.save` wrote, tensors and plain values alone; says which file when that cannot be."""
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"Expected a checkpoint, but there is no file {path}.")
     try:
-        value = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"Expected {path} to be a checkpoint of train_gta2cs.py, but it cannot be read: {error}"
-        ) from error
-    if not isinstance(value, dict) or "recipe" not in value:
-        raise ValueError(f"Expected {path} to be a checkpoint of train_gta2cs.py, but it has no key 'recipe'.")
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        # Not torch's text: it recommends to read the file in a way that runs whatever code is in it.
+        why = "it holds objects other than tensors and plain values, which could run code, or it is damaged"
+    except (EOFError, RuntimeError) as error:
+        first = str(error).splitlines()[0] if str(error) else "it ends too early"
+        why = first if "weights_only" not in first else "it is damaged"
+    except OSError as error:
+        why = error.strerror or str(error)
+    except Exception as error:  # a hostile file can make the reader raise anything
+        why = f"it is damaged ({type(error).__name__})"
+    raise ValueError(f"Expected {path} to hold tensors saved by torch, but it cannot be read: {why}.")
+
+
+_PARTS = {"recipe": dict, "config": str, "history": str, "step": int, "world_size": int, "optimizer": dict}
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu", needs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a checkpoint of `save_checkpoint`; `config` and `history` are still JSON.
+
+    Args:
+        path: the file.
+        device: where its tensors go.
+        needs: keys that it must have besides `recipe`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is none, or lacks a part.
+    """
+    value = read_tensors(path, device)
+    wrong = f"Expected {path} to be a checkpoint of train_gta2cs.py, but"
+    if not isinstance(value, dict):
+        raise ValueError(f"{wrong} it holds {type(value).__name__}.")
+    for key in ("recipe", *needs):
+        if key not in value:
+            raise ValueError(f"{wrong} it has no key {key!r}.")
+    for key, kind in _PARTS.items():
+        if key in value and not isinstance(value[key], kind):
+            raise ValueError(f"{wrong} its {key!r} is {type(value[key]).__name__}.")
+    if odd := [k for k, v in value["recipe"].items() if not (isinstance(k, str) and isinstance(v, Tensor))]:
+        raise ValueError(f"{wrong} its 'recipe' does not name tensors: {odd[:3]!r}.")
+    for key in ("config", "history"):
+        if key in value:
+            checked_json(value[key], key, path)
     return value
+
+
+# Of `config` and `history`: what is read of a checkpoint, and what it may be.
+_SHAPES: dict[str, dict[str, Any]] = {
+    "config": {"data": dict, "net": dict, "stages": list},
+    "history": {"name": str, "scores": list},
+    "data": {"pair": str},
+    "net": {"arch": str, "encoder": str},
+}
+
+
+def checked_json(text: str, key: str, path: Path) -> dict[str, Any]:
+    """Parse `config` or `history` of a checkpoint."""
+    wrong = f"Expected {path} to be a checkpoint of train_gta2cs.py, but its {key!r}"
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{wrong} is no JSON.") from None
+    checks = {key: value}
+    if key == "config" and isinstance(value, dict):
+        checks |= {name: value.get(name) for name in ("data", "net")}
+        stages = value["stages"] if isinstance(value.get("stages"), list) else []
+        if not all(isinstance(stage, dict) and isinstance(stage.get("recipe"), str) for stage in stages):
+            raise ValueError(f"{wrong} has stages that are none.")
+    for name, given in checks.items():
+        for part, kind in _SHAPES[name].items():
+            if not isinstance(given, Mapping) or not isinstance(given.get(part), kind):
+                raise ValueError(f"{wrong} has no {kind.__name__} {part!r}{'' if name == key else f' in {name!r}'}.")
+    return value  # type: ignore[no-any-return]
 
 
 def load_net(net: nn.Module, path: Path, name: str = "student") -> None:

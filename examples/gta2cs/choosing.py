@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from torch import nn
 
 from gta2cs.checkpoints import load_checkpoint, load_net, save_checkpoint
 from gta2cs.config import Config, plain
 from gta2cs.label_free import DIRECTIONS, PRESENT, RELIABILITY, UNRELIABLE, VIEWS, LabelFree, measure, views_of
 from gta2cs.recipes import Losses
+from gta2cs.report import cell
 from gta2cs.stage import Run, StageState
 from udakit import copy_net
 
@@ -98,7 +100,7 @@ class Choosing:
                 self._offer(state.stage.recipe, name, net, found[name], step=state.done)
                 for warning in self.alarm(name, found[name].shares):
                     state.history.setdefault("alarms", []).append(f"{state.stage.recipe}, step {state.done}: {warning}")
-                    run.console.print(f"[yellow]step {state.done}: {warning}[/]")
+                    run.console.print(f"[yellow]step {state.done}: {escape(warning)}[/]")
         if run.is_main:
             shown = run.config.select.lstrip("-")
             shown = shown if shown in DIRECTIONS else GUARD
@@ -260,7 +262,7 @@ def label_free_table(run: Run, histories: list[dict[str, Any]], names: Sequence[
             for net, found in history["label_free"][-1]["nets"].items():
                 rows[f"{history['name']}, {net}"] = LabelFree.from_json(found)
     columns = list(next(iter(rows.values())).scores) if rows else []
-    head = [*(name.replace("_", " ") for name in columns), *(f"{name}, % of pixels" for name in names)]
+    head = [*(name.replace("_", " ") for name in columns), *(f"{cell(name)}, % of pixels" for name in names)]
     lines = ["| net, on target training images | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
     for title, found in rows.items():
         cells = [f"{found.scores.get(name, float('nan')):.3f}" for name in columns]

@@ -33,6 +33,10 @@ class DataConfig:
     """(height, width) that source images are resized to on loading, or "native". The default is the published one."""
     target_size: str | tuple[int, int] | None = None
     """(height, width) that target images are resized to on loading, or "native". The default is the published one."""
+    source_range: tuple[float, float] | None = None
+    """The values (low, high) of source images that are black and white, for files of more than 8 bits a channel."""
+    target_range: tuple[float, float] | None = None
+    """The values (low, high) of target images that are black and white, for files of more than 8 bits a channel."""
     cache: bool | None = None
     """Keep decoded images in memory. The default does so for small sets only."""
     crop: tuple[int, int] = (128, 192)
@@ -145,6 +149,8 @@ class Config:
     """Send losses, scores and pictures to a tracker as well."""
     resume: bool = False
     """Go on where the run in the folder "out" stopped."""
+    overwrite: bool = False
+    """Replace the run that the folder "out" holds."""
     dry_run: bool = False
     """Two steps a stage and two images an evaluation, in out/dry_run: does everything run?"""
     check_data: bool = False
@@ -154,7 +160,7 @@ class Config:
 def parse(arguments: list[str] | None = None) -> Config:
     """Read YAML and command line; without `--config` on top of the toy configuration."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    flags = {"--resume", "--dry-run", "--check-data"}  # may stand without a value
+    flags = {"--resume", "--overwrite", "--dry-run", "--check-data"}  # may stand without a value
     arguments = [f"{a.replace('-', '_').replace('__', '--', 1)}=true" if a in flags else a for a in arguments]
     named = any(a.partition("=")[0] == "--config" for a in arguments)  # a file says all that is not the default
     toy = [] if named else [str(TOY)]
@@ -171,8 +177,19 @@ def plain(config: Config) -> dict[str, Any]:
 
 def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path) -> None:
     """Refuse to continue a run whose result would be neither the old configuration's nor the new one's."""
-    now = plain(config)
-    free = {"out", "resume", "eval_every", "eval_trimap", "save_every", "keep_checkpoints", "log_every", "log_with"}
+    now, default = plain(config), plain(Config())
+    saved = {**default, **saved, "data": {**default["data"], **saved["data"]}}  # of before an option existed
+    free = {
+        "out",
+        "resume",
+        "overwrite",
+        "eval_every",
+        "eval_trimap",
+        "save_every",
+        "keep_checkpoints",
+        "log_every",
+        "log_with",
+    }
     free |= {"check_data", "score_images", "score_views"}
     saved["net"] = {"take": "all", **saved["net"]}  # checkpoints of before it existed
     saved.setdefault("select", now["select"])

@@ -18,6 +18,9 @@ import numpy as np
 from gta2cs.datasets import ClassSet
 from gta2cs.files import write_text
 
+CELL = re.compile(r"\|((?:\\.|[^\\|])*)")  # what follows a bar that is not escaped
+ESCAPED = re.compile(r"\\([\\|`*\[\]<>$])")
+_HIDDEN = 0xE000  # first of the characters that mean nothing
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1b22; --page: #fff; --line: #ddd; --best: #e8e0f7; --quiet: #666 }
@@ -89,7 +92,7 @@ def _blocks(text: str, folder: Path, classes: ClassSet | None) -> Iterator[str]:
 
 def _table(lines: list[str], classes: ClassSet | None) -> str:
     """A table whose second line is the rule between head and body."""
-    head, _, *rows = ([cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines)
+    head, _, *rows = ([cell.strip() for cell in CELL.findall(line.strip())[:-1]] for line in lines)
     colors = {} if classes is None else dict(zip(classes.names, classes.palette.tolist(), strict=True))
     values = np.array([[_number(cell) for cell in row] for row in rows]).reshape(len(rows), len(head))
     best = np.where(np.isnan(values), -np.inf, values).max(0, initial=-np.inf)
@@ -120,14 +123,18 @@ def _picture(path: Path, alt: str) -> str:
 
 def _inline(text: str) -> str:
     """Bold, code and links inside a line; everything else as it is written."""
+    text = ESCAPED.sub(lambda found: chr(_HIDDEN + ord(found[1])), text)  # no Markdown, until the end
     text = escape(text, quote=False)
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
     text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
-    return re.sub(r"(?<!!)\[([^\]]+)\]\((https?://[^)\s\"]+)\)", r'<a href="\2">\1</a>', text)
+    text = re.sub(r"(?<!!)\[([^\]]+)\]\((https?://[^)\s\"]+)\)", r'<a href="\2">\1</a>', text)
+    return re.sub(f"[{chr(_HIDDEN)}-{chr(_HIDDEN + 127)}]", lambda found: escape(chr(ord(found[0]) - _HIDDEN)), text)
 
 
 def _plain(text: str) -> str:
-    return text.replace("**", "").replace("`", "").strip()
+    """The words alone, as a class is called."""
+    parts = ESCAPED.split(text)  # between escaped characters
+    return "".join(part if i % 2 else part.replace("**", "").replace("`", "") for i, part in enumerate(parts)).strip()
 
 
 def _number(cell: str) -> float:

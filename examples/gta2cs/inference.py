@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -45,10 +46,7 @@ class Trained:
     def open(cls, path: Path, classes_file: Path | None = None) -> Trained:
         """Read a checkpoint; of a run's folder, the net that was chosen."""
         path = path / "best.pt" if path.is_dir() else path
-        saved = load_checkpoint(path)
-        for key in ("config", "history"):
-            if key not in saved:
-                raise ValueError(f"Expected {path} to be a checkpoint of train_gta2cs.py, but it has no key {key!r}.")
+        saved = load_checkpoint(path, needs=("config", "history"))
         recipe = saved["recipe"]
         names = tuple(n for n, prefix in NETS.items() if any(k.startswith(f"{prefix}.") for k in recipe))
         return cls(path, json.loads(saved["config"]), json.loads(saved["history"]), names, classes_file, recipe)
@@ -56,6 +54,10 @@ class Trained:
     @cached_property
     def classes(self) -> ClassSet:
         """Names and colours: of `classes_file`, of the pair, or as the last evaluation named them."""
+        with _as_it_says(self.path):
+            return self._classes()
+
+    def _classes(self) -> ClassSet:
         pair, data = self.config["data"]["pair"], self.config["data"]
         if self.classes_file is not None:
             return load_classes(self.classes_file).known
@@ -66,8 +68,8 @@ class Trained:
         known = {"cs2acdc": CITYSCAPES_19, "cs2darkzurich": CITYSCAPES_19, **SMALL, **SYNTHETIC}.get(pair)
         if known is not None:
             return known
-        roots = [data["source_root"], data["target_root"], data["data_root"]]
-        roots += [Path(data["data_root"]) / part for part in ("source", "target")] if data["data_root"] else []
+        roots = [data.get("source_root"), data.get("target_root"), data.get("data_root")]
+        roots += [Path(data["data_root"]) / part for part in ("source", "target")] if data.get("data_root") else []
         for root in roots:
             if root is not None and (found := Path(root) / "classes.yaml").is_file():
                 return load_classes(found).known
@@ -82,7 +84,7 @@ class Trained:
     @property
     def seen_size(self) -> Size | None:
         """(height, width) that the run resized its target images to, None for none."""
-        given = self.config["data"]["target_size"]
+        given = self.config["data"].get("target_size")
         if isinstance(given, list):
             return (given[0], given[1])
         _, published = PUBLISHED_SIZES.get(self.config["data"]["pair"], (None, None))
@@ -93,7 +95,8 @@ class Trained:
         """How the run read its target images."""
         data = self.config["data"]
         given = data.get("target_range")  # checkpoints of before it existed have none
-        return ImageFormat(data.get("channels", 3), (given[0], given[1]) if given else None)
+        with _as_it_says(self.path):
+            return ImageFormat(data.get("channels", 3), (given[0], given[1]) if given else None)
 
     def net(self, name: str = "student", **changes: str) -> SegNet:
         """Build one of its nets, in eval mode: a key of `NETS` or any prefix of the recipe's tensors.
@@ -105,7 +108,8 @@ class Trained:
         if options["arch"] != "hf_segformer" or options["encoder"] in MIT:
             options["weights"] = "random"  # all tensors come from the checkpoint, none from a package or the hub
         decoder = options.pop("options", {})  # checkpoints of before it existed have none
-        net = build_net(**decoder, **options, num_classes=len(self.classes.names))
+        with _as_it_says(self.path):
+            net = build_net(**decoder, **options, num_classes=len(self.classes.names))
         copy_net(net, self.recipe, NETS.get(name, name), self.path)
         return net.eval()  # type: ignore[return-value]
 
@@ -113,7 +117,8 @@ class Trained:
     def _large(self) -> dict[str, Any]:
         """How DUDA's large nets differ from the student."""
         given = [s["options"] for s in self.config["stages"] if s["recipe"] == self.history["name"]]
-        return DudaPre.parse(given[0]).large  # type: ignore[no-any-return]
+        with _as_it_says(self.path):
+            return DudaPre.parse(given[0]).large  # type: ignore[no-any-return]
 
     def pair(self, **roots: Path | None) -> Pair:
         """Open the pair it was trained on, from where the folders are now if `roots` name them."""
@@ -123,6 +128,18 @@ class Trained:
         options |= {k: data[k] for k in ("channels", "source_range", "target_range") if k in data}
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         return build_pair(data["pair"], cache=data["cache"], **options)
+
+
+@contextmanager
+def _as_it_says(path: Path) -> Iterator[None]:
+    """What a foreign checkpoint says of itself can be anything: say which file it is that makes no sense."""
+    try:
+        yield
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError) as error:
+        raise ValueError(
+            f"Expected {path} to be a checkpoint of train_gta2cs.py, but what it says of its run makes no sense "
+            f"({type(error).__name__}: {error})."
+        ) from error
 
 
 class Logits(NamedTuple):

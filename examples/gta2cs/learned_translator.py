@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from gta2cs.checkpoints import save_checkpoint
+from gta2cs.checkpoints import read_tensors, save_checkpoint
 from gta2cs.loading import Batch
 from gta2cs.nets import SegNet
 
@@ -111,7 +111,7 @@ def train_translator(
     plan = {"steps": steps, "lr": lr, "seed": seed}
     device = next(translator.parameters()).device
     if resume and path is not None and path.is_file():
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = read_tensors(path, device)
         if saved["plan"] == plan:
             translator.load_state_dict(saved["translator"])
             optimizer.load_state_dict(saved["optimizer"])

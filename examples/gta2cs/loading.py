@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import signal
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -166,7 +167,13 @@ def step_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(data.seed),  # otherwise the loader draws from the global one
+        worker_init_fn=leave_interrupts if workers else None,
     )
+
+
+def leave_interrupts(worker: int) -> None:
+    """Ctrl-C is for the process that asked for the data: a worker ends with it, without a trace of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def evaluation_batches(
@@ -175,7 +182,12 @@ def evaluation_batches(
     """Whole images in order: (normalised images, labels int64 or None, positions); one batch never mixes sizes."""
     chosen = range(len(data)) if indices is None else indices
     loader: DataLoader[object] = DataLoader(
-        data, batch_size=None, sampler=chosen, num_workers=workers, generator=torch.Generator()
+        data,
+        batch_size=None,
+        sampler=chosen,
+        num_workers=workers,
+        generator=torch.Generator(),
+        worker_init_fn=leave_interrupts if workers else None,
     )
     held: list[tuple[Tensor, Tensor | None, int]] = []
     for index, item in zip(chosen, loader, strict=True):

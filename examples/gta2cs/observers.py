@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import Progress, TaskID
 from torch import nn
 
@@ -38,7 +39,7 @@ class LossLog:
         if losses.selection is not None:
             entry["kept"] = self.alarm.shares(losses.selection)
             for warning in self.alarm.check():
-                run.console.print(f"[yellow]step {state.done}: {warning}[/]")
+                run.console.print(f"[yellow]step {state.done}: {escape(warning)}[/]")
         if losses.per_class:
             names = run.pair.classes.names
             entry["per_class"] = {k: dict(zip(names, v.tolist(), strict=True)) for k, v in losses.per_class.items()}
@@ -94,7 +95,7 @@ class Scoring:
         run.console.print(f"{state.stage.recipe}, step {state.done} of {state.steps}: mIoU on target {found}")
         if kept := (history["losses"] or [{}])[-1].get("kept"):
             shares = ", ".join(f"{name} {100 * share:.0f}" for name, share in kept.items())
-            run.console.print(f"  [dim]% of each predicted class that is sure enough: {shares}[/]")
+            run.console.print(f"  [dim]% of each predicted class that is sure enough: {escape(shares)}[/]")
 
 
 def score_on_target(run: Run, net: nn.Module) -> Score:
@@ -143,4 +144,4 @@ class ProgressLine:
         if self.plain:
             run.console.print(f"{state.stage.recipe}, step {state.done} of {state.steps}: {status}", markup=False)
         else:
-            self.bar.update(self.task, completed=state.done, status=status)
+            self.bar.update(self.task, completed=state.done, status=escape(status))

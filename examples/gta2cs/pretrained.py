@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
-from gta2cs.checkpoints import load_net
+from gta2cs.checkpoints import load_net, read_tensors
 
 if TYPE_CHECKING:
     from gta2cs.nets import SegNet
@@ -105,7 +104,7 @@ def load_weights(net: SegNet, path: Path | str, *, take: Take = "all") -> Loaded
 def load_init(net: SegNet, path: Path, *, take: Take = "all") -> None:
     """Load what a run starts from: the student of a checkpoint of train_gta2cs.py, or a net of another make."""
     if path.is_file() and path.suffix != ".safetensors":
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        value = read_tensors(path)
         if isinstance(value, dict) and "recipe" in value:
             return load_net(net, path)
     load_weights(net, path, take=take)
@@ -129,12 +128,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
         return load_file(path)
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"Expected {path} to hold a state_dict, but it cannot be read without running code in it. Save "
-            f"`net.state_dict()` instead of the net. ({str(error).splitlines()[0]})"
-        ) from error
+        state: Any = read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error} Of a net, `net.state_dict()` is what should be saved.") from None
     while isinstance(state, Mapping) and (inner := next((k for k in NESTED if _is_mapping(state.get(k))), None)):
         state = state[inner]
     tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}

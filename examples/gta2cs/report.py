@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,16 @@ import numpy as np
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+
+matplotlib.rcParams["text.parse_math"] = False  # a class may be called "a$b"
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from gta2cs.datasets import ClassSet
 from gta2cs.evaluation import Score
+from gta2cs.files import replacing
 from gta2cs.files import write_json as write_json
 from gta2cs.files import write_text as write_text
 
@@ -25,14 +29,19 @@ def markdown_table(rows: dict[str, Score], classes: ClassSet) -> str:
     """One line a net: the named means, then IoU per class, in percent."""
     means = list(classes.scores)
     lines = [
-        "| net | " + " | ".join([f"**{m}**" for m in means] + list(classes.names)) + " |",
+        "| net | " + " | ".join([f"**{cell(m)}**" for m in means] + [cell(c) for c in classes.names]) + " |",
         "|---|" + "---:|" * (len(means) + len(classes.names)),
     ]
     for name, score in rows.items():
         values = [f"**{score.means[m]:.1f}**" for m in means]
         values += ["–" if np.isnan(score.iou[c]) else f"{score.iou[c]:.1f}" for c in classes.names]
-        lines.append(f"| {name} | " + " | ".join(values) + " |")
+        lines.append(f"| {cell(name)} | " + " | ".join(values) + " |")
     return "\n".join(lines) + "\n"
+
+
+def cell(name: str) -> str:
+    """Escape a name of a class for a cell of a Markdown table."""
+    return re.sub(r"([\\|`*\[\]<>$])", r"\\\1", " ".join(name.split()))
 
 
 def rich_table(rows: dict[str, Score], classes: ClassSet) -> Table:
@@ -40,12 +49,12 @@ def rich_table(rows: dict[str, Score], classes: ClassSet) -> Table:
     table = Table(title="IoU in percent on target, last checkpoint", title_justify="left")
     table.add_column("class")
     for name in rows:
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     for c in classes.names:
-        table.add_row(c, *("–" if np.isnan(s.iou[c]) else f"{s.iou[c]:.1f}" for s in rows.values()))
+        table.add_row(escape(c), *("–" if np.isnan(s.iou[c]) else f"{s.iou[c]:.1f}" for s in rows.values()))
     table.add_section()
     for mean in classes.scores:
-        table.add_row(mean, *(f"{s.means[mean]:.1f}" for s in rows.values()), style="bold")
+        table.add_row(escape(mean), *(f"{s.means[mean]:.1f}" for s in rows.values()), style="bold")
     return table
 
 
@@ -148,10 +157,11 @@ def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
-    os.replace(temporary, path)
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=110, format="png")
+    finally:
+        plt.close(figure)
 
 
 def progress_bar(console: Console, *, disable: bool = False) -> Progress:

@@ -55,6 +55,7 @@ class StageState:
     optimizer: torch.optim.Optimizer
     base_lrs: list[float]  # of the optimiser's groups, before any schedule
     done: int = 0
+    saved: int = 0  # the step of the last checkpoint
     history: dict[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
 
@@ -110,15 +111,23 @@ class StageState:
         checkpoint, accelerator = self.folder / "last.pt", self.run.accelerator
         if not (self.run.config.resume and checkpoint.is_file()):
             return False
-        saved = load_checkpoint(checkpoint, self.run.device)
+        needs = ("config", "history", "step", "world_size", "optimizer")
+        saved = load_checkpoint(checkpoint, self.run.device, needs)
         check_same_run(json.loads(saved["config"]), self.run.config, self.index, checkpoint)
         if (world := saved["world_size"]) != accelerator.num_processes:
             raise ValueError(f"Expected the {world} processes of {checkpoint}, but got {accelerator.num_processes}.")
-        self.recipe.load_state_dict(saved["recipe"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(saved["scaler"])
-        self.done, self.history = saved["step"], {**self.history, **json.loads(saved["history"])}
+        try:
+            self.recipe.load_state_dict(saved["recipe"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            if accelerator.scaler is not None:
+                accelerator.scaler.load_state_dict(saved["scaler"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"Expected {checkpoint} to be a checkpoint of this run, but it does not fit: {first}"
+            ) from error
+        self.done = self.saved = saved["step"]
+        self.history = {**self.history, **json.loads(saved["history"])}
         self.began = time.perf_counter() - self.history["seconds"]
         return True
 
@@ -128,6 +137,7 @@ class StageState:
         self.history["seconds"] = time.perf_counter() - self.began
         agree = parameters_agree(self.recipe.student, accelerator)
         if not self.run.is_main:
+            self.saved = self.done
             return
         saved = {
             "recipe": self.recipe.state_dict(),
@@ -142,6 +152,18 @@ class StageState:
         if accelerator.scaler is not None:
             saved["scaler"] = accelerator.scaler.state_dict()
         save_checkpoint(self.folder / "last.pt", {**saved, "optimizer": self.optimizer.state_dict()})
+        self.saved = self.done
+
+    def where(self) -> str:
+        """Where the run stands and how it goes on, for who has to stop it here."""
+        stage = f"stage {self.index + 1} of {len(self.run.config.stages)} ({self.stage.recipe})"
+        if self.saved:
+            kept = f"the last checkpoint is of step {self.saved}"
+        elif self.index:
+            kept = "the last checkpoint is of the stage before"
+        else:
+            return f"Stopped in {stage} after step {self.done} of {self.steps}; no checkpoint was due yet."
+        return f"Stopped in {stage} after step {self.done} of {self.steps}; {kept}, --resume goes on from there."
 
 
 def parameters_agree(net: nn.Module, accelerator: Accelerator) -> bool:

@@ -2,32 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 from torch import nn
 
 from gta2cs import choosing, html, report
 from gta2cs.config import plain
 from gta2cs.evaluation import Score, predict
+from gta2cs.reading import viewable
 from gta2cs.stage import Run
 
 
 def write_report(run: Run, rows: dict[str, Score], nets: dict[str, nn.Module], histories: list[dict[str, Any]]) -> None:
-    """Write table, curves and panels into the run's folder, and the table to the terminal."""
+    """Write table, curves and panels into the run's folder, and the table to the terminal.
+
+    A part that fails is named and left out: the run is over, and no picture is worth losing its numbers.
+    """
     config, pair = run.config, run.pair
-    report.save_panels(config.out / "panels.png", panels_of(run, nets), pair.classes)
-    report.save_curves(config.out / "curves.png", histories)
     report.write_json(config.out / "results.json", {name: score.to_json() for name, score in rows.items()})
-    history = {"config": plain(config), "stages": histories, "choice": asdict(run.choice)}
+    history = {"config": plain(config), "stages": histories, "choice": asdict(run.choice) if run.choice else None}
     report.write_json(config.out / "history.json", history)
-    report.write_text(config.out / "report.md", text_of(run, rows, histories))
-    html.write_html(config.out / "report.md", pair.classes)
     if rows:
         run.console.print(report.rich_table(rows, pair.classes))
-    run.console.print(choosing.verdict(run, histories).replace("**", ""), markup=False)
-    run.console.print(f"Report, panels and curves: {config.out / 'report.md'}")
+    parts: dict[str, Callable[[], object]] = {
+        "panels.png": lambda: report.save_panels(config.out / "panels.png", panels_of(run, nets), pair.classes),
+        "curves.png": lambda: report.save_curves(config.out / "curves.png", histories),
+        "report.md": lambda: report.write_text(config.out / "report.md", text_of(run, rows, histories)),
+        "report.html": lambda: html.write_html(config.out / "report.md", pair.classes),
+        "the verdict": lambda: run.console.print(choosing.verdict(run, histories).replace("**", ""), markup=False),
+    }
+    failed = [name for name, write in parts.items() if not _written(run, name, write)]
+    if "report.md" not in failed:
+        run.console.print(f"Report, panels and curves: {config.out / 'report.md'}", markup=False)
+
+
+def _written(run: Run, name: str, write: Callable[[], object]) -> bool:
+    try:
+        write()
+    except Exception as error:  # whatever it is, checkpoints and results.json are there
+        why = f"{type(error).__name__}: {error}"
+        run.console.print(f"[yellow]{name} could not be written: {escape(why)}[/]")
+        return False
+    return True
 
 
 def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -> str:
@@ -64,10 +84,10 @@ def panels_of(run: Run, nets: dict[str, nn.Module]) -> list[dict[str, np.ndarray
     for i in picked:
         if pair.target_val is None:
             image = pair.target_train[i]
-            row = {"image": image.permute(1, 2, 0).numpy()}
+            row = {"image": viewable(image)}
         else:
             image, label = pair.target_val[i]
-            row = {"image": image.permute(1, 2, 0).numpy(), "truth": label.numpy()}
+            row = {"image": viewable(image), "truth": label.numpy()}
         for name in dict.fromkeys((next(iter(nets)), list(nets)[-1])):  # where the run began, and what was chosen
             probabilities = predict(nets[name].eval(), image, run.device).cpu()
             row[name] = probabilities.argmax(0).byte().numpy()

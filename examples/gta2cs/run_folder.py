@@ -1,0 +1,99 @@
+"""The folder of a run: one process at a time, nothing of an earlier run lost unasked."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from gta2cs.files import check_writable, remove_pieces
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: there nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+
+class FolderInUse(OSError):
+    """Another process trains into this folder."""
+
+
+LOCK = "run.lock"
+LEFT = ("stage*/*.pt", "*.pt", "results.json", "history.json", "report.md", "report.html", "panels.png", "curves.png")
+
+
+@contextmanager
+def own_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+    """Hold a folder for the length of a block. What an earlier run left stays until `clear_folder`.
+
+    The lock belongs to the process, not to the file: it is free as soon as the process ends, however that happens.
+
+    Raises:
+        WriteError: a folder that cannot be written.
+        FolderInUse: another process is at work in it.
+        FileExistsError: it holds a run, and neither `resume` nor `overwrite` says what should become of it.
+    """
+    check_writable(folder)
+    with _locked(folder) as file:
+        held = left_by_a_run(folder)
+        if held and not (resume or overwrite):
+            raise FileExistsError(
+                f"Expected `out` to be free of runs, but {folder} holds one, for example {held[0]}. "
+                "--resume goes on with it, --overwrite replaces it."
+            )
+        remove_pieces(folder)
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
+        file.flush()
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)  # while it is still held
+
+
+def left_by_a_run(folder: Path) -> list[Path]:
+    """Files that an earlier run left, and that a new one would replace."""
+    return sorted(path for pattern in LEFT for path in folder.glob(pattern))
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove what an earlier run left: a later --resume must not find its stages, nor a reader its table."""
+    for path in left_by_a_run(folder):
+        path.unlink()
+
+
+def _locked(folder: Path) -> TextIO:
+    """Open the lock's file and lock it."""
+    while True:
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+        if fcntl is None:
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise FolderInUse(
+                f"Expected `out` to be of one run alone, but {_owner(folder)} is at work in {folder}. "
+                "Wait for it, end it, or choose another --out."
+            ) from None
+        except OSError:
+            return file  # a file system without locks
+        try:
+            if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        file.close()  # its last owner has just removed it: lock the next one
+
+
+def _owner(folder: Path) -> str:
+    try:
+        owner = json.loads((folder / LOCK).read_text(encoding="utf-8"))
+        return f"process {owner['pid']} on {owner['host']} (since {owner['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

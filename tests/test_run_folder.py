@@ -1,0 +1,195 @@
+"""Nothing is lost: one process a folder, no run replaced unasked, a full disk leaves the last file. Real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gta2cs import files
+from gta2cs.checkpoints import load_checkpoint, save_checkpoint
+from gta2cs.files import WriteError, replacing, write_text
+from gta2cs.run_folder import FolderInUse, clear_folder, own_folder
+
+EXAMPLES = Path(files.__file__).parent.parent
+SCRIPT = EXAMPLES / "train_gta2cs.py"
+TINY = ["--net.weights=random", "--data.crop=[64,64]", "--batch_size=1", "--log_every=1", "--eval_every=0"]
+HOLD = "import sys; from pathlib import Path; from gta2cs.run_folder import own_folder\n"
+HOLD += "with own_folder(Path(sys.argv[1])):\n print('held', flush=True); sys.stdin.read()"
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES.parent)])}
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    """Another process that has a folder."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    process = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1, text=True, env=environment())
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_is_of_one_process_and_free_when_that_is_killed(tmp_path: Path) -> None:
+    other = hold(tmp_path)
+    with pytest.raises(FolderInUse, match=rf"process {other.pid} on .* is at work in {tmp_path}"), own_folder(tmp_path):
+        pass
+    other.kill()
+    other.communicate()
+    with own_folder(tmp_path):  # no stale lock stands in the way
+        assert json.loads((tmp_path / "run.lock").read_text())["pid"] == os.getpid()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_ends_with_its_block_and_not_with_its_file(tmp_path: Path) -> None:
+    other = hold(tmp_path)
+    (tmp_path / "run.lock").unlink()  # by hand: the next run makes its own
+    with own_folder(tmp_path), pytest.raises(FolderInUse), own_folder(tmp_path):
+        pass
+    other.communicate("")
+    with own_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("left", ["stage1_dacs/last.pt", "results.json", "report.md", "translator.pt"])
+def test_a_run_is_replaced_only_when_asked(tmp_path: Path, left: str) -> None:
+    write_text(tmp_path / left, "an hour of work")
+    (tmp_path / "stage1_dacs").mkdir(exist_ok=True)
+    (tmp_path / "stage1_dacs" / ".12-ab.tmp").write_text("a piece of a process that was killed")
+    with pytest.raises(FileExistsError, match=rf"holds one, .*{left}\. --resume .*, --overwrite"), own_folder(tmp_path):
+        pass
+    with own_folder(tmp_path, resume=True):
+        assert (tmp_path / left).read_text() == "an hour of work"
+        assert not list(tmp_path.rglob("*.tmp"))
+    with own_folder(tmp_path, overwrite=True):
+        assert (tmp_path / left).exists()  # until the new run is sure to begin
+        clear_folder(tmp_path)
+        assert not (tmp_path / left).exists()
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match=rf"Cannot write {tmp_path}/file/run: not a directory"):
+        own_folder(tmp_path / "file" / "run").__enter__()
+    if os.getuid():
+        tmp_path.chmod(0o555)
+        with pytest.raises(WriteError, match="permission denied"):
+            own_folder(tmp_path / "run").__enter__()
+
+
+FULL = """
+import resource, sys, torch
+from pathlib import Path
+from gta2cs.checkpoints import save_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    save_checkpoint(Path(sys.argv[1]), {"recipe": {"student.x": torch.zeros(200_000)}, "step": 2})
+except OSError as error:
+    print(error)
+"""
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_last_one_and_no_piece(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"recipe": {"student.x": torch.ones(3)}, "step": 1})
+    done = subprocess.run([sys.executable, "-c", FULL, path], capture_output=True, text=True, env=environment())
+    assert done.stdout.startswith(f"Cannot write {path}: file too large after 0."), done.stdout + done.stderr
+    assert "are free on the disk; the file that was there before is kept." in done.stdout
+    assert "enforce fail" not in done.stdout + done.stderr
+    assert load_checkpoint(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    monkeypatch.setattr("gta2cs.files.secrets.token_hex", lambda count: "x")
+    for write in (
+        lambda path: write_text(path, "text"),
+        lambda path: save_checkpoint(path, {"recipe": {"student.x": torch.zeros(100_000)}}),
+    ):
+        (tmp_path / f".{os.getpid()}-x.tmp").symlink_to("/dev/full")
+        with pytest.raises(WriteError, match=r"Cannot write .*new: no space left on device after .* MB are free"):
+            write(tmp_path / "new")
+        assert not list(tmp_path.iterdir())
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    with replacing(path) as first:
+        first.write_text("first")
+        with replacing(path) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    with pytest.raises(KeyError), replacing(path) as piece:
+        piece.write_text("half")
+        raise KeyError
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------------------------------------------- whole runs
+
+
+def start(out: Path, *arguments: str, **options: object) -> subprocess.Popen[str]:
+    stages = json.dumps([{"recipe": "source_only", "steps": 10_000}])
+    command = [sys.executable, str(SCRIPT), *TINY, f"--stages={stages}", f"--out={out}", *arguments]
+    return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment(), **options)  # type: ignore[call-overload, no-any-return]
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not path.is_file() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.1)
+    assert path.is_file(), process.communicate(timeout=30)
+
+
+@pytest.mark.slow
+def test_a_second_run_an_interrupt_and_a_forgotten_resume(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "stage1_source_only" / "last.pt"
+    first = start(tmp_path, "--save_every=1", "--data.workers=1")
+    wait_for(checkpoint, first)
+    second = start(tmp_path)
+    _, said = second.communicate(timeout=300)
+    assert second.returncode == 2
+    assert f"process {first.pid} on " in said
+    assert len(said.splitlines()) == 1, said
+
+    first.send_signal(signal.SIGINT)
+    _, said = first.communicate(timeout=300)
+    assert first.returncode == 130
+    assert "Stopped in stage 1 of 1 (source_only) after step " in said
+    assert said.rstrip().endswith("--resume goes on from there.")
+    assert len(said.splitlines()) == 1, said
+
+    step = load_checkpoint(checkpoint)["step"]
+    third = start(tmp_path)
+    _, said = third.communicate(timeout=300)
+    assert third.returncode == 2
+    assert "--resume goes on with it, --overwrite replaces it." in said
+    assert load_checkpoint(checkpoint)["step"] == step
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_in_a_line(tmp_path: Path) -> None:
+    import resource
+
+    def few_bytes() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    run = start(tmp_path, "--save_every=1", preexec_fn=few_bytes)
+    _, said = run.communicate(timeout=300)
+    assert run.returncode == 2
+    assert f"Cannot write {tmp_path / 'stage1_source_only' / 'last.pt'}: file too large after " in said
+    assert "Stopped in stage 1 of 1 (source_only) after step 1 of 10000" in said
+    assert len(said.splitlines()) == 1, said
+    assert not list(tmp_path.rglob("*.tmp"))
