@@ -73,11 +73,14 @@ def folded(path: str, *, is_open: bool) -> str:
 
 
 def core(source: str) -> str:
-    """Return the lines of a script from where its teacher is made to where it is updated."""
+    """Return the lines of a script from where its teacher is made to where it is updated.
+
+    Without a teacher: from where it says what learns to where that is restored.
+    """
     lines = source.splitlines()
     calls = {ast.unparse(n.func): n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)}
-    first = calls["EMATeacher"].lineno - 1
-    update = next(call for name, call in calls.items() if name.endswith("teacher.update"))
+    first = next(calls[name] for name in ("EMATeacher", "norm_parameters") if name in calls).lineno - 1
+    update = next(call for name, call in calls.items() if name.endswith(("teacher.update", "restore")))
     while lines[first - 1].lstrip().startswith("#"):  # the comment above belongs to it
         first -= 1
     body = lines[first : update.end_lineno]

@@ -16,7 +16,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples" / "integrations"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
-PLAIN = ["medical_numpy", "semi_supervised", "smp_net", "source_free", "torchvision_net", "transformers_segformer"]
+PLAIN = ["medical_numpy", "semi_supervised", "smp_net", "torchvision_net", "transformers_segformer"]
 
 
 def load(name: str) -> ModuleType:
@@ -84,13 +84,33 @@ def test_vit_backbone_is_shared_and_stays_as_it_was():
     assert student.head.training
 
 
+def source_net(module: ModuleType) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, module.CLASSES, 1)
+    ).eval()
+
+
 def test_source_free_changes_normalisations_alone():
     module = load("source_free")
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, module.CLASSES, 1))
+    net = source_net(module)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    module.main(steps=3, size=32, net=net, target=torch.randn(4, 3, 32, 32) + 2)
-    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {"1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    target = torch.randn(4, 3, 32, 32) + 2
+    adapted = module.adapt(net, target, steps=3)
+    assert len(set(adapted.losses)) == 3
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    changed = {name for name, value in adapted.net.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed <= {"1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert set(adapted.scores) == {-1, 0, 3}
+    assert adapted.scores[adapted.step] == max(adapted.scores.values())
+    assert module.score(adapted.net, target[:2]) == adapted.scores[adapted.step]
+
+
+def test_source_free_loss_wants_decided_and_diverse_pixels():
+    loss = load("source_free").information_loss
+    one = torch.tensor([50.0, 0.0]).view(1, 2, 1).repeat(1, 1, 4)
+    both = torch.cat([one[..., :2], one[..., 2:].flip(1)], 2)
+    assert loss(both) < loss(one) - 0.6
+    assert float(loss(torch.zeros(1, 2, 4))) == pytest.approx(0, abs=1e-6)
 
 
 def test_accelerate_saves_teacher_and_selector_with_the_rest(tmp_path):

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from udakit._checks import check_range, check_tensor, kind_of
+from udakit.teachers import copy_net
 
 __all__ = ["adapt_batch_norm", "norm_parameters"]
 
-M = TypeVar("M", bound=nn.Module)
 NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -59,15 +57,16 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
-def adapt_batch_norm(model: M, batches: Iterable[Tensor], *, source_share: float = 0.0) -> M:
+def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_share: float = 0.0) -> nn.Module:
     r"""Copy a net and estimate its BatchNorm statistics anew on batches of target; no weight changes.
 
     $$\mu = s\, \mu_S + (1 - s)\, \frac{1}{B} \sum_b \mu_b, \qquad
     \sigma^2 = s\, \sigma_S^2 + (1 - s)\, \frac{1}{B} \sum_b \sigma_b^2$$
 
-    **Convention.** The copy comes back in the modes of the net, whose own statistics stay. Meanwhile the BatchNorm
-    layers normalise by the batch and everything else is in evaluation mode, without dropout. The average is plain over
-    the batches, each with its unbiased variance, as torch keeps them. A layer that keeps no statistics is left alone.
+    **Convention.** The copy comes back in the modes of the net, without wrappers (see `copy_net`), and the net itself
+    stays as it is. Meanwhile the BatchNorm layers normalise by the batch and everything else is in evaluation mode,
+    without dropout. The average is plain over the batches, each with its unbiased variance, as torch keeps them. A
+    layer that keeps no statistics is left alone.
 
     **Source.** AdaBN (Li et al., 2016) with s = 0; Schneider et al. (NeurIPS 2020) keep a share of source's statistics
     where target has few images.
@@ -91,9 +90,8 @@ def adapt_batch_norm(model: M, batches: Iterable[Tensor], *, source_share: float
         >>> bool(net[1].running_mean.any()), bool(adapted[1].running_mean.any())
         (False, True)
     """
-    _check_model(model)
     check_range("source_share", source_share, 0.0, 1.0)
-    adapted = _copy(model)
+    adapted = copy_net(model)
     norms = [m for m in adapted.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         raise ValueError(
@@ -123,14 +121,6 @@ def adapt_batch_norm(model: M, batches: Iterable[Tensor], *, source_share: float
         _statistic(norm.running_mean).lerp_(mean, source_share)
         _statistic(norm.running_var).lerp_(variance, source_share)
     return adapted
-
-
-def _copy(model: M) -> M:
-    """A copy that shares no tensor and carries no gradient."""
-    copies: dict[int, Tensor] = {id(b): b.detach().clone() for b in model.buffers()}
-    for p in model.parameters():
-        copies[id(p)] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
-    return copy.deepcopy(model, copies)
 
 
 def _check_model(model: object) -> None:

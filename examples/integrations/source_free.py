@@ -2,68 +2,111 @@
 
     python examples/integrations/source_free.py
 
-Without labelled batches nothing holds a net to its classes, and the easiest way to agree with oneself is to predict
-one class everywhere. Each line below that says "hold" is there against that.
+Two steps. First, BatchNorm takes the statistics of target, which needs no gradient. Then only the normalisation layers
+learn, to make predictions decided for each pixel and diverse over the batch. Nothing holds a net without labels to its
+classes: the easiest way to agree with oneself is to predict one class everywhere. Each line that says "hold" is there
+against that, and a score that needs no label says which net to keep.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
-from udakit import ClassQuantileSelector, EMATeacher, StrongAugment, cross_entropy, entropy_loss
+from udakit import adapt_batch_norm, copy_net, entropy_loss, mirror_consistency, norm_parameters
 
 CLASSES = 19
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def adaptable(net: nn.Module) -> list[nn.Parameter]:
-    """Scales and shifts of the normalisations, and nothing else.
+class Adapted(NamedTuple):
+    """The net to keep, when it was made, and the log of each step."""
 
-    Hold: they can undo what light, weather and camera do to features, but cannot forget a class.
+    net: nn.Module
+    step: int  # 0: BatchNorm's statistics alone; -1: the net as it came
+    losses: list[float]
+    scores: dict[int, float]  # of each candidate, by its step
+
+
+def has_batch_norm(net: nn.Module) -> bool:
+    """Whether there are statistics to estimate anew; transformers have none."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+
+
+def information_loss(logits: Tensor) -> Tensor:
+    """Mean entropy of the pixels less the entropy of their mean: decided, and not all the same.
+
+    Hold: the second term is 0 for a net that predicts one class.
     """
-    net.requires_grad_(False)
-    found = []
-    for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm | nn.GroupNorm):
-            found += [p.requires_grad_() for p in module.parameters()]
+    mean = logits.softmax(1).mean((0, *range(2, logits.ndim)))
+    return entropy_loss(logits, normalize=False) + (mean * mean.clamp_min(1e-12).log()).sum()
+
+
+@torch.no_grad()
+def restore(net: nn.Module, source: dict[str, Tensor], probability: float) -> None:
+    """Put a few random numbers back to their source values (CoTTA). Hold: the net cannot drift away for good."""
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            p.copy_(torch.where(torch.rand_like(p) < probability, source[name], p))
+
+
+def score(net: nn.Module, images: Tensor) -> float:
+    """How far the net agrees with itself on mirrored images, as an IoU: no label is needed."""
+    training = net.training
+    with torch.no_grad():
+        found = float(mirror_consistency(net.eval(), images, scope="batch"))
+    net.train(training)
     return found
 
 
+def adapt(
+    net: nn.Module, target: Tensor, *, steps: int, batch_size: int = 2, lr: float = 1e-3, check_every: int = 20
+) -> Adapted:
+    """Adapt a copy of `net` to the images `target` (M, 3, H, W) and return the best candidate."""
+    held_out, images = target[: max(2, len(target) // 4)], target
+    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    scores = {-1: score(net, held_out)}
+    best, best_step = net, -1
+
+    def consider(candidate: nn.Module, step: int) -> None:
+        nonlocal best, best_step
+        scores[step] = score(candidate, held_out)
+        if scores[step] > scores[best_step]:
+            best, best_step = copy_net(candidate), step
+
+    student = adapt_batch_norm(net, batches) if has_batch_norm(net) else copy_net(net)
+    consider(student, 0)
+
+    # Hold: scales and shifts of the normalisations, and nothing else. They can undo what light, weather and camera do
+    # to features, but cannot forget a class.
+    student.requires_grad_(False)
+    learning = [p.requires_grad_() for p in norm_parameters(student)]
+    source = {name: p.detach().clone() for name, p in student.named_parameters()}
+    optimizer = torch.optim.Adam(learning, lr=lr)
+    student.train()  # BatchNorm works with the batch, and its running statistics follow
+    losses = []
+    for step in range(1, steps + 1):
+        loss = information_loss(student(batches[step % len(batches)]))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        restore(student, source, probability=0.01)
+        losses.append(loss.item())
+        if step % check_every == 0 or step == steps:
+            consider(student, step)
+    return Adapted(best, best_step, losses, scores)
+
+
 def main(steps: int = 2, size: int = 64, net: nn.Module | None = None, target: Tensor | None = None) -> list[float]:
-    """Adapt `net` to the images `target` (M, 3, H, W) and return the losses; stand-ins are made for both."""
+    """Adapt and return the losses; stand-ins are made for net and images."""
     if net is None:  # yours: the checkpoint of whoever had the source data
         net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, CLASSES, 1))
     if target is None:
         target = torch.randn(8, 3, size, size)
-    student = net.train()  # BatchNorm on statistics of target: an adaptation that needs no gradient at all
-    optimizer = torch.optim.SGD(adaptable(student), lr=1e-4, momentum=0.9)
-
-    # Hold: a slow teacher that starts as the source net. warmup=False: with it the first updates would copy the student
-    # and throw away the one thing that knows source. `share_frozen`: only what is adapted exists twice.
-    teacher = EMATeacher(student, decay=0.999, warmup=False, share_frozen=True)
-    # Hold: a share of every predicted class, so that rare classes stay among the pseudo-labels.
-    select = ClassQuantileSelector(CLASSES, share=0.3, momentum=0.9)
-    augment = StrongAugment(mean=MEAN, std=STD)
-
-    losses = []
-    for step in range(steps):
-        images = target[(2 * step + torch.arange(2)) % len(target)]
-        pseudo = select(teacher(images))
-        logits = student(augment(images))
-        loss = cross_entropy(logits, pseudo.labels)
-        # Entropy where the selector trusts nothing: a decision is asked for, without saying which. A small weight, for
-        # this is the term that collapses first.
-        loss = loss + 0.01 * entropy_loss(logits, valid=pseudo.weight == 0)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        teacher.update(student)
-        losses.append(loss.item())
-        # `accepted` is the kept share of each predicted class: log it. A class that goes to 0 and stays is dying.
-        if step % 100 == 0:
-            print(f"step {step}: {int((pseudo.accepted > 0).sum())} of {CLASSES} classes among the pseudo-labels")
-    return losses
+    adapted = adapt(net, target, steps=steps)
+    print(f"kept the net of step {adapted.step}: {adapted.scores}")
+    return adapted.losses
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def fourier_transfer(
     **Convention.** Images are taken as they are, normalised or not; the result is not clamped. `style` is detached.
     Float32 inside at least. beta = 0 still swaps the mean.
 
-    **Source.** FDA (Yang and Soatto, CVPR 2020); the centred square of 2b + 1 frequencies of its released code.
+    **Source.** FDA (Yang and Soatto, CVPR 2020): the centred square of 2b + 1 frequencies a side, as its numpy code
+    swaps it. Its torch code swaps the frequencies -b to b - 1, which is not symmetric.
 
     Args:
         content: what keeps its layout.

@@ -42,7 +42,7 @@ class DudaPre(Recipe):
         large_init: str = ""  # a checkpoint whose student is where the large student starts; empty: from ImageNet
         base: str = "dacs"  # dacs, diga, ehtdi
         base_options: dict[str, Any] = field(default_factory=dict)
-        kd_weight: float = 1.0  # gradual distillation: from the teacher while it adapts; 0: hard labels alone
+        kd_weight: float = 1.0  # ours: soft labels of the teacher while it adapts; 0: one-hot labels alone, as stated
         temperature: float = 1.0
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any, base: SelfTraining) -> None:
