@@ -23,6 +23,7 @@ TORCH |= {"is_nonzero", "allclose", "histc"}
 
 # Reading files and counting classes happen before training, on the CPU. (file, function) -> why.
 ALLOWED: dict[tuple[str, str], str] = {
+    ("mixing/images.py", "check_images"): "looks at the values because it is asked to, to name their range",
     ("labels.py", "check_labels"): "looks at the values because it is asked to, to name the wrong ids",
     ("teachers/ema.py", "EMATeacher._keep_from"): "compares a checkpoint with what is shared, when it is loaded",
     ("sampling.py", "count_classes"): "counts label files before training, on the CPU",

@@ -1,97 +1,112 @@
-"""Colour arithmetic on images: channel statistics, Rec. 601 luma, CIE Lab. No constant is copied from the host."""
+"""Colour arithmetic on RGB images: Rec. 601 luma, HSV saturation and hue, CIE Lab. No constant comes from the host."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
 
-from udakit._checks import check_device, check_float, is_sequence, kind_of, shape_of
-
-Channels = Sequence[float] | Tensor
+Matrix = tuple[tuple[float, float, float], tuple[float, float, float], tuple[float, float, float]]
 
 # Linear sRGB to XYZ, each row divided by the D65 white point, so that white is (1, 1, 1); and the inverse.
-_RGB_TO_XYZ = (
+_RGB_TO_XYZ: Matrix = (
     (0.4124564 / 0.95047, 0.3575761 / 0.95047, 0.1804375 / 0.95047),
     (0.2126729, 0.7151522, 0.0721750),
     (0.0193339 / 1.08883, 0.1191920 / 1.08883, 0.9503041 / 1.08883),
 )
-_XYZ_TO_RGB = (
+_XYZ_TO_RGB: Matrix = (
     (3.2404542 * 0.95047, -1.5371385, -0.4985314 * 1.08883),
     (-0.9692660 * 0.95047, 1.8760108, 0.0415560 * 1.08883),
     (0.0556434 * 0.95047, -0.2040259, 1.0572252 * 1.08883),
 )
-_LAB_KNEE = 6 / 29
-
-
-def check_channels(name: str, values: Channels | None, images: Tensor | None = None) -> None:
-    """Raise unless `values` is None or three numbers, as a sequence or a tensor beside the `images`."""
-    if isinstance(values, Tensor):
-        if values.shape != (3,):
-            raise ValueError(f"Expected `{name}` to be three numbers, one a channel, but got {shape_of(values)}.")
-        if images is not None:
-            check_device(name, values, images, "images")
-    elif values is not None and (isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 3):
-        given = tuple(values) if is_sequence(values) else kind_of(values)
-        raise ValueError(f"Expected `{name}` to be three numbers, one a channel, but got {given}.")
-
-
-def channels_like(values: Channels | None, default: float, like: Tensor) -> Tensor:
-    """Three numbers as (1, 3, 1, 1) on the device of `like`, filled there when they are Python numbers."""
-    if values is None:
-        values = (default,) * 3
-    if not isinstance(values, Tensor):
-        values = torch.stack([torch.full((), v, dtype=like.dtype, device=like.device) for v in values])
-    return values.to(like.dtype).view(1, 3, 1, 1)
-
-
-def check_rgb(name: str, images: Tensor) -> None:
-    """Raise unless `images` is float (N, 3, H, W)."""
-    check_float(name, images, 4, "(N, 3, H, W)")
-    if images.shape[1] != 3:
-        hint = " Channels come first by .permute(0, 3, 1, 2)." if images.shape[3] == 3 else ""
-        raise ValueError(f"Expected `{name}` to be (N, 3, H, W), but got {shape_of(images)}.{hint}")
-
-
-def restore(result: Tensor, images: Tensor) -> Tensor:
-    """Give `result` the dtype and the memory format of `images`."""
-    channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    return result.to(images.dtype).contiguous(
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+_SRGB_KNEE, _LINEAR_KNEE, _LAB_KNEE = 0.04045, 0.0031308, 6 / 29
 
 
 def luma(rgb: Tensor) -> Tensor:
     """Rec. 601 grey value, (N, 1, H, W)."""
     r, g, b = rgb.unbind(1)
-    return (0.299 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
+    return torch.add(torch.add(0.299 * r, g, alpha=0.587), b, alpha=0.114).unsqueeze(1)
 
 
-def _transform(x: Tensor, matrix: tuple[tuple[float, float, float], ...]) -> list[Tensor]:
-    a, b, c = x.unbind(1)
-    return [row[0] * a + row[1] * b + row[2] * c for row in matrix]
+def saturate_and_turn(x: Tensor, saturation: Tensor | None, hue: Tensor | None) -> Tensor:
+    """Multiply the HSV saturation by (N,), add (N,) to the hue, without a sextant to choose: vectorised passes alone.
+
+    With the smallest channel at 0 and the largest at 1, the distance of the hue from red is 1 + g + b - r sextants, on
+    the side of the larger of g and b; and a channel is a trapezoid over its own distance.
+    """
+    r, g, b = x.unbind(1)
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    # In turns of the circle, grey pixels of any hue.
+    distance = torch.addcdiv(_number(1 / 6, x), (g + b) - (r + low), chroma.clamp_min(1e-12), value=1 / 6)
+    turned = torch.copysign(distance, g - b)
+    if hue is None:
+        turned = turned + 1
+    else:
+        turn = (hue / (2 * math.pi)).to(x.dtype)
+        turned = turned + (turn - turn.floor() + 1).view(-1, 1, 1)
+    turned = turned.frac()
+    if saturation is not None:
+        chroma = torch.minimum(chroma * saturation.to(x.dtype).clamp_min(0).view(-1, 1, 1), value)
+    # low + chroma times the share of the trapezoid, clamp(2 - 6 |distance|, 0, 1), with the constants taken out.
+    red, others = torch.sub(value, chroma, alpha=2), value + chroma
+    planes = [
+        torch.addcmul(base, chroma, (turned - centre).abs().clamp(1 / 6, 1 / 3), value=sign)
+        for base, centre, sign in ((red, 1 / 2, 6), (others, 1 / 3, -6), (others, 2 / 3, -6))
+    ]
+    return torch.stack(planes, dim=1).clamp(0, 1)
 
 
-def rgb_to_lab(rgb: Tensor) -> Tensor:
-    """CIE Lab (D65) of sRGB in [0, 1]: L in 0..100. Powers see safe values only, so that black has a gradient."""
-    linear = torch.where(rgb > 0.04045, ((rgb.clamp_min(0.04045) + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    x, y, z = (
-        torch.where(v > _LAB_KNEE**3, v.clamp_min(_LAB_KNEE**3) ** (1 / 3), v / (3 * _LAB_KNEE**2) + 4 / 29)
-        for v in _transform(linear, _RGB_TO_XYZ)
-    )
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+def _transform(x: Tensor, matrix: Matrix) -> Tensor:
+    """The 3 x 3 matrix on the channel axis: (N, 3, H, W)."""
+    numbers = torch.stack([_number(m, x) for row in matrix for m in row])
+    first, second, third = numbers.view(3, 3, 1, 1).unbind(1)
+    a, b, c = x.split(1, dim=1)
+    return torch.addcmul(torch.addcmul(first * a, second, b), third, c)
 
 
-def lab_to_rgb(lab: Tensor) -> Tensor:
-    """SRGB in [0, 1] of CIE Lab (D65), clamped."""
-    lightness, a, b = lab.unbind(1)
-    y = (lightness + 16) / 116
-    xyz = torch.stack(
-        [torch.where(v > _LAB_KNEE, v**3, 3 * _LAB_KNEE**2 * (v - 4 / 29)) for v in (y + a / 500, y, y - b / 200)],
-        dim=1,
-    )
-    linear = torch.stack(_transform(xyz, _XYZ_TO_RGB), dim=1).clamp(0, 1)
-    return torch.where(
-        linear > 0.0031308, 1.055 * linear.clamp_min(0.0031308) ** (1 / 2.4) - 0.055, 12.92 * linear
-    ).clamp(0, 1)
+def rgb_to_opponent(images: Tensor, mean: Tensor | None, std: Tensor | None) -> list[Tensor]:
+    """Return y, x - y and y - z of CIE Lab, each (N, H, W): L / 116, a / 500 and b / 200.
+
+    `images` are sRGB, clamped to [0, 1] once denormalised by `mean` and `std`, as `per_channel` makes them.
+
+    Both curves are the sum of their two pieces, each clamped to its side of the knee: powers see safe values only, so
+    that black has a gradient. What a piece is at the knee is too much in the sum, and is taken off in the end: each row
+    of the matrix has the sum 1.
+    """
+    scale = _number(1.0, images) if std is None else std
+    offset = _number(0.0, images) if mean is None else mean
+    shifted = torch.addcmul((offset + 0.055) / 1.055, images, scale / 1.055)
+    black, knee, slope = 0.055 / 1.055, (_SRGB_KNEE + 0.055) / 1.055, 1.055 / 12.92
+    linear = torch.add(shifted.clamp(knee, 1) ** 2.4, shifted.clamp(black, knee), alpha=slope)
+    xyz = _transform(linear, _RGB_TO_XYZ)
+    surplus = knee * slope
+    knee, slope = _LAB_KNEE**3 + surplus, 1 / (3 * _LAB_KNEE**2)
+    f = torch.add((xyz.clamp_min(knee) - surplus) ** (1 / 3), xyz.clamp_max(knee), alpha=slope)
+    x, y, z = f.unbind(1)
+    return [y - (slope * knee + 16 / 116), x - y, y - z]
+
+
+def opponent_to_rgb(opponent: list[Tensor], mean: Tensor | None, std: Tensor | None) -> Tensor:
+    """Return the way back of `rgb_to_opponent`: clamped to [0, 1], normalised by `mean` and `std`."""
+    y, red, blue = opponent
+    y = y + 16 / 116
+    f = torch.stack([y + red, y, y - blue], dim=1)
+    slope = 3 * _LAB_KNEE**2
+    xyz = torch.add(f.clamp_min(_LAB_KNEE) ** 3, f.clamp_max(_LAB_KNEE), alpha=slope)
+    surplus = slope * _LAB_KNEE
+    linear = _transform(xyz, _XYZ_TO_RGB) - surplus
+    slope = 12.92 / 1.055
+    rgb = torch.add(linear.clamp(_LINEAR_KNEE, 1) ** (1 / 2.4), linear.clamp(0, _LINEAR_KNEE), alpha=slope)
+    # 1.055 times this is sRGB, but for the offset of its curve and what the second piece is at the knee.
+    surplus = 0.055 + 12.92 * _LINEAR_KNEE
+    if mean is None and std is None:
+        return (1.055 * rgb - surplus).clamp(0, 1)
+    scale = _number(1.0, rgb) if std is None else std
+    offset = _number(0.0, rgb) if mean is None else mean
+    return torch.addcmul(-(surplus + offset) / scale, rgb, 1.055 / scale)
+
+
+def _number(value: float, like: Tensor) -> Tensor:
+    return torch.full((), value, dtype=like.dtype, device=like.device)

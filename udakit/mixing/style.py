@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_integer, check_range, shape_of
+from udakit._checks import check_device, check_range, shape_of
 from udakit._reduce import full_precision, upcast
-from udakit.mixing._color import (
+from udakit.mixing._color import opponent_to_rgb, rgb_to_opponent
+from udakit.mixing.images import (
     Channels,
-    channels_like,
-    check_channels,
+    check_image_batch,
     check_rgb,
-    lab_to_rgb,
+    check_statistics,
+    join,
+    per_channel,
     restore,
-    rgb_to_lab,
+    row_blocks,
 )
 
+# A standard deviation of Lab below which a channel counts as without contrast: rounding gives grey images 1e-4.
+LAB_FLOOR = 0.02
 
-def _check_pair(content: Tensor, style: Tensor, *, same_size: bool) -> None:
-    check_rgb("content", content)
-    check_rgb("style", style)
+
+def check_content_style(content: Tensor, style: Tensor, *, same_size: bool) -> None:
+    """Raise unless both are images of one batch size and one number of channels (and, where asked, one size)."""
+    check_image_batch("content", content)
+    check_image_batch("style", style)
     if style.shape[0] != content.shape[0]:
         raise ValueError(
             f"Expected `style` to have the batch size of `content` {shape_of(content)}, but got {shape_of(style)}. "
             "Each image takes one style: style[:1].expand_as(content) gives all the same."
+        )
+    if style.shape[1] != content.shape[1]:
+        raise ValueError(
+            f"Expected `style` to have the channels of `content` {shape_of(content)}, but got {shape_of(style)}."
         )
     check_device("style", style, content, "content")
     if same_size and style.shape != content.shape:
@@ -36,23 +48,24 @@ def _check_pair(content: Tensor, style: Tensor, *, same_size: bool) -> None:
 
 
 def fourier_transfer(
-    content: Float[Tensor, "n 3 h w"], style: Float[Tensor, "n 3 h w"], *, beta: float = 0.01
-) -> Float[Tensor, "n 3 h w"]:
+    content: Float[Tensor, "n k *space"], style: Float[Tensor, "n k *space"], *, beta: float = 0.01
+) -> Float[Tensor, "n k *space"]:
     r"""Give each image the low-frequency Fourier amplitudes of another one, and keep its own phase.
 
     $$x' = \mathcal F^{-1}\!\left(\left[\,M_\beta A(s) + (1 - M_\beta)\,A(c)\,\right] e^{i\,\phi(c)}\right), \qquad
     M_\beta = \left[\,|k_y|, |k_x| \le \lfloor \beta \min(H, W) \rfloor\,\right]$$
 
-    **Convention.** Images are taken as they are, normalised or not; the result is not clamped. `style` is detached.
+    **Convention.** Any number of channels, each by itself; signals and volumes have one or three frequencies instead of
+    two. Images are taken as they are, normalised or not; the result is not clamped. `style` is detached.
     Float32 inside at least. beta = 0 still swaps the mean.
 
     **Source.** FDA (Yang and Soatto, CVPR 2020): the centred square of 2b + 1 frequencies a side, as its numpy code
     swaps it. Its torch code swaps the frequencies -b to b - 1, which is not symmetric.
 
     Args:
-        content: what keeps its layout.
+        content: (N, K, *space), what keeps its layout.
         style: what gives its amplitudes, of the same shape.
-        beta: half the side of the swapped square as a share of min(H, W), in [0, 0.5].
+        beta: half the side of the swapped square as a share of the shortest side of the image, in [0, 0.5].
 
     Returns:
         Images in the dtype and memory format of `content`.
@@ -70,25 +83,37 @@ def fourier_transfer(
         True
     """
     check_range("beta", beta, 0.0, 0.5)
-    _check_pair(content, style, same_size=True)
-    height, width = content.shape[2:]
-    reach = int(beta * min(height, width))
+    check_content_style(content, style, same_size=True)
+    if content.numel() == 0:  # the libraries of Fourier transforms refuse it
+        return restore(content.clone(), content)
+    size = content.shape[2:]
+    axes = list(range(2, content.ndim))
+    reach = int(beta * min(size))
     with full_precision(content):
         x = upcast(content)
         s = style.detach().to(x.dtype)
         # Real images: the half spectrum holds all, and the square is symmetric about frequency 0.
-        spectrum = torch.fft.rfft2(x)
+        spectrum = torch.fft.rfftn(x, dim=axes)
         amplitude = spectrum.abs()
-        wanted = torch.fft.rfft2(s).abs()
-        row = torch.arange(height, device=x.device)
-        near = torch.minimum(row, height - row) <= reach
-        low = near[:, None] & (torch.arange(width // 2 + 1, device=x.device) <= reach)
+        wanted = torch.fft.rfftn(s, dim=axes).abs()
+        low = _low_frequencies(size, reach, x.device)
         # Where the own amplitude is 0 the phase is 0, as angle() has it.
         silent = amplitude == 0
         factor = torch.where(low & ~silent, wanted / torch.where(silent, 1.0, amplitude), 1.0)
         spectrum = spectrum * factor + torch.where(low & silent, wanted, 0.0)
-        result = torch.fft.irfft2(spectrum, s=(height, width))
+        result = torch.fft.irfftn(spectrum, s=size, dim=axes)
     return restore(result, content)
+
+
+def _low_frequencies(size: Sequence[int], reach: int, device: torch.device) -> Tensor:
+    """Which frequencies of the half spectrum lie in the centred square, over the axes of space."""
+    low: Tensor | None = None
+    for i, length in enumerate(size):
+        frequency = torch.arange(length if i + 1 < len(size) else length // 2 + 1, device=device)
+        near = torch.minimum(frequency, length - frequency) <= reach
+        low = near if low is None else low.unsqueeze(-1) & near
+    assert low is not None
+    return low
 
 
 def color_transfer(
@@ -102,8 +127,11 @@ def color_transfer(
 
     $$\text{Lab}' = \frac{\sigma_s}{\sigma_c} (\text{Lab}_c - \mu_c) + \mu_s$$
 
-    **Convention.** Statistics over the pixels of each image; a channel without contrast takes the mean of the style.
-    The result is clamped to displayable colours. `style` is detached. Float32 inside at least.
+    **Convention.** For colour images, (N, 3, H, W), in [0, 1] once denormalised: what lies outside is clamped first
+    (`check_images` looks for it). Statistics over the pixels of each image. A channel without contrast takes the mean
+    of the style: below a deviation of 0.02, far under what an eye sees and far above what rounding makes of a grey
+    image, the factor falls to 0. The result is clamped to displayable colours. `style` is detached. Float32 inside at
+    least.
 
     **Source.** Reinhard et al. 2001, in CIE Lab (D65) instead of their l-alpha-beta.
 
@@ -118,7 +146,7 @@ def color_transfer(
 
     Raises:
         TypeError: images that are not float.
-        ValueError: other than three channels, or unequal batch sizes.
+        ValueError: other than three channels or two dimensions, or unequal batch sizes.
 
     Example:
         >>> import torch
@@ -128,76 +156,56 @@ def color_transfer(
         >>> bool((styled - 0.5).abs().max() < 1e-3)
         True
     """
-    _check_pair(content, style, same_size=False)
-    check_channels("mean", mean, content)
-    check_channels("std", std, content)
+    check_rgb("content", content, "`color_transfer`")
+    check_rgb("style", style, "`color_transfer`")
+    check_content_style(content, style, same_size=False)
+    check_statistics(mean, std, content)
     with full_precision(content):
         x = upcast(content)
         s = style.detach().to(x.dtype)
-        offset, scale = channels_like(mean, 0.0, x), channels_like(std, 1.0, x)
-        lab = rgb_to_lab((x * scale + offset).clamp(0, 1))
-        style_mean, style_deviation = _statistics(rgb_to_lab((s * scale + offset).clamp(0, 1)))
-        own_mean, own_deviation = _statistics(lab)
-        result = lab_to_rgb((lab - own_mean) * (style_deviation / own_deviation) + style_mean)
-    return restore((result - offset) / scale, content)
+        mean, std = (None if v is None else per_channel(v, x) for v in (mean, std))
+        blocks = [rgb_to_opponent(block, mean, std) for block in row_blocks(x)]
+        own_mean, own_deviation = _statistics(_moments(planes) for planes in blocks)
+        style_mean, style_deviation = _statistics(
+            _moments(rgb_to_opponent(block, mean, std)) for block in row_blocks(s)
+        )
+        # The ratio of the deviations down to the floor, and 0 at 0.
+        floor = [own_deviation[:, i].clamp_min(LAB_FLOOR / unit) for i, unit in enumerate((116, 500, 200))]
+        factor = style_deviation * own_deviation / torch.stack(floor, dim=1).square()
+        shift = style_mean - own_mean * factor
+        moved = [
+            [torch.addcmul(b, plane, a) for b, plane, a in zip(_columns(shift), planes, _columns(factor), strict=True)]
+            for planes in blocks
+        ]
+        result = join([opponent_to_rgb(planes, mean, std) for planes in moved])
+    return restore(result, content)
 
 
-def _statistics(lab: Tensor) -> tuple[Tensor, Tensor]:
-    mean = lab.mean(dim=(2, 3), keepdim=True)
-    variance = (lab - mean).square().mean(dim=(2, 3), keepdim=True)
-    return mean, variance.clamp_min(1e-8).sqrt()
+def _columns(x: Tensor) -> list[Tensor]:
+    return [column.view(-1, 1, 1) for column in x.unbind(1)]
 
 
-def histogram_transfer(
-    content: Float[Tensor, "n 3 h w"], style: Float[Tensor, "n 3 h2 w2"], *, bins: int = 1024
-) -> Float[Tensor, "n 3 h w"]:
-    r"""Give each channel of each image the histogram of another one: $x' = F_s^{-1}(F_c(x))$.
-
-    **Convention.** Values are told apart to 1 / `bins` of their range, so that no sorting is needed; 8-bit levels stay
-    apart with the default. Equal values stay equal: all of a bin take the place of its middle, so that a flat surface
-    stays flat. Images are taken as they are, normalised or not; the result lies in the range of the style. A step
-    function of the content: no gradient flows. Float32 inside at least.
-
-    Args:
-        content: what keeps its layout, of any size.
-        style: what gives its values, of any size and the same batch size.
-        bins: number of values told apart, at least 2.
-
-    Returns:
-        Images in the dtype and memory format of `content`.
-
-    Raises:
-        TypeError: images that are not float.
-        ValueError: other than three channels, unequal batch sizes, or fewer than two bins.
-
-    Example:
-        >>> import torch
-        >>> content = torch.tensor([0.1, 0.2, 0.3, 0.4]).expand(1, 3, 1, 4)
-        >>> style = torch.tensor([7.0, 5.0, 6.0, 8.0]).expand(1, 3, 1, 4)
-        >>> histogram_transfer(content, style)[0, 0].round(decimals=1)
-        tensor([[5., 6., 7., 8.]])
-    """
-    check_integer("bins", bins, 2)
-    _check_pair(content, style, same_size=False)
-    x = upcast(content.detach()).flatten(2)
-    s = style.detach().to(x.dtype).flatten(2)
-    own_bin, own_counts, _, _ = _histogram(x, bins)
-    _, counts, low, width = _histogram(s, bins)
-    # Places in the two distributions as exact integers, over the common denominator 2 * own pixels * style pixels.
-    middle = (2 * own_counts.cumsum(2) - own_counts) * s.shape[2]
-    above = counts.cumsum(2) * (2 * x.shape[2])
-    place = torch.searchsorted(above, middle)
-    size = counts.gather(2, place) * (2 * x.shape[2])
-    within = 1 - (above.gather(2, place) - middle).to(x.dtype) / size.clamp_min(1)
-    value = low + (place + within) * (width / bins)
-    return restore(value.gather(2, own_bin).view(content.shape), content)
+def _moments(planes: list[Tensor]) -> tuple[int, Tensor, Tensor]:
+    """Pixels of a stripe, their means (N, 3), and the sums of squared differences from these."""
+    pixels = planes[0].shape[1] * planes[0].shape[2]
+    if planes[0].device.type != "cpu":
+        variances, means = zip(*(torch.var_mean(p, dim=(1, 2), correction=0) for p in planes), strict=True)
+        return pixels, torch.stack(means, dim=1), torch.stack(variances, dim=1) * pixels
+    # The same in two passes, which on the CPU take a fifth of the time.
+    means = [p.mean(dim=(1, 2), keepdim=True) for p in planes]
+    squares = [(p - m).square().sum(dim=(1, 2)) for p, m in zip(planes, means, strict=True)]
+    return pixels, torch.cat(means, dim=1).flatten(1), torch.stack(squares, dim=1)
 
 
-def _histogram(x: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The bin of each value, the count of each bin, and the range: its low end and its width."""
-    low, high = x.amin(dim=2, keepdim=True), x.amax(dim=2, keepdim=True)
-    width = high - low
-    scale = bins / torch.where(width > 0, width, 1.0)
-    index = ((x - low) * scale).long().clamp_(0, bins - 1)
-    counts = torch.zeros(*x.shape[:2], bins, dtype=torch.int64, device=x.device)
-    return index, counts.scatter_add(2, index, torch.ones_like(index)), low, width
+def _statistics(moments: Iterable[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of all stripes together, (N, 3); the root of 0 has no gradient."""
+    pixels, means, squares = zip(*moments, strict=True)
+    count = sum(pixels)
+    if len(pixels) == 1:
+        mean, square = means[0], squares[0]
+    else:
+        mean = torch.stack([m * (p / count) for p, m in zip(pixels, means, strict=True)]).sum(0)
+        square = torch.stack([q + p * (m - mean).square() for p, m, q in zip(pixels, means, squares, strict=True)]).sum(
+            0
+        )
+    return mean, (square / count).clamp_min(1e-20).sqrt()

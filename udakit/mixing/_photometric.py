@@ -1,0 +1,132 @@
+"""What strong augmentation does to the values of (N, K, *space) images in [0, 1], each image by its own numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from udakit.mixing._color import luma, saturate_and_turn
+from udakit.mixing.augment_draw import StrongAugmentDraw
+
+CONVOLUTION = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+DARK = 1e-3  # below this, gamma is a straight line: a quarter of a level of 8 bits
+
+
+def per_image(x: Tensor, like: Tensor) -> Tensor:
+    """(N,) as (N, 1, 1, ...), in the dtype of the images `like` unless it is bool."""
+    return (x if x.dtype == torch.bool else x.to(like.dtype)).view(-1, *(1,) * (like.ndim - 1))
+
+
+def colours(x: Tensor, draw: StrongAugmentDraw, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    """What is done to each pixel by itself, from normalised images to [0, 1]: jitter and greyscale.
+
+    `mean` and `std` as `per_channel` makes them.
+
+    Denormalising, brightness and contrast are one straight line between two bounds for each image and channel, and an
+    image that is not jittered has factors that change nothing: fewer passes than an operation at a time.
+    """
+    scale = 1.0 if std is None else std
+    offset = 0.0 if mean is None else mean
+    low: Tensor | float = 0.0
+    high: Tensor | float = 1.0
+    if draw.jitter is not None and draw.brightness is not None:
+        brightness = per_image(draw.brightness * draw.jitter, x)
+        offset = brightness + offset
+        low, high = brightness.clamp(0, 1), (1 + brightness).clamp(0, 1)
+    if draw.jitter is not None and draw.contrast is not None:
+        contrast = per_image(torch.where(draw.jitter, draw.contrast, 1.0), x).clamp_min(0)
+        scale, offset, low = contrast * scale, contrast * offset, contrast * low
+        high = (contrast * high).clamp_max(1)
+    x = _line(x, scale, offset)
+    x = torch.clamp(x, low, high)
+    if draw.jitter is not None:
+        if draw.gamma is not None:
+            gamma = per_image(torch.where(draw.jitter, draw.gamma, 1.0), x)
+            x = x * x.clamp_min(DARK) ** (gamma - 1)
+        if draw.saturation is not None or draw.hue is not None:
+            saturation = None if draw.saturation is None else torch.where(draw.jitter, draw.saturation, 1.0)
+            hue = None if draw.hue is None else draw.hue * draw.jitter
+            x = saturate_and_turn(x, saturation, hue)
+    if draw.greyscale is not None:
+        x = torch.where(per_image(draw.greyscale, x), luma(x), x)
+    return x
+
+
+def _line(x: Tensor, scale: Tensor | float, offset: Tensor | float) -> Tensor:
+    """`x * scale + offset` in as few passes as it takes."""
+    if isinstance(scale, Tensor) and isinstance(offset, Tensor):
+        return torch.addcmul(offset, x, scale)
+    x = x * scale if isinstance(scale, Tensor) else x
+    return x + offset if isinstance(offset, Tensor) else x
+
+
+def normalise(x: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+    """`(x - mean) / std` in as few passes as it takes."""
+    scale = 1.0 if std is None else 1 / std
+    if mean is None:
+        return _line(x, scale, 0.0)
+    return _line(x, scale, -mean * scale)
+
+
+def sharpen(x: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the mean of the 3 x 3 neighbours, the pixel itself counted five times; the border stays as it is."""
+    channels, axes = x.shape[1], x.ndim - 2
+    weight = 1 / (3**axes + 4)
+    kernel = torch.full((channels, 1, *(3,) * axes), weight, dtype=x.dtype, device=x.device)
+    kernel[(slice(None), slice(None), *(1,) * axes)] = 5 * weight
+    inner = (slice(None), slice(None), *(slice(1, -1),) * axes)
+    smooth = CONVOLUTION[x.ndim](x, kernel, groups=channels)
+    sharp = x.clone()
+    sharp[inner] = torch.lerp(smooth, x[inner], per_image(factor, x)).clamp(0, 1)
+    return sharp
+
+
+def blur(x: Tensor, applied: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
+    """Separable convolution with a kernel for each image; where nothing is blurred the kernel is a single 1."""
+    n, channels, *size = x.shape
+    reach = math.ceil(4 * max_sigma)
+    distance = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    kernel = torch.exp(-0.5 * (distance / sigma.to(x.dtype).unsqueeze(1)).square())
+    kernel = torch.where(applied.unsqueeze(1), kernel, (distance == 0).to(x.dtype)).unsqueeze(1)
+    weight = kernel.repeat_interleave(channels, dim=0)
+    y = x.reshape(1, n * channels, *size)
+    if x.device.type == "cpu" and x.ndim == 4:  # depthwise convolution is several times faster with channels innermost
+        y = y.contiguous(memory_format=torch.channels_last)
+    covered: Tensor | None = None
+    for axis, length in reversed(list(enumerate(size))):
+        along = [1] * len(size)
+        along[axis] = -1
+        padding = [reach if i == axis else 0 for i in range(len(size))]
+        y = CONVOLUTION[x.ndim](y, weight.view(n * channels, 1, *along), padding=padding, groups=n * channels)
+        # The share of the kernel that lies in the image, along each axis: zero padding, divided out again.
+        inside = torch.ones(1, n, length, dtype=x.dtype, device=x.device)
+        share = F.conv1d(inside, kernel, padding=reach, groups=n).view(n, 1, *along)
+        covered = share if covered is None else share * covered
+    return y.contiguous().view(x.shape).div_(covered)
+
+
+def gaussian_noise(like: Tensor, seed: Tensor) -> Tensor:
+    """Standard normal values for images (N, K, *space), a function of each image's seed and of the place alone.
+
+    One draw so serves several renderings of an image, on any device. Two rounds of an integer hash (32 bits, in int64)
+    make 16 + 16 random bits, of which the Box-Muller transform makes two values.
+    """
+    n, count = like.shape[0], like[0].numel()
+    place = torch.arange((count + 1) // 2, device=like.device)
+    bits = _hash(_hash(place) + _hash(seed.unsqueeze(1) * 2 + 1))
+    radius = (-2 * torch.log(((bits >> 16) + 0.5).to(like.dtype) / 2**16)).sqrt()
+    angle = (bits & 0xFFFF).to(like.dtype) * (2 * math.pi / 2**16)
+    pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
+    return pairs[:, :count].reshape(n, *like.shape[1:])
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Mix 32 bits: every bit of the result depends on every bit of `x` (multiplications and shifts to the right)."""
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> shift)) * factor
+    x = x & 0xFFFFFFFF
+    return x ^ (x >> 15)

@@ -1,0 +1,156 @@
+"""What images are: (N, K, *space), their channel statistics, and the check on request that they are what is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from udakit._checks import check_device, check_float, check_range, is_sequence, kind_of, shape_of
+
+Channels = Sequence[float] | Tensor
+BLOCK = 2**18  # elements worked on at once on the CPU: small enough that the steps between stay in its cache
+SPACE = "(N, K, *space) with one to three axes of space"
+_NUMBERS = {1: "one number", 2: "two numbers", 3: "three numbers", 4: "four numbers"}
+
+
+def check_image_batch(name: str, images: Tensor) -> None:
+    """Raise unless `images` is float (N, K, *space), of one to three axes of space."""
+    check_float(name, images)
+    if images.ndim not in (3, 4, 5):
+        hint = " A single one becomes a batch by .unsqueeze(0)." if images.ndim == 2 else ""
+        raise ValueError(f"Expected `{name}` to be {SPACE}, but got {shape_of(images)}.{hint}")
+    if images.ndim == 4 and images.shape[3] == 3 and images.shape[1] >= 8:
+        raise ValueError(
+            f"Expected `{name}` to be {SPACE}, but got {shape_of(images)}. Channels come first by .permute(0, 3, 1, 2)."
+        )
+
+
+def check_rgb(name: str, images: Tensor, what: str) -> None:
+    """Raise unless `images` is float (N, 3, H, W), which `what` asks for."""
+    check_image_batch(name, images)
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"Expected `{name}` to be (N, 3, H, W), but got {shape_of(images)}. "
+            f"{what} is about colour: it asks for three channels in two dimensions."
+        )
+
+
+def check_statistics(mean: Channels | None, std: Channels | None, images: Tensor | None = None) -> None:
+    """Raise unless `mean` and `std` are None or a number for each channel of `images`, deviations positive."""
+    channels = None if images is None else images.shape[1]
+    for name, values in (("mean", mean), ("std", std)):
+        if values is None:
+            continue
+        wanted = "numbers" if channels is None else _NUMBERS.get(channels, f"{channels} numbers")
+        wanted = f"Expected `{name}` to be {wanted}, one a channel"
+        if isinstance(values, Tensor):
+            if values.ndim != 1 or len(values) != (channels or len(values)):
+                hint = " It becomes one by .flatten()." if values.numel() == (channels or values.shape.numel()) else ""
+                hint = hint if values.ndim > 1 else ""
+                raise ValueError(f"{wanted}, but got {shape_of(values)}.{hint or _batch_hint(len(values), images)}")
+            if images is not None:
+                check_device(name, values, images, "images")
+        elif isinstance(values, str) or not hasattr(values, "__len__") or len(values) != (channels or len(values)):
+            given = tuple(values) if is_sequence(values) else kind_of(values)
+            hint = _batch_hint(len(values), images) if hasattr(values, "__len__") else ""
+            raise ValueError(f"{wanted}, but got {given}.{hint}")
+        else:
+            for value in values:
+                check_range(name, value, 0.0 if name == "std" else float("-inf"), open_low=True, open_high=True)
+        channels = len(values)
+
+
+def _batch_hint(count: int, images: Tensor | None) -> str:
+    """A single image passes for a batch of signals: (3, H, W) has H channels."""
+    if images is not None and images.ndim == 3 and len(images) == count:
+        return f" `images` is {shape_of(images)}: a single one becomes a batch by .unsqueeze(0)."
+    return ""
+
+
+def per_channel(values: Channels, like: Tensor) -> Tensor:
+    """K numbers as (1, K, 1, ...) on the device of `like`, filled there when they are Python numbers."""
+    if not isinstance(values, Tensor):
+        values = torch.stack([torch.full((), float(v), dtype=like.dtype, device=like.device) for v in values])
+    return values.to(like.dtype).view(1, -1, *(1,) * (like.ndim - 2))
+
+
+def row_blocks(x: Tensor) -> Sequence[Tensor]:
+    """Stripes along the first axis of space on the CPU; a GPU and a compiler take the image at once."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= BLOCK:
+        return (x,)
+    return torch.split(x, max(BLOCK * x.shape[2] // x.numel(), 1), dim=2)
+
+
+def join(blocks: Sequence[Tensor]) -> Tensor:
+    """Stripes put together again."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=2)
+
+
+def restore(result: Tensor, images: Tensor) -> Tensor:
+    """Give `result` the dtype and the memory format of `images`."""
+    memory_format = torch.contiguous_format
+    if not images.is_contiguous() and images.ndim in (4, 5):
+        last = torch.channels_last if images.ndim == 4 else torch.channels_last_3d
+        memory_format = last if images.is_contiguous(memory_format=last) else memory_format
+    return result.to(images.dtype).contiguous(memory_format=memory_format)
+
+
+def check_images(
+    images: Float[Tensor, "n k *space"],
+    *,
+    mean: Channels | None = None,
+    std: Channels | None = None,
+    tolerance: float = 0.01,
+    name: str = "images",
+) -> None:
+    r"""Raise when images are not what `mean` and `std` say they are: $0 \le x \sigma + \mu \le 1$.
+
+    Parts that need [0, 1] (`strong_augment`, `color_transfer`) clamp to it silently: images in 0..255, or normalised
+    ones without their `mean` and `std`, come out white, black or in primary colours.
+
+    **Convention.** This reads values, so on a GPU it waits: call it on a loader's first batch, not in every step.
+
+    Args:
+        images: (N, K, *space).
+        mean: channel means that the images were normalised with; None: not shifted.
+        std: channel deviations that the images were normalised with; None: not scaled.
+        tolerance: how far a value may lie outside [0, 1], for example after bicubic resizing.
+        name: what the message calls the images, for example a file name.
+
+    Raises:
+        TypeError: `images` that are not float.
+        ValueError: a value outside [0, 1] once denormalised, or one that is not a number.
+
+    Example:
+        >>> import torch
+        >>> check_images(torch.rand(2, 3, 4, 4))
+        >>> check_images(torch.linspace(0, 255, 48).view(1, 3, 4, 4))
+        Traceback (most recent call last):
+        ValueError: Expected `images` to lie in [0, 1], but got 0..255. Bytes become such by .float() / 255.
+    """
+    check_range("tolerance", tolerance, 0.0)
+    check_image_batch(name, images)
+    check_statistics(mean, std, images)
+    if images.numel() == 0:
+        return
+    x = images.detach().double()
+    x = x if std is None else x * per_channel(std, x)
+    x = x if mean is None else x + per_channel(mean, x)
+    # Reads values because it is asked to: for the first batch of a loader, not for each step.
+    low, high = x.amin().item(), x.amax().item()
+    if low >= -tolerance and high <= 1 + tolerance:
+        return
+    given = mean is not None or std is not None
+    if low != low or high != high:
+        hint = " A value is not a number."
+    elif given:
+        hint = " Are `mean` and `std` those that the images were normalised with?"
+    elif low >= 0 and 2 < high <= 255:
+        hint = " Bytes become such by .float() / 255."
+    else:
+        hint = " If they are normalised, pass the `mean` and `std` of their normalisation."
+    lie = "lie in [0, 1] by `mean` and `std`" if given else "lie in [0, 1]"
+    raise ValueError(f"Expected `{name}` to {lie}, but got {low:.4g}..{high:.4g}.{hint}")
