@@ -160,6 +160,10 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: u.target_paste(BATCH, BATCH, LOGITS), r"`confidence` .* but got \(2, 5, 8, 8\)\. .*amax\(1\)"),
         (
             lambda: u.paste(VALID, IMAGES, LABELS),
+            r"`background` to be float or integer .* got torch.int64\. Paste images onto images, labels onto labels",
+        ),
+        (
+            lambda: u.paste(VALID, IMAGES, IMAGES[..., ::2]),
             r"`background` to have the shape of `foreground` .* Crop or resize .*",
         ),
         (lambda: u.paste(VALID, IMAGES.numpy(), IMAGES), r"`foreground` to be a tensor, but got ndarray\. .*"),
@@ -186,8 +190,8 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: u.draw_strong_augment(IMAGES), r"`n` to be an integer, but got torch.float32 \(2, 3, 8, 8\)"),
         (lambda: u.strong_augment(IMAGES, {}, mean=None, std=None), r"`draw` .* but got dict\. draw_strong_augment .*"),
         (
-            lambda: u.StrongAugment(mean=None, std=None)(IMAGES[0]),
-            r"`images` .* but got \(3, 8, 8\)\. .*unsqueeze\(0\)",
+            lambda: u.StrongAugment(mean=(0.5,) * 3, std=None)(IMAGES[0]),
+            r"`mean` to be 8 numbers, .*\. `images` is \(3, 8, 8\): .*unsqueeze\(0\)",
         ),
     ],
     "pseudo_labels": [

@@ -1,6 +1,5 @@
 """Strong augmentation against the operations one image at a time."""
 
-import importlib
 import math
 
 import pytest
@@ -90,9 +89,129 @@ def test_saturation_and_hue_are_those_of_kornia(dtype, saturation):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
+def textbook_of_values(image: Tensor, draw: udakit.StrongAugmentDraw, i: int) -> Tensor:
+    """What any number of channels and any space can have: an operation at a time, one image (K, *space) in [0, 1]."""
+    x = image.clamp(0, 1)
+    if draw.jitter[i]:
+        x = (x + draw.brightness[i].item()).clamp(0, 1)
+        x = (x * draw.contrast[i].item()).clamp(0, 1)
+        gamma = draw.gamma[i].item()
+        x = torch.where(x > 1e-3, x**gamma, x * 1e-3 ** (gamma - 1))
+    smooth = x.clone()
+    axes = range(1, x.ndim)
+    for place in torch.cartesian_prod(*(torch.arange(1, side - 1) for side in x.shape[1:])).view(-1, x.ndim - 1):
+        here = (slice(None), *place.tolist())
+        window = x[(slice(None), *(slice(p - 1, p + 2) for p in place.tolist()))]
+        smooth[here] = (window.flatten(1).sum(1) + 4 * x[here]) / (3 ** len(axes) + 4)
+    x = (smooth + (x - smooth) * draw.sharpness[i].item()).clamp(0, 1)
+    if draw.blur[i]:
+        for axis in axes:
+            place = torch.arange(x.shape[axis], dtype=x.dtype)
+            distance = place - place.unsqueeze(1)
+            kernel = torch.exp(-0.5 * (distance / draw.sigma[i].item()) ** 2) * (distance.abs() <= math.ceil(4 * 1.15))
+            x = torch.tensordot(kernel / kernel.sum(1, keepdim=True), x, dims=([1], [axis])).movedim(0, axis)
+    return x
+
+
+@pytest.mark.parametrize("size", [(13,), (9, 7), (5, 6, 4)])
+@pytest.mark.parametrize("channels", [1, 2, 4, 13])
+def test_images_of_any_channels_in_any_space(size, channels):
+    """Saturation and hue, which nobody asked for, are left out; the rest is the same in every channel."""
+    g = torch.Generator().manual_seed(channels)
+    images = torch.rand(5, channels, *size, generator=g, dtype=torch.float64)
+    draw = udakit.draw_strong_augment(
+        5, gamma=(0.4, 2.5), sharpness_probability=0.7, blur_probability=0.7, brightness=0.5, contrast=0.7, generator=g
+    )
+    assert draw.default_colours == ("saturation", "hue")
+    mean, std = torch.rand(channels, generator=g), 0.1 + torch.rand(channels, generator=g)
+    shape = (1, channels, *(1 for _ in size))
+    normalised = (images - mean.view(shape)) / std.view(shape)
+    got = udakit.strong_augment(normalised, draw, mean=mean, std=std)
+    want = torch.stack([textbook_of_values(x, draw, i) for i, x in enumerate(images)])
+    torch.testing.assert_close(got, (want - mean.view(shape)) / std.view(shape), atol=1e-5, rtol=1e-5)
+    assert (got - normalised).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("size", [(2, 1, 8, 8), (2, 4, 8, 8), (2, 3, 8), (2, 3, 4, 8, 8)])
+@pytest.mark.parametrize("option", [{"saturation": 0.2}, {"hue": 0.1}, {"greyscale_probability": 0.1}])
+def test_colour_that_was_asked_for_needs_colour_images(size, option):
+    name = next(iter(option)).removesuffix("_probability")
+    message = rf"Expected `images` to be \(N, 3, H, W\), but got .*`{name}` is about colour"
+    with pytest.raises(ValueError, match=message):
+        udakit.StrongAugment(mean=None, std=None, **option)(torch.rand(size))
+    assert udakit.StrongAugment(mean=None, std=None)(torch.rand(size)).shape == size
+
+
+def test_defaults_of_colour_are_those_of_before():
+    """None means 0.2 for RGB images, and the draws of a seed are what they were before gamma and noise came."""
+    draws = [
+        udakit.draw_strong_augment(4, generator=torch.Generator().manual_seed(0), **options)
+        for options in ({}, {"saturation": 0.2, "hue": 0.2}, {"gamma": (0.5, 2.0), "noise_probability": 1.0})
+    ]
+    u = torch.rand(10, 4, generator=torch.Generator().manual_seed(0))
+    for draw in draws:
+        assert torch.equal(draw.saturation, 1 + 0.2 * (2 * u[3] - 1))
+        assert torch.equal(draw.hue, 2 * math.pi * 0.2 * (2 * u[4] - 1))
+        assert torch.equal(draw.sigma, 0.15 + (1.15 - 0.15) * u[7])
+    assert [d.default_colours for d in draws] == [("saturation", "hue"), (), ("saturation", "hue")]
+    g = torch.Generator().manual_seed(0)
+    udakit.draw_strong_augment(4, generator=g)
+    after = torch.Generator().manual_seed(0)
+    torch.rand(10, 4, generator=after)
+    assert torch.equal(g.get_state(), after.get_state())
+
+
+def test_gamma_and_noise_are_drawn_as_said():
+    draw = udakit.draw_strong_augment(
+        20_000, gamma=(0.5, 2.0), noise=0.1, noise_probability=0.3, generator=torch.Generator().manual_seed(0)
+    )
+    logs = draw.gamma.log2()
+    assert -1 <= logs.min() < -0.98
+    assert 0.98 < logs.max() <= 1.0001
+    assert abs(logs.mean()) < 0.02
+    noisy = draw.noise > 0
+    assert abs(noisy.float().mean().item() - 0.3) < 0.02
+    assert draw.noise.max() <= 0.1
+    assert abs(draw.noise[noisy].mean().item() - 0.05) < 0.002
+    assert len(draw.noise_seed.unique()) > 19_900
+    for options in ({}, {"jitter_probability": 0.0, "gamma": (0.5, 2.0)}):
+        assert udakit.draw_strong_augment(2, **options).gamma is None
+
+
+def test_noise_is_normal_and_of_its_seed():
+    """One draw, one noise, whatever the image; another seed, another noise; neither place nor seed shows in it."""
+    n, side = 6, 128
+    seeds = torch.tensor([0, 1, 2, 3, 2**24 - 1, 12345])
+    draw = udakit.StrongAugmentDraw(noise=torch.full((n,), 0.05), noise_seed=seeds)
+    grey, other = torch.full((n, 2, side, side), 0.5), torch.full((n, 2, side, side), 0.4)
+    noise = (udakit.strong_augment(grey, draw, mean=None, std=None) - grey) / 0.05
+    again = (udakit.strong_augment(other, draw, mean=None, std=None) - other) / 0.05
+    torch.testing.assert_close(noise, again, atol=1e-5, rtol=0)
+    flat = noise.flatten(1)
+    tail = 1 / math.sqrt(flat.shape[1])
+    assert flat.mean(1).abs().max() < 4 * tail
+    assert (flat.std(1) - 1).abs().max() < 4 * tail
+    assert (flat.pow(4).mean(1) - 3).abs().max() < 4 * math.sqrt(96) * tail
+    assert (flat.abs() > 1.96).float().mean() == pytest.approx(0.05, abs=0.003)
+    correlation = flat @ flat.T / flat.shape[1] - torch.eye(n)
+    assert correlation.abs().max() < 5 * tail
+    for shift in (1, 2, side, side * side):
+        assert (flat[:, shift:] * flat[:, :-shift]).mean(1).abs().max() < 5 * tail
+
+
+def test_a_batch_of_no_image():
+    for shape in ((0, 3, 8, 8), (0, 1, 9), (0, 2, 3, 4, 5)):
+        augment = udakit.StrongAugment(
+            mean=None, std=None, blur_probability=1.0, sharpness_probability=1.0, noise_probability=1.0
+        )
+        assert augment(torch.rand(shape)).shape == shape
+
+
 def test_gradient_is_finite_for_every_colour():
     images = colours(torch.float32).clone().requires_grad_()
-    draw = udakit.draw_strong_augment(13, jitter_probability=1.0, generator=torch.Generator().manual_seed(0))
+    draw = udakit.draw_strong_augment(
+        13, jitter_probability=1.0, gamma=(0.2, 3.0), noise_probability=0.5, generator=torch.Generator().manual_seed(0)
+    )
     udakit.strong_augment(images, draw, mean=None, std=None).square().sum().backward()
     assert images.grad.isfinite().all()
     assert images.grad.abs().sum() > 0
@@ -100,11 +219,10 @@ def test_gradient_is_finite_for_every_colour():
 
 @pytest.mark.parametrize("block", [1, 700, 10**9])
 def test_blocks_of_rows_change_nothing(block, monkeypatch):
-    module = importlib.import_module("udakit.mixing.strong_augment")
     images = normalised(0, 3, 13, 17).float()
     draw = udakit.draw_strong_augment(3, greyscale_probability=0.3, generator=torch.Generator().manual_seed(1))
     whole = udakit.strong_augment(images, draw, mean=MEAN, std=STD)
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr("udakit.mixing.images.BLOCK", block)
     torch.testing.assert_close(udakit.strong_augment(images, draw, mean=MEAN, std=STD), whole, atol=1e-6, rtol=0)
 
 
@@ -171,8 +289,12 @@ def test_errors():
     draw = udakit.draw_strong_augment(3)
     with pytest.raises(ValueError, match=r"Expected `draw` to hold tensors of shape \(N,\) matching `images`"):
         udakit.strong_augment(images, draw, mean=MEAN, std=STD)
-    with pytest.raises(ValueError, match=r"Expected `images` to be \(N, 3, H, W\), but got \(2, 1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"Expected `mean` to be one number, one a channel, but got \(0.485"):
         udakit.strong_augment(images[:, :1], draw, mean=MEAN, std=STD)
+    with pytest.raises(ValueError, match=r"`images` is \(3, 8, 8\): a single one becomes a batch by \.unsqueeze\(0\)"):
+        udakit.StrongAugment(mean=MEAN, std=STD)(images[0])
+    with pytest.raises(ValueError, match=r"but got \(1, 3, 1, 1\)\. It becomes one by \.flatten\(\)"):
+        udakit.StrongAugment(mean=torch.zeros(1, 3, 1, 1), std=None)
     with pytest.raises(TypeError, match="Expected `images` to be a float tensor"):
         udakit.strong_augment(images.byte(), draw, mean=MEAN, std=STD)
     with pytest.raises(ValueError, match="Expected `std` to be three numbers"):
@@ -181,7 +303,18 @@ def test_errors():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("hue", 0.6), ("brightness", -0.1), ("blur_probability", 1.2), ("blur_sigma", (0.0, 1.0)), ("blur_sigma", (2, 1))],
+    [
+        ("hue", 0.6),
+        ("brightness", -0.1),
+        ("blur_probability", 1.2),
+        ("blur_sigma", (0.0, 1.0)),
+        ("blur_sigma", (2, 1)),
+        ("gamma", (0.0, 1.0)),
+        ("gamma", (2.0, 0.5)),
+        ("gamma", (1.0, math.nan)),
+        ("noise", -0.1),
+        ("noise_probability", 2),
+    ],
 )
 def test_options_are_checked(option, value):
     for make in (
@@ -190,3 +323,15 @@ def test_options_are_checked(option, value):
     ):
         with pytest.raises(ValueError, match=f"Expected `{option}` to be"):
             make(**{option: value})
+
+
+@pytest.mark.parametrize("std", [(0.2, 0.0, 0.2), (0.2, -0.1, 0.2), (0.2, math.inf, 0.2), (math.nan,) * 3])
+def test_deviations_are_positive(std):
+    images = torch.rand(1, 3, 8, 8)
+    for use in (
+        lambda: udakit.StrongAugment(mean=None, std=std),
+        lambda: udakit.color_transfer(images, images, std=std),
+        lambda: udakit.check_images(images, std=std),
+    ):
+        with pytest.raises(ValueError, match=r"Expected `std` to be .*(above 0|a number)"):
+            use()

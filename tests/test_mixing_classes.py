@@ -281,6 +281,133 @@ def test_layout_is_kept():
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("space", [(20,), (2, 5, 2)])
+@given(seed=st.integers(0, 2**31))
+def test_signals_and_volumes_are_mixed_like_flattened_images(space, seed):
+    """Every pixel by itself: the same as for the pixels in a row of one image, for any number of channels."""
+    g = torch.Generator().manual_seed(seed)
+    pool = torch.tensor([0, 1, 2, 3, 4, 255])
+
+    def made() -> SegBatch:
+        labels = pool[torch.randint(6, (2, 20), generator=g)]
+        return SegBatch(torch.randn(2, 4, 20, generator=g), labels, torch.rand(2, 20, generator=g))
+
+    def shaped(batch: SegBatch, size: tuple[int, ...]) -> SegBatch:
+        return SegBatch(*(x.unflatten(-1, size) for x in batch))
+
+    source, target = made(), made()
+    flat = [shaped(x, (4, 5)) for x in (source, target)]
+    ours = [shaped(x, space) for x in (source, target)]
+    mix = udakit.ClassMix(5, include_ignore=True)
+    (want, want_mask), (got, mask) = (
+        mix(*pair, generator=torch.Generator().manual_seed(seed)) for pair in (flat, ours)
+    )
+    assert mask.shape == (2, *space)
+    assert torch.equal(mask.flatten(1), want_mask.flatten(1))
+    confidence = torch.rand(2, 20, generator=g)
+    pasted, pasted_mask = udakit.target_paste(*ours, confidence.unflatten(1, space), threshold=0.5, extra_mask=mask)
+    want_pasted, _ = udakit.target_paste(*flat, confidence.unflatten(1, (4, 5)), threshold=0.5, extra_mask=want_mask)
+    crossed = udakit.cross_domain_mix(ours[0].images, ours[1].images, pasted_mask)
+    assert torch.equal(crossed, udakit.paste(pasted_mask, ours[0].images, ours[1].images))
+    for a, b in zip((*got, *pasted), (*want, *want_pasted), strict=True):
+        assert torch.equal(a.flatten(a.ndim - len(space)), b.flatten(b.ndim - 2))
+
+
+def test_a_batch_of_no_image():
+    empty = SegBatch(torch.rand(0, 3, 4, 5), torch.zeros(0, 4, 5, dtype=torch.int64))
+    mixed, mask = udakit.ClassMix(5)(empty, empty)
+    assert mixed.images.shape == (0, 3, 4, 5)
+    assert mask.shape == (0, 4, 5)
+    assert udakit.boundary_band(mask).shape == (0, 4, 5)
+    assert udakit.draw_box_mask(0, (4, 5)).shape == udakit.draw_block_mask(0, (4, 5)).shape == (0, 4, 5)
+    augment = udakit.StrongAugment(mean=None, std=None)
+    assert udakit.CrossDomainMix(5, udakit.fourier_transfer, augment)(*empty[:2], empty.images)[0].shape == (0, 3, 4, 5)
+
+
+def test_messages_that_used_to_mislead():
+    source, target = batch(0, w=8), batch(1, w=8)
+    small = target._replace(labels=target.labels[:, ::4, ::4])
+    message = r"Expected `target.labels` to be \(N, H, W\) matching `target.images` .* upsample the logits before"
+    with pytest.raises(ValueError, match=message):
+        udakit.ClassMix(5)(source, small)
+    with pytest.raises(TypeError, match=r"Expected `mask` to be a bool tensor, .* comparison .* by \.squeeze\(1\)"):
+        udakit.class_mix(source, target, torch.rand(2, 1, 4, 8))
+    with pytest.raises(TypeError, match=r"Expected `background` to be float .* Paste images onto images, labels onto"):
+        udakit.paste(torch.ones(2, 4, 8, dtype=torch.bool), source.images, target.labels)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("num_classes", 0),
+        ("num_classes", -2),
+        ("num_classes", 2.0),
+        ("num_classes", True),
+        ("ignore_index", None),
+        ("ignore_index", "255"),
+        ("ignore_index", 255.0),
+        ("paste_ignore", "no"),
+        ("include_ignore", 1),
+        ("fraction", math.nan),
+    ],
+)
+def test_every_option_is_checked(option, value):
+    labels = torch.zeros(1, 2, 2, dtype=torch.int64)
+    calls = [lambda **o: udakit.ClassMix(**{"num_classes": 3, **o})]
+    if option not in ("include_ignore", "fraction"):
+        calls.append(lambda **o: udakit.class_mask(labels, torch.ones(1, 3, dtype=torch.bool), **o))
+    if option != "paste_ignore":
+        calls.append(lambda **o: udakit.draw_classes(labels, **{"num_classes": 3, **o}))
+    for call in calls:
+        with pytest.raises((TypeError, ValueError), match=f"Expected `{option}` to be"):
+            call(**{option: value})
+
+
+class Marked(Tensor):
+    """A subclass as MONAI's MetaTensor and torchvision's tv_tensors are: its own methods, `new_empty` unlike others."""
+
+    def new_empty(self, size, **options):
+        if not isinstance(size, tuple) or isinstance(size, torch.Size):
+            raise TypeError("new_empty(): argument 'size' must be tuple of ints")
+        return super().new_empty(size, **options)
+
+
+@pytest.mark.parametrize("size", [(6, 7), (500, 300)])
+def test_subclasses_of_tensor_pass(size):
+    """The same values as of plain tensors; the larger size takes the ways of the CPU that small ones do not."""
+
+    def marked(x: Tensor) -> Tensor:
+        return x.as_subclass(Marked)
+
+    g = torch.Generator().manual_seed(0)
+    images, style = torch.rand(2, 2, 3, *size, generator=g)
+    labels, weight = torch.randint(5, (2, *size), generator=g), torch.rand(2, *size, generator=g)
+    augment = udakit.StrongAugment(
+        mean=None, std=None, blur_probability=1.0, sharpness_probability=1.0, noise_probability=1.0, gamma=(0.5, 2.0)
+    )
+    cross = udakit.CrossDomainMix(5, udakit.color_transfer, augment)
+    seeded = {"generator": torch.Generator()}
+    for name, call in {
+        "ClassMix": lambda x, s, y, w: udakit.ClassMix(5)(SegBatch(x, y, w), SegBatch(s, y, w), **seeded),
+        "target_paste": lambda x, s, y, w: udakit.target_paste((x, y), (s, y), w, threshold=0.5),
+        "paste": lambda x, s, y, w: udakit.paste(y > 2, x, s),
+        "boundary_band": lambda x, s, y, w: udakit.boundary_band(y > 2),
+        "fourier": lambda x, s, y, w: udakit.fourier_transfer(x, s),
+        "color": lambda x, s, y, w: udakit.color_transfer(x, s),
+        "histogram": lambda x, s, y, w: udakit.histogram_transfer(x, s),
+        "augment": lambda x, s, y, w: augment(x, **seeded),
+        "cross": lambda x, s, y, w: cross(x, y, s, **seeded),
+        "check_images": lambda x, s, y, w: udakit.check_images(x),
+    }.items():
+        results = []
+        for make in (marked, lambda x: x):
+            seeded["generator"].manual_seed(1)
+            out = torch.utils._pytree.tree_leaves(call(*(make(x) for x in (images, style, labels, weight))))
+            results.append([x for x in out if isinstance(x, Tensor)])
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a.as_subclass(Tensor), b), name
+
+
 # --- target paste ------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
 """Boxes, blocks and boundary bands against loops."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,22 +13,20 @@ import udakit
 
 def textbook_band(mask: Tensor, size: int) -> Tensor:
     """Dilation unequal erosion, a loop over pixels and their windows."""
-    n, h, w = mask.shape
     before, after = size // 2, (size - 1) // 2
     band = torch.zeros_like(mask)
-    for i in range(n):
-        for y in range(h):
-            for x in range(w):
-                window = mask[i, max(y - before, 0) : y + after + 1, max(x - before, 0) : x + after + 1]
-                band[i, y, x] = bool(window.any()) != bool(window.all())
+    for place in torch.cartesian_prod(*(torch.arange(side) for side in mask.shape)).tolist():
+        window = mask[(place[0], *(slice(max(p - before, 0), p + after + 1) for p in place[1:]))]
+        band[tuple(place)] = bool(window.any()) != bool(window.all())
     return band
 
 
 @given(
-    seed=st.integers(0, 2**31), n=st.integers(1, 2), h=st.integers(1, 7), w=st.integers(1, 7), size=st.integers(1, 9)
-)
-def test_boundary_band(seed, n, h, w, size):
-    mask = torch.rand(n, h, w, generator=torch.Generator().manual_seed(seed)) < 0.7
+    seed=st.integers(0, 2**31), n=st.integers(1, 2), size=st.integers(1, 9),
+    space=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+)  # fmt: skip
+def test_boundary_band(seed, n, size, space):
+    mask = torch.rand(n, *space, generator=torch.Generator().manual_seed(seed)) < 0.7
     assert torch.equal(udakit.boundary_band(mask, kernel_size=size), textbook_band(mask, size))
 
 
@@ -50,16 +50,43 @@ def test_boundary_band_errors():
         udakit.boundary_band(torch.zeros(1, 2, 2, dtype=torch.bool), kernel_size=0)
 
 
-@given(seed=st.integers(0, 2**31), h=st.integers(1, 30), w=st.integers(1, 30), area=st.floats(0.05, 1.0))
-def test_box_is_one_rectangle_of_the_area(seed, h, w, area):
+@given(seed=st.integers(0, 2**31), size=st.lists(st.integers(1, 30), min_size=1, max_size=3), area=st.floats(0.05, 1.0))
+def test_box_is_one_box_of_the_area(seed, size, area):
     g = torch.Generator().manual_seed(seed)
-    for mask in udakit.draw_box_mask(3, (h, w), area=(area, area), generator=g):
-        rows, columns = mask.any(1), mask.any(0)
-        assert torch.equal(mask, rows[:, None] & columns[None])
-        for line in (rows, columns):
+    for mask in udakit.draw_box_mask(3, size, area=(area, area), generator=g):
+        lines = [mask.movedim(axis, 0).reshape(size[axis], -1).any(1) for axis in range(len(size))]
+        box = lines[0]
+        for line in lines[1:]:
+            box = box.unsqueeze(-1) & line
+        assert torch.equal(mask, box)
+        sides = [int(line.sum()) for line in lines]
+        for line in lines:
             assert (line.int().diff() != 0).sum() <= 2
-        # Each side is rounded by at most half a pixel.
-        assert abs(int(mask.sum()) - area * h * w) <= 0.5 * (h + w) + 0.25
+        if 0 not in sides:
+            # Each side is rounded by at most half a pixel.
+            low, high = (math.prod(max(side + d, 0) for side in sides) for d in (-0.5, 0.5))
+            assert low - 1e-3 <= area * math.prod(size) <= high + 1e-3
+
+
+def test_box_of_a_volume_is_of_any_shape():
+    """Exponents of sides: each of three is small as often as the others, and they add up to 1."""
+    masks = udakit.draw_box_mask(2000, (40, 40, 40), area=(0.1, 0.1), generator=torch.Generator().manual_seed(0))
+    sides = torch.stack(
+        [masks.flatten(1).any(1) * 1.0, *(masks.amax(dim=axes).sum(1) for axes in ((2, 3), (1, 3), (1, 2)))]
+    )
+    exponents = (sides[1:] / 40).log() / math.log(0.1)
+    assert (exponents.mean(1) - 1 / 3).abs().max() < 0.02
+    assert (exponents.std(1) - math.sqrt(1 / 18)).abs().max() < 0.02  # a gap of two uniform numbers
+
+
+def test_two_dimensional_boxes_are_those_of_before():
+    """The order of random numbers of images has not changed."""
+    g = torch.Generator().manual_seed(3)
+    mask = udakit.draw_box_mask(4, (12, 20), area=(0.2, 0.6), generator=g)
+    u = torch.rand(4, 4, 1, generator=torch.Generator().manual_seed(3))
+    share = 0.2 + (0.6 - 0.2) * u[0]
+    for length, exponent, axis in ((12, u[1], 2), (20, 1 - u[1], 1)):
+        assert torch.equal(mask.any(axis).sum(1), (length * share**exponent).round().long().flatten())
 
 
 def test_box_reaches_every_edge():
@@ -68,12 +95,13 @@ def test_box_reaches_every_edge():
         assert 0 < edge.any(1).float().mean() < 1
 
 
-def test_blocks_follow_mic():
-    """Nearest-neighbour stretching of a round(H / b) x round(W / b) grid."""
+@pytest.mark.parametrize(("size", "cells"), [((13, 22), (3, 6)), ((22,), (6,)), ((5, 13, 22), (1, 3, 6))])
+def test_blocks_follow_mic(size, cells):
+    """Nearest-neighbour stretching of a round(H / b) x round(W / b) grid; 5.5 rounds to the even 6."""
     g = torch.Generator().manual_seed(0)
-    mask = udakit.draw_block_mask(3, (13, 22), block_size=4, ratio=0.6, generator=g)
-    grid = torch.rand(3, 3, 6, generator=torch.Generator().manual_seed(0)) < 0.6  # 5.5 rounds to the even 6
-    expected = torch.nn.functional.interpolate(grid[:, None].float(), (13, 22), mode="nearest")[:, 0] > 0
+    mask = udakit.draw_block_mask(3, size, block_size=4, ratio=0.6, generator=g)
+    grid = torch.rand(3, *cells, generator=torch.Generator().manual_seed(0)) < 0.6
+    expected = torch.nn.functional.interpolate(grid[:, None].float(), size, mode="nearest")[:, 0] > 0
     assert torch.equal(mask, expected)
 
 
@@ -88,5 +116,10 @@ def test_block_ratio_is_the_share_removed():
 def test_draw_errors(draw):
     with pytest.raises(ValueError, match=r"Expected `size` to be \(height, width\)"):
         draw(2, (0, 4))
+    for size in ((), (2, 2, 2, 2), (0,), (4, 4, -1), 4.0):
+        with pytest.raises(ValueError, match="Expected `size` to be"):
+            draw(2, size)
+    with pytest.raises(ValueError, match="Expected `n` to be at least 0, but got -1"):
+        draw(-1, (4, 4))
     with pytest.raises(ValueError, match="Expected `generator` to be on the input's device 'meta'"):
         draw(2, (4, 4), generator=torch.Generator(), device="meta")

@@ -27,6 +27,7 @@ NO_TEXTBOOK = {
     "adapt_batch_norm": "it is forward passes of a net, whose time is that of the net",
     "draw_detail_box": "it draws two numbers an image: there is nothing to compute",
     "draw_strong_augment": "it draws ten numbers an image: there is nothing to compute",
+    "check_images": "it reads the lowest and the highest value of a loader's first batch, once",
     "RareClassSampler": "it draws image numbers on the host, microseconds each, beside the reading of an image",
 }
 

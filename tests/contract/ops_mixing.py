@@ -29,7 +29,13 @@ def _class_mask_ignored_column(s: Sample) -> Call:
 
 def _strong_draw(s: Sample) -> udakit.StrongAugmentDraw:
     draw = udakit.draw_strong_augment(
-        s.n, greyscale_probability=0.5, sharpness_probability=0.7, generator=s.generator, blur_sigma=(0.3, 0.6)
+        s.n,
+        greyscale_probability=0.5,
+        sharpness_probability=0.7,
+        blur_sigma=(0.3, 0.6),
+        gamma=(0.5, 2.0),
+        noise_probability=0.5,
+        generator=s.generator,
     )
     return draw._replace(**{k: s.tag(v, "batch_values") for k, v in draw._asdict().items() if isinstance(v, Tensor)})
 
@@ -75,13 +81,21 @@ def _draw_and_cross(
     return udakit.cross_domain_mix(augmented, translate(images, target_images), mask), mask
 
 
+def _check_images(images: Tensor, **options: Any) -> Tensor:
+    udakit.check_images(images, **options)
+    return images
+
+
 def _darken(images: Tensor) -> Tensor:
     return images - 1
 
 
+READS = "it reads the values because it is asked to"
 NO_MODULE = {"module": "a pure function without state; ClassMix and CrossDomainMix are the Modules that use it"}
+ANY_SPACE = {**NO_MODULE, "shape_errors.axes": "without its last axis it is the map of a signal, and as good"}
 DRAWS = {"kind": "draw", "grad": (), "output": "other"}
 MAPS = {"kind": "map", "exempt": NO_MODULE}
+MAPS_OF_ANY_SPACE = {"kind": "map", "exempt": ANY_SPACE}
 ANY_SIZE = {**NO_MODULE, "shape_errors.size": "only statistics of the style are used: it may have any size"}
 
 
@@ -100,7 +114,7 @@ OPERATIONS = [
         kind="draw",
         grad=(),
         output="chosen",
-        exempt=NO_MODULE,
+        exempt=ANY_SPACE,
     ),
     Operation(
         "draw_classes[batch]",
@@ -119,11 +133,16 @@ OPERATIONS = [
         kind="draw",
         grad=(),
         output="chosen",
-        exempt=NO_MODULE,
+        exempt=ANY_SPACE,
     ),
-    Operation("class_mask", _class_mask, udakit.class_mask, grad=(), output="mask", inductor=True, **MAPS),
+    Operation("class_mask", _class_mask, udakit.class_mask, grad=(), output="mask", inductor=True, **MAPS_OF_ANY_SPACE),
     Operation(
-        "class_mask[ignored column]", _class_mask_ignored_column, udakit.class_mask, grad=(), output="mask", **MAPS
+        "class_mask[ignored column]",
+        _class_mask_ignored_column,
+        udakit.class_mask,
+        grad=(),
+        output="mask",
+        **MAPS_OF_ANY_SPACE,
     ),
     Operation(
         "paste",
@@ -207,7 +226,7 @@ OPERATIONS = [
         grad=(),
         output="mask",
         inductor=True,
-        **MAPS,
+        **MAPS_OF_ANY_SPACE,
     ),
     Operation(
         "boundary_band[2]",
@@ -215,7 +234,7 @@ OPERATIONS = [
         udakit.boundary_band,
         grad=(),
         output="mask",
-        **MAPS,
+        **MAPS_OF_ANY_SPACE,
     ),
     Operation(
         "draw_box_mask",
@@ -272,8 +291,27 @@ OPERATIONS = [
         exempt=ANY_SIZE,
     ),
     Operation(
+        "check_images",
+        lambda s: Call((s.images01(),), {}, {"mean": (0.1, 0.0, 0.1), "std": (0.8, 0.9, 0.8)}),
+        _check_images,
+        kind="map",
+        grad=(),
+        output="images",
+        exempt={**ANY_SPACE, "fake_tensors": READS, "no_device_copy": READS, "compile": READS},
+    ),
+    Operation(
         "draw_strong_augment",
-        lambda s: Call((s.n,), {}, {"greyscale_probability": 0.3, "sharpness_probability": 0.3, "device": "cpu"}),
+        lambda s: Call(
+            (s.n,),
+            {},
+            {
+                "greyscale_probability": 0.3,
+                "sharpness_probability": 0.3,
+                "gamma": (0.5, 2.0),
+                "noise_probability": 0.3,
+                "device": "cpu",
+            },
+        ),
         udakit.draw_strong_augment,
         covers=("StrongAugmentDraw",),
         exempt=NO_MODULE,

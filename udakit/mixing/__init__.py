@@ -2,7 +2,8 @@
 
 from udakit.mixing.augment_draw import StrongAugmentDraw, draw_strong_augment
 from udakit.mixing.batch import SegBatch, paste
-from udakit.mixing.class_mix import ClassMix, class_mask, class_mix, draw_classes
+from udakit.mixing.class_mix import ClassMix, class_mix
+from udakit.mixing.classes import class_mask, draw_classes
 from udakit.mixing.cross_domain import CrossDomainMix, cross_domain_mix
 from udakit.mixing.histogram import histogram_transfer
 from udakit.mixing.images import check_images

@@ -62,7 +62,7 @@ def _transform(x: Tensor, matrix: Matrix) -> Tensor:
     """The 3 x 3 matrix on the channel axis: (N, 3, H, W)."""
     numbers = torch.stack([_number(m, x) for row in matrix for m in row])
     first, second, third = numbers.view(3, 3, 1, 1).unbind(1)
-    a, b, c = x.split(1, dim=1)
+    a, b, c = torch.split(x, 1, dim=1)
     return torch.addcmul(torch.addcmul(first * a, second, b), third, c)
 
 

@@ -41,7 +41,7 @@ def colours(x: Tensor, draw: StrongAugmentDraw, mean: Tensor | None, std: Tensor
         scale, offset, low = contrast * scale, contrast * offset, contrast * low
         high = (contrast * high).clamp_max(1)
     x = _line(x, scale, offset)
-    x = torch.clamp(x, low, high)
+    x = torch.clamp(x, low, high) if isinstance(low, Tensor) and isinstance(high, Tensor) else x.clamp(0, 1)
     if draw.jitter is not None:
         if draw.gamma is not None:
             gamma = per_image(torch.where(draw.jitter, draw.gamma, 1.0), x)
@@ -76,8 +76,10 @@ def sharpen(x: Tensor, factor: Tensor) -> Tensor:
     channels, axes = x.shape[1], x.ndim - 2
     weight = 1 / (3**axes + 4)
     kernel = torch.full((channels, 1, *(3,) * axes), weight, dtype=x.dtype, device=x.device)
-    kernel[(slice(None), slice(None), *(1,) * axes)] = 5 * weight
-    inner = (slice(None), slice(None), *(slice(1, -1),) * axes)
+    everything, between = slice(None), slice(1, -1)
+    centre: tuple[slice | int, ...] = (everything, everything, *(1 for _ in range(axes)))
+    inner: tuple[slice | int, ...] = (everything, everything, *(between for _ in range(axes)))
+    kernel[centre] = 5 * weight
     smooth = CONVOLUTION[x.ndim](x, kernel, groups=channels)
     sharp = x.clone()
     sharp[inner] = torch.lerp(smooth, x[inner], per_image(factor, x)).clamp(0, 1)
@@ -105,6 +107,7 @@ def blur(x: Tensor, applied: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
         inside = torch.ones(1, n, length, dtype=x.dtype, device=x.device)
         share = F.conv1d(inside, kernel, padding=reach, groups=n).view(n, 1, *along)
         covered = share if covered is None else share * covered
+    assert covered is not None
     return y.contiguous().view(x.shape).div_(covered)
 
 

@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float, Integer, Num
 from torch import Tensor
 
 from udakit._checks import (
-    check_float,
     check_labels_like,
     check_mask_like,
     check_same_shape,
@@ -19,6 +18,7 @@ from udakit._checks import (
     shape_of,
 )
 from udakit._reduce import select
+from udakit.mixing.images import check_image_batch
 
 RESIZE_HINT = " Crop or resize them to one size before mixing."
 
@@ -29,9 +29,9 @@ class SegBatch(NamedTuple):
     A missing weight counts as 1 wherever the batch is mixed with one that has weights.
 
     Attributes:
-        images: (N, 3, H, W) float.
-        labels: (N, H, W) int64 or uint8, true or pseudo.
-        weight: (N, H, W) float, or None.
+        images: (N, K, *space) float.
+        labels: (N, *space) int64 or uint8, true or pseudo.
+        weight: (N, *space) float, or None.
 
     Example:
         >>> import torch
@@ -39,18 +39,21 @@ class SegBatch(NamedTuple):
         True
     """
 
-    images: Float[Tensor, "n 3 h w"]
-    labels: Integer[Tensor, "n h w"]
-    weight: Float[Tensor, "n h w"] | None = None
+    images: Float[Tensor, "n k *space"]
+    labels: Integer[Tensor, "n *space"]
+    weight: Float[Tensor, "n *space"] | None = None
 
 
 def paste(
-    mask: Bool[Tensor, "n h w"], foreground: Num[Tensor, "n *c h w"], background: Num[Tensor, "n *c h w"]
-) -> Num[Tensor, "n *c h w"]:
+    mask: Bool[Tensor, "n *space"],
+    foreground: Num[Tensor, "n *channels_and_space"],
+    background: Num[Tensor, "n *channels_and_space"],
+) -> Num[Tensor, "n *channels_and_space"]:
     """Take `foreground` where the mask is True and `background` elsewhere.
 
-    **Convention.** One mask serves images (N, C, H, W), labels (N, H, W) and weights (N, H, W) alike. Labels never
-    pass through float: the result is int64, or uint8 when both sides are. Gradients flow to the side that was taken.
+    **Convention.** One mask serves images (N, K, *space), labels (N, *space) and weights (N, *space) alike. Labels
+    never pass through float: the result is int64, or uint8 when both sides are. Gradients flow to the side that was
+    taken.
 
     Args:
         mask: True takes the foreground.
@@ -76,16 +79,16 @@ def paste(
     """
     check_tensor("foreground", foreground)
     check_tensor("background", background)
-    if foreground.ndim not in (3, 4):
-        raise ValueError(f"Expected `foreground` to be (N, C, H, W) or (N, H, W), but got {shape_of(foreground)}.")
-    check_same_shape(background, foreground, name="background", reference_name="foreground", hint=RESIZE_HINT)
+    if not 2 <= foreground.ndim <= 5:
+        raise ValueError(f"Expected `foreground` to be (N, K, *space) or (N, *space), but got {shape_of(foreground)}.")
     if foreground.is_floating_point() != background.is_floating_point():
         raise TypeError(
             "Expected `background` to be float or integer as `foreground` is "
             f"({foreground.dtype}), but got {background.dtype}. Paste images onto images, labels onto labels."
         )
+    check_same_shape(background, foreground, name="background", reference_name="foreground", hint=RESIZE_HINT)
     check_mask_like(mask, foreground, name="mask", reference_name="foreground", channels=None)
-    if foreground.ndim == 4:
+    if foreground.ndim > mask.ndim:
         mask = mask.unsqueeze(1)
     return select(mask, foreground, background)
 
@@ -113,7 +116,7 @@ def check_batches(
     pair = _as_batch("source", source), _as_batch("target", target)
     for name, batch in zip(("source", "target"), pair, strict=True):
         images = f"{name}.images"
-        check_float(images, batch.images, 4, "(N, 3, H, W)")
+        check_image_batch(images, batch.images)
         check_labels_like(batch.labels, batch.images, name=f"{name}.labels", reference_name=images)
         if batch.weight is not None:
             check_weight_like(batch.weight, batch.images, name=f"{name}.weight", reference_name=images)

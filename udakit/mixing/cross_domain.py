@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from udakit._checks import (
     check_callable,
-    check_float,
     check_generator,
     check_labels_like,
     check_mask_like,
@@ -21,13 +20,15 @@ from udakit._checks import (
     shape_of,
 )
 from udakit.mixing.batch import RESIZE_HINT, paste
-from udakit.mixing.class_mix import ClassMix, Rounding, Scope
+from udakit.mixing.class_mix import ClassMix
+from udakit.mixing.classes import Rounding, Scope
+from udakit.mixing.images import check_image_batch
 from udakit.teachers import unwrap_model
 
 
 def cross_domain_mix(
-    augmented: Float[Tensor, "n 3 h w"], translated: Float[Tensor, "n 3 h w"], mask: Bool[Tensor, "n h w"]
-) -> Float[Tensor, "n 3 h w"]:
+    augmented: Float[Tensor, "n k *space"], translated: Float[Tensor, "n k *space"], mask: Bool[Tensor, "n *space"]
+) -> Float[Tensor, "n k *space"]:
     r"""Mix an augmented and a target-styled rendering of the same source images.
 
     $$x' = M \odot x^a + (1 - M) \odot x^{s \to t}$$
@@ -40,7 +41,7 @@ def cross_domain_mix(
     Args:
         augmented: x^a.
         translated: x^{s->t}, of the same shape.
-        mask: bool (N, H, W).
+        mask: bool (N, *space).
 
     Returns:
         Images of the same shape.
@@ -57,8 +58,8 @@ def cross_domain_mix(
         >>> mixed[0, 0].detach()
         tensor([[1., 0.]])
     """
-    check_float("augmented", augmented, 4, "(N, 3, H, W)")
-    check_float("translated", translated, 4, "(N, 3, H, W)")
+    check_image_batch("augmented", augmented)
+    check_image_batch("translated", translated)
     check_same_shape(translated, augmented, name="translated", reference_name="augmented", hint=RESIZE_HINT)
     check_mask_like(mask, augmented, name="mask", reference_name="augmented")
     return paste(mask, augmented, translated)
@@ -147,15 +148,20 @@ class CrossDomainMix(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "n 3 h w"],
-        labels: Integer[Tensor, "n h w"],
-        target_images: Float[Tensor, "n 3 h2 w2"],
+        images: Float[Tensor, "n k *space"],
+        labels: Integer[Tensor, "n *space"],
+        target_images: Float[Tensor, "n k *space2"],
         *,
         generator: torch.Generator | None = None,
-    ) -> tuple[Float[Tensor, "n 3 h w"], Bool[Tensor, "n h w"]]:
+    ) -> tuple[Float[Tensor, "n k *space"], Bool[Tensor, "n *space"]]:
         """Return the mixed images, whose labels are still `labels`, and the mask."""
-        check_float("images", images, 4, "(N, 3, H, W)")
-        check_float("target_images", target_images, 4, "(N, 3, H, W)")
+        check_image_batch("images", images)
+        check_image_batch("target_images", target_images)
+        if target_images.ndim != images.ndim:
+            raise ValueError(
+                f"Expected `target_images` to have as many axes as `images` {shape_of(images)}, "
+                f"but got {shape_of(target_images)}."
+            )
         check_labels_like(labels, images, reference_name="images")
         check_generator(generator, images.device)
         mask = self.classes.draw_mask(labels, generator=generator)

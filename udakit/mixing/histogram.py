@@ -68,7 +68,7 @@ def histogram_transfer(
 
 
 def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """The bin of each value in stripes, the count of each bin; of each cell the first bin, and how many it is split into.
+    """The bin of each value in stripes, the count of each bin; of each cell the first bin, and how many bins it has.
 
     A cell is split into as many equal bins as its share of `bins` tells, one at least where it has pixels: with twice
     the pixels an image has bins half as wide there.
@@ -106,4 +106,5 @@ def _cell(key: Tensor) -> Tensor:
 def _float(key: Tensor) -> Tensor:
     """The float whose ordered bits are `key`, counted from the lowest."""
     bits = key - 2**31
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int32).view(torch.float32)
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int32)
+    return bits.view(torch.float32)

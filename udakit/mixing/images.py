@@ -8,23 +8,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_float, check_range, is_sequence, kind_of, shape_of
+from udakit._checks import check_device, check_maps, check_range, is_sequence, kind_of, shape_of
 
 Channels = Sequence[float] | Tensor
 BLOCK = 2**18  # elements worked on at once on the CPU: small enough that the steps between stay in its cache
-SPACE = "(N, K, *space) with one to three axes of space"
 _NUMBERS = {1: "one number", 2: "two numbers", 3: "three numbers", 4: "four numbers"}
 
 
 def check_image_batch(name: str, images: Tensor) -> None:
-    """Raise unless `images` is float (N, K, *space), of one to three axes of space."""
-    check_float(name, images)
-    if images.ndim not in (3, 4, 5):
-        hint = " A single one becomes a batch by .unsqueeze(0)." if images.ndim == 2 else ""
-        raise ValueError(f"Expected `{name}` to be {SPACE}, but got {shape_of(images)}.{hint}")
+    """Raise unless `images` is float (N, K, *space), with one to three spatial axes."""
+    check_maps(name, images, "N, K")
     if images.ndim == 4 and images.shape[3] == 3 and images.shape[1] >= 8:
         raise ValueError(
-            f"Expected `{name}` to be {SPACE}, but got {shape_of(images)}. Channels come first by .permute(0, 3, 1, 2)."
+            f"Expected `{name}` to be (N, K, H, W), but got {shape_of(images)}. "
+            "Channels come first by .permute(0, 3, 1, 2)."
         )
 
 
@@ -59,7 +56,7 @@ def check_statistics(mean: Channels | None, std: Channels | None, images: Tensor
             raise ValueError(f"{wanted}, but got {given}.{hint}")
         else:
             for value in values:
-                check_range(name, value, 0.0 if name == "std" else float("-inf"), open_low=True, open_high=True)
+                check_range(name, value, 0.0 if name == "std" else float("-inf"), open_low=name == "std")
         channels = len(values)
 
 

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
-from udakit._checks import check_integer, check_mask, check_pair, check_range, check_size, draw_device
+from udakit._checks import check_integer, check_mask, check_pair, check_range, check_size, draw_device, is_sequence
 
 
-def _check_size(n: int, size: tuple[int, int]) -> None:
+def _check_size(n: int, size: Sequence[int]) -> None:
     check_integer("n", n, 0)
-    check_size("size", size)
+    axes = len(size) if is_sequence(size) else 2
+    check_size("size", size, axes if axes in (1, 2, 3) and not isinstance(size, torch.Size) else 2)
 
 
 def draw_box_mask(
     n: int,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     area: tuple[float, float] = (0.5, 0.5),
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
-) -> Bool[Tensor, "n h w"]:
+) -> Bool[Tensor, "n *space"]:
     r"""Draw one box for each of `n` masks, of a given share of the image, of random shape and place (CutMix).
 
     $$a \sim U(\text{area}), \quad h = H\,a^{u}, \quad w = W\,a^{1 - u}, \quad u \sim U(0, 1)$$
 
-    **Convention.** True inside the box, which lies inside the image. Its sides are rounded to whole pixels.
+    **Convention.** True inside the box, which lies inside the image. Its sides are rounded to whole pixels. In three
+    dimensions the exponents are the gaps that two uniform numbers leave in (0, 1); a signal has one, 1.
 
     **Source.** French et al. 2020 (CutMix for segmentation) with `area=(0.5, 0.5)`.
 
     Args:
         n: number of masks.
-        size: (height, width).
+        size: (height, width); (length,) for signals, (depth, height, width) for volumes.
         area: lowest and highest share of the image, in (0, 1].
         generator: random numbers are drawn on `device`.
         device: of the masks; by default that of the generator, else the CPU.
 
     Returns:
-        Bool (n, height, width).
+        Bool (n, height, width), or (n, *size).
 
     Raises:
         ValueError: an option out of range, or a generator on another device.
@@ -54,46 +58,54 @@ def draw_box_mask(
     check_range("area", area[1], area[0], 1.0)
     device = draw_device(generator, device)
     low, high = area
-    u = torch.rand(4, n, 1, generator=generator, device=device, dtype=torch.float32)
-    share = low + (high - low) * u[0]
-    inside = []
-    for length, exponent, offset in ((size[0], u[1], u[2]), (size[1], 1 - u[1], u[3])):
-        extent = (length * share**exponent).round()
+    axes = len(size)
+    u = torch.rand(2 * axes, n, 1, generator=generator, device=device, dtype=torch.float32)
+    share, cuts, offsets = low + (high - low) * u[0], u[1:axes], u[axes:]
+    if axes > 2:
+        cuts = cuts.sort(dim=0).values
+    ends = [torch.zeros_like(share), *cuts, torch.ones_like(share)]
+    inside: Tensor | None = None
+    for i, length in enumerate(size):
+        extent = (length * share ** (ends[i + 1] - ends[i])).round()
         # One of length - extent + 1 places, each equally likely.
-        start = (offset * (length - extent + 1)).floor().clamp_max(length - extent)
+        start = (offsets[i] * (length - extent + 1)).floor().clamp_max(length - extent)
         place = torch.arange(length, device=device)
-        inside.append(((place >= start) & (place < start + extent)).to(torch.uint8))
-    # As bytes: "and" of booleans is ten times slower on the CPU.
-    return (inside[0][:, :, None] & inside[1][:, None, :]).to(torch.bool)
+        # As bytes: "and" of booleans is ten times slower on the CPU.
+        along = ((place >= start) & (place < start + extent)).to(torch.uint8)
+        inside = along if inside is None else inside.unsqueeze(-1) & along.view(n, *(1,) * i, length)
+    assert inside is not None
+    return inside.to(torch.bool)
 
 
 def draw_block_mask(
     n: int,
-    size: tuple[int, int],
+    size: Sequence[int],
     *,
     block_size: int = 64,
     ratio: float = 0.7,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
-) -> Bool[Tensor, "n h w"]:
+) -> Bool[Tensor, "n *space"]:
     r"""Draw which blocks of each of `n` images are removed (masked image consistency).
 
     **Convention.** True is removed; `ratio` is the share removed, each block by itself. The grid has
-    round(H / block) x round(W / block) cells, at least one, stretched over the image when the division leaves a rest.
-    Apply it with `torch.where(mask.unsqueeze(1), 0, images)`: 0 is the mean colour of normalised images.
+    round(H / block) x round(W / block) cells, at least one, stretched over the image when the division leaves a rest;
+    signals and volumes have cells along each of their axes. Apply it with
+    `torch.where(mask.unsqueeze(1), 0, images)`: 0 is the mean colour of normalised images. `~mask` removes what the
+    mask keeps: two complementary views of one image, between which nothing is lost, of like size by `ratio=0.5`.
 
-    **Source.** MIC (Hoyer et al., CVPR 2023): 64 pixels, ratio 0.7.
+    **Source.** MIC (Hoyer et al., CVPR 2023): 64 pixels, ratio 0.7; MaskTwins trains on both complements.
 
     Args:
         n: number of masks.
-        size: (height, width).
+        size: (height, width); (length,) for signals, (depth, height, width) for volumes.
         block_size: side of a block in pixels.
         ratio: share removed, in [0, 1].
         generator: random numbers are drawn on `device`.
         device: of the masks; by default that of the generator, else the CPU.
 
     Returns:
-        Bool (n, height, width).
+        Bool (n, height, width), or (n, *size).
 
     Raises:
         ValueError: an option out of range, or a generator on another device.
@@ -106,19 +118,21 @@ def draw_block_mask(
     check_integer("block_size", block_size)
     check_range("ratio", ratio, 0.0, 1.0)
     device = draw_device(generator, device)
-    rows, columns = (max(round(length / block_size), 1) for length in size)
-    removed = torch.rand(n, rows, columns, generator=generator, device=device, dtype=torch.float32) < ratio
-    row = torch.arange(size[0], device=device) * rows // size[0]
-    column = torch.arange(size[1], device=device) * columns // size[1]
-    return removed.index_select(2, column).index_select(1, row)  # whole rows last: they are copied at once
+    cells = [max(round(length / block_size), 1) for length in size]
+    removed = torch.rand(n, *cells, generator=generator, device=device, dtype=torch.float32) < ratio
+    # The last axis first: whole rows, which are copied at once, are repeated in the end.
+    for axis in reversed(range(len(size))):
+        cell = torch.arange(size[axis], device=device) * cells[axis] // size[axis]
+        removed = removed.index_select(axis + 1, cell)
+    return removed
 
 
-def boundary_band(mask: Bool[Tensor, "n h w"], *, kernel_size: int = 3) -> Bool[Tensor, "n h w"]:
+def boundary_band(mask: Bool[Tensor, "n *space"], *, kernel_size: int = 3) -> Bool[Tensor, "n *space"]:
     r"""Mark the band along the boundary of a mask: where its dilation differs from its erosion.
 
     $$B_p = \left[\exists\,q \in W_p: M_q\right] \wedge \left[\exists\,q \in W_p: \neg M_q\right]$$
 
-    with W_p the square of `kernel_size` pixels around p, as far as it lies in the image.
+    with W_p the square (the cube, the stretch) of `kernel_size` pixels around p, as far as it lies in the image.
 
     **Convention.** Outside the image is neutral: the image border is no boundary. An odd size is symmetric; an even one
     reaches one pixel further up and left, so that 2 looks at a pixel and its up, left and up-left neighbours. Size 1
@@ -128,11 +142,11 @@ def boundary_band(mask: Bool[Tensor, "n h w"], *, kernel_size: int = 3) -> Bool[
     source mask: `boundary_band(mask) & ~source_mask`.
 
     Args:
-        mask: bool (N, H, W).
+        mask: bool (N, *space).
         kernel_size: side of the square in pixels, at least 1.
 
     Returns:
-        Bool (N, H, W).
+        Bool (N, *space).
 
     Raises:
         TypeError: a mask that is not bool.
@@ -145,20 +159,16 @@ def boundary_band(mask: Bool[Tensor, "n h w"], *, kernel_size: int = 3) -> Bool[
     """
     check_integer("kernel_size", kernel_size)
     check_mask(mask)
-    # Bytes instead of booleans: inductor cannot pad a boolean on the CPU.
-    inside = mask.to(torch.uint8)
-    return (_any_near(inside, kernel_size) & _any_near(1 - inside, kernel_size)).to(torch.bool)
-
-
-def _any_near(mask: Tensor, size: int) -> Tensor:
-    """Whether any pixel of the window is True: along one axis, then the other, the window doubling at each step."""
-    before, after = size // 2, (size - 1) // 2
-    for axis, padding in ((2, (before, after)), (1, (0, 0, before, after))):
-        mask = pad(mask, padding, value=0)
+    # One bit says that a False is near, the other that a True is; padding has none. Bytes instead of booleans:
+    # inductor cannot pad a boolean on the CPU.
+    near = mask.to(torch.uint8) + 1
+    before, after = kernel_size // 2, (kernel_size - 1) // 2
+    near = pad(near, (before, after) * (mask.ndim - 1))
+    for axis in reversed(range(1, mask.ndim)):
         width = 1
-        while width < size:
-            step = min(width, size - width)
-            kept = mask.shape[axis] - step
-            mask = mask.narrow(axis, 0, kept) | mask.narrow(axis, step, kept)
+        while width < kernel_size:  # the window doubles at each step
+            step = min(width, kernel_size - width)
+            kept = near.shape[axis] - step
+            near = near.narrow(axis, 0, kept) | near.narrow(axis, step, kept)
             width += step
-    return mask
+    return near == 3

@@ -35,6 +35,10 @@ def check_content_style(content: Tensor, style: Tensor, *, same_size: bool) -> N
             f"Expected `style` to have the batch size of `content` {shape_of(content)}, but got {shape_of(style)}. "
             "Each image takes one style: style[:1].expand_as(content) gives all the same."
         )
+    if style.ndim != content.ndim:
+        raise ValueError(
+            f"Expected `style` to have as many axes as `content` {shape_of(content)}, but got {shape_of(style)}."
+        )
     if style.shape[1] != content.shape[1]:
         raise ValueError(
             f"Expected `style` to have the channels of `content` {shape_of(content)}, but got {shape_of(style)}."
@@ -192,9 +196,9 @@ def _moments(planes: list[Tensor]) -> tuple[int, Tensor, Tensor]:
         variances, means = zip(*(torch.var_mean(p, dim=(1, 2), correction=0) for p in planes), strict=True)
         return pixels, torch.stack(means, dim=1), torch.stack(variances, dim=1) * pixels
     # The same in two passes, which on the CPU take a fifth of the time.
-    means = [p.mean(dim=(1, 2), keepdim=True) for p in planes]
-    squares = [(p - m).square().sum(dim=(1, 2)) for p, m in zip(planes, means, strict=True)]
-    return pixels, torch.cat(means, dim=1).flatten(1), torch.stack(squares, dim=1)
+    centres = [p.mean(dim=(1, 2), keepdim=True) for p in planes]
+    squares = [(p - m).square().sum(dim=(1, 2)) for p, m in zip(planes, centres, strict=True)]
+    return pixels, torch.cat(centres, dim=1).flatten(1), torch.stack(squares, dim=1)
 
 
 def _statistics(moments: Iterable[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

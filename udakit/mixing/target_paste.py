@@ -13,11 +13,11 @@ from udakit.mixing.batch import SegBatch, check_batches, mix
 def target_paste(
     source: SegBatch | tuple[Tensor, ...],
     target: SegBatch | tuple[Tensor, ...],
-    confidence: Float[Tensor, "n h w"],
+    confidence: Float[Tensor, "n *space"],
     *,
     threshold: float = 0.95,
-    extra_mask: Bool[Tensor, "n h w"] | None = None,
-) -> tuple[SegBatch, Bool[Tensor, "n h w"]]:
+    extra_mask: Bool[Tensor, "n *space"] | None = None,
+) -> tuple[SegBatch, Bool[Tensor, "n *space"]]:
     r"""Paste the confident pixels of `target`, with their pseudo-labels, onto `source`.
 
     $$M_p = [\,c_p > \tau\,] \vee E_p, \qquad x = M x_t + (1 - M)\,x_s, \qquad y = M \hat y_t + (1 - M)\,y_s$$
@@ -31,7 +31,7 @@ def target_paste(
     Args:
         source: labelled batch that is pasted onto; a plain tuple (images, labels[, weight]) is welcome.
         target: batch with pseudo-labels, of the same size.
-        confidence: (N, H, W), largest class probability of the target prediction.
+        confidence: (N, *space), largest class probability of the target prediction.
         threshold: confidence in [0, 1] above which a pixel is pasted.
         extra_mask: True where a pixel is pasted anyway.
 
@@ -80,10 +80,10 @@ class TargetPaste(nn.Module):
         self,
         source: SegBatch | tuple[Tensor, ...],
         target: SegBatch | tuple[Tensor, ...],
-        confidence: Float[Tensor, "n h w"],
+        confidence: Float[Tensor, "n *space"],
         *,
-        extra_mask: Bool[Tensor, "n h w"] | None = None,
-    ) -> tuple[SegBatch, Bool[Tensor, "n h w"]]:
+        extra_mask: Bool[Tensor, "n *space"] | None = None,
+    ) -> tuple[SegBatch, Bool[Tensor, "n *space"]]:
         """Apply the function with the configuration given at construction."""
         return target_paste(source, target, confidence, threshold=self.threshold, extra_mask=extra_mask)
 
