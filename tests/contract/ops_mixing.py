@@ -86,16 +86,19 @@ def _check_images(images: Tensor, **options: Any) -> Tensor:
     return images
 
 
+def _move_mean(images: Tensor, target_images: Tensor) -> Tensor:
+    own, other = (x.flatten(2).mean(2).view(*x.shape[:2], *(1,) * (images.ndim - 2)) for x in (images, target_images))
+    return images + (other - own)
+
+
 def _darken(images: Tensor) -> Tensor:
     return images - 1
 
 
 READS = "it reads the values because it is asked to"
 NO_MODULE = {"module": "a pure function without state; ClassMix and CrossDomainMix are the Modules that use it"}
-ANY_SPACE = {**NO_MODULE, "shape_errors.axes": "without its last axis it is the map of a signal, and as good"}
 DRAWS = {"kind": "draw", "grad": (), "output": "other"}
 MAPS = {"kind": "map", "exempt": NO_MODULE}
-MAPS_OF_ANY_SPACE = {"kind": "map", "exempt": ANY_SPACE}
 ANY_SIZE = {**NO_MODULE, "shape_errors.size": "only statistics of the style are used: it may have any size"}
 
 
@@ -114,7 +117,7 @@ OPERATIONS = [
         kind="draw",
         grad=(),
         output="chosen",
-        exempt=ANY_SPACE,
+        exempt=NO_MODULE,
     ),
     Operation(
         "draw_classes[batch]",
@@ -133,16 +136,26 @@ OPERATIONS = [
         kind="draw",
         grad=(),
         output="chosen",
-        exempt=ANY_SPACE,
+        exempt=NO_MODULE,
     ),
-    Operation("class_mask", _class_mask, udakit.class_mask, grad=(), output="mask", inductor=True, **MAPS_OF_ANY_SPACE),
+    Operation(
+        "class_mask",
+        _class_mask,
+        udakit.class_mask,
+        grad=(),
+        output="mask",
+        inductor=True,
+        wrong={"num_classes": (0, -1, 2.5, "3", True)},
+        **MAPS,
+    ),
     Operation(
         "class_mask[ignored column]",
         _class_mask_ignored_column,
         udakit.class_mask,
         grad=(),
         output="mask",
-        **MAPS_OF_ANY_SPACE,
+        wrong={"num_classes": (0, -1, 2.5, "3", True)},
+        **MAPS,
     ),
     Operation(
         "paste",
@@ -211,7 +224,7 @@ OPERATIONS = [
         lambda s: Call(
             (s.images(), s.labels(), s.tag(s.normal(s.n, 3, s.h // 2, s.w // 2), "images")),
             {},
-            {"num_classes": s.c, "translate": udakit.color_transfer, "augment": _darken, "blend": 0.4},
+            {"num_classes": s.c, "translate": _move_mean, "augment": _darken, "blend": 0.4},
         ),
         _draw_and_cross,
         udakit.CrossDomainMix,
@@ -226,7 +239,8 @@ OPERATIONS = [
         grad=(),
         output="mask",
         inductor=True,
-        **MAPS_OF_ANY_SPACE,
+        **MAPS,
+        space="test_mixing_masks.py::test_boundary_band",
     ),
     Operation(
         "boundary_band[2]",
@@ -234,7 +248,8 @@ OPERATIONS = [
         udakit.boundary_band,
         grad=(),
         output="mask",
-        **MAPS_OF_ANY_SPACE,
+        **MAPS,
+        space="test_mixing_masks.py::test_boundary_band",
     ),
     Operation(
         "draw_box_mask",
@@ -242,6 +257,7 @@ OPERATIONS = [
         udakit.draw_box_mask,
         exempt=NO_MODULE,
         **DRAWS,
+        space="test_mixing_masks.py::test_box_is_one_box_of_the_area",
     ),
     Operation(
         "draw_block_mask",
@@ -249,6 +265,7 @@ OPERATIONS = [
         udakit.draw_block_mask,
         exempt=NO_MODULE,
         **DRAWS,
+        space="test_mixing_masks.py::test_blocks_follow_mic",
     ),
     Operation(
         "draw_token_mask",
@@ -272,6 +289,7 @@ OPERATIONS = [
         udakit.fourier_transfer,
         output="images",
         **MAPS,
+        space="test_mixing_style.py::test_fourier_transfer_in_any_space",
     ),
     Operation(
         "color_transfer",
@@ -280,6 +298,7 @@ OPERATIONS = [
         kind="map",
         output="images",
         exempt=ANY_SIZE,
+        space="two",
     ),
     Operation(
         "histogram_transfer",
@@ -297,7 +316,7 @@ OPERATIONS = [
         kind="map",
         grad=(),
         output="images",
-        exempt={**ANY_SPACE, "fake_tensors": READS, "no_device_copy": READS, "compile": READS},
+        exempt={**NO_MODULE, "fake_tensors": READS, "no_device_copy": READS, "compile": READS},
     ),
     Operation(
         "draw_strong_augment",
@@ -316,6 +335,7 @@ OPERATIONS = [
         covers=("StrongAugmentDraw",),
         exempt=NO_MODULE,
         **DRAWS,
+        space="none",
     ),
     Operation(
         "strong_augment",
@@ -325,6 +345,7 @@ OPERATIONS = [
         output="images",
         exempt={"module": "StrongAugment draws by itself, and has its own entry"},
         inductor=True,
+        space="test_mixing_augment.py::test_images_of_any_channels_in_any_space",
     ),
     Operation(
         "StrongAugment",
@@ -333,5 +354,6 @@ OPERATIONS = [
         udakit.StrongAugment,
         kind="draw",
         output="images",
+        space="test_mixing_augment.py::test_images_of_any_channels_in_any_space",
     ),
 ]

@@ -176,9 +176,9 @@ def class_mask(
         tensor([[[ True, False,  True]]])
     """
     check_flag("paste_ignore", paste_ignore)
-    check_ignore_index(ignore_index, num_classes)
     if num_classes is not None:
         check_integer("num_classes", num_classes)
+    check_ignore_index(ignore_index, num_classes)
     check_label_map(labels)
     check_tensor("chosen", chosen, "a bool tensor")
     if chosen.dtype != torch.bool:

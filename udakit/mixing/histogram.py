@@ -107,4 +107,5 @@ def _float(key: Tensor) -> Tensor:
     """The float whose ordered bits are `key`, counted from the lowest."""
     bits = key - 2**31
     bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int32)
-    return bits.view(torch.float32)
+    value: Tensor = bits.view(torch.float32)
+    return value

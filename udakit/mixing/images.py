@@ -31,7 +31,7 @@ def check_rgb(name: str, images: Tensor, what: str) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"Expected `{name}` to be (N, 3, H, W), but got {shape_of(images)}. "
-            f"{what} is about colour: it asks for three channels in two dimensions."
+            f"{what} is about colour, of three channels, and two-dimensional."
         )
 
 
@@ -42,7 +42,8 @@ def check_statistics(mean: Channels | None, std: Channels | None, images: Tensor
         if values is None:
             continue
         wanted = "numbers" if channels is None else _NUMBERS.get(channels, f"{channels} numbers")
-        wanted = f"Expected `{name}` to be {wanted}, one a channel"
+        own = " as `mean` has" if name == "std" and images is None and channels is not None else ""
+        wanted = f"Expected `{name}` to be {wanted}, one a channel{own}"
         if isinstance(values, Tensor):
             if values.ndim != 1 or len(values) != (channels or len(values)):
                 hint = " It becomes one by .flatten()." if values.numel() == (channels or values.shape.numel()) else ""
