@@ -18,6 +18,7 @@ from torch import nn
 from gta2cs.checkpoints import load_checkpoint, load_net, save_checkpoint
 from gta2cs.config import Config, plain
 from gta2cs.label_free import DIRECTIONS, PRESENT, RELIABILITY, UNRELIABLE, VIEWS, LabelFree, measure, views_of
+from gta2cs.observers import score_on_target
 from gta2cs.recipes import Losses
 from gta2cs.report import cell
 from gta2cs.stage import Run, StageState
@@ -75,6 +76,8 @@ class Choosing:
         if state.index == self.first and state.done == 0:
             found = self._measure(state.recipe.student, f"The net that {state.stage.recipe} starts from")
             state.history["source_only"] = found.to_json()
+            if state.index == 0 and run.pair.target_val is not None:  # otherwise the stage before has scored it
+                state.history["source_only_truth"] = score_on_target(run, state.recipe.student).to_json()
             self._offer(SOURCE_ONLY, SOURCE_ONLY, state.recipe.student, found, step=0)
         if "source_only" in state.history:
             run.source_only = LabelFree.from_json(state.history["source_only"])

@@ -1,0 +1,464 @@
+"""Which label-free score may be trusted to choose a net? Every score against the true mIoU, over the nets of many runs.
+
+    python benchmarks/selection.py --collect runs/a runs/b --into runs.json          # of finished or stopped runs
+    python benchmarks/selection.py --collect runs/ruined --bad --into runs.json      # made bad on purpose
+    python benchmarks/selection.py runs.json --markdown table.md --picture selection.png
+
+`runs.json` is a list of {pair, recipe, seed, bad, start, checkpoints}; `start` (the source-only net) and each of the
+checkpoints are {step, net, truth_miou, scores: {name: value}, shares: [...]}. Three questions are asked of each score:
+
+- checkpoint: which of the nets of this run?           Regret: mIoU of the best one less that of the chosen one.
+- setting: which of the runs of this pair and seed, by their last student?
+- guard: the last student of this run, or the source-only net?
+
+The sign of a score is fixed on the other pairs (by its mean Spearman correlation there), and so is the score itself in
+the row "chosen on the other pairs"; the pairs that share CamVid's day images are left out together. Intervals are 95 %
+bootstraps over runs, drawn within each pair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+Net = dict[str, Any]
+Run = dict[str, Any]
+TOGETHER = ({"camvid", "carla2camvid"},)  # share images: left out together
+QUESTIONS = ("checkpoint", "setting", "guard")
+SHOWN = ("mirror_consistency", "nuclear_norm", "neighbourhood_density", "negative_entropy")  # in the picture
+
+
+# --- rank statistics ------------------------------------------------------------------------------
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    """Ranks from 1, ties share the mean of theirs."""
+    x = np.asarray(values, dtype=float)
+    order = np.argsort(x, kind="stable")
+    _, first, count = np.unique(x[order], return_index=True, return_counts=True)
+    result = np.empty(len(x))
+    result[order] = np.repeat(first + (count + 1) / 2, count)
+    return result
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Pearson's correlation of the ranks; NaN where one side is constant."""
+    a, b = _finite(x, y)
+    if len(a) < 2:
+        return float("nan")
+    a, b = ranks(a) - (len(a) + 1) / 2, ranks(b) - (len(b) + 1) / 2
+    size = np.sqrt((a * a).sum() * (b * b).sum())
+    return float((a * b).sum() / size) if size > 0 else float("nan")
+
+
+def kendall(x: Sequence[float], y: Sequence[float]) -> float:
+    """Tau-b: concordant less discordant pairs, over the pairs that are tied on neither side."""
+    a, b = _finite(x, y)
+    i, j = np.triu_indices(len(a), 1)
+    da, db = np.sign(a[i] - a[j]), np.sign(b[i] - b[j])
+    size = np.sqrt((da != 0).sum() * (db != 0).sum())
+    return float((da * db).sum() / size) if size > 0 else float("nan")
+
+
+def _finite(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.array([[np.nan if v is None else v for v in side] for side in (x, y)], dtype=float)
+    kept = np.isfinite(a) & np.isfinite(b)
+    return a[kept], b[kept]
+
+
+# --- scores and questions -------------------------------------------------------------------------
+
+
+class Score:
+    """A score, or several added by their ranks among the candidates; higher is better once it has its sign."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    @property
+    def title(self) -> str:
+        return " + ".join(name.replace("_", " ") for name in self.names)
+
+    def values(self, nets: Sequence[Net], signs: dict[str, int]) -> list[float]:
+        """A number for each candidate; what has no score comes last."""
+        columns = []
+        for name in self.names:
+            x = [n["scores"].get(name) for n in nets]
+            columns.append([-np.inf if v is None or not np.isfinite(v) else signs[name] * v for v in x])
+        return columns[0] if len(columns) == 1 else list(np.sum([ranks(c) for c in columns], axis=0))
+
+
+def score_names(runs: Sequence[Run]) -> list[str]:
+    """Names that every run has, in the order of the first."""
+    found = [list(net["scores"]) for run in runs for net in run["checkpoints"]]
+    return [name for name in found[0] if all(name in names for names in found)]
+
+
+def nets_of(runs: Iterable[Run]) -> list[Net]:
+    """All nets once: the checkpoints, and source-only nets that runs share."""
+    nets: list[Net] = []
+    for run in runs:
+        nets += run["checkpoints"]
+        if run.get("start") and run["start"] not in nets:
+            nets.append(run["start"])
+    return nets
+
+
+def last_student(run: Run) -> Net:
+    """The net of a run that is deployed when nobody chooses: the first of those of the last step."""
+    step = max(net["step"] for net in run["checkpoints"])
+    return next(net for net in run["checkpoints"] if net["step"] == step)
+
+
+def choices(runs: Sequence[Run], question: str) -> list[list[Net]]:
+    """The lists of candidates that a question is about; where there is one candidate there is no choice."""
+    if question == "checkpoint":
+        lists = [run["checkpoints"] for run in runs]
+    elif question == "guard":
+        lists = [[run["start"], last_student(run)] for run in runs if run.get("start")]
+    else:
+        groups: dict[tuple[str, int], list[Net]] = {}
+        for run in runs:
+            groups.setdefault((run["pair"], run["seed"]), []).append(last_student(run))
+        lists = list(groups.values())
+    return [nets for nets in lists if len(nets) > 1]
+
+
+Policy = Callable[[Sequence[Net], str], float]  # (candidates, question) -> mIoU of what it takes
+
+
+def by_score(score: Score, signs: dict[str, int]) -> Policy:
+    """Take the candidate with the highest score; ties are broken by chance, so their mean is what one gets."""
+
+    def take(nets: Sequence[Net], question: str) -> float:
+        values = np.array(score.values(nets, signs))
+        truth = np.array([net["truth_miou"] for net in nets])
+        return float(truth[values == values.max()].mean())
+
+    return take
+
+
+def at_random(nets: Sequence[Net], question: str) -> float:
+    """What a blind choice gets in the mean."""
+    return float(np.mean([net["truth_miou"] for net in nets]))
+
+
+def always_last(nets: Sequence[Net], question: str) -> float:
+    """The last student; between settings nothing is last, and the choice is blind."""
+    if question == "setting":
+        return at_random(nets, question)
+    return float(last_student({"checkpoints": nets})["truth_miou"])
+
+
+def regrets(runs: Sequence[Run], question: str, policy: Policy) -> list[float]:
+    """Best less chosen, for each list of candidates."""
+    return [
+        max(net["truth_miou"] for net in nets) - policy(nets, question) for nets in choices(runs, question)
+    ]  # fmt: skip
+
+
+def source_only_regrets(runs: Sequence[Run], question: str) -> list[float]:
+    """What never adapting loses; below 0 where no candidate reaches the source-only net."""
+    if question == "setting":
+        return []
+    with_start = [run for run in runs if run.get("start")]
+    lists = choices(with_start, question) if question == "guard" else [run["checkpoints"] for run in with_start]
+    return [
+        max(net["truth_miou"] for net in nets) - run["start"]["truth_miou"]
+        for run, nets in zip(with_start, lists, strict=True)
+    ]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean of what is finite; NaN of nothing."""
+    finite = [v for v in values if np.isfinite(v)]
+    return float(np.mean(finite)) if finite else float("nan")
+
+
+# --- leaving pairs out ----------------------------------------------------------------------------
+
+
+def by_pair(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs of each pair."""
+    pairs: dict[str, list[Run]] = {}
+    for run in runs:
+        pairs.setdefault(run["pair"], []).append(run)
+    return pairs
+
+
+def others(pairs: dict[str, list[Run]], pair: str) -> dict[str, list[Run]]:
+    """The pairs that are not this one and share no image with it."""
+    group = next((g for g in TOGETHER if pair in g), {pair})
+    return {name: runs for name, runs in pairs.items() if name not in group}
+
+
+def pair_correlation(runs: Sequence[Run], name: str, statistic: Callable[..., float] = spearman) -> float:
+    """Correlation with the truth over all nets of a pair."""
+    nets = nets_of(runs)
+    return statistic([n["scores"].get(name) for n in nets], [n["truth_miou"] for n in nets])
+
+
+def signs_on(pairs: dict[str, list[Run]], names: Sequence[str]) -> dict[str, int]:
+    """Direction of each score: the sign of its mean correlation over these pairs."""
+    return {name: -1 if mean([pair_correlation(runs, name) for runs in pairs.values()]) < 0 else 1 for name in names}
+
+
+def pair_regret(runs: Sequence[Run], policy: Policy) -> float:
+    """One number for the three questions: the mean of their mean regrets."""
+    return mean([mean(regrets(runs, question, policy)) for question in QUESTIONS])
+
+
+def candidates(names: Sequence[str]) -> list[Score]:
+    """Every score, and every two of them added by rank."""
+    return [Score(name) for name in names] + [Score(*two) for two in combinations(names, 2)]
+
+
+def chosen_on(pairs: dict[str, list[Run]], names: Sequence[str], signs: dict[str, int]) -> Score:
+    """The score with the least regret over these pairs, each pair alike; the simpler one on a tie."""
+
+    def regret(score: Score) -> tuple[float, int]:
+        return mean([pair_regret(runs, by_score(score, signs)) for runs in pairs.values()]), len(score.names)
+
+    return min(candidates(names), key=regret)
+
+
+# --- one row --------------------------------------------------------------------------------------
+
+
+def row(pairs: dict[str, list[Run]], policy_of: dict[str, Policy | None], question: str) -> dict[str, list[float]]:
+    """Regrets of each pair; a policy of None is the source-only net."""
+    found = {}
+    for pair, runs in pairs.items():
+        policy = policy_of[pair]
+        found[pair] = source_only_regrets(runs, question) if policy is None else regrets(runs, question, policy)
+    return found
+
+
+def mean_over_pairs(found: dict[str, list[float]]) -> float:
+    """Each pair counts alike."""
+    return mean([mean(values) for values in found.values()])
+
+
+def interval(found: dict[str, list[float]], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % of the mean over pairs when the runs of each pair are drawn anew."""
+    generator = np.random.default_rng(seed)
+    means = []
+    for values in found.values():
+        x = np.array(values)
+        if len(x):
+            means.append(x[generator.integers(len(x), size=(draws, len(x)))].mean(1))
+    if not means:
+        return float("nan"), float("nan")
+    low, high = np.percentile(np.mean(means, axis=0), [2.5, 97.5])
+    return float(low), float(high)
+
+
+class Study:
+    """All numbers of a list of runs."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        check_runs(runs)
+        self.pairs, self.names = by_pair(runs), score_names(runs)
+        self.rest = {pair: others(self.pairs, pair) or self.pairs for pair in self.pairs}
+        self.signs = {pair: signs_on(rest, self.names) for pair, rest in self.rest.items()}
+        self.elected = {pair: chosen_on(rest, self.names, self.signs[pair]) for pair, rest in self.rest.items()}
+
+    def policies(self) -> dict[str, dict[str, Policy | None]]:
+        """Row -> the policy of each pair."""
+        rows: dict[str, dict[str, Policy | None]] = {}
+        for name in self.names:
+            rows[name.replace("_", " ")] = {p: by_score(Score(name), self.signs[p]) for p in self.pairs}
+        rows["chosen on the other pairs"] = {p: by_score(self.elected[p], self.signs[p]) for p in self.pairs}
+        rows["last"] = dict.fromkeys(self.pairs, always_last)
+        rows["source-only"] = dict.fromkeys(self.pairs, None)
+        rows["random"] = dict.fromkeys(self.pairs, at_random)
+        rows["impossible best"] = dict.fromkeys(self.pairs, lambda nets, q: max(n["truth_miou"] for n in nets))
+        return rows
+
+    def correlations(self, name: str) -> dict[str, Any]:
+        """Spearman in each pair, and the means of Spearman and Kendall in pairs and in runs, by the raw sign."""
+        within = [
+            [spearman([n["scores"].get(name) for n in r["checkpoints"]], [n["truth_miou"] for n in r["checkpoints"]])
+             for r in runs] for runs in self.pairs.values()
+        ]  # fmt: skip
+        return {
+            "pairs": {pair: pair_correlation(runs, name) for pair, runs in self.pairs.items()},
+            "kendall": mean([pair_correlation(runs, name, kendall) for runs in self.pairs.values()]),
+            "within": mean([mean(values) for values in within]),
+        }
+
+
+def check_runs(runs: Any) -> None:
+    """Refuse what is no list of runs, by what is missing."""
+    if not isinstance(runs, list) or not runs:
+        raise ValueError("Expected a list of at least one run.")
+    for number, run in enumerate(runs):
+        missing = {"pair", "recipe", "seed", "checkpoints"} - set(run)
+        if missing or not run["checkpoints"]:
+            raise ValueError(f"Expected run {number} to have checkpoints and {sorted(missing)}, but they are missing.")
+        for net in [*run["checkpoints"], *([run["start"]] if run.get("start") else [])]:
+            if not {"step", "net", "truth_miou", "scores"} <= set(net):
+                raise ValueError(f"Expected every net of run {number} to have step, net, truth_miou and scores.")
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def markdown(runs: Sequence[Run]) -> str:
+    """One table: a row a score, correlations as measured, regrets with the sign fixed on the other pairs."""
+    study = Study(runs)
+    good_runs = [run for run in runs if not run.get("bad")]
+    good = Study(good_runs) if good_runs and len(good_runs) < len(runs) else None
+    pairs = list(study.pairs)
+    head = ["score", *(f"ρ {pair}" for pair in pairs), "ρ within runs", "τ"]
+    for question in QUESTIONS:
+        head += [f"regret, {question}", *(["without bad runs"] if good else [])]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    good_policies = good.policies() if good else {}
+    for title, policy_of in study.policies().items():
+        name = title.replace(" ", "_")
+        cells = [f"**{title}**" if title == "chosen on the other pairs" else title]
+        if name in study.names:
+            found = study.correlations(name)
+            cells += [_two(v) for v in found["pairs"].values()] + [_two(found["within"]), _two(found["kendall"])]
+        else:
+            cells += ["–"] * (len(pairs) + 2)
+        for question in QUESTIONS:
+            regret = row(study.pairs, policy_of, question)
+            low, high = interval(regret)
+            value = mean_over_pairs(regret)
+            cells.append("–" if np.isnan(value) else f"{value:.1f} [{low:.1f}, {high:.1f}]")
+            if good:
+                without = mean_over_pairs(row(good.pairs, good_policies[title], question))
+                cells.append("–" if np.isnan(without) else f"{without:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    nets = sum(len(nets_of(r)) for r in study.pairs.values())
+    bad = sum(bool(run.get("bad")) for run in runs)
+    elected = "; ".join(f"{pair}: {score.title}" for pair, score in study.elected.items())
+    return (
+        "\n".join(lines)
+        + f"\n\n{nets} nets of {len(runs)} runs on {len(pairs)} pairs ({bad} runs made bad on purpose). Regret in "
+        "points of mIoU, mean over pairs, with a 95 % bootstrap interval over runs.\n\nChosen on the other pairs, for "
+        f"{elected}.\n\n{guard_table(study)}"
+    )
+
+
+def guard_table(study: Study, name: str = "mirror_consistency") -> str:
+    """How often the adapted net would be deployed, and what that gains and misses, by one score with its raw sign."""
+    if name not in study.names:
+        return ""
+    lines = [
+        f"| by {name.replace('_', ' ')} | runs | last student - source-only | deployed | gain | "
+        "better by 3, not deployed | `best.pt` - source-only | adapted |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    signs = {name: 1}
+    for pair, runs in study.pairs.items():
+        duels = choices(runs, "guard")
+        if not duels:
+            continue
+        deployed = [b["scores"][name] > a["scores"][name] for a, b in duels]
+        gains = [b["truth_miou"] - a["truth_miou"] for a, b in duels]
+        got = [gain if taken else 0.0 for gain, taken in zip(gains, deployed, strict=True)]
+        missed = sum(gain >= 3 and not taken for gain, taken in zip(gains, deployed, strict=True))
+        best, adapted = [], 0
+        for run in runs:
+            if run.get("start"):
+                nets = [run["start"], *run["checkpoints"]]  # the earlier one on a tie, as in the loop
+                chosen = nets[int(np.argmax(Score(name).values(nets, signs)))]
+                best.append(chosen["truth_miou"] - run["start"]["truth_miou"])
+                adapted += chosen is not run["start"]
+        lines.append(
+            f"| {pair} | {len(duels)} | {np.mean(gains):+.1f} | {sum(deployed)} | {np.mean(got):+.1f} | {missed} "
+            f"| {np.mean(best):+.1f} | {adapted} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _two(value: float) -> str:
+    return "–" if np.isnan(value) else f"{value:.2f}"
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+    """Scores against the truth: a column a pair, a row a score, a colour a run, crosses for bad ones."""
+    pairs = by_pair(runs)
+    names = [name for name in SHOWN if name in score_names(runs)] or score_names(runs)[:4]
+    figure, axes = plt.subplots(
+        len(names), len(pairs), figsize=(2.9 * len(pairs), 2.5 * len(names)), squeeze=False, layout="constrained"
+    )
+    for line, name in zip(axes, names, strict=True):
+        for axis, (pair, members) in zip(line, pairs.items(), strict=True):
+            for number, run in enumerate(members):
+                x = [np.nan if net["scores"][name] is None else net["scores"][name] for net in run["checkpoints"]]
+                y = [net["truth_miou"] for net in run["checkpoints"]]
+                axis.scatter(x, y, s=12, color=f"C{number % 10}", marker="x" if run.get("bad") else "o", alpha=0.7)
+                if run.get("start"):
+                    axis.scatter(run["start"]["scores"][name], run["start"]["truth_miou"], s=45, color="k", marker="*")
+            axis.set_title(f"{pair}, ρ = {_two(pair_correlation(members, name))}", fontsize=9)
+            axis.set_xlabel(name.replace("_", " "), fontsize=8)
+            axis.tick_params(labelsize=7)
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel("mIoU on target, %", fontsize=8)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+# --- collecting -----------------------------------------------------------------------------------
+
+
+def collect(folder: Path, *, bad: bool = False) -> Run:
+    """One run's entry: of `history.json`, or of the checkpoints of a run that was stopped."""
+    from gta2cs.histories import read_run
+
+    run = read_run(folder).to_json()
+    run["checkpoints"] = [net for net in run["checkpoints"] if net["truth_miou"] is not None]
+    if not run["checkpoints"]:
+        raise ValueError(f"Expected {folder} to be a run whose target has labels: there is nothing to compare with.")
+    if run["start"] and run["start"]["truth_miou"] is None:
+        run["start"] = None
+    return {**run, "bad": bad}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Collect runs, or write table and picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="?", type=Path, help="runs.json")
+    parser.add_argument("--markdown", type=Path, help="where the table goes; without it to the terminal")
+    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--collect", nargs="+", type=Path, default=[], metavar="RUN", help="folders of runs")
+    parser.add_argument("--into", type=Path, default=Path("runs.json"))
+    parser.add_argument("--bad", action="store_true", help="the collected runs were made bad on purpose")
+    options = parser.parse_args(arguments)
+    if options.collect:
+        known = json.loads(options.into.read_text()) if options.into.is_file() else []
+        found = {run.get("folder", str(number)): run for number, run in enumerate(known)}
+        for folder in options.collect:
+            found[str(folder)] = {"folder": str(folder), **collect(folder, bad=options.bad)}
+        options.into.write_text(json.dumps(list(found.values()), indent=0) + "\n")
+        print(f"{options.into}: {len(found)} runs")
+    if options.runs is not None:
+        runs = json.loads(options.runs.read_text())
+        text = markdown(runs)
+        if options.markdown is None:
+            print(text)
+        else:
+            options.markdown.write_text(text, encoding="utf-8")
+        if options.picture is not None:
+            draw(runs, options.picture)
+
+
+if __name__ == "__main__":
+    main()

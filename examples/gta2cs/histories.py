@@ -1,0 +1,95 @@
+"""What a run's folder tells about its nets: scores without labels and, where target has labels, the true mIoU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gta2cs.checkpoints import load_checkpoint
+
+
+@dataclass
+class RunNets:
+    """The source-only net and the nets of every evaluation of the stages that adapt."""
+
+    folder: Path
+    pair: str
+    recipe: str
+    seed: int
+    start: dict[str, Any] | None
+    checkpoints: list[dict[str, Any]]
+    choice: dict[str, Any] | None = None
+
+    @property
+    def truth(self) -> float | None:
+        """True mIoU of the last student; None for a target without labels."""
+        return self.last["truth_miou"]  # type: ignore[no-any-return]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The first of the nets of the last evaluation."""
+        step = self.checkpoints[-1]["step"]
+        return next(net for net in self.checkpoints if net["step"] == step)
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of the runs that `benchmarks/selection.py` reads."""
+        return {
+            "pair": self.pair,
+            "recipe": self.recipe,
+            "seed": self.seed,
+            "start": self.start,
+            "checkpoints": self.checkpoints,
+        }
+
+
+def read_run(folder: Path) -> RunNets:
+    """Read `history.json` of a finished run, or the checkpoints of one that was stopped.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: a run of before there were label-free scores.
+    """
+    path = folder / "history.json"
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        config, stages, choice = saved["config"], saved["stages"], saved["choice"]
+    else:
+        files = sorted(folder.glob("stage*/last.pt"), key=lambda p: int(p.parent.name.split("_")[0][5:]))
+        if not files:
+            raise FileNotFoundError(f"Expected {folder} to be the folder of a run, but it has no history and no stage.")
+        opened = [load_checkpoint(file) for file in files]
+        config, choice = json.loads(opened[-1]["config"]), None
+        stages = [json.loads(value["history"]) for value in opened]
+    adapting = [i for i, stage in enumerate(stages) if stage["name"] != "source_only"] or [len(stages) - 1]
+    checkpoints, before = [], sum(stages[i]["steps"] for i in range(adapting[0]))
+    for i in adapting:
+        truth = {entry["step"]: entry["nets"] for entry in stages[i]["scores"]}
+        for entry in stages[i].get("label_free", []):
+            for name, found in entry["nets"].items():
+                if not name.startswith("large "):
+                    known = truth.get(entry["step"], {}).get(name)
+                    checkpoints.append(_net(before + entry["step"], name, found, known))
+        before += stages[i]["steps"]
+    if not checkpoints:
+        raise ValueError(f"Expected {folder} to have label-free scores, but it has none: it is of an earlier version.")
+    first = stages[adapting[0]]
+    start = None
+    if "source_only" in first:
+        known = first.get("source_only_truth")
+        if known is None and adapting[0] > 0 and stages[adapting[0] - 1]["scores"]:
+            known = next(iter(stages[adapting[0] - 1]["scores"][-1]["nets"].values()))
+        start = _net(0, "source_only", first["source_only"], known)
+    recipe = " → ".join(stages[i]["name"] for i in adapting)
+    return RunNets(folder, config["data"]["pair"], recipe, config["seed"], start, checkpoints, choice)
+
+
+def _net(step: int, name: str, found: dict[str, Any], truth: dict[str, Any] | None) -> dict[str, Any]:
+    miou = None if truth is None else next(iter(truth["means"].values()))
+    scores = {**found["scores"]}
+    for view, iou in found.get("class_iou", {}).items():
+        present = [value for value in iou if value is not None]
+        if present:  # a class that is gone does not count here, as it does in "consistency"
+            scores[f"{view}_present"] = sum(present) / len(present)
+    return {"step": step, "net": name, "truth_miou": miou, "scores": scores, "shares": found["shares"]}
