@@ -138,9 +138,12 @@ def guard(x: Tensor, valid: Tensor | None) -> Tensor:
 
 class _Guard(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, valid: Tensor) -> Tensor:
-        ctx.save_for_backward(valid)
+    def forward(x: Tensor, valid: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -157,7 +160,7 @@ def check_reduction(reduction: str) -> None:
 
 
 def reduce_pixels(
-    loss: Tensor, valid: Tensor | None = None, *, pixel_weight: Tensor | None = None, reduction: str = "mean"
+    loss: Tensor, valid: Tensor | None = None, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
 ) -> Tensor:
     """Reduce a per-pixel (or per-anchor, per-image) loss.
 

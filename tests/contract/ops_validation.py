@@ -103,7 +103,6 @@ OPERATIONS = [
         build=_build_scores,
         exempt={
             "module": "update and compute are methods, and compute reads from the device",
-            "extreme_values.one_class": "one class has no scores: it is refused by name",
         },
     ),
     Operation(
@@ -116,7 +115,6 @@ OPERATIONS = [
         kind="map",
         grad=(),
         output="batch_values",
-        exempt={"extreme_values.one_class": "one class has no consistency: it is refused by name"},
     ),
     Operation(
         "consistency_score[background]",
@@ -172,7 +170,6 @@ OPERATIONS = [
         kind="map",
         grad=(),
         output="scalar",
-        exempt={"extreme_values.one_class": "candidates of one class cannot disagree: refused by name"},
     ),
     Operation(
         "ConfidenceThreshold",
@@ -184,7 +181,6 @@ OPERATIONS = [
         build=_build_atc,
         exempt={
             "module": "fit and estimate are methods",
-            "extreme_values.one_class": "one class is always right: it is refused by name",
         },
     ),
     Operation(
@@ -196,7 +192,6 @@ OPERATIONS = [
         output="scalar",
         exempt={
             "module": "its result is an option of ConfidenceThreshold",
-            "extreme_values.one_class": "one class has no temperature: it is refused by name",
         },
     ),
 ]

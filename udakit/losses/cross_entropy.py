@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
@@ -14,7 +17,17 @@ from udakit._checks import (
     check_weight_like,
     check_weight_option,
 )
-from udakit._reduce import check_reduction, guard, reduce_pixels, upcast
+from udakit._reduce import (
+    LOG_2,
+    Reduction,
+    check_reduction,
+    guard,
+    plain,
+    reduce_pixels,
+    select,
+    upcast,
+    zero_where_not_,
+)
 
 
 def cross_entropy(
@@ -24,7 +37,7 @@ def cross_entropy(
     pixel_weight: Float[Tensor, "n *space"] | None = None,
     class_weight: Float[Tensor, "c"] | None = None,
     ignore_index: int = 255,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Cross-entropy of every labelled pixel, weighted per pixel and per class.
 
@@ -71,7 +84,7 @@ def cross_entropy(
         check_weight_like(pixel_weight, logits)
     labels = labels.long()
     valid = labels != ignore_index
-    loss = labelled_cross_entropy(guard(upcast(logits), valid), labels, ignore_index, class_weight)
+    loss = labelled_cross_entropy(upcast(logits), labels, ignore_index, class_weight)
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 
@@ -85,7 +98,12 @@ def labelled_cross_entropy(
 ) -> Tensor:
     """`F.cross_entropy` at each pixel, with our message where the CPU meets an id that is no class."""
     weight = None if class_weight is None else class_weight.detach().to(logits.dtype)
+    grows = logits.requires_grad and torch.is_grad_enabled()
     try:
+        if grows and logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            loss: Tensor = _CrossEntropy.apply(plain(logits), plain(labels), weight, ignore_index)[0]
+            return loss
+        logits = guard(logits, labels != ignore_index)
         return F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction="none")
     except IndexError as error:
         raise ValueError(
@@ -94,13 +112,63 @@ def labelled_cross_entropy(
         ) from error
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """`F.cross_entropy` whose gradient is made block by block, in the cache: exactly 0 where a pixel is ignored.
+
+    Its own backward pass writes a map of zeros first, and gives NaN where the logits of an ignored pixel are.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+        log_p = F.log_softmax(x, dim=1)
+        return F.nll_loss(log_p, labels, weight, ignore_index=ignore_index, reduction="none"), log_p
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, labels, weight, ctx.ignore_index = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, labels, weight, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
+        if grad is None:
+            return None, None, None, None
+        x, labels, weight, log_p = ctx.saved_tensors
+        valid = labels != ctx.ignore_index
+        ids = labels.where(valid, 0).unsqueeze(1)
+        grad = grad.unsqueeze(1) if weight is None else (grad * weight[ids.squeeze(1)]).unsqueeze(1)
+        if torch.is_grad_enabled():  # create_graph=True: in operations that have a derivative
+            p = torch.where(valid.unsqueeze(1), x, 0).softmax(1)
+            return select(valid.unsqueeze(1), (p - torch.zeros_like(p).scatter(1, ids, 1)) * grad), None, None, None
+        result = torch.empty_like(log_p, memory_format=torch.contiguous_format)
+        _fill(*(t.flatten(2) for t in (result, log_p, ids, grad, valid.unsqueeze(1))))
+        return result, None, None, None
+
+
+BLOCK = 2**18  # elements of a class map worked on at once: they stay in the cache
+
+
+def _fill(result: Tensor, log_p: Tensor, ids: Tensor, grad: Tensor, valid: Tensor) -> None:
+    """Result = (softmax - one-hot) * grad where valid, else 0; all (N, C or 1, pixels)."""
+    _, c, size = result.shape
+    pixels = max(BLOCK // c, 1)
+    for i in range(len(result)):
+        for j in range(0, size, pixels):
+            at = slice(j, j + pixels)
+            g, out = grad[i, :, at], result[i, :, at]
+            torch.mul(log_p[i, :, at], 1 / LOG_2, out=out).exp2_().mul_(g)
+            out.scatter_add_(0, ids[i, :, at], -g)
+            zero_where_not_(valid[i, :, at], out)
+
+
 def reduce_labelled(
     loss: Tensor,
     labels: Tensor,
     class_weight: Tensor | None,
     pixel_weight: Tensor | None,
     ignore_index: int,
-    reduction: str,
+    reduction: Reduction,
 ) -> Tensor:
     """Weights, then the mean, of a loss at labelled pixels."""
     labels = labels.long()  # uint8 would wrap an `ignore_index` of -100
@@ -122,14 +190,16 @@ class CrossEntropyLoss(nn.Module):
 
     class_weight: Tensor | None
 
-    def __init__(self, *, class_weight: Tensor | None = None, ignore_index: int = 255, reduction: str = "mean") -> None:
+    def __init__(
+        self, *, class_weight: Tensor | None = None, ignore_index: int = 255, reduction: Reduction = "mean"
+    ) -> None:
         super().__init__()
         check_ignore_index(ignore_index)
         check_reduction(reduction)
         check_weight_option(class_weight)
         self.register_buffer("class_weight", class_weight)
         self.ignore_index = ignore_index
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

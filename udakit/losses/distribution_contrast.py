@@ -21,7 +21,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import check_reduction, class_ids, reduce_pixels, select, upcast
+from udakit._reduce import Reduction, check_reduction, class_ids, reduce_pixels, select, upcast
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
@@ -38,7 +38,7 @@ def distribution_contrast_loss(
     seen: Bool[Tensor, "c"] | None = None,
     pixel_weight: Float[Tensor, "n *space"] | None = None,
     ignore_index: int = 255,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Contrast each feature with infinitely many samples of the Gaussian of every class, in closed form.
 
@@ -154,7 +154,7 @@ class DistributionContrastLoss(nn.Module):
         ratio: float = 1.0,
         normalize: bool = True,
         ignore_index: int = 255,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         _check_options(temperature, ratio, normalize, ignore_index, reduction)
@@ -162,7 +162,7 @@ class DistributionContrastLoss(nn.Module):
         self.ratio = ratio
         self.normalize = normalize
         self.ignore_index = ignore_index
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

@@ -6,7 +6,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_maps, check_mask_like, check_same_shape
-from udakit._reduce import check_reduction, guard, reduce_pixels, upcast
+from udakit._reduce import Reduction, check_reduction, guard, reduce_pixels, upcast
 from udakit.losses._unit import lengths
 
 
@@ -15,7 +15,7 @@ def feature_distance_loss(
     reference_features: Float[Tensor, "n d *space"],
     *,
     valid: Bool[Tensor, "n *space"] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""L2 distance over the channels of two feature maps, at each feature pixel.
 
@@ -68,10 +68,10 @@ class FeatureDistanceLoss(nn.Module):
         tensor(2.)
     """
 
-    def __init__(self, *, reduction: str = "mean") -> None:
+    def __init__(self, *, reduction: Reduction = "mean") -> None:
         super().__init__()
         check_reduction(reduction)
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

@@ -22,7 +22,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, check_reduction, top_class, upcast
+from udakit._reduce import KINDS, Kind, Reduction, check_reduction, top_class, upcast
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.losses.kd import RESIZES, Resize, kd_loss, match_logits
 
@@ -102,7 +102,7 @@ def inconsistency_loss(
     teacher_kind: Kind = "logits",
     resize: Resize = "error",
     valid: Bool[Tensor, "n *space"] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Distillation in which a pixel weighs by the inconsistency of the teacher's class there.
 
@@ -251,7 +251,7 @@ class InconsistencyLoss(FullPrecisionState):
         weight_fn: WeightFn | None = None,
         teacher_kind: Kind = "logits",
         resize: Resize = "error",
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         check_integer("num_classes", num_classes)
@@ -268,7 +268,7 @@ class InconsistencyLoss(FullPrecisionState):
         self.weight_fn = weight_fn
         self.teacher_kind: Kind = teacher_kind
         self.resize: Resize = resize
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     @property
     def inconsistency(self) -> Float[Tensor, "c"]:

@@ -18,7 +18,7 @@ from udakit._checks import (
     check_weight_like,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, check_reduction, guard, interpolate, reduce_pixels, upcast
+from udakit._reduce import KINDS, Kind, Reduction, check_reduction, guard, interpolate, reduce_pixels, upcast
 
 Divergence = Literal["cross_entropy", "kl"]
 Resize = Literal["error", "student", "teacher"]
@@ -45,7 +45,7 @@ def kd_loss(
     resize: Resize = "error",
     valid: Bool[Tensor, "n *space"] | None = None,
     pixel_weight: Float[Tensor, "n *space"] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Distil a teacher's class probabilities into a student, pixel by pixel.
 
@@ -162,7 +162,7 @@ class KDLoss(nn.Module):
         divergence: Divergence = "cross_entropy",
         teacher_kind: Kind = "logits",
         resize: Resize = "error",
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         check_options(temperature, divergence, teacher_kind, resize, reduction)
@@ -170,7 +170,7 @@ class KDLoss(nn.Module):
         self.divergence: Divergence = divergence
         self.teacher_kind: Kind = teacher_kind
         self.resize: Resize = resize
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

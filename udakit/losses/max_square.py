@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_mask_like, check_option, check_range, check_scores, check_weight_like
-from udakit._reduce import KINDS, Kind, check_reduction, guard, reduce_pixels, top_class, upcast
+from udakit._reduce import KINDS, Kind, Reduction, check_reduction, guard, reduce_pixels, top_class, upcast
 
 
 def max_square_loss(
@@ -18,7 +18,7 @@ def max_square_loss(
     kind: Kind = "logits",
     valid: Bool[Tensor, "n *space"] | None = None,
     pixel_weight: Float[Tensor, "n *space"] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Half the negative sum of squared class probabilities.
 
@@ -97,12 +97,12 @@ class MaxSquareLoss(nn.Module):
         tensor(-0.2500)
     """
 
-    def __init__(self, *, balance: float = 0.0, kind: Kind = "logits", reduction: str = "mean") -> None:
+    def __init__(self, *, balance: float = 0.0, kind: Kind = "logits", reduction: Reduction = "mean") -> None:
         super().__init__()
         _check_options(balance, kind, reduction)
         self.balance = balance
         self.kind: Kind = kind
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

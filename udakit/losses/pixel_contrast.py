@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_integer, check_maps, check_mask_like, check_range, check_same_shape
-from udakit._reduce import check_reduction, reduce_pixels, select, upcast
+from udakit._reduce import Reduction, check_reduction, reduce_pixels, select, upcast
 from udakit.losses._infonce import infonce
 
 
@@ -18,7 +18,7 @@ def pixel_contrast_loss(
     temperature: float = 0.05,
     valid: Bool[Tensor, "n *space"] | None = None,
     chunk_size: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n 2 *space"]:
     r"""InfoNCE over all pixels of both views of each image: the positive is the same pixel in the other view.
 
@@ -90,12 +90,14 @@ class PixelContrastLoss(nn.Module):
         tensor(1.9459)
     """
 
-    def __init__(self, *, temperature: float = 0.05, chunk_size: int | None = None, reduction: str = "mean") -> None:
+    def __init__(
+        self, *, temperature: float = 0.05, chunk_size: int | None = None, reduction: Reduction = "mean"
+    ) -> None:
         super().__init__()
         _check_options(temperature, chunk_size, reduction)
         self.temperature = temperature
         self.chunk_size = chunk_size
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

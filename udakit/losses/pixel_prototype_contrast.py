@@ -21,7 +21,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import check_reduction, class_ids, reduce_pixels, select, upcast
+from udakit._reduce import Reduction, check_reduction, class_ids, reduce_pixels, select, upcast
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
@@ -37,7 +37,7 @@ def pixel_prototype_contrast_loss(
     class_weight: Float[Tensor, "c"] | None = None,
     pixel_weight: Float[Tensor, "n *space"] | None = None,
     ignore_index: int = 255,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Cross-entropy of each feature pixel over its similarities to the prototypes of the classes seen so far.
 
@@ -144,7 +144,7 @@ class PixelPrototypeContrastLoss(nn.Module):
         normalize: bool = True,
         class_weight: Tensor | None = None,
         ignore_index: int = 255,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         _check_options(temperature, normalize, ignore_index, reduction)
@@ -153,7 +153,7 @@ class PixelPrototypeContrastLoss(nn.Module):
         self.temperature = temperature
         self.normalize = normalize
         self.ignore_index = ignore_index
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

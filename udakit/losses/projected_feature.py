@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_device, check_flag, check_integer, check_maps, check_mask_like, check_option, shape_of
-from udakit._reduce import check_reduction, full_precision, interpolate, select, upcast
+from udakit._reduce import Reduction, check_reduction, full_precision, interpolate, select, upcast
 from udakit.losses._unit import unit_vectors
 from udakit.losses.feature_distance import feature_distance_loss
 from udakit.losses.kd import Resize
@@ -49,7 +49,7 @@ class ProjectedFeatureLoss(nn.Module):
         *,
         normalize: bool = True,
         resize: Resize = "error",
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         check_integer("dim", dim)
@@ -60,7 +60,7 @@ class ProjectedFeatureLoss(nn.Module):
         self.projection = nn.Conv2d(dim, reference_dim, kernel_size=1)
         self.normalize = normalize
         self.resize: Resize = resize
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

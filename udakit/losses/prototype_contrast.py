@@ -14,7 +14,7 @@ from udakit._checks import (
     check_same_shape,
     check_scores,
 )
-from udakit._reduce import check_reduction, reduce_pixels
+from udakit._reduce import Reduction, check_reduction, reduce_pixels
 from udakit.losses._matmul import matmul
 from udakit.prototypes import class_means
 
@@ -27,7 +27,7 @@ def prototype_contrast_loss(
     num_classes: int,
     temperature: float = 1 / 7,
     ignore_index: int = 255,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n"]:
     r"""InfoNCE between the mean predictions of each class in two views of one image.
 
@@ -105,14 +105,14 @@ class PrototypeContrastLoss(nn.Module):
     """
 
     def __init__(
-        self, num_classes: int, *, temperature: float = 1 / 7, ignore_index: int = 255, reduction: str = "mean"
+        self, num_classes: int, *, temperature: float = 1 / 7, ignore_index: int = 255, reduction: Reduction = "mean"
     ) -> None:
         super().__init__()
         _check_options(num_classes, temperature, ignore_index, reduction)
         self.num_classes = num_classes
         self.temperature = temperature
         self.ignore_index = ignore_index
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from udakit._checks import (
 )
 from udakit._reduce import (
     LOG_2,
+    Reduction,
     check_reduction,
     class_ids,
     first_derivative_only,
@@ -44,7 +45,7 @@ def supervised_pixel_contrast_loss(
     denominator: Denominator = "negatives",
     normalize: bool = True,
     ignore_index: int = 255,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""] | Float[Tensor, "c max_anchors"]:
     r"""Pull sampled pixels of one class together, push those of other classes apart.
@@ -218,7 +219,7 @@ class SupervisedPixelContrastLoss(nn.Module):
         denominator: Denominator = "negatives",
         normalize: bool = True,
         ignore_index: int = 255,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         _check_options(num_classes, temperature, max_anchors, denominator, normalize, ignore_index, reduction)
@@ -228,7 +229,7 @@ class SupervisedPixelContrastLoss(nn.Module):
         self.denominator: Denominator = denominator
         self.normalize = normalize
         self.ignore_index = ignore_index
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

@@ -10,7 +10,7 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from udakit._checks import check_ignore_index, check_labels_like, check_range, check_scores, check_weight_like
-from udakit._reduce import check_reduction, guard, reduce_pixels, upcast
+from udakit._reduce import Reduction, check_reduction, guard, reduce_pixels, upcast
 from udakit.losses.cross_entropy import labelled_cross_entropy
 
 
@@ -24,7 +24,7 @@ def symmetric_cross_entropy(
     min_label: float = 1e-4,
     pixel_weight: Float[Tensor, "n *space"] | None = None,
     ignore_index: int = 255,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Cross-entropy plus reverse cross-entropy, in which labels and predictions change places.
 
@@ -107,7 +107,7 @@ class SymmetricCrossEntropyLoss(nn.Module):
         min_probability: float = 1e-7,
         min_label: float = 1e-4,
         ignore_index: int = 255,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         _check_options(ce_weight, rce_weight, min_probability, min_label, ignore_index, reduction)
@@ -116,7 +116,7 @@ class SymmetricCrossEntropyLoss(nn.Module):
         self.min_probability = min_probability
         self.min_label = min_label
         self.ignore_index = ignore_index
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

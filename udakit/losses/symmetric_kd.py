@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_range, check_same_shape, check_scores
-from udakit._reduce import check_reduction, exp_, first_derivative_only, guard, plain, reduce_pixels, upcast
+from udakit._reduce import Reduction, check_reduction, exp_, first_derivative_only, guard, plain, reduce_pixels, upcast
 from udakit.losses.kd import kd_loss
 
 BLOCK = 2**18  # elements of a class map worked on at once on the CPU: small enough to stay in the cache
@@ -25,7 +25,7 @@ def symmetric_kd_loss(
     reverse_weight: float = 0.5,
     temperature: float = 1.0,
     valid: Bool[Tensor, "n *space"] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Distil the teacher's view of one rendering into the student's view of the other, both ways.
 
@@ -166,12 +166,12 @@ class SymmetricKDLoss(nn.Module):
         tensor(0.8664)
     """
 
-    def __init__(self, *, reverse_weight: float = 0.5, temperature: float = 1.0, reduction: str = "mean") -> None:
+    def __init__(self, *, reverse_weight: float = 0.5, temperature: float = 1.0, reduction: Reduction = "mean") -> None:
         super().__init__()
         _check_options(reverse_weight, temperature, reduction)
         self.reverse_weight = reverse_weight
         self.temperature = temperature
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

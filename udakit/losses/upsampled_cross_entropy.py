@@ -17,7 +17,7 @@ from udakit._checks import (
     check_weight_option,
     shape_of,
 )
-from udakit._reduce import check_reduction
+from udakit._reduce import Reduction, check_reduction
 from udakit.losses._upsampled import upsampled_loss
 from udakit.losses.cross_entropy import check_class_weight, reduce_labelled
 
@@ -34,7 +34,7 @@ def upsampled_cross_entropy(
     ignore_index: int = 255,
     align_corners: bool = False,
     chunk_rows: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n h2 w2"]:
     r"""`cross_entropy` of the logits bilinearly upsampled to the labels, a band of rows at a time.
 
@@ -128,7 +128,7 @@ class UpsampledCrossEntropyLoss(nn.Module):
         ignore_index: int = 255,
         align_corners: bool = False,
         chunk_rows: int | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         _check_options(ignore_index, align_corners, chunk_rows, reduction)
@@ -137,7 +137,7 @@ class UpsampledCrossEntropyLoss(nn.Module):
         self.ignore_index = ignore_index
         self.align_corners = align_corners
         self.chunk_rows = chunk_rows
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

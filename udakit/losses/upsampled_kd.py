@@ -13,7 +13,7 @@ from udakit._checks import (
     check_two_dimensional,
     check_weight_like,
 )
-from udakit._reduce import Kind, plain, reduce_pixels
+from udakit._reduce import Kind, Reduction, plain, reduce_pixels
 from udakit.losses._upsampled import upsampled_loss
 from udakit.losses.kd import Divergence, check_logits_pair
 from udakit.losses.kd import check_options as check_kd_options
@@ -34,7 +34,7 @@ def upsampled_kd_loss(
     valid: Bool[Tensor, "n h3 w3"] | None = None,
     pixel_weight: Float[Tensor, "n h3 w3"] | None = None,
     chunk_rows: int | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n h3 w3"]:
     r"""`kd_loss` of both nets' logits bilinearly upsampled to one size, a band of rows at a time.
 
@@ -139,7 +139,7 @@ class UpsampledKDLoss(nn.Module):
         teacher_kind: Kind = "logits",
         align_corners: bool = False,
         chunk_rows: int | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
         _check_options(size, temperature, divergence, teacher_kind, align_corners, chunk_rows, reduction)
@@ -149,7 +149,7 @@ class UpsampledKDLoss(nn.Module):
         self.teacher_kind: Kind = teacher_kind
         self.align_corners = align_corners
         self.chunk_rows = chunk_rows
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,

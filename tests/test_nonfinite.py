@@ -1,0 +1,156 @@
+"""What is not finite, too sharp or never meant: cases that were silent once."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+import udakit
+from udakit._checks import options
+from udakit._reduce import guard
+
+NAN = float("nan")
+
+
+def test_guard_lets_no_gradient_back_from_invalid_pixels() -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    valid = torch.rand(2, 4, generator=torch.Generator().manual_seed(1)) < 0.5
+    spoilt = x.where(valid.unsqueeze(1), NAN).requires_grad_()
+    clean = x.clone().requires_grad_()
+    for create_graph in (False, True):
+        found, expected = (
+            torch.autograd.grad(
+                torch.where(valid, guard(y, valid).softmax(1).square().sum(1), 0).sum(), y, create_graph=create_graph
+            )[0]
+            for y in (spoilt, clean)
+        )
+        torch.testing.assert_close(found, torch.where(valid.unsqueeze(1), expected, 0))
+        assert (found.isfinite()).all()
+
+
+def test_guard_of_an_expanded_gradient() -> None:
+    x, valid = torch.zeros(1, 2, 3, requires_grad=True), torch.tensor([[True, False, True]])
+    guard(x, valid).sum(dim=1).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[[1.0, 0.0, 1.0]] * 2]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_cross_entropy_has_second_derivatives(weighted: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, generator=g, requires_grad=True)
+    labels = torch.tensor([[0, 1, 2, 255, 1], [255, 2, 0, 0, 1]])
+    weight = torch.rand(3, dtype=torch.float64, generator=g) if weighted else None
+    assert torch.autograd.gradgradcheck(lambda x: udakit.cross_entropy(x, labels, class_weight=weight), (x,))
+
+
+def test_cross_entropy_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=g, requires_grad=True)
+    labels = torch.where(torch.rand(2, 4, 5, generator=g) < 0.3, 255, torch.randint(3, (2, 4, 5), generator=g))
+    expected = torch.autograd.grad(torch.nn.functional.cross_entropy(x, labels, ignore_index=255), x)[0]
+    for block in (1, 12, 10_000):
+        monkeypatch.setattr(sys.modules["udakit.losses.cross_entropy"], "BLOCK", block)
+        torch.testing.assert_close(torch.autograd.grad(udakit.cross_entropy(x, labels), x)[0], expected)
+
+
+@pytest.mark.parametrize("valid", [None, torch.tensor([[True, False]])])
+def test_sharp_inconsistency_weights(valid: Tensor | None) -> None:
+    """Of a class that the softmax leaves nothing the weights stay finite; where no class weighs all weigh alike."""
+    student = torch.zeros(1, 2, 2, requires_grad=True)
+    teacher = torch.tensor([[[9.0, -9.0], [-9.0, 9.0]]])
+    d = torch.tensor([0.0, 1.0])
+    loss = udakit.inconsistency_loss(student, teacher, d, weight_range=(0, 2), weight_temperature=1e-3, valid=valid)
+    loss.backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    assert loss.item() == pytest.approx(math.log(2))
+    assert udakit.kd_loss(student, teacher, valid=valid).item() == pytest.approx(math.log(2))
+
+
+def test_a_nan_logit_has_no_bin() -> None:
+    logits = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(1, 4, 4, dtype=torch.bool)
+    valid[..., 0] = False
+    clean, spoilt = (udakit.ClassQuantileSelector(3, share=0.5) for _ in range(2))
+    bad = logits.clone()
+    bad[..., 0] = NAN
+    assert torch.equal(spoilt(bad, valid=valid).labels, clean(logits, valid=valid).labels)
+    assert torch.equal(spoilt.histogram, clean.histogram)
+    spoilt(bad)  # at a valid pixel: not kept, and no error
+    assert spoilt.histogram.isfinite().all()
+    assert (spoilt(bad).weight[..., 0] == 0).all()
+
+
+def test_class_255_is_warned_of_once() -> None:
+    logits, labels = torch.randn(1, 300, 2), torch.full((1, 2), 255)
+    options._warn_of_class_255.cache_clear()
+    with pytest.warns(UserWarning, match="more than 255 classes, and `ignore_index` is 255"):
+        assert udakit.cross_entropy(logits, labels).item() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        udakit.cross_entropy(logits, labels)
+    options._warn_of_class_255.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert udakit.cross_entropy(logits, labels, ignore_index=-100).item() > 0
+        udakit.cross_entropy(logits[:, :255], labels)
+
+
+def test_a_mask_in_place_of_features_is_refused() -> None:
+    logits, mask = torch.zeros(2, 3, 4, 4), torch.ones(2, 4, 4, dtype=torch.bool)
+    for selector in (udakit.ArgmaxSelector(), udakit.ThresholdSelector(0.5), udakit.ConfidentRatioSelector()):
+        with pytest.raises(TypeError, match=r"`features` .* but got torch.bool .* keyword: valid=mask"):
+            selector(logits, mask)
+        with pytest.raises(ValueError, match=r"`features` to be \(N, D, H, W\) .* go by keyword"):
+            selector(logits, mask.float())
+
+
+def test_accepted_is_what_is_used() -> None:
+    probabilities = torch.tensor([[0.6, 0.9], [0.4, 0.1]]).view(1, 2, 1, 2)
+    used = udakit.ConfidentRatioSelector(0.95)(probabilities, kind="probabilities")
+    assert used.weight.sum() == 0
+    assert used.accepted.tolist() == [0.0, 0.0]
+    used = udakit.ConfidentRatioSelector(0.8)(probabilities, kind="probabilities")
+    assert used.accepted.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("exclude", [(0,), (2, 0), (1, 3)])
+@pytest.mark.parametrize("kind", ["logits", "probabilities"])
+def test_excluded_classes_are_never_predicted(exclude: tuple[int, ...], kind: str) -> None:
+    logits = 2 * torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(0))
+    left = logits.clone()
+    left[:, list(exclude)] = -torch.inf
+    x = logits if kind == "logits" else logits.softmax(1)
+    for make in (
+        udakit.ArgmaxSelector,
+        lambda **o: udakit.ThresholdSelector(0.5, **o),
+        lambda **o: udakit.ConfidentRatioSelector(0.5, **o),
+        lambda **o: udakit.ClassQuantileSelector(4, **o),
+    ):
+        found, expected = make(exclude=exclude)(x, kind=kind), make()(left)
+        assert torch.equal(found.labels, expected.labels)
+        torch.testing.assert_close(found.confidence, expected.confidence)
+        torch.testing.assert_close(found.weight, expected.weight)
+        assert not any((found.labels == i).any() for i in exclude)
+
+
+def test_all_classes_cannot_be_excluded() -> None:
+    for exclude in ((0, 1), (2,)):
+        with pytest.raises(ValueError, match=r"`exclude` to be some of the ids 0\.\.1"):
+            udakit.ArgmaxSelector(exclude=exclude)(torch.zeros(1, 2, 3))
+
+
+@pytest.mark.parametrize("table", [{0: 1, 2**33: 2}, {-(2**40): 5, 3: 7, 2**62: 9}, {2**62: 1}])
+def test_ids_far_apart_are_mapped_without_a_table_of_all_between(table: dict[int, int]) -> None:
+    ids = torch.tensor([*table, 0, 1, -1, 2**33 + 1, 2**63 - 1])
+    expected = [table.get(int(i), 255) for i in ids]
+    assert udakit.map_ids(ids, table).tolist() == expected
+    assert udakit.map_ids(ids.numpy(), table).tolist() == expected
+    small = torch.tensor([0, 3, 7], dtype=torch.int32)
+    assert udakit.map_ids(small, table, default=6).tolist() == [table.get(i, 6) for i in (0, 3, 7)]
