@@ -173,6 +173,29 @@ def test_fusion_of_whole_images(dimensions: int) -> None:
     torch.testing.assert_close(udakit.fuse_scales(context, detail, attention), expected)
 
 
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_crops_and_fusion_in_other_dimensions(dimensions: int) -> None:
+    """Half of each axis at full scale, stride 1, other places in each image."""
+    generator = torch.Generator().manual_seed(0)
+    box = udakit.draw_detail_box(
+        2, (8,) * dimensions, detail=(4,) * dimensions, divisor=2, scope="image", generator=generator
+    )
+    x = torch.randn(2, 3, *box.image, generator=generator)
+    context, attention = (torch.rand(2, 3, *[4] * dimensions, generator=generator) for _ in range(2))
+    crops = udakit.crop_detail(x, box)
+    fused = udakit.fuse_scales(context, crops, attention, box)
+    mode = {1: "linear", 3: "trilinear"}[dimensions]
+    for i, start in enumerate(box.start.tolist()):
+        at = tuple(slice(k, k + 4) for k in start)
+        small = tuple(slice(k // 2, k // 2 + 2) for k in start)
+        assert torch.equal(crops[i], x[(i, slice(None), *at)])
+        trusted, placed = torch.zeros_like(attention[i : i + 1]), torch.zeros(1, 3, *box.image)
+        trusted[(0, slice(None), *small)] = attention[(i, slice(None), *small)]
+        placed[(0, slice(None), *at)] = crops[i]
+        up = [F.interpolate(m, box.image, mode=mode) for m in (trusted, (1 - trusted) * context[i : i + 1])]
+        torch.testing.assert_close(fused[i], (up[0] * placed + up[1])[0])
+
+
 def test_errors() -> None:
     images, box = torch.zeros(2, 3, 8, 8), udakit.DetailBox(torch.zeros(2, 2).long(), (4, 4), (8, 8))
     with pytest.raises(ValueError, match=r"Expected `stride` to be at most `window` \(4, 4\)"):

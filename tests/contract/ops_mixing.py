@@ -271,6 +271,7 @@ OPERATIONS = [
         "draw_token_mask",
         lambda s: Call((s.n, s.h), {}, {"ratio": 0.5, "prefix": 1, "device": "cpu"}),
         udakit.draw_token_mask,
+        space="none",
         exempt=NO_MODULE,
         **DRAWS,
     ),
@@ -281,6 +282,7 @@ OPERATIONS = [
         kind="map",
         grad=(0, 2),
         output="batch_class_vectors",
+        space="none",
         exempt={"module": "the mask token is a parameter of the net"},
     ),
     Operation(

@@ -28,6 +28,7 @@ OPERATIONS = [
         grad=(),
         output="other",
         covers=("norm_parameters",),
+        space="none",
         exempt={
             "module": "a function of a net, with no state of its own",
             "half": "the net keeps its dtype, and wants images of it",

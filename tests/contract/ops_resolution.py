@@ -50,7 +50,12 @@ def _fuse_whole(s: Sample) -> Call:
     return Call((context, s.logits(s.h // 2, s.w // 2), attention))
 
 
-MAPS: dict[str, Any] = {"kind": "map", "output": "logits", "grad": (0, 1, 2)}
+MAPS: dict[str, Any] = {
+    "kind": "map",
+    "output": "logits",
+    "grad": (0, 1, 2),
+    "space": "test_resolution.py::test_fusion_of_whole_images",
+}
 
 OPERATIONS = [
     Operation(
@@ -61,6 +66,7 @@ OPERATIONS = [
         grad=(1,),
         output="logits",
         covers=("sliding_bands",),
+        space="test_resolution.py::test_windows_value_and_gradient",
         exempt=NET,
     ),
     Operation(
@@ -71,6 +77,7 @@ OPERATIONS = [
         grad=(),
         output="other",
         covers=("DetailBox",),
+        space="none",
         exempt={"module": "crop_detail and fuse_scales apply one draw to images, labels and logits"},
     ),
     Operation(
@@ -79,6 +86,7 @@ OPERATIONS = [
         udakit.crop_detail,
         kind="map",
         output="features",
+        space="test_resolution.py::test_crops_and_fusion_in_other_dimensions",
         exempt={**DRAWN, "shape_errors.dtype": "labels, weights and images are cut alike"},
     ),
     Operation(

@@ -121,4 +121,14 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "progress": CALLABLE,
     "min_pixels": (-1, NAN, INF, "3", None, 2.5),
     "num_samples": MAYBE_COUNT,
+    # resolution, tokens, norms
+    "cosine_weight": SHARE,
+    "tokens": COUNT,
+    "prefix": (-1, 2.5, "3", None, True),
+    "window": (4, "8", (0, 4), (4,), (4.0, 4)),
+    "stride": (4, "8", (0, 4), (4,), (4.0, 4), (400, 4)),
+    "detail": (4, "8", (0, 4), (4,), (4.0, 4), (400, 4)),
+    "divisor": COUNT,
+    "box": (4, "8", (0, 4), torch.zeros(2, 2)),
+    "source_share": SHARE,
 }

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_maps, check_mask_like, check_range, check_same_shape
-from udakit._reduce import check_reduction, reduce_pixels, upcast
+from udakit._reduce import check_reduction, guard, reduce_pixels, upcast
 from udakit.losses._unit import unit_vectors
 
 
@@ -59,8 +59,8 @@ def feature_distillation_loss(
     check_same_shape(reference, features, name="reference", reference_name="features")
     if valid is not None:
         check_mask_like(valid, features, reference_name="features")
-    x = upcast(features)
-    r = upcast(reference.detach()).to(x.dtype)
+    x = guard(upcast(features), valid)
+    r = guard(upcast(reference.detach()), valid).to(x.dtype)
     smooth = F.smooth_l1_loss(x, r, reduction="none").mean(1)
     cosine = (unit_vectors(x) * unit_vectors(r)).sum(1)
     loss = (1 - cosine_weight) * smooth + cosine_weight * (1 - cosine)

@@ -9,7 +9,16 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from udakit._checks import check_device, check_integer, check_option, check_size, check_tensor, draw_device, shape_of
+from udakit._checks import (
+    check_device,
+    check_integer,
+    check_option,
+    check_size,
+    check_tensor,
+    draw_device,
+    is_sequence,
+    shape_of,
+)
 
 Scope = Literal["batch", "image"]
 SCOPES = get_args(Scope)
@@ -69,7 +78,7 @@ def draw_detail_box(
         (torch.Size([2, 2]), (32, 64), True)
     """
     check_integer("n", n, 0)
-    check_size("size", size, len(size) if 1 <= len(size) <= 3 else 2)
+    check_size("size", size, len(size) if is_sequence(size) and 1 <= len(size) <= 3 else 2)
     check_size("detail", detail, len(size))
     check_integer("divisor", divisor)
     check_option("scope", scope, SCOPES)

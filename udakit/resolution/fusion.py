@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_maps, check_same_shape, shape_of
+from udakit._checks import check_device, check_maps, check_same_shape, check_scores, shape_of
 from udakit._reduce import interpolate, upcast
 from udakit.resolution.detail import DetailBox, check_box, gather_axis
 
@@ -55,8 +55,8 @@ def fuse_scales(
         >>> fused.shape, fused[0, 0, 0].tolist()
         (torch.Size([1, 2, 2, 4]), [0.0, 0.0, 0.75, 1.0])
     """
-    check_maps("context_logits", context_logits)
-    check_maps("detail_logits", detail_logits)
+    check_scores("context_logits", context_logits)
+    check_scores("detail_logits", detail_logits)
     check_maps("attention", attention)
     check_same_shape(attention, context_logits, name="attention", reference_name="context_logits")
     if detail_logits.ndim != context_logits.ndim or detail_logits.shape[:2] != context_logits.shape[:2]:
