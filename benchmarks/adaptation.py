@@ -2,13 +2,12 @@
 
     UDAKIT_DATA=/data python benchmarks/adaptation.py                      # whatever is not in the JSON yet
     python benchmarks/adaptation.py --pairs nuclei toy --rows dacs combined --seeds 0 1
-    python benchmarks/adaptation.py --group search                         # candidate policies, for the choice
     python benchmarks/adaptation.py --choose                               # which policy the other pairs choose
 
 A pair brings its paths, net, crop and numbers of steps; all that a method or an augmentation could be tuned by is the
 policy's. A row of the table uses the policy that the OTHER pairs choose (the two that share CamVid's day images are
 left out together). A run is (pair, row, seed): a source-only warm start, shared by the rows of a seed, then the same
-number of optimiser steps for each row. The last checkpoint counts, never the best on validation; every 50 steps the
+number of optimiser steps for each row. The last checkpoint counts, never the best on validation; every 100 steps the
 label-free scores of all nets are kept beside their true mIoU, for benchmarks/selection.py.
 """
 
@@ -36,12 +35,13 @@ considerate_threads()  # before torch is imported
 import train_gta2cs
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.files import write_json
+from gta2cs.recipes.combined import CANDIDATES, SHARED
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptation.json"
 HALF = {"decoder_pyramid_channels": 128, "decoder_segmentation_channels": 64}  # of an FPN: time
 FPN = {"arch": "fpn", "options": HALF}
 STREET: dict[str, Any] = {"net": {"arch": "deeplabv3plus"}, "crop": (160, 208), "warm": 600, "steps": 400}
-NUCLEI: dict[str, Any] = {"net": FPN, "crop": (128, 128), "warm": 200, "steps": 400}
+NUCLEI: dict[str, Any] = {"net": FPN, "crop": (128, 128), "warm": 200, "steps": 600}
 # What is a pair's own: net, crop, steps. Nothing that a method could be tuned by.
 PAIRS: dict[str, dict[str, Any]] = {
     "toy": {"net": FPN, "crop": (128, 192), "warm": 300, "steps": 450},
@@ -54,17 +54,13 @@ TOGETHER = {"camvid": {"camvid", "carla2camvid"}, "carla2camvid": {"camvid", "ca
 LR = {"source_only": 3e-4, "oracle": 3e-4}
 ADAPTATION_LR = 3e-4
 WARM_UP = 20  # steps of linear warm-up of the learning rate, in every stage
-EVERY = 50  # steps between scores
+EVERY = 100  # steps between scores
 
 # What the policy chooses between. Images and augmentation, the same for every row of a policy ...
-SCALES = {"source_scale": (0.5, 2.0), "target_scale": (0.7, 1.4)}
-AUGMENT: dict[str, Any] = {"jitter": 0.8}
+SCALES = {"source_scale": (0.6, 1.7), "target_scale": (0.8, 1.25)}
+AUGMENT: dict[str, Any] = {"jitter": SHARED["jitter"]}
 # ... and how DACS labels and selects. `combined` tries all of them itself.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "balanced": {"selector": "class_quantile", "share": 0.6, "translate": "histogram", "translate_share": 0.7},
-    "running": {"teacher_mode": "eval", "buffers": "ema"},
-}
+SETTINGS: dict[str, dict[str, Any]] = {name: {**SHARED, **own} for name, own in CANDIDATES.items()}
 EHTDI = {
     "labels_from": "teacher",
     "mix_weight": 1.0,
@@ -80,36 +76,34 @@ BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of
 }
 
 
-def rows_of(pair: str) -> dict[str, dict[str, Any]]:
-    """Every row: its stages, their options, changes to the data; the policy is chosen from the `search_*` rows."""
-    chosen = SETTINGS[choose(pair, load(RESULTS))]
+def rows_of() -> dict[str, dict[str, Any]]:
+    """Every row: its stages, their options, changes to the data. Rows of DACS are the settings to choose from."""
+    translate = SHARED["translate"]
     rows: dict[str, dict[str, Any]] = {
         "source_only": {"recipes": ["source_only"]},
-        "dacs": {"recipes": ["dacs"], "options": chosen},
-        "diga": {"recipes": ["diga_warmup", "diga"], "options": {"augment_source": True, "translate": "histogram"}},
-        "ehtdi": {"recipes": ["ehtdi"], "options": EHTDI},
+        **{f"dacs_{name}": {"recipes": ["dacs"], "options": options} for name, options in SETTINGS.items()},
         "combined": {"recipes": ["combined"], "own": True},
+        "diga": {"recipes": ["diga_warmup", "diga"], "options": {"augment_source": True, "translate": translate}},
+        "ehtdi": {"recipes": ["ehtdi"], "options": EHTDI},
         "oracle": {"recipes": ["source_only"], "data": {"oracle": True}},
     }
-    rows |= {f"search_{name}": {"recipes": ["dacs"], "options": o} for name, o in SETTINGS.items()}
-    rows |= {name: {"recipes": ["dacs"], "options": o, "bad": True} for name, o in BAD.items()}
-    return rows
+    return rows | {name: {"recipes": ["dacs"], "options": o, "bad": True} for name, o in BAD.items()}
 
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "main": ("source_only", "dacs", "combined", "oracle", "diga", "ehtdi"),
-    "search": tuple(f"search_{name}" for name in SETTINGS),
+    "main": ("source_only", *(f"dacs_{name}" for name in SETTINGS), "combined", "oracle"),
+    "methods": ("diga", "ehtdi"),
     "bad": tuple(BAD),
 }
 
 
 def choose(pair: str, results: dict[str, Any]) -> str:
-    """The setting with the best mean gain over source-only on all pairs but `pair` and those that share its images."""
+    """The setting of DACS with the best mean gain over source-only, on the pairs that share no images with `pair`."""
     left_out = TOGETHER.get(pair, {pair})
     gains: dict[str, list[float]] = {name: [] for name in SETTINGS}
     for other in set(PAIRS) - left_out:
         base = final(results, other, "source_only")
-        found = {name: final(results, other, f"search_{name}") for name in SETTINGS}
+        found = {name: final(results, other, f"dacs_{name}") for name in SETTINGS}
         if base and all(found.values()):
             for name, values in found.items():
                 gains[name].append(statistics.mean(values) - statistics.mean(base))
@@ -127,7 +121,7 @@ def final(results: dict[str, Any], pair: str, row: str, net: str = "student") ->
 def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
     """The run of a row; "warm" is the source-only net that all rows of a seed start from."""
     own = PAIRS[pair]
-    entry = {"recipes": ["source_only"]} if row == "warm" else rows_of(pair)[row]
+    entry = {"recipes": ["source_only"]} if row == "warm" else rows_of()[row]
     steps = own["warm" if row == "warm" else "steps"]
     recipes = entry["recipes"]
     counts = [steps // len(recipes)] * len(recipes)
@@ -148,6 +142,7 @@ def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Pat
         init=None if row == "warm" else warm_start(pair, seed, data_root, cache),
         out=cache / pair / f"seed{seed}" / row,
         eval_every=EVERY,
+        score_views=["mirror", "shift", "crop", "rotation"],
         save_every=100,
         resume=True,
     )
@@ -170,7 +165,7 @@ def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> 
         "pair": pair,
         "recipe": row,
         "seed": seed,
-        "bad": bool(row != "warm" and rows_of(pair)[row].get("bad", False)),
+        "bad": bool(row != "warm" and rows_of()[row].get("bad", False)),
         "start": "warm" if row != "warm" else None,
         "steps": sum(h["steps"] for h in histories),
         "seconds": round(time.perf_counter() - began, 1),

@@ -25,14 +25,14 @@ from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.dacs import Dacs
 from udakit.validation import ConsistencyScore, LabelFreeScores
 
-# What the candidates differ in, chosen on the pairs of benchmarks/rows, each on the others than its own.
+# What the candidates differ in, and what all of them have (benchmarks/adaptation.py).
 CANDIDATES: dict[str, dict[str, Any]] = {
     "balanced": {"selector": "class_quantile", "share": 0.6},
     "plain": {},
     "running": {"teacher_mode": "eval", "buffers": "ema"},
 }
 LEAST = 1e-3  # share of the pixels from which a class counts as predicted
-SHARED: dict[str, Any] = {"jitter": 0.8, "translate": "histogram", "translate_share": 0.7}
+SHARED: dict[str, Any] = {"jitter": 0.5, "translate": "color", "translate_share": 0.7}
 
 
 class Combined(Recipe):
@@ -46,7 +46,7 @@ class Combined(Recipe):
 
         candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CANDIDATES))
         shared: dict[str, Any] = field(default_factory=lambda: dict(SHARED))  # options of dacs, of all candidates
-        trial: float = 0.5  # share of the steps in which the candidates take turns
+        trial: float = 1 / 3  # share of the steps in which the candidates take turns
         images: int = 24  # target crops that the score looks at
 
     candidates: nn.ModuleDict
