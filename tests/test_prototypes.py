@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import udakit
+from udakit import ClassPrototypes, class_means
 
 seeds = st.integers(0, 2**20)
 IGNORE = 255
@@ -325,3 +326,80 @@ def test_a_second_derivative_of_distances_is_refused_rather_than_wrong() -> None
     (gradient,) = torch.autograd.grad(prototypes.distances(x).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         (x.sum() + gradient.square().sum()).backward()
+
+
+# --- any number of dimensions, any precision, any pixel ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pixels", [1, 700, 2000])
+def test_pieces_and_whole_maps_agree(dtype: torch.dtype, pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU works in pieces (here three and a rest), a GPU on whole maps: values and gradients are the same."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, 200, pixels, generator=generator, dtype=torch.float64).to(dtype)
+    labels = torch.randint(0, 6, (2, pixels), generator=generator)
+    prototypes = ClassPrototypes(5, 200, min_pixels=1)
+    prototypes.set_(torch.randn(5, 200, generator=generator).mul_(torch.tensor([1.0, 1, 1, 0, 1])[:, None]))
+    weights = torch.randn(2, 5, pixels, generator=generator, dtype=torch.float64)
+
+    def run() -> list[torch.Tensor]:
+        found = []
+        for part in ("distances", "means"):
+            x = values.clone().requires_grad_()
+            if part == "distances":
+                out = prototypes.distances(x)
+                assert bool((out[:, 3] == float("inf")).all())
+                (out[:, [0, 1, 2, 4]] * weights[:, [0, 1, 2, 4]]).sum().backward()
+            else:
+                out = class_means(x, labels, num_classes=5)[0]
+                (out * weights[0, :, :1]).sum().backward()
+            found += [out.detach(), x.grad]
+        return found
+
+    in_pieces = run()
+    for module in ("udakit.prototypes._distances", "udakit.prototypes.means"):
+        monkeypatch.setattr(f"{module}.in_pieces", lambda values: False)
+    for a, b in zip(in_pieces, run(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_nothing_at_ignored_pixels_poisons_the_state() -> None:
+    features = torch.randn(2, 4, 3, 5)
+    labels = torch.randint(0, 3, (2, 3, 5))
+    labels[:, 0] = 255
+    labels[:, 1, 0] = 99  # no class either
+    clean, spoilt = (ClassPrototypes(3, 4, min_pixels=1) for _ in range(2))
+    clean.update(features, labels)
+    features[:, :, 0] = float("nan")
+    features[:, :, 1, 0] = float("inf")
+    spoilt.update(features, labels)
+    assert torch.equal(clean.prototypes, spoilt.prototypes)
+    x = features.requires_grad_()
+    class_means(x, labels, num_classes=3)[0].sum().backward()
+    assert bool((x.grad[:, :, 0] == 0).all())
+    assert bool(x.grad.isfinite().all())
+
+
+def test_the_mode_is_saved() -> None:
+    """A run that is resumed after its pass in "mean" goes on in "ema"."""
+    first = ClassPrototypes(2, 3, mode="mean")
+    first.mode = "ema"
+    resumed = ClassPrototypes(2, 3, mode="mean")
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.mode == "ema"
+    first.mode = "mean"
+    resumed.load_state_dict(first.state_dict(), assign=True)
+    assert resumed.mode == "mean"
+    old = {name: x for name, x in first.state_dict().items() if name != "averaging"}
+    resumed.load_state_dict(old)  # saved before the mode was
+    assert resumed.mode == "mean"
+    with pytest.raises(ValueError, match=r"`mode` to be one of \('ema', 'mean'\), but got 'median'"):
+        first.mode = "median"
+
+
+def test_assigned_checkpoints_keep_float32() -> None:
+    prototypes = ClassPrototypes(2, 3)
+    half = {k: x.bfloat16() if x.is_floating_point() else x for k, x in prototypes.state_dict().items()}
+    prototypes.load_state_dict(half, assign=True)
+    assert prototypes.prototypes.dtype == torch.float32
+    assert prototypes.counts.dtype == torch.int64

@@ -345,7 +345,7 @@ def test_consensus_refers_to_the_prototypes_without_owning_them() -> None:
     assert not list(selector.children())
     assert not selector.state_dict()
     both = nn.ModuleDict({"prototypes": prototypes, "selector": selector})
-    assert set(both.state_dict()) == {"prototypes.prototypes", "prototypes.counts"}
+    assert set(both.state_dict()) == {f"prototypes.{name}" for name in ("prototypes", "counts", "averaging")}
     twin = copy.deepcopy(both)
     assert twin["selector"].prototypes is twin["prototypes"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def textbook_fusion(logits: list[Tensor], weights: list[float], mode: str) -> Te
 @given(
     seed=st.integers(0, 2**31),
     teachers=st.integers(1, 3),
-    classes=st.integers(1, 4),
+    classes=st.integers(2, 4),
     mode=st.sampled_from(["mean", "max_confidence", "agreement"]),
     weighted=st.booleans(),
 )
@@ -72,6 +73,25 @@ def test_size_interpolates_logits_before_the_softmax() -> None:
     up = F.interpolate(b, (8, 6), mode="bilinear", align_corners=False)
     torch.testing.assert_close(fuse_teachers([a, b], size=(8, 6)), (a.softmax(1) + up.softmax(1)) / 2)
     assert teacher_agreement([a, b], size=(2, 2)).shape == (1, 2, 2)
+
+
+@pytest.mark.parametrize("mode", ["mean", "max_confidence", "agreement"])
+def test_volumes_and_signals_are_fused_at_one_size(mode: str) -> None:
+    """Three dimensions against the loop over slices of a volume that does not change along its first axis."""
+    a, b = torch.randn(2, 3, 8, 6), torch.randn(2, 3, 4, 3)
+    flat = fuse_teachers([a, b], size=(8, 6), mode=mode)
+    volumes = [x[:, :, None].expand(-1, -1, depth, -1, -1) for x, depth in ((a, 4), (b, 2))]
+    solid = fuse_teachers(volumes, size=(4, 8, 6), mode=mode)
+    torch.testing.assert_close(solid, flat[:, :, None].expand(-1, -1, 4, -1, -1))
+    rows = [x[:, :, 0] for x in (a, b)]
+    up = F.interpolate(rows[1], 6, mode="linear", align_corners=False)
+    torch.testing.assert_close(fuse_teachers(rows, size=(6,), mode=mode), fuse_teachers([rows[0], up], mode=mode))
+
+
+def test_outputs_of_nets_are_unwrapped() -> None:
+    a = torch.randn(1, 3, 4, 4)
+    named = types.SimpleNamespace(logits=a)
+    torch.testing.assert_close(fuse_teachers([{"out": a}, named, a]), fuse_teachers([a, a, a]))  # type: ignore[list-item]
 
 
 def test_of_equally_confident_teachers_the_first_is_taken() -> None:
@@ -110,8 +130,8 @@ def test_fusion_errors() -> None:
     for nothing in ([], a):
         with pytest.raises(ValueError, match="`logits` to be a non-empty sequence"):
             fuse_teachers(nothing)  # type: ignore[arg-type]
-    for weights in ([1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0]):
-        with pytest.raises(ValueError, match="`weights` to be 2 numbers >= 0"):
+    for weights in ([1.0], [1.0, -1.0], [0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]):
+        with pytest.raises(ValueError, match=r"`weights` to be (2 numbers >= 0|finite|at least 0)"):
             fuse_teachers([a, a], weights=weights)
     with pytest.raises(ValueError, match=r"`weights` to be \(K,\) with K = 2, but got \(3,\)"):
         fuse_teachers([a, a], weights=torch.ones(3))

@@ -21,6 +21,7 @@ OPERATIONS = [
         lambda s: Call((s.images(),)),
         _tap,
         kind="map",
+        space="none",
         output=("features", "features"),
         exempt={
             "module": "it wraps a net: there is no function of tensors to compare with",

@@ -69,7 +69,10 @@ STATE: dict[str, Any] = {
     "output": ("class_vectors", "class_values", "logits", "labels"),
     "build": _build,
 }
-MODULE = "update, distances and assign are methods; forward is distances alone"
+METHODS = {
+    "module": "update, distances and assign are methods; forward is distances alone",
+    "shape_errors.axes": "without its last axis a map to ask about is a signal, and no label map goes with it",
+}
 
 OPERATIONS = [
     Operation(
@@ -93,9 +96,9 @@ OPERATIONS = [
         _prototypes("ema"),
         _update,
         **STATE,
-        exempt={"module": MODULE, "batch_permutation": "the images of a batch are averaged in their order"},
+        exempt={**METHODS, "batch_permutation": "the images of a batch are averaged in their order"},
     ),
-    Operation("ClassPrototypes[mean]", _prototypes("mean"), _update, **STATE, exempt={"module": MODULE}),
+    Operation("ClassPrototypes[mean]", _prototypes("mean"), _update, **STATE, exempt=METHODS),
     *(
         Operation(
             name,

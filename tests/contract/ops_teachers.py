@@ -56,6 +56,7 @@ def _build(call: Call) -> Callable[..., Any]:
 
 STATE: dict[str, Any] = {
     "kind": "state",
+    "space": "none",
     "grad": (),
     "output": ("other", "other", "other", "features"),
     "build": _build,
@@ -86,6 +87,7 @@ OPERATIONS = [
         kind="map",
         grad=(),
         output="probabilities",
+        space="test_teachers_fusion.py::test_volumes_and_signals_are_fused_at_one_size",
         exempt={**NO_MODULE, "shape_errors.size": "with `size` the teachers may have any size"},
     ),
     Operation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int64, Integer
@@ -11,16 +11,20 @@ from torch import Tensor
 
 from udakit._checks import (
     check_device,
+    check_flag,
     check_float,
+    check_ignore_index,
     check_integer,
     check_labels_like,
+    check_maps,
     check_option,
     check_range,
     check_tensor,
     kind_of,
     shape_of,
+    space_form,
 )
-from udakit._reduce import upcast
+from udakit._reduce import plain
 from udakit._state import FullPrecisionState, gather_ranks
 from udakit.prototypes._distances import class_distances
 from udakit.prototypes.means import class_sums, means_of
@@ -28,6 +32,7 @@ from udakit.prototypes.means import class_sums, means_of
 __all__ = ["ClassPrototypes"]
 
 Mode = Literal["ema", "mean"]
+MODES = get_args(Mode)
 
 
 class ClassPrototypes(FullPrecisionState):
@@ -50,6 +55,7 @@ class ClassPrototypes(FullPrecisionState):
     Attributes:
         prototypes: float32 buffer (C, D).
         counts: int64 buffer (C,), vectors taken in so far.
+        averaging: bool buffer (), whether the mode is "mean": a resumed run goes on in the mode that was set.
 
     Args:
         num_classes: C.
@@ -73,6 +79,7 @@ class ClassPrototypes(FullPrecisionState):
 
     prototypes: Tensor
     counts: Tensor
+    averaging: Tensor
 
     def __init__(
         self,
@@ -89,13 +96,32 @@ class ClassPrototypes(FullPrecisionState):
         check_integer("num_classes", num_classes)
         check_integer("dim", dim)
         check_range("momentum", momentum, 0.0, 1.0)
-        check_option("mode", mode, get_args(Mode))
+        check_flag("per_image", per_image)
         check_integer("min_pixels", min_pixels)
+        check_ignore_index(ignore_index, num_classes)
         self.num_classes, self.dim, self.momentum = num_classes, dim, momentum
-        self.mode: Mode = mode
         self.per_image, self.min_pixels, self.ignore_index = per_image, min_pixels, ignore_index
         self.register_buffer("prototypes", torch.zeros(num_classes, dim, dtype=torch.float32))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("averaging", torch.zeros((), dtype=torch.bool))
+        self.mode = mode
+
+    @property
+    def mode(self) -> Mode:
+        """How a vector enters: "ema" or "mean"."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        check_option("mode", mode, MODES)
+        self._mode: Mode = mode
+        self.averaging.fill_(mode == "mean")
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the mode, too; states saved before it was among them leave it as it is."""
+        averaging = state_dict.setdefault(f"{prefix}averaging", self.averaging)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.mode = "mean" if averaging else "ema"
 
     @property
     def seen(self) -> Bool[Tensor, "c"]:
@@ -103,12 +129,12 @@ class ClassPrototypes(FullPrecisionState):
         return self.counts > 0
 
     def update(
-        self, features: Float[Tensor, "n d h w"], labels: Integer[Tensor, "n h w"], *, sync: bool = False
+        self, features: Float[Tensor, "n d *space"], labels: Integer[Tensor, "n *space"], *, sync: bool = False
     ) -> None:
         """Take in the class means of a batch.
 
         Args:
-            features: (N, D, h, w).
+            features: (N, D, *space).
             labels: class ids or `ignore_index`, at the features' size: the labels, or the pseudo-labels that agree.
             sync: take in the batches of all ranks, in rank order, as one process would the concatenated batch; the
                 ranks may hold batches of different sizes. Every rank must call. Without a process group: one rank.
@@ -173,8 +199,8 @@ class ClassPrototypes(FullPrecisionState):
         return -torch.expm1(self._log_keep() * steps)
 
     def distances(
-        self, features: Float[Tensor, "n d h w"], *, include_unseen: bool = False
-    ) -> Float[Tensor, "n c h w"]:
+        self, features: Float[Tensor, "n d *space"], *, include_unseen: bool = False
+    ) -> Float[Tensor, "n c *space"]:
         r"""L2 distance (not squared) of every feature pixel to every prototype.
 
         **Convention.** Expanded to $\|f\|^2 - 2 f^\top \eta + \|\eta\|^2$ and evaluated in float64 (float32 on MPS,
@@ -183,7 +209,7 @@ class ClassPrototypes(FullPrecisionState):
         is this function.
 
         Args:
-            features: (N, D, h, w).
+            features: (N, D, *space).
             include_unseen: let classes never seen compete as zero vectors (DiGA's released code) instead of +inf.
 
         Returns:
@@ -191,15 +217,21 @@ class ClassPrototypes(FullPrecisionState):
         """
         self._check(features)
         centres = self.prototypes.to(torch.float32 if features.device.type == "mps" else torch.float64)
-        distance = class_distances(upcast(features).flatten(2), centres)
-        result = distance.view(len(features), self.num_classes, *features.shape[2:])
-        return result if include_unseen else torch.where(self.seen.view(-1, 1, 1), result, float("inf"))
+        square = centres.square().sum(1, keepdim=True)
+        if not include_unseen:
+            square = torch.where(self.seen.unsqueeze(1), square, float("inf"))
+        distance = class_distances(plain(features).flatten(2), centres, square)
+        return distance.view(*distance.shape[:2], *features.shape[2:])
 
-    def forward(self, features: Float[Tensor, "n d h w"], *, include_unseen: bool = False) -> Float[Tensor, "n c h w"]:
+    def forward(
+        self, features: Float[Tensor, "n d *space"], *, include_unseen: bool = False
+    ) -> Float[Tensor, "n c *space"]:
         """Return `distances`."""
         return self.distances(features, include_unseen=include_unseen)
 
-    def assign(self, features: Float[Tensor, "n d h w"], *, include_unseen: bool = False) -> Int64[Tensor, "n h w"]:
+    def assign(
+        self, features: Float[Tensor, "n d *space"], *, include_unseen: bool = False
+    ) -> Int64[Tensor, "n *space"]:
         """Nearest prototype of every feature pixel; ties go to the lowest id, `ignore_index` while no class is seen."""
         with torch.no_grad():
             distance, labels = self.distances(features, include_unseen=include_unseen).min(dim=1)
@@ -235,11 +267,10 @@ class ClassPrototypes(FullPrecisionState):
         return self
 
     def _check(self, features: Tensor) -> None:
-        check_float("features", features, 4, "(N, D, h, w)")
+        check_maps("features", features, "N, D")
         if features.shape[1] != self.dim:
-            raise ValueError(
-                f"Expected `features` to be (N, D, h, w) with D = {self.dim}, but got {shape_of(features)}."
-            )
+            form = f"{space_form('N, D', features.ndim - 2)} with D = {self.dim}"
+            raise ValueError(f"Expected `features` to be {form}, but got {shape_of(features)}.")
         check_device("features", features, self.prototypes, "prototypes")
 
     def extra_repr(self) -> str:

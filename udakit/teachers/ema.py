@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from udakit._checks import check_integer, check_option, check_range, kind_of
+from udakit._checks import check_flag, check_integer, check_option, check_range, kind_of
 from udakit._state import FullPrecisionState
 from udakit.teachers._matching import check_match, local, shards
 from udakit.teachers.copying import computed_buffers, copy_sharing
@@ -102,6 +102,8 @@ class EMATeacher(Average):
         check_range("decay", decay, 0.0, 1.0)
         check_option("buffers", buffers, BUFFERS)
         check_option("mode", mode, TEACHER_MODES)
+        check_flag("warmup", warmup)
+        check_flag("share_frozen", share_frozen)
         self.decay = decay
         self.warmup = warmup
         self.buffers_policy: Buffers = buffers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -10,8 +10,19 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_float, check_option, check_size, is_sequence, kind_of, shape_of
-from udakit._reduce import KINDS, Kind, top_class, upcast
+from udakit._checks import (
+    check_device,
+    check_float,
+    check_numbers,
+    check_option,
+    check_scores,
+    check_size,
+    is_sequence,
+    kind_of,
+    net_logits,
+    shape_of,
+)
+from udakit._reduce import KINDS, Kind, interpolate, plain, top_class, upcast
 
 __all__ = ["fuse_teachers", "teacher_agreement"]
 
@@ -20,13 +31,13 @@ FUSIONS = get_args(Fusion)
 
 
 def fuse_teachers(
-    logits: Sequence[Float[Tensor, "n c h w"]],
+    logits: Sequence[Float[Tensor, "n c *space"]],
     *,
     weights: Sequence[float] | Float[Tensor, "k"] | None = None,
-    size: tuple[int, int] | None = None,
+    size: Sequence[int] | None = None,
     mode: Fusion = "mean",
     kind: Kind = "logits",
-) -> Float[Tensor, "n c h2 w2"]:
+) -> Float[Tensor, "n c *space2"]:
     r"""Fuse the predictions of several teachers into one probability map.
 
     $$\bar p = \frac{\sum_k a_k\, \operatorname{softmax}(z_k)}{\sum_k a_k}$$
@@ -40,9 +51,11 @@ def fuse_teachers(
     **Source.** Ours, for DUDA's fine-tuning with multiple teachers, whose rule is not public to us.
 
     Args:
-        logits: one (N, C, H, W) a teacher, or probabilities by `kind`. All on one device.
-        weights: a_k >= 0, numbers or a tensor (K,); equal by default.
-        size: (H, W) that all take, bilinear (logits are interpolated before the softmax); needed when sizes differ.
+        logits: one (N, C, *space) a teacher, or what a net returned that holds it; probabilities by `kind`. All on one
+            device.
+        weights: a_k >= 0, finite, numbers or a tensor (K,); equal by default.
+        size: of the space, (H, W) for images, that all take; needed when sizes differ. Linear: logits are interpolated
+            before the softmax.
         mode: "mean" | "max_confidence" | "agreement".
         kind: "logits" | "probabilities", of all teachers.
 
@@ -51,7 +64,7 @@ def fuse_teachers(
 
     Raises:
         TypeError: teachers that are not float tensors.
-        ValueError: no teacher, unlike shapes, weights that do not match, or an unknown option.
+        ValueError: no teacher, unlike shapes, one class only, weights that do not match, or an unknown option.
 
     Example:
         >>> large, small = torch.randn(2, 5, 8, 8), torch.randn(2, 5, 4, 4)
@@ -76,13 +89,13 @@ def fuse_teachers(
 
 
 def teacher_agreement(
-    logits: Sequence[Float[Tensor, "n c h w"]], *, size: tuple[int, int] | None = None
-) -> Bool[Tensor, "n h2 w2"]:
+    logits: Sequence[Float[Tensor, "n c *space"]], *, size: Sequence[int] | None = None
+) -> Bool[Tensor, "n *space2"]:
     """Tell where all teachers have the same arg-max: a `valid` mask for a loss.
 
     Args:
-        logits: one (N, C, H, W) a teacher; probabilities do as well.
-        size: (H, W) that all take, bilinear; needed when sizes differ.
+        logits: one (N, C, *space) a teacher, or what a net returned that holds it; probabilities do as well.
+        size: of the space, (H, W) for images, that all take; linear; needed when sizes differ.
 
     Returns:
         True where the teachers agree.
@@ -107,29 +120,32 @@ def _agree(maps: list[Tensor]) -> Tensor:
     return agree
 
 
-def _teacher_maps(logits: Sequence[Tensor], size: tuple[int, int] | None, kind: str) -> list[Tensor]:
+def _teacher_maps(logits: Sequence[Tensor], size: Sequence[int] | None, kind: str) -> list[Tensor]:
     check_option("kind", kind, KINDS)
     if not is_sequence(logits) or not len(logits):
         given = "an empty one" if is_sequence(logits) else kind_of(logits)
         raise ValueError(
-            f"Expected `logits` to be a non-empty sequence of (N, C, H, W) tensors, one a teacher, but got {given}. "
+            f"Expected `logits` to be a non-empty sequence of (N, C, *space) tensors, one a teacher, but got {given}. "
             "Pass [teacher_a(images), teacher_b(images)]."
         )
+    outputs = [net_logits(x) if isinstance(x, Mapping) or hasattr(x, "logits") else x for x in logits]
+    for k, x in enumerate(outputs):
+        check_scores(f"logits[{k}]", x, kind)
+    first = outputs[0]
     if size is not None:
-        check_size("size", size)
+        check_size("size", size, first.ndim - 2)
     maps = []
-    for k, x in enumerate(logits):
-        check_float(f"logits[{k}]", x, 4, "(N, C, H, W)")
-        alike = x.shape[:2] == logits[0].shape[:2]
-        if not alike or (size is None and x.shape != logits[0].shape):
+    for k, x in enumerate(outputs):
+        alike = x.shape[:2] == first.shape[:2] and x.ndim == first.ndim
+        if not alike or (size is None and x.shape != first.shape):
             hint = " Pass `size=` to interpolate." if alike else ""
             raise ValueError(
-                f"Expected `logits[{k}]` to match `logits[0]` {shape_of(logits[0])}, but got {shape_of(x)}.{hint}"
+                f"Expected `logits[{k}]` to match `logits[0]` {shape_of(first)}, but got {shape_of(x)}.{hint}"
             )
-        check_device(f"logits[{k}]", x, logits[0], "logits[0]")
-        x = upcast(x.detach())
+        check_device(f"logits[{k}]", x, first, "logits[0]")
+        x = upcast(plain(x.detach()))
         if size is not None and tuple(x.shape[2:]) != tuple(size):
-            x = F.interpolate(x, size, mode="bilinear", align_corners=False)
+            x = interpolate(x, size)
         maps.append(F.softmax(x, dim=1) if kind == "logits" else x)
     return maps
 
@@ -137,6 +153,7 @@ def _teacher_maps(logits: Sequence[Tensor], size: tuple[int, int] | None, kind: 
 def _teacher_weights(weights: Sequence[float] | Tensor | None, maps: list[Tensor]) -> Sequence[float] | Tensor:
     if isinstance(weights, Tensor):
         check_float("weights", weights)
+        weights = plain(weights)
         if weights.ndim != 1 or weights.shape[0] != len(maps):
             raise ValueError(f"Expected `weights` to be (K,) with K = {len(maps)}, but got {shape_of(weights)}.")
         weights = weights.detach().to(maps[0].dtype)
@@ -146,8 +163,8 @@ def _teacher_weights(weights: Sequence[float] | Tensor | None, maps: list[Tensor
             f"Expected `weights` to be {len(maps)} numbers, one for each teacher, but got {kind_of(weights)}."
         )
     numbers = [1.0] * len(maps) if weights is None else list(weights)
-    if len(numbers) != len(maps) or not min(numbers) >= 0 or not sum(numbers) > 0:
-        raise ValueError(
-            f"Expected `weights` to be {len(maps)} numbers >= 0, not all 0, one for each teacher, but got {numbers}."
-        )
+    form = f"{len(maps)} numbers >= 0, not all 0, one for each teacher"
+    check_numbers("weights", numbers, len(maps), form, low=0.0, finite=True)
+    if not sum(numbers) > 0:
+        raise ValueError(f"Expected `weights` to be {form}, but got {numbers}.")
     return [a / sum(numbers) for a in numbers]
