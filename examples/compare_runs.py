@@ -1,0 +1,301 @@
+"""Which of several runs to use, and which of their nets: ranked without target labels, on one HTML page.
+
+    python examples/compare_runs.py runs/a runs/b                        # ranks them, writes runs_compared.html
+    python examples/compare_runs.py --sweep sweep.yaml --config examples/configs/dacs_toy.yaml --out runs/sweep
+
+A sweep is a YAML list of settings, each a mapping of changes to the configuration; a number is a place in a list, and
+`name`, if given, is the folder of the run. Settings that are finished are not run again.
+
+    - {name: plain}
+    - {name: quantile, stages.1.options.selector: class_quantile, stages.1.options.class_quantile: 0.6}
+    - {name: slower, stages.1.lr: 0.00003}
+
+Where target has labels the page also says how right the choice without them was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gta2cs.threads import considerate_threads
+
+considerate_threads()  # before torch is imported
+
+import matplotlib.pyplot as plt
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from gta2cs import html, report
+from gta2cs.histories import RunNets, read_run
+from gta2cs.label_free import DIRECTIONS, RELIABILITY, UNRELIABLE
+from gta2cs.rank_statistics import spearman
+
+console = Console(soft_wrap=True)
+TOP = 15  # nets in the second table
+
+
+class Comparison:
+    """Runs on one target, best first by a score."""
+
+    def __init__(self, runs: Sequence[RunNets], score: str) -> None:
+        self.score, self.sign = score.lstrip("-"), -1 if score.startswith("-") else DIRECTIONS[score]
+        if len(pairs := {run.pair for run in runs}) > 1:
+            raise ValueError(f"Expected runs on one pair, since scores compare on the same images, but got {pairs}.")
+        for run in runs:
+            if self.score not in run.last["scores"]:
+                known = sorted(run.last["scores"])
+                raise ValueError(f"Expected {run.folder} to have the score {self.score!r}, but it has {known}.")
+        self.runs = sorted(runs, key=lambda run: self.value(self.best(run)), reverse=True)
+
+    def value(self, net: dict[str, Any]) -> float:
+        """Of the score, the higher the better."""
+        found = net["scores"].get(self.score)
+        return float("-inf") if found is None else self.sign * found
+
+    def best(self, run: RunNets) -> dict[str, Any]:
+        """The net of a run that the score likes most; its source-only net is one of them."""
+        return max(self.nets(run), key=self.value)
+
+    def nets(self, run: RunNets) -> list[dict[str, Any]]:
+        """Source-only net and checkpoints."""
+        return [*([run.start] if run.start else []), *run.checkpoints]
+
+    @property
+    def all_nets(self) -> list[tuple[RunNets, dict[str, Any]]]:
+        """Every net of every run, best first."""
+        pairs = [(run, net) for run in self.runs for net in self.nets(run)]
+        return sorted(pairs, key=lambda pair: self.value(pair[1]), reverse=True)
+
+    def text(self) -> str:
+        """The page, as Markdown."""
+        winner = self.runs[0]
+        net = self.best(winner)
+        named = self.score.replace("_", " ")
+        lines = [
+            f"# {winner.pair}: {len(self.runs)} runs, compared without labels\n",
+            f"**Use the {title(net)} of `{winner.folder.name}`**: its {named} is {net['scores'][self.score]:.3f}, the "
+            f"{'highest' if self.sign > 0 else 'lowest'} of {len(self.all_nets)} nets. "
+            f"{RELIABILITY.get(self.score, UNRELIABLE)}\n",
+            *self.table_of_runs(),
+            "",
+            "![The score along each run; a star is the source-only net](score.png)\n",
+            *self.how_right(),
+            f"\n## The {min(TOP, len(self.all_nets))} nets that the score likes most\n",
+            *self.table_of_nets(),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def table_of_runs(self) -> list[str]:
+        """A row a run: what is chosen, what it scores, what the source-only net and the last student score."""
+        lines = [
+            "| run | recipe | seed | chosen | chosen | source-only | last | mIoU chosen | source-only | last | best |",
+            "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        ]
+        for run in self.runs:
+            best, start = self.best(run), run.start
+            values = [
+                best["scores"][self.score],
+                start and start["scores"].get(self.score),
+                run.last["scores"][self.score],
+            ]
+            truths = [net["truth_miou"] for net in self.nets(run) if net["truth_miou"] is not None]
+            true = [
+                best["truth_miou"],
+                start and start["truth_miou"],
+                run.last["truth_miou"],
+                max(truths, default=None),
+            ]
+            cells = [run.folder.name, run.recipe, str(run.seed), title(best)]
+            cells += [number(v, 3) for v in values] + [number(v, 1) for v in true]
+            lines.append("| " + " | ".join(cells) + " |")
+        return lines
+
+    def table_of_nets(self) -> list[str]:
+        """A row a net, best first."""
+        lines = [f"| net | run | {self.score.replace('_', ' ')} | mIoU |", "|---|---|---:|---:|"]
+        for run, net in self.all_nets[:TOP]:
+            cells = [title(net), run.folder.name, number(net["scores"][self.score], 3), number(net["truth_miou"], 1)]
+            lines.append("| " + " | ".join(cells) + " |")
+        return lines
+
+    def how_right(self) -> list[str]:
+        """What the labels say of the choice, where there are any."""
+        known = [(self.value(net), net["truth_miou"]) for _, net in self.all_nets if net["truth_miou"] is not None]
+        if len(known) < 2:
+            return ["Target has no labels: nothing says how right this is.\n"]
+        chosen, best = known[0][1], max(truth for _, truth in known)
+        rho = spearman([value for value, _ in known], [truth for _, truth in known])
+        last = [run.last["truth_miou"] for run in self.runs if run.last["truth_miou"] is not None]
+        return [
+            "## How right it was\n",
+            f"Target has labels, which took no part in the choice. The chosen net has an mIoU of {chosen:.1f}, the "
+            f"best of all {best:.1f}: the choice loses {best - chosen:.1f}. The last student of a run taken blindly "
+            f"has {sum(last) / len(last):.1f} in the mean. Spearman's rank correlation over {len(known)} nets: "
+            f"{rho:.2f}.\n",
+            "![The score against the true mIoU of every net; a star is a source-only net](truth.png)\n",
+        ]
+
+    def draw(self, folder: Path) -> None:
+        """The two pictures of the page."""
+        named = self.score.replace("_", " ")
+        figure, axis = plt.subplots(figsize=(8, 4))
+        for number_, run in enumerate(self.runs):
+            color = f"C{number_ % 10}"
+            for k, name in enumerate(dict.fromkeys(net["net"] for net in run.checkpoints)):
+                nets = [net for net in run.checkpoints if net["net"] == name]
+                line = {"ls": ("-", "--", ":")[k % 3], "marker": "o", "ms": 3, "lw": 1, "color": color}
+                label = f"{run.folder.name}, {name}"
+                axis.plot([n["step"] for n in nets], [n["scores"][self.score] for n in nets], label=label, **line)
+            if run.start:
+                axis.plot(0, run.start["scores"][self.score], "*", color=color, ms=9)
+        finish(figure, axis, "step", named, folder / "score.png")
+        if all(net["truth_miou"] is None for _, net in self.all_nets):
+            return
+        figure, axis = plt.subplots(figsize=(8, 4))
+        for number_, run in enumerate(self.runs):
+            nets = [net for net in self.nets(run) if net["truth_miou"] is not None]
+            for net in nets:
+                star = net is run.start
+                axis.plot(
+                    net["scores"][self.score], net["truth_miou"], "*" if star else "o", color=f"C{number_ % 10}",
+                    ms=9 if star else 4, label=run.folder.name if net is nets[-1] else None,
+                )  # fmt: skip
+        finish(figure, axis, named, "mIoU on target, %", folder / "truth.png")
+
+
+def finish(figure: Any, axis: Any, x: str, y: str, path: Path) -> None:
+    """Label, save, close."""
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def title(net: dict[str, Any]) -> str:
+    """A net as a table names it."""
+    return "source-only net" if net["net"] == "source_only" else f"{net['net']} of step {net['step']}"
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number, or a dash for none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def write_page(comparison: Comparison, path: Path) -> None:
+    """One HTML file with everything inside."""
+    with tempfile.TemporaryDirectory() as folder:
+        comparison.draw(Path(folder))
+        report.write_text(path, html.render(comparison.text(), Path(folder)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sweeps
+
+
+def settings_of(sweep: Path, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Folder -> configuration, of every setting of a sweep; a wrong key is an error before anything runs."""
+    listed = yaml.safe_load(sweep.read_text(encoding="utf-8"))
+    if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
+        raise ValueError(f"Expected {sweep} to be a list of settings, each a mapping of changes, but it is not.")
+    found: dict[str, dict[str, Any]] = {}
+    for index, entry in enumerate(listed):
+        name = str(entry.get("name", f"setting{index + 1}"))
+        if name in found:
+            raise ValueError(f"Expected the settings of {sweep} to have names of their own, but {name!r} comes twice.")
+        found[name] = changed(base, {key: value for key, value in entry.items() if key != "name"})
+    return found
+
+
+def changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with some values set, each by its path: `stages.1.options.selector`."""
+    config = copy.deepcopy(base)
+    for path, value in changes.items():
+        place: Any = config
+        *parents, last = [int(part) if part.isdigit() else part for part in str(path).split(".")]
+        try:
+            for part in parents:
+                place = place[part] if isinstance(part, int) else place.setdefault(part, {})
+            if isinstance(last, int) and last >= len(place):
+                raise IndexError
+            place[last] = value
+        except (IndexError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"Expected {path!r} to be a path in the configuration, but there is no such place."
+            ) from None
+    return config
+
+
+def sweep(options: argparse.Namespace) -> list[Path]:
+    """Run every setting that is not finished; returns the folders of those that are."""
+    import train_gta2cs
+
+    base = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+    settings = settings_of(options.sweep, base)
+    done = []
+    for name, config in settings.items():
+        folder = options.out / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "history.json").is_file():
+            report.write_text(options.out / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False))
+            console.rule(escape(name))
+            try:
+                train_gta2cs.main(
+                    train_gta2cs.parse(["--config", f"{options.out / name}.yaml", f"--out={folder}", "--resume"])
+                )
+            except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
+                console.print(f"[yellow]{escape(name)} is left out: {escape(str(error))}[/]")
+                continue
+        done.append(folder)
+    return done
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sweep, if any, and compare. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of runs")
+    parser.add_argument(
+        "--score", default="mirror_consistency", help="what ranks them; a minus before it turns it round"
+    )
+    parser.add_argument(
+        "--page", type=Path, help="the page; default: runs_compared.html, or in the folder of the sweep"
+    )
+    parser.add_argument("--sweep", type=Path, help="a YAML list of settings to run first")
+    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "dacs_toy.yaml")
+    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="where the sweep's runs go")
+    options = parser.parse_args(arguments)
+    try:
+        if options.score.lstrip("-") not in DIRECTIONS:
+            raise ValueError(f"Expected `score` to be one of {[*DIRECTIONS]}, but got {options.score!r}.")
+        folders = [*options.runs, *(sweep(options) if options.sweep else [])]
+        if not folders:
+            raise ValueError("Expected folders of runs, or --sweep with a setting that ran, but got none.")
+        comparison = Comparison([read_run(folder) for folder in folders], options.score)
+    except (OSError, ValueError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(str(error))}[/]")
+        return 2
+    page = options.page or (options.out / "compared.html" if options.sweep else Path("runs_compared.html"))
+    write_page(comparison, page)
+    net = comparison.best(comparison.runs[0])
+    for place, run in enumerate(comparison.runs, 1):
+        best = comparison.best(run)
+        value = best["scores"][comparison.score]
+        console.print(
+            f"{place}. {escape(run.folder.name)}: {title(best)}, {comparison.score.replace('_', ' ')} {value:.3f}"
+        )
+    console.print(f"Use the {title(net)} of {escape(str(comparison.runs[0].folder))}. Page: {page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Runs compared without labels: ranks, page, what the labels say of it, sweeps, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+import compare_runs
+import train_gta2cs
+
+
+def net(value):
+    return {"scores": {"mirror_consistency": value}, "shares": [1.0], "class_iou": {}}
+
+
+def write_run(folder, values, truths, *, start=0.5, pair="toy"):
+    folder.mkdir()
+    stages = [
+        {
+            "name": "dacs",
+            "steps": 10 * len(values),
+            "source_only": net(start),
+            "source_only_truth": {"means": {"mIoU": 50.0}} if truths else None,
+            "scores": [
+                {"step": 10 * (k + 1), "nets": {"student": {"means": {"mIoU": truth}}}}
+                for k, truth in enumerate(truths)
+            ],
+            "label_free": [{"step": 10 * (k + 1), "nets": {"student": net(v)}} for k, v in enumerate(values)],
+        }
+    ]
+    config = {"data": {"pair": pair}, "seed": 0}
+    (folder / "history.json").write_text(json.dumps({"config": config, "stages": stages, "choice": None}))
+    return folder
+
+
+def test_the_best_net_of_the_best_run_and_how_right_that_was(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / "a", [0.6, 0.55], [60.0, 55.0]),
+        write_run(tmp_path / "b", [0.7, 0.9], [64.0, 62.0]),
+        write_run(tmp_path / "c", [0.3, 0.2], [30.0, 20.0]),
+    ]
+    page = tmp_path / "page.html"
+    assert compare_runs.main([*map(str, runs), "--page", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "Use the student of step 20 of" in printed
+    assert [line.split(":")[0] for line in printed.splitlines()[:3]] == ["1. b", "2. a", "3. c"]
+    assert "3. c: source-only net, mirror consistency 0.500" in printed
+    text = page.read_text()
+    assert "an mIoU of 62.0, the best of all 64.0: the choice loses 2.0" in text
+    assert "45.7 in the mean" in text  # of the last students: 55, 62, 20
+    assert text.count("data:image/png;base64,") == 2
+    assert "<script" not in text
+
+
+def test_without_labels(tmp_path):
+    run = write_run(tmp_path / "a", [0.6], [])
+    assert compare_runs.main([str(run), "--page", str(tmp_path / "page.html")]) == 0
+    text = (tmp_path / "page.html").read_text()
+    assert "Target has no labels" in text
+    assert "How right" not in text
+
+
+def test_what_is_refused(tmp_path, capsys):
+    toy = write_run(tmp_path / "a", [0.6], [])
+    other = write_run(tmp_path / "b", [0.6], [], pair="nuclei")
+    for arguments, message in (
+        ([], "folders of runs"),
+        ([str(tmp_path / "none")], "to be the folder of a run"),
+        ([str(toy), str(other)], "runs on one pair"),
+        ([str(toy), "--score", "luck"], "`score` to be one of"),
+        ([str(toy), "--score", "nuclear_norm"], "to have the score 'nuclear_norm'"),
+    ):
+        assert compare_runs.main(arguments) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_settings_of_a_sweep(tmp_path):
+    base = {"seed": 0, "stages": [{"recipe": "source_only"}, {"recipe": "dacs", "lr": 1e-4}]}
+    path = tmp_path / "sweep.yaml"
+    path.write_text("- {name: plain}\n- {stages.1.options.selector: argmax, seed: 3}\n")
+    settings = compare_runs.settings_of(path, base)
+    assert settings["plain"] == base
+    assert settings["setting2"]["stages"][1] == {"recipe": "dacs", "lr": 1e-4, "options": {"selector": "argmax"}}
+    assert settings["setting2"]["seed"] == 3
+    for text, message in (
+        ("- {name: a}\n- {name: a}\n", "'a' comes twice"),
+        ("- {stages.7.lr: 1}\n", "'stages.7.lr' to be a path"),
+        ("seed: 1\n", "to be a list of settings"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            compare_runs.settings_of(path, base)
+
+
+def test_a_sweep_runs_what_is_not_finished(tmp_path, monkeypatch, capsys):
+    config, path, out = tmp_path / "base.yaml", tmp_path / "sweep.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump({"seed": 0, "stages": [{"recipe": "dacs", "steps": 5}]}))
+    path.write_text("- {name: one}\n- {name: two, seed: 2}\n- {name: bad, seed: 3}\n")
+    seen = []
+
+    def train(run):
+        seen.append((run.out.name, run.seed, run.resume))
+        if run.out.name == "bad":
+            raise FloatingPointError("A loss is not finite.")
+        run.out.rmdir()
+        write_run(run.out, [0.6 if run.seed else 0.7], [])
+
+    monkeypatch.setattr(train_gta2cs, "main", train)
+    arguments = ["--sweep", str(path), "--config", str(config), "--out", str(out)]
+    assert compare_runs.main(arguments) == 0
+    assert seen == [("one", 0, True), ("two", 2, True), ("bad", 3, True)]
+    assert "bad is left out: A loss is not finite." in capsys.readouterr().out
+    assert (out / "compared.html").is_file()
+    assert compare_runs.main(arguments) == 0
+    assert [name for name, *_ in seen[3:]] == ["bad"]  # the others are finished
