@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import udakit
+from udakit.losses import kd
 
 IGNORE = 255
 
@@ -360,3 +361,30 @@ def test_uint8_labels_do_not_wrap_an_ignored_id() -> None:
             for y in (labels, labels.to(torch.uint8))
         ]
         torch.testing.assert_close(torch.stack(losses), losses[0].expand(4))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_distillation_in_blocks_is_the_formula(
+    temperature: float, reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU a large map takes another way to the same value and gradient."""
+    student, teacher = torch.randn(2, 2, 5, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student.requires_grad_()
+    valid = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(1)) < 0.7
+    weight = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    options = {"temperature": temperature, "valid": valid, "pixel_weight": weight, "reduction": reduction}
+
+    def both() -> tuple[Tensor, Tensor]:
+        loss = udakit.kd_loss(student, teacher, **options)
+        return loss.detach(), torch.autograd.grad((loss * loss).sum(), student)[0]
+
+    expected = both()
+    monkeypatch.setattr(kd, "LARGE", 0)
+    found = both()
+    for a, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    loss = udakit.kd_loss(student, teacher, reduction="sum")
+    (first,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()

@@ -59,9 +59,55 @@ def full_precision(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(x.device.type, enabled=False)
 
 
+BLOCK = 2**18  # elements of a class map worked on at once on the CPU: small enough to stay in the cache
+
+
 def top_class(scores: Tensor) -> Tensor:
-    """`scores.argmax(dim=1)`, (N, *space) of (N, C, *space): `max` does it in half the time on the CPU."""
-    return scores.max(dim=1).indices
+    """`scores.argmax(dim=1)`, (N, *space) of (N, C, *space)."""
+    if by_blocks(scores):
+        return top_by_blocks(scores, confidence=False)[0]
+    return scores.max(dim=1).indices  # twice as fast as `argmax` on the CPU
+
+
+def by_blocks(scores: Tensor) -> bool:
+    """Whether `top_by_blocks` is quicker than `max`, which looks at one element after another on the CPU."""
+    large = scores.numel() >= LARGE and scores.shape[1] <= 255
+    return large and scores.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def top_by_blocks(scores: Tensor, *, confidence: bool) -> tuple[Tensor, Tensor]:
+    """Arg-max class and, where asked, the softmax there; else the largest score. For the CPU, in pieces.
+
+    The largest score comes from a vectorised maximum, its class from a minimum of bytes: c where the class has that
+    score, 255 where it has less. A pixel with a NaN has class 0.
+    """
+    maps = plain(scores.detach()).flatten(2)
+    n, c, size = maps.shape
+    labels, top = maps.new_empty((n, size), dtype=torch.int64), upcast(maps[:, 0]).new_empty((n, size))
+    ids = torch.arange(c, dtype=torch.uint8, device=maps.device).unsqueeze(1)
+    pixels = max(BLOCK // c, 1)
+    buffer = top.new_empty(c * min(pixels, size))  # fresh memory a block would cost more than the arithmetic
+    bits = maps.new_empty(buffer.shape, dtype=torch.bool)
+    for i in range(n):
+        for j in range(0, size, pixels):
+            z = upcast(maps[i, :, j : j + pixels])
+            most = top[i, j : j + pixels]
+            torch.amax(z, dim=0, out=most)
+            lower = torch.lt(z, most, out=bits[: z.numel()].view(z.shape)).view(torch.uint8)
+            labels[i, j : j + pixels] = lower.mul_(255).bitwise_or_(ids).amin(0)
+            if confidence:
+                # The softmax at its largest entry: exact at any magnitude, unlike exp(max - logsumexp).
+                shifted = torch.sub(z, most, out=buffer[: z.numel()].view(z.shape))
+                torch.sum(exp_(shifted), dim=0, out=most).reciprocal_()
+    space = scores.shape[2:]
+    return labels.view(n, *space), top.view(n, *space)
+
+
+def count_ids(ids: Tensor, bins: int) -> Tensor:
+    """How often each of 0..bins-1 occurs, int64 (`bincount` would make a GPU wait); other ids are an error."""
+    one = torch.ones((), dtype=torch.int64, device=ids.device)  # expanded: a map of ones is a pass over memory
+    counts = torch.zeros(bins, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids.flatten(), one.expand(ids.numel()))
 
 
 def class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:

@@ -22,7 +22,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, Reduction, check_reduction, top_class, upcast
+from udakit._reduce import KINDS, Kind, Reduction, check_reduction, count_ids, top_class, upcast
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.losses.kd import RESIZES, Resize, kd_loss, match_logits
 
@@ -69,25 +69,23 @@ def class_inconsistency(
     student, teacher = match_logits(student_logits, teacher_logits, resize)
     if valid is not None:
         check_mask_like(valid, student, reference_name="student_logits")
-    return _ratio(*_overlap(student.detach(), teacher, valid).float())
+    counts = _overlap(top_class(student), top_class(teacher), valid, student.shape[1])
+    return _ratio(*counts[:2].float())
 
 
-def _overlap(student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
-    """Pixels in the intersection and in the union of the two maps of each class: (2, C) int64."""
-    c = student.shape[1]
-    ours, theirs = top_class(student), top_class(teacher)
+def _overlap(ours: Tensor, theirs: Tensor, valid: Tensor | None, c: int) -> Tensor:
+    """Pixels of each class in the intersection and in the union of two label maps, and in the second: (3, C) int64."""
     # A pixel counts for its pair of classes, or for one bin more; integers, so the order of the sum is no matter.
-    pairs = ours * c + theirs
+    pairs = torch.add(theirs, ours, alpha=c)
     if valid is not None:
         pairs = torch.where(valid, pairs, c * c)
-    counts = torch.zeros(c * c + 1, dtype=torch.int64, device=pairs.device)
-    confusion = counts.scatter_add(0, pairs.flatten(), torch.ones_like(pairs).flatten())[:-1].view(c, c)
-    both = confusion.diagonal()
-    return torch.stack([both, confusion.sum(0) + confusion.sum(1) - both])
+    confusion = count_ids(pairs, c * c + (valid is not None))[: c * c].view(c, c)
+    both, second = confusion.diagonal(), confusion.sum(0)
+    return torch.stack([both, second + confusion.sum(1) - both, second])
 
 
 def _ratio(intersection: Tensor, union: Tensor) -> Tensor:
-    return torch.where(union > 0, 1 - intersection / torch.where(union > 0, union, 1), 0)
+    return (union - intersection) / union.clamp_min(torch.finfo(union.dtype).tiny)  # 0 where there is neither
 
 
 def inconsistency_loss(
@@ -155,23 +153,15 @@ def inconsistency_loss(
     )
     if valid is not None:
         check_mask_like(valid, student, reference_name="student_logits")
-    d = upcast(inconsistency.detach())
-    w = (weight_fn or _default_weight(weight_range, weight_temperature))(d)
-    if not isinstance(w, Tensor) or w.shape != d.shape:
-        raise ValueError(f"Expected `weight_fn` to return a tensor (C,) = {shape_of(d)}, but got {kind_of(w)}.")
-    w = w.detach()
-    pixel_weight = w[top_class(teacher)]
-    if valid is not None:
-        pixel_weight = torch.where(valid, pixel_weight, 0)  # or a weight that no valid pixel has would overflow below
-    count = pixel_weight.numel() if valid is None else valid.sum().clamp_min(1)
-    # By the largest first: what is left of a class after a sharp softmax may be too small to divide by.
-    largest = pixel_weight.amax() if pixel_weight.numel() else pixel_weight.sum()
-    weighs = largest > torch.finfo(d.dtype).tiny
-    pixel_weight = pixel_weight / torch.where(weighs, largest, 1)
-    mean = pixel_weight.sum() / max(count, 1) if valid is None else pixel_weight.sum() / count
-    # Where the formula leaves no valid pixel a weight all weigh alike; a `weight_fn` may mean it.
-    alike = 1 if weight_fn is None else 0
-    pixel_weight = torch.where(weighs, pixel_weight / torch.where(weighs, mean, 1), alike)
+    labels = top_class(teacher)
+    pixel_weight = _pixel_weight(
+        labels,
+        _count_classes(labels, valid, student.shape[1]),
+        inconsistency,
+        _default_weight(weight_range, weight_temperature) if weight_fn is None else weight_fn,
+        keep_zero=weight_fn is not None,
+        whole=valid is None,
+    )
     return kd_loss(
         student,
         teacher,
@@ -183,8 +173,39 @@ def inconsistency_loss(
     )
 
 
+def _count_classes(labels: Tensor, valid: Tensor | None, c: int) -> Tensor:
+    return count_ids(labels if valid is None else labels.where(valid, c), c + (valid is not None))[:c]
+
+
+def _pixel_weight(
+    labels: Tensor, counts: Tensor, inconsistency: Tensor, weigh: WeightFn, *, keep_zero: bool, whole: bool
+) -> Tensor:
+    """The weight of the teacher's class at each pixel, of mean 1 over the pixels of `counts` (C,), all if `whole`.
+
+    All of it is arithmetic on C numbers, and one look-up at the end.
+    """
+    d = upcast(inconsistency.detach())
+    w = weigh(d)
+    if not isinstance(w, Tensor) or w.shape != d.shape:
+        raise ValueError(f"Expected `weight_fn` to return a tensor (C,) = {shape_of(d)}, but got {kind_of(w)}.")
+    w = w.detach() * (counts > 0)  # or a weight that no valid pixel has would overflow below
+    # By the largest first: what is left of a class after a sharp softmax may be too small to divide by.
+    tiny = torch.finfo(w.dtype).tiny
+    largest = w.amax()
+    w = w / largest.clamp_min(tiny)
+    mean = (w * counts).sum() / (max(labels.numel(), 1) if whole else counts.sum().clamp_min(1))
+    w = w / mean.clamp_min(tiny)
+    if not keep_zero:  # where the formula leaves no valid pixel a weight all weigh alike; a `weight_fn` may mean it
+        w = torch.where(largest > tiny, w, 1)
+    return w[labels]
+
+
 def _default_weight(weight_range: tuple[float, float], weight_temperature: float) -> WeightFn:
-    return lambda d: (d.shape[0] * torch.softmax(d / weight_temperature, dim=0)).clamp(*weight_range)
+    def weigh(d: Tensor) -> Tensor:
+        d = d if weight_temperature == 1 else d / weight_temperature
+        return (d.shape[0] * torch.softmax(d, dim=0)).clamp(*weight_range)
+
+    return weigh
 
 
 def _check_options(
@@ -290,7 +311,11 @@ class InconsistencyLoss(FullPrecisionState):
         valid: Bool[Tensor, "n *space"] | None = None,
     ) -> None:
         """Move the averages by one batch; training mode does it at every call."""
-        student, teacher = match_logits(student_logits, teacher_logits, self.resize)
+        student, teacher = match_logits(student_logits, teacher_logits, self.resize, self.teacher_kind)
+        self._check(student_logits, student, valid)
+        self._move(top_class(student), top_class(teacher), valid)
+
+    def _check(self, student_logits: Tensor, student: Tensor, valid: Tensor | None) -> None:
         if student.shape[1] != self.union.shape[0]:
             raise ValueError(
                 f"Expected `student_logits` to have {self.union.shape[0]} classes, the "
@@ -299,13 +324,19 @@ class InconsistencyLoss(FullPrecisionState):
         if valid is not None:
             check_mask_like(valid, student, reference_name="student_logits")
         check_device("union", self.union, student, "student_logits")
-        counts = _overlap(student, teacher, valid)
+
+    def _move(self, ours: Tensor, theirs: Tensor, valid: Tensor | None) -> Tensor:
+        """Move the averages by two label maps; return the pixels of each class in the second, of this rank."""
+        counts = _overlap(ours, theirs, valid, self.union.shape[0])
+        theirs = counts[2]
         if self.sync:
-            counts = sum_ranks(counts)
+            counts = sum_ranks(counts[:2])
         # A class that stays away fades in both averages, which their ratio does not see, but not until they underflow.
-        faded = (self.union < _FADED) & (counts[1] == 0)
-        for average, count in zip((self.intersection, self.union), counts.to(self.union.dtype), strict=True):
-            average.copy_(torch.where(faded, average, self.momentum * average + (1 - self.momentum) * count))
+        moved = ((self.union >= _FADED) | (counts[1] > 0)) * (1 - self.momentum)
+        both, union = counts[:2].to(self.union.dtype)
+        self.intersection.lerp_(both, moved)
+        self.union.lerp_(union, moved)
+        return theirs
 
     def forward(
         self,
@@ -315,19 +346,30 @@ class InconsistencyLoss(FullPrecisionState):
         valid: Bool[Tensor, "n *space"] | None = None,
     ) -> Tensor:
         """Move the averages (training mode), then apply the function with them."""
-        if self.training:
-            self.update(student_logits, teacher_logits, valid=valid)
-        return inconsistency_loss(
-            student_logits,
-            teacher_logits,
+        student, teacher = match_logits(student_logits, teacher_logits, self.resize, self.teacher_kind)
+        self._check(student_logits, student, valid)
+        labels = top_class(teacher)
+        with torch.no_grad():
+            if self.training:
+                counts = self._move(top_class(student), labels, valid)
+            else:
+                counts = _count_classes(labels, valid, student.shape[1])
+        weigh = self.weight_fn or _default_weight(self.weight_range, self.weight_temperature)
+        pixel_weight = _pixel_weight(
+            labels,
+            counts,
             self.inconsistency,
-            weight_range=self.weight_range,
-            weight_temperature=self.weight_temperature,
+            weigh,
+            keep_zero=self.weight_fn is not None,
+            whole=valid is None,
+        )
+        return kd_loss(
+            student,
+            teacher,
             temperature=self.temperature,
-            weight_fn=self.weight_fn,
             teacher_kind=self.teacher_kind,
-            resize=self.resize,
             valid=valid,
+            pixel_weight=pixel_weight,
             reduction=self.reduction,
         )
 

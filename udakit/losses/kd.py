@@ -18,7 +18,8 @@ from udakit._checks import (
     check_weight_like,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, Reduction, check_reduction, guard, interpolate, reduce_pixels, upcast
+from udakit._reduce import KINDS, LARGE, Kind, Reduction, check_reduction, guard, interpolate, reduce_pixels, upcast
+from udakit.losses._soft_cross_entropy import soft_cross_entropy
 
 Divergence = Literal["cross_entropy", "kl"]
 Resize = Literal["error", "student", "teacher"]
@@ -57,6 +58,9 @@ def kd_loss(
     `teacher_kind="probabilities"` the softmax of the teacher is skipped, or for T != 1 replaced by the normalised
     power p^(1/T), which is what softmax(log p / T) is.
 
+    **Cost.** On the CPU large maps are worked on block by block where both are logits and the divergence is the
+    cross-entropy; that form cannot be differentiated twice.
+
     **Source.** Hinton et al. 2015 for T^2; DiGA's released code uses the soft cross-entropy at T = 1 over all pixels.
 
     Args:
@@ -92,14 +96,22 @@ def kd_loss(
     if pixel_weight is not None:
         check_weight_like(pixel_weight, student, reference_name="student_logits")
 
-    target = soften(teacher, temperature, teacher_kind).to(student.dtype)
     student = guard(student, valid)
+    if divergence == "cross_entropy" and teacher_kind == "logits" and _in_blocks(student):
+        loss = soft_cross_entropy(student, teacher, temperature)
+        return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+    target = soften(teacher, temperature, teacher_kind).to(student.dtype)
     student = student if temperature == 1 else student / temperature
     loss = -(target * F.log_softmax(student, dim=1)).sum(dim=1)
     if divergence == "kl":
         loss = loss + torch.special.xlogy(target, target).sum(dim=1)
     loss = loss if temperature == 1 else temperature**2 * loss
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+
+
+def _in_blocks(student: Tensor) -> bool:
+    """Whether blocks pay: not where a GPU has to be launched for each, nor where a compiler fuses the formula."""
+    return student.device.type == "cpu" and student.numel() >= LARGE and not torch.compiler.is_compiling()
 
 
 def match_logits(

@@ -14,8 +14,8 @@ from udakit.pseudo_labels.selection import (
     check_exclude,
     check_features,
     expand_valid,
+    is_predicted,
     predict,
-    share_per_class,
 )
 
 
@@ -54,8 +54,9 @@ class ArgmaxSelector(nn.Module):
         with torch.no_grad():
             labels, confidence = predict(logits, kind, self.exclude)
             check_features(features, logits)
-            kept = torch.ones_like(labels, dtype=torch.bool) if valid is None else expand_valid(valid, logits)
-            return PseudoLabels(labels, confidence, kept.float(), share_per_class(labels, kept, kept, logits.shape[1]))
+            valid = None if valid is None else expand_valid(valid, logits)
+            weight = torch.ones_like(confidence) if valid is None else valid.float()
+            return PseudoLabels(labels, confidence, weight, is_predicted(labels, valid, logits.shape[1]).float())
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

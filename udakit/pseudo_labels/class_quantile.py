@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from udakit._checks import check_device, check_flag, check_integer, check_range, check_scores, shape_of, space_form
-from udakit._reduce import Kind
+from udakit._reduce import Kind, count_ids
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.pseudo_labels.selection import PseudoLabels, Selector
 
@@ -107,28 +107,28 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
     ) -> Tensor:
         """Whether the confidence lies in the upper bins of its class; updates the histogram in training mode."""
-        known = confidence >= 0  # False for NaN, which has no bin
-        depth = -torch.log2(1 - torch.where(known, confidence, 0).clamp(max=1)) * (self.bins / _BITS)
-        bin_of_pixel = depth.clamp(max=self.bins - 1).long()
+        # Half a bin below 1 is inside the last one; NaN has no bin.
+        rest = (1 - confidence).clamp_(2 ** (-_BITS * (self.bins - 0.5) / self.bins), 1)
+        bin_of_pixel = rest.log2_().mul_(-self.bins / _BITS).nan_to_num_(nan=-1.0).long()
         if self.training:
-            self._update(labels * self.bins + bin_of_pixel, valid)
-        kept = (bin_of_pixel >= self._lowest_bin()[labels]) & known
+            self._update(bin_of_pixel.clamp_min(0).add_(labels, alpha=self.bins), valid)
+        kept = bin_of_pixel >= self._lowest_bin()[labels]
         return kept if valid is None else kept & valid
 
     def _update(self, cell: Tensor, valid: Tensor | None) -> None:
-        counted = torch.ones_like(cell) if valid is None else valid.long()
-        counts = torch.zeros(self.histogram.numel(), dtype=torch.int64, device=cell.device)
-        counts = counts.index_add(0, cell.flatten(), counted.flatten()).view_as(self.histogram)
+        size = self.histogram.numel()
+        counts = count_ids(cell if valid is None else cell.where(valid, size), size + (valid is not None))
+        counts = counts[:size].view_as(self.histogram)
         if self.sync:
             counts = sum_ranks(counts)
-        averaged = self.momentum * self.histogram + (1 - self.momentum) * counts
-        self.histogram.copy_(averaged.where(counts.sum(1, keepdim=True) > 0, self.histogram))
+        moved = (counts.sum(1, keepdim=True) > 0) * (1 - self.momentum)  # a class that is not there keeps its own
+        self.histogram.lerp_(counts.to(self.histogram.dtype), moved)
 
     def _lowest_bin(self) -> Tensor:
-        above = self.histogram.flip(1).cumsum(1).flip(1)
-        total = above[:, :1]
-        lowest = (above >= self.share * total).sum(1) - 1
-        return lowest.masked_fill(total.squeeze(1) == 0, self.bins)
+        above = self.histogram.flip(1).cumsum(1)  # from the last bin down: all pixels above an edge
+        total = above[:, -1:]
+        lowest = (above[:, :-1] >= self.share * total).sum(1)
+        return lowest.masked_fill_(total.squeeze(1) == 0, self.bins)
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

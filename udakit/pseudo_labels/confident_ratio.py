@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -16,6 +17,7 @@ from udakit.pseudo_labels.selection import (
     check_exclude,
     check_features,
     expand_valid,
+    is_predicted,
     predict,
     share_per_class,
 )
@@ -67,11 +69,15 @@ def confident_ratio(
     _check_options(threshold, scope)
     check_confidence("confidence", confidence)
     confident = upcast(confidence.detach()) >= threshold
-    if valid is None:
-        valid = torch.ones_like(confident)
-    else:
+    if valid is not None:
         check_mask_like(valid, confidence, reference_name="confidence", channels=False)
-    axes = tuple(range(0 if scope == "batch" else 1, confidence.ndim))
+    return _ratio(confident, scope, valid)
+
+
+def _ratio(confident: Tensor, scope: Scope, valid: Tensor | None) -> Tensor:
+    axes = tuple(range(0 if scope == "batch" else 1, confident.ndim))
+    if valid is None:
+        return confident.sum(axes) / max(math.prod(confident.shape[axis] for axis in axes), 1)
     return (confident & valid).sum(axes) / valid.sum(axes).clamp_min(1)
 
 
@@ -128,11 +134,15 @@ class ConfidentRatioSelector(nn.Module):
         with torch.no_grad():
             labels, confidence = predict(logits, kind, self.exclude)
             check_features(features, logits)
-            kept = torch.ones_like(labels, dtype=torch.bool) if valid is None else expand_valid(valid, logits)
-            within = kept if self.ratio_over == "valid" else None
-            ratio = confident_ratio(confidence, threshold=self.threshold, scope=self.scope, valid=within)
-            weight = kept * ratio.view(-1, *[1] * (kept.ndim - 1))
-            accepted = share_per_class(labels, weight > 0, kept, logits.shape[1])
+            valid = None if valid is None else expand_valid(valid, logits)
+            within = valid if self.ratio_over == "valid" else None
+            ratio = _ratio(confidence >= self.threshold, self.scope, within)
+            per_image = ratio.view(-1, *[1] * (labels.ndim - 1))
+            weight = per_image.expand_as(labels).contiguous() if valid is None else valid * per_image
+            if self.scope == "batch":  # all pixels have one weight: a class is used whole, or not at all
+                used = is_predicted(labels, valid, logits.shape[1]) & (ratio > 0)
+                return PseudoLabels(labels, confidence, weight, used.float())
+            accepted = share_per_class(labels, weight > 0, valid, logits.shape[1])
             return PseudoLabels(labels, confidence, weight, accepted)
 
     def extra_repr(self) -> str:

@@ -20,7 +20,7 @@ from udakit._checks import (
     shape_of,
     space_form,
 )
-from udakit._reduce import KINDS, Kind, exp_, plain, upcast
+from udakit._reduce import KINDS, Kind, by_blocks, count_ids, exp_, plain, top_by_blocks, upcast
 
 
 class PseudoLabels(NamedTuple):
@@ -54,15 +54,27 @@ def predict(
     logits = plain(logits.detach())
     if exclude:
         logits = _without(logits, exclude)
-    score, labels = logits.max(dim=1)
+    labels, confidence = _top(logits, kind)
+    confidence = confidence.float()
     for class_id in exclude:  # in ascending order: back to the ids of all classes
         labels = labels + (labels >= class_id)
+    if exclude and kind == "probabilities":
+        confidence = confidence / logits.float().sum(dim=1).clamp_min(torch.finfo(confidence.dtype).tiny)
+    return labels, confidence
+
+
+def _top(logits: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    """The largest probability and its class, in as few passes over the map as the device allows."""
+    if by_blocks(logits):
+        return top_by_blocks(logits, confidence=kind == "logits")
+    if kind == "logits" and logits.device.type != "cpu":
+        confidence, labels = upcast(logits).softmax(dim=1).max(dim=1)  # two launches
+        return labels, confidence
+    score, labels = logits.max(dim=1)
     if kind == "probabilities":
-        score = score.float()
-        return labels, score / logits.float().sum(dim=1).clamp_min(torch.finfo(score.dtype).tiny) if exclude else score
+        return labels, score
     # The softmax at its largest entry: exact at any magnitude, where exp(max - logsumexp) rounds at the logits' size.
-    scores = upcast(logits)
-    return labels, exp_(scores - upcast(score).unsqueeze(1)).sum(dim=1).reciprocal().float()
+    return labels, exp_(upcast(logits) - upcast(score).unsqueeze(1)).sum(dim=1).reciprocal()
 
 
 def _without(logits: Tensor, exclude: tuple[int, ...]) -> Tensor:
@@ -105,15 +117,26 @@ def expand_valid(valid: Bool[Tensor, "n *space"] | Bool[Tensor, "h w"], logits: 
 def count_classes_where(labels: Tensor, where: Tensor, num_classes: int) -> Tensor:
     """Pixels of each class inside a mask, int64; other ids take no part (`bincount` would make a GPU wait)."""
     inside = where & (labels >= 0) & (labels < num_classes)
-    counts = torch.zeros(num_classes, dtype=torch.int64, device=labels.device)
-    return counts.index_add(0, labels.where(inside, 0).flatten(), inside.flatten().long())
+    return count_ids(labels.where(inside, num_classes), num_classes + 1)[:-1]
+
+
+def is_predicted(labels: Tensor, valid: Tensor | None, num_classes: int) -> Tensor:
+    """Bool (C,): whether a class occurs among the valid pixels, where all `labels` are classes 0..C-1."""
+    ids = labels if valid is None else labels.where(valid, num_classes)
+    found = torch.zeros(num_classes + (valid is not None), dtype=torch.bool, device=labels.device)
+    return found.index_fill_(0, ids.flatten(), True)[:num_classes]
 
 
 def share_per_class(labels: Tensor, kept: Tensor, valid: Tensor | None, num_classes: int) -> Tensor:
-    """Share of each class's valid pixels that are kept, float32; 0 for a class without pixels."""
-    within = torch.ones_like(kept) if valid is None else valid
-    predicted = count_classes_where(labels, within, num_classes)
-    return count_classes_where(labels, kept, num_classes) / predicted.clamp_min(1)
+    """Share of each class's valid pixels that are kept, float32; 0 for a class without pixels.
+
+    `labels` are all classes 0..C-1, and `kept` lies inside `valid`.
+    """
+    cell = torch.add(labels, kept, alpha=num_classes)  # a class has two cells, so that one pass counts both
+    if valid is not None:
+        cell = cell.where(valid, 2 * num_classes)
+    counts = count_ids(cell, 2 * num_classes + (valid is not None))[: 2 * num_classes].view(2, num_classes)
+    return counts[1] / counts.sum(0).clamp_min(1)
 
 
 class Selector(nn.Module):
