@@ -240,3 +240,46 @@ def test_errors() -> None:
     silent = nn.Sequential(nn.Identity(), Silent())
     with pytest.raises(TypeError, match=r"`model` to return logits .* but got NoneType"):
         FeatureTap(silent, "0")(IMAGES)
+
+
+class Checkpointed(Small):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images if images.requires_grad else images + 0 * self.head.weight.sum()
+        x = torch.utils.checkpoint.checkpoint(self.encoder, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+def test_a_reentrant_checkpoint_is_refused() -> None:
+    """Its features have no gradient, which would go unnoticed."""
+    net = Checkpointed(reentrant=True)
+    for when in ("output", "input"):
+        with pytest.raises(RuntimeError, match=r"`layer` 'encoder\.0' to run with gradients.*use_reentrant=False"):
+            FeatureTap(net, "encoder.0", when=when)(IMAGES)
+        assert hooks(net) == 0
+    with FeatureTap(net, "encoder"), pytest.raises(RuntimeError, match="reentrant checkpoint"):
+        net(IMAGES)
+    with torch.no_grad():  # nobody asks for gradients
+        _, features = FeatureTap(net, "encoder")(IMAGES)
+    assert torch.equal(features, net.encoder(IMAGES))
+    _, features = FeatureTap(net, "head", when="input")(IMAGES)  # outside the checkpoint
+    features.sum().backward()
+    assert net.encoder[0].weight.grad is not None
+
+
+def test_features_of_a_checkpoint_have_gradients_and_are_not_taken_twice() -> None:
+    net, plain = Checkpointed(reentrant=False), Checkpointed(reentrant=False)
+    plain.load_state_dict(net.state_dict())
+    with FeatureTap(net, "encoder") as tap:
+        logits = net(IMAGES)
+        features = tap.pop()
+        (logits.sum() + features.square().sum()).backward()
+        with pytest.raises(RuntimeError, match="did not"):
+            tap.pop()  # the backward pass ran the layer once more
+    x = plain.encoder(IMAGES)
+    (plain.head(x).sum() + x.square().sum()).backward()
+    for p, q in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)

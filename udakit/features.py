@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
 from udakit._checks import check_option, kind_of, net_logits
@@ -31,7 +34,8 @@ class FeatureTap:
     the output itself, its `.logits` (transformers), its "out" or "logits" entry (torchvision), or the first tensor of a
     tuple (smp with an auxiliary head). Features come as the layer has them: token features (N, L, D) stay so. Wrappers
     of `torch.compile`, DataParallel and DistributedDataParallel are called, not bypassed, and do not appear in `layer`.
-    A compiled net is traced with its hooks: make its first call inside the tap.
+    A compiled net is traced with its hooks: make its first call inside the tap. Checkpointed layers are tapped where
+    the checkpoint is not reentrant; a reentrant one cuts the gradients off, which is an error.
 
     Args:
         model: any net.
@@ -43,6 +47,7 @@ class FeatureTap:
     Raises:
         TypeError: a `layer` that is no name, or a `model` that is no Module.
         ValueError: a `layer` that does not exist (the nearest names are listed), or an unknown `when`.
+        RuntimeError: in the call, a layer that did not run, or inside a reentrant checkpoint.
 
     Example:
         >>> import torch
@@ -112,10 +117,33 @@ class FeatureTap:
         self._handle = self._features = None
 
     def _take_output(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._features = output
+        self._take(output)
 
     def _take_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._features = (*args, *kwargs.values()) if isinstance(self.index, int) else kwargs
+        self._take((*args, *kwargs.values()) if isinstance(self.index, int) else kwargs)
+
+    def _take(self, features: Any) -> None:
+        if torch.compiler.is_compiling():
+            self._features = features
+            return
+        if not torch.is_grad_enabled() and _loses_gradients():
+            raise RuntimeError(
+                f"Expected `layer` {self.layer!r} to run with gradients, but it runs inside a reentrant checkpoint, "
+                "which cuts them off. Checkpoint with use_reentrant=False (transformers: gradient_checkpointing_kwargs="
+                '{"use_reentrant": False}), or tap a layer outside.'
+            )
+        if torch._C._current_graph_task_id() == -1:  # a checkpoint runs the layer once more in the backward pass
+            self._features = features
+
+
+def _loses_gradients() -> bool:
+    """Whether the caller is the forward of an autograd function to whose inputs gradients shall flow."""
+    frame = sys._getframe(1)
+    while (back := frame.f_back) is not None:
+        frame = back
+        if frame.f_code.co_name == "forward" and isinstance(ctx := frame.f_locals.get("ctx"), FunctionCtx):
+            return any(ctx.needs_input_grad)  # type: ignore[attr-defined]
+    return False
 
 
 def _find(model: nn.Module, layer: str) -> nn.Module:
