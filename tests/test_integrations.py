@@ -16,12 +16,14 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "examples" / "integrations"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
-PLAIN = ["medical_numpy", "semi_supervised", "smp_net", "torchvision_net", "transformers_segformer"]
+PLAIN = ["medical_numpy", "one_logit", "semi_supervised", "smp_net", "torchvision_net", "transformers_segformer"]
 
 
 def load(name: str) -> ModuleType:
     if name == "lightning_module":
         pytest.importorskip("lightning", reason="lightning is not installed: pip install lightning")
+    if name == "monai_volumes":
+        pytest.importorskip("monai", reason="MONAI is not installed: pip install -e '.[monai]'")
     spec = importlib.util.spec_from_file_location(f"integrations_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -53,6 +55,25 @@ def test_two_steps(name):
 def test_medical_slices_learn_from_both_streams():
     losses = load("medical_numpy").main(steps=30, size=32)
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+
+
+def test_dice_of_one_logit_knows_ignored_pixels_and_weights():
+    dice = load("one_logit").dice_loss
+    logits, labels = torch.randn(1, 1, 2, 6, dtype=torch.float64), torch.randint(2, (1, 2, 6))
+    plain = dice(logits[..., :4], labels[..., :4])
+    ignored = labels.clone()
+    ignored[..., 4:] = 255
+    torch.testing.assert_close(dice(logits, ignored), plain)
+    weight = torch.ones(1, 2, 6, dtype=torch.float64)
+    weight[..., 4:] = 0
+    torch.testing.assert_close(dice(logits, labels, weight), plain)
+    assert dice(logits, labels) != plain
+
+
+def test_monai_volumes_learn_from_both_scanners():
+    losses = load("monai_volumes").main(steps=12, size=16)
+    check(losses, 12)
+    assert sum(losses[-4:]) < sum(losses[:4])
 
 
 def test_two_classes_read_ids_and_find_the_rare_class():
