@@ -59,6 +59,31 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
             lambda: ce(SMALL, LABELS),
             r"`labels` to be \(N, H, W\) matching `logits` \(2, 5, 2, 2\), but got \(2, 8, 8\)\. .* F\.interp.*",
         ),
+        (
+            lambda: ce(LOGITS.movedim(1, -1), LABELS),
+            r"`labels` .* `logits` \(2, 8, 8, 5\), but got \(2, 8, 8\)\. .*channels last: \.movedim\(-1, 1\) .*",
+        ),
+        (
+            lambda: ce(LOGITS[:, :1], LABELS),
+            r"`logits` to be \(N, C, H, W\) with C of 2 at least, but got \(2, 1, 8, 8\)\. .* udakit\.binary_logits",
+        ),
+        (
+            lambda: u.max_square_loss(LOGITS[:, :1], kind="probabilities"),
+            r"`logits` .* One probability a pixel becomes two classes by udakit\.binary_probabilities",
+        ),
+        (
+            lambda: kd(LOGITS, LOGITS, valid=WEIGHT[:, None]),
+            r"`valid` .* torch.float32 \(2, 1, 8, 8\)\. .*> 0\.5\. The channel axis goes by .*squeeze\(1\)",
+        ),
+        (lambda: ce(LOGITS, WEIGHT[:, None]), r"`labels` .* \.long\(\)\. The channel axis goes by \.squeeze\(1\)"),
+        (lambda: ce(LOGITS, LABELS, ignore_index=None), "`ignore_index` to be an integer, but got None. -100, or .*"),
+        (lambda: ce(LOGITS, LABELS, ignore_index="255"), "`ignore_index` to be an integer, but got '255'"),
+        (lambda: kd(LOGITS, LOGITS, temperature=float("inf")), "`temperature` to be finite and above 0, but got inf"),
+        (lambda: u.EntropyLoss(normalize="no"), "`normalize` to be True or False, but got 'no'"),
+        (
+            lambda: u.upsampled_cross_entropy(LOGITS.flatten(2), LABELS.flatten(1)),
+            r"`logits` to be \(N, C, H, W\), since .* two-dimensional, but got \(2, 5, 64\)\. F\.interpolate .*",
+        ),
         (lambda: ce(LOGITS, LABELS[:1]), r"`labels` .* matching `logits` \(2, 5, 8, 8\), but got \(1, 8, 8\)"),
         (lambda: ce(LOGITS.numpy(), LABELS), r"`logits` .* but got ndarray\. .* torch\.as_tensor"),
         (lambda: ce(LOGITS, LABELS.numpy()), r"`labels` .* but got ndarray\. .* torch\.as_tensor"),
@@ -154,6 +179,10 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (
             lambda: mix(BATCH, (IMAGES[..., ::2], LABELS[..., ::2]), VALID),
             "`target.images` to have the shape of `source.images` .* Crop or resize them to one size before mixing",
+        ),
+        (
+            lambda: u.ClassMix(C)(BATCH, (IMAGES, LABELS[:, ::4, ::4], WEIGHT)),
+            r"`target.labels` .* but got \(2, 2, 2\)\. .*resize_labels; for pseudo-labels, upsample the logits .*",
         ),
         (lambda: u.ClassMix("19"), "`num_classes` to be an integer, but got '19'"),
         (lambda: u.TargetPaste(threshold=95), r"`threshold` to be in \[0, 1\], but got 95\. .* 95 % is 0\.95"),
