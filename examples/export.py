@@ -16,7 +16,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -63,11 +63,11 @@ class Deployed(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
         super().__init__()
         self.net = net
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, C, H, W) of RGB images (N, 3, H, W) in [0, 1]."""
@@ -78,9 +78,9 @@ class Deployed(nn.Module):
 def main(config: Config) -> dict[str, float]:
     """Write every format; returns the largest difference to the net of each, relative to the largest logit."""
     trained = Trained.open(config.checkpoint, config.classes)
-    net = Deployed(trained.net(config.net)).eval()
+    net = Deployed(trained.net(config.net), *trained.image_format.statistics).eval()
     height, width = config.size or trained.config["data"]["crop"]
-    example = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    example = torch.rand(2, trained.image_format.channels, height, width, generator=torch.Generator().manual_seed(0))
     config.out.mkdir(parents=True, exist_ok=True)
     differences = {}
     for name in config.formats:
@@ -95,9 +95,11 @@ def main(config: Config) -> dict[str, float]:
 
 
 @torch.no_grad()
-def difference(net: nn.Module, run: Run, size: tuple[int, int]) -> float:
+def difference(net: Deployed, run: Run, size: tuple[int, int]) -> float:
     """Largest difference of `run` to the net on three random images, relative to the largest logit."""
-    images = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(1))  # another N than the example
+    images = torch.rand(
+        3, net.mean.shape[1], *size, generator=torch.Generator().manual_seed(1)
+    )  # another N than the example
     wanted, got = net(images), run(images)
     if got.shape != wanted.shape:
         raise RuntimeError(f"Expected logits {tuple(wanted.shape)}, but got {tuple(got.shape)}.")
@@ -178,16 +180,18 @@ WRITERS: dict[Format, Callable[[nn.Module, Tensor, Path], tuple[Path, Run]]] = {
 
 def model_card(config: Config, trained: Trained, net: nn.Module, size: tuple[int, int]) -> str:
     """What the net is, what it was trained on and how good it is known to be."""
-    run, classes = trained.config, trained.classes
+    run, classes, format = trained.config, trained.classes, trained.image_format
+    kind, (mean, std) = "RGB" if format.channels == 3 else "values", format.statistics
     stages = [f"{stage['recipe']} ({stage['steps']} steps)" for stage in run["stages"]]
     parameters = sum(p.numel() for p in net.parameters())
     lines = [
         f"# {run['net']['arch']} / {run['net']['encoder']}, adapted on {run['data']['pair']}",
         "## Use",
-        f"Input `images`: float32 (N, 3, {size[0]}, {size[1]}), RGB in [0, 1]; they are normalised inside. "
+        f"Input `images`: float32 (N, {format.channels}, {size[0]}, {size[1]}), {kind} in [0, 1]; they are normalised "
+        "inside. "
         f"Output `logits`: float32 (N, {len(classes.names)}, {size[0]}, {size[1]}); their arg-max is the class.",
         "`model.safetensors` has the tensors without the normalisation: its net takes images normalised with mean "
-        f"{MEAN} and standard deviation {STD}.",
+        f"{mean} and standard deviation {std}.",
         "Classes, from 0: " + ", ".join(classes.names) + ".",
         "## Data and method",
         f"Pair of domains: `{run['data']['pair']}`. Method: {', then '.join(stages)}. Seed {run['seed']}, "

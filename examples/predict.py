@@ -35,7 +35,7 @@ from gta2cs.datasets import ClassSet
 from gta2cs.evaluation import Score, evaluate
 from gta2cs.files import WriteError, check_writable, replacing, write_text
 from gta2cs.inference import SlidingWindow, Trained, check_window, segment
-from gta2cs.reading import IMAGE_SUFFIXES, viewable
+from gta2cs.reading import IMAGE_SUFFIXES, ImageFormat, viewable
 from gta2cs.report import colorize, progress_bar, rich_table
 from gta2cs.samples import Size
 
@@ -119,7 +119,7 @@ def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[P
             progress.update(task, status=escape(image_path.name))
             try:
                 image = format.read(image_path).contiguous()
-                labels, confidence = segment_or_explain(config, net, image, size)
+                labels, confidence = segment_or_explain(config, net, image, size, format)
                 save_results(out, name, image, labels, confidence, classes, config.overlay)
             except WriteError:
                 raise  # a full disk is no fault of the image, and the next one would not fit either
@@ -176,11 +176,13 @@ def check_out(jobs: dict[Path, Path], out: Path, *, overwrite: bool) -> None:
 
 
 def segment_or_explain(
-    config: Config, net: torch.nn.Module, image: Tensor, size: Size | None
+    config: Config, net: torch.nn.Module, image: Tensor, size: Size | None, format: ImageFormat
 ) -> tuple[np.ndarray, np.ndarray]:
     """Segment one image; too little memory is the image's fault, anything else is not."""
     try:
-        return segment(net, image, window=config.window, stride=config.stride, size=size, device=config.device)
+        return segment(
+            net, image, window=config.window, stride=config.stride, size=size, device=config.device, format=format
+        )
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             height, width = image.shape[-2:]

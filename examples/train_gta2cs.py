@@ -201,6 +201,9 @@ def open_pair(config: Config) -> Pair:
         source_list=data.source_list,
         source_size=data.source_size,
         target_size=data.target_size,
+        channels=data.channels,
+        mean=data.mean,
+        std=data.std,
         source_range=data.source_range,
         target_range=data.target_range,
         cache=data.cache,
@@ -240,7 +243,7 @@ def train(run: Run) -> dict[str, Score]:
     """Train every stage of a run whose folder is ours, then write the report."""
     config, pair = run.config, run.pair
     torch.manual_seed(config.seed)
-    student = config.net.build(len(pair.classes.names))
+    student = config.net.build(len(pair.classes.names), config.data.channels)
     if config.init is not None:
         load_init(student, config.init, take=config.net.take)
     if run.is_main and not config.resume:

@@ -1,5 +1,6 @@
 """One reader: what each kind of file becomes, and that training, --check-data and predict.py refuse the same ones."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 import odd_files
 from gta2cs.datasets import ClassSet, build_pair, check_data, folder
 from gta2cs.layouts import load_classes
-from gta2cs.reading import ColourTable, ImageFormat, decode, read_ids, turn, viewable
+from gta2cs.nets import build_net, take_channels
+from gta2cs.reading import MEAN, STD, ColourTable, ImageFormat, decode, read_ids, turn, viewable
 from odd_files import IMAGES, LABELS, READ, REFUSED, Odd, noise, save, save_turned
 
 TWO = ClassSet(("thing", "stuff"), np.array([[1, 2, 3], [4, 5, 6]], np.uint8))
@@ -183,3 +185,69 @@ def test_palette_indices_and_depth(tmp_path: Path) -> None:
     picture.save(tmp_path / "a.png")
     assert read_ids(tmp_path / "a.png").tolist() == ids.tolist()
     assert decode(tmp_path / "a.png").pixels.shape == (*odd_files.SIZE, 3)
+
+
+# ------------------------------------------------------------------------------------------------ channels and nets
+
+
+def test_statistics_are_stated_or_those_of_imagenet() -> None:
+    assert ImageFormat().statistics == (MEAN, STD)
+    assert ImageFormat(1).statistics == ((0.449,), (0.226,))
+    assert ImageFormat(2, mean=(0.1, 0.2), std=(1, 2)).statistics == ((0.1, 0.2), (1, 2))
+    with pytest.raises(ValueError, match=r"`data.mean` and `data.std` for images of 5 channels"):
+        ImageFormat(5).statistics  # noqa: B018
+    with pytest.raises(ValueError, match=r"Expected `mean` to hold 2 numbers, one a channel, but got \(0.1,\)"):
+        ImageFormat(2, mean=(0.1,))
+    with pytest.raises(ValueError, match=r"Expected `std` to be positive"):
+        ImageFormat(1, std=(0.0,))
+
+
+def test_a_net_of_one_channel_sees_what_three_equal_ones_see() -> None:
+    three = build_net("fpn", "tu-tf_efficientnet_lite0", num_classes=2, weights="random").eval()
+    one = copy.deepcopy(three)
+    take_channels(one, 1)
+    grey = torch.rand(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    for net in (three, one):  # the encoder's own normalisation differs by channel
+        net.image_scale.fill_(0.5)
+        net.image_shift.fill_(0.1)
+    with torch.no_grad():
+        torch.testing.assert_close(one(grey).logits, three(grey.expand(-1, 3, -1, -1)).logits)
+    five = copy.deepcopy(three)
+    take_channels(five, 5)
+    five(torch.rand(2, 5, 40, 33)).logits.sum().backward()
+    assert next(five.encoder.parameters()).grad is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [1, 5])
+def test_training_and_prediction_with_other_channels(tmp_path: Path, channels: int) -> None:
+    """16-bit target of 1 or 5 bands: trained, saved, resumed into predict.py, which reads with the run's range."""
+    import predict
+    import train_gta2cs
+
+    rng = np.random.default_rng(0)
+    for side, high, kind in (("source", 256, np.uint8), ("target", 4000, np.uint16)):
+        for name in "abcd":
+            pixels = rng.integers(0, high, (64, 64, channels)).astype(kind)
+            odd_files.tiff(tmp_path / side / "images" / f"{name}.tif", pixels.squeeze(), planarconfig="contig")
+            save(tmp_path / side / "labels" / f"{name}.png", rng.integers(0, 2, (64, 64)).astype(np.uint8))
+        (tmp_path / side / "train.txt").write_text("a\nb\nc\n")
+        (tmp_path / side / "val.txt").write_text("d\n")
+    (tmp_path / "classes.yaml").write_text("names: [a, b]\n")
+    data = train_gta2cs.DataConfig(
+        pair="folder", data_root=tmp_path, crop=(64, 64), channels=channels, target_range=(0, 4000),
+        mean=(0.5,) * channels, std=(0.3,) * channels,
+    )  # fmt: skip
+    config = train_gta2cs.Config(
+        data=data,
+        net=train_gta2cs.NetConfig(weights="random"),
+        stages=[train_gta2cs.Stage("dacs")],
+        batch_size=2,
+        out=tmp_path / "run",
+        dry_run=True,
+    )
+    train_gta2cs.main(config)
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", tmp_path / "run" / "stage1_dacs" / "last.pt", "--images", tmp_path / "target/images"]
+    assert predict.main(predict.parse([str(a) for a in [*arguments, "--out", out]])) == 0
+    assert read_ids(out / "labels" / "a.png").shape == (64, 64)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gta2cs.nets import SegNet, build_net
+from gta2cs.nets import SegNet, build_net, take_channels
 from gta2cs.options import read_options
 
 TOY = Path(__file__).parent.parent / "configs" / "dacs_toy.yaml"
@@ -33,6 +33,12 @@ class DataConfig:
     """(height, width) that source images are resized to on loading, or "native". The default is the published one."""
     target_size: str | tuple[int, int] | None = None
     """(height, width) that target images are resized to on loading, or "native". The default is the published one."""
+    channels: int = 3
+    """Channels of the images. A grey image also serves as three; any other number must be that of the files."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, in 0..1, to normalise with. The default is ImageNet's, for one channel or three."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel, in 0..1, to normalise with."""
     source_range: tuple[float, float] | None = None
     """The values (low, high) of source images that are black and white, for files of more than 8 bits a channel."""
     target_range: tuple[float, float] | None = None
@@ -75,10 +81,12 @@ class NetConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the decoder's class, such as decoder_channels."""
 
-    def build(self, num_classes: int, **changes: Any) -> SegNet:
-        """Build the net, or one like it but for `changes`."""
+    def build(self, num_classes: int, channels: int = 3, **changes: Any) -> SegNet:
+        """Build the net, or one like it but for `changes`, for images of so many channels."""
         settings = {**asdict(self), **changes}
-        return build_net(**settings.pop("options"), **settings, num_classes=num_classes)
+        net = build_net(**settings.pop("options"), **settings, num_classes=num_classes)
+        take_channels(net, channels)
+        return net
 
 
 @dataclass

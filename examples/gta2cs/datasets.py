@@ -152,6 +152,8 @@ def build_pair(
     source_size: Size | str | None = None,
     target_size: Size | str | None = None,
     channels: int = 3,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     source_range: tuple[float, float] | None = None,
     target_range: tuple[float, float] | None = None,
     cache: bool | None = None,
@@ -173,6 +175,8 @@ def build_pair(
             it the published setting (`PUBLISHED_SIZES`).
         target_size: the same for target images. Validation labels always keep their own size.
         channels: of the images, as the net takes them; a grey image also serves as three.
+        mean: of each channel, to normalise with; without it ImageNet's, for one channel or three.
+        std: the same for the standard deviation.
         source_range: the values (low, high) of source files that are black and white, for more than 8 bits.
         target_range: the same for target.
         cache: keep decoded images in memory; without it only for the small pairs.
@@ -194,6 +198,8 @@ def build_pair(
             raise ValueError(f"Expected no `{option}` for the rendered pair 'toy', but got {given!r}.")
         _size(option, given, None)
     if name == "toy":
+        if channels != 3:
+            raise ValueError(f"Expected `channels` 3 for the rendered pair 'toy', but got {channels}.")
         return _toy_pair(toy_counts, toy_size)
     data_root = data_root or os.environ.get("UDAKIT_DATA")
     source_folder, target_folder = (
@@ -208,8 +214,8 @@ def build_pair(
     source_published, target_published = PUBLISHED_SIZES.get(name, (None, None))
     source_hw = _size("source_size", source_size, source_published)
     target_hw = _size("target_size", target_size, target_published)
-    of_source = {"size": source_hw, "image_format": ImageFormat(channels, source_range)}
-    of_target = {"size": target_hw, "image_format": ImageFormat(channels, target_range)}
+    of_source = {"size": source_hw, "image_format": ImageFormat(channels, source_range, mean, std)}
+    of_target = {"size": target_hw, "image_format": ImageFormat(channels, target_range, mean, std)}
     kept = name in SMALL if cache is None else cache
     labelled: dict[str, Any] = {"cache": kept, "strict": strict}
     return Pair(

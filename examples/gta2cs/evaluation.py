@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from gta2cs.datasets import ClassSet, Labelled
 from gta2cs.loading import evaluation_batches, normalise
 from gta2cs.nets import bn_statistics
+from gta2cs.reading import ImageFormat
 from udakit import copy_net
 
 
@@ -58,9 +59,11 @@ class Score:
 
 
 @torch.no_grad()
-def predict(net: nn.Module, image: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Class probabilities (C, H, W) of one uint8 image (3, H, W) at its own size."""
-    return class_probabilities(net, normalise(image[None].to(device)))[0]
+def predict(
+    net: nn.Module, image: Tensor, device: torch.device | str = "cpu", format: ImageFormat | None = None
+) -> Tensor:
+    """Class probabilities (C, H, W) of one image (K, H, W), as its data set returns it, at its own size."""
+    return class_probabilities(net, normalise(image[None].to(device), format))[0]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from gta2cs.checkpoints import copy_net, load_checkpoint
 from gta2cs.datasets import CITYSCAPES_19, PUBLISHED_SIZES, SMALL, SYNTHETIC, ClassSet, Pair, build_pair, load_classes
 from gta2cs.evaluation import class_probabilities
 from gta2cs.loading import normalise
-from gta2cs.nets import MIT, SegNet, build_net
+from gta2cs.nets import MIT, SegNet, build_net, take_channels
 from gta2cs.reading import ImageFormat
 from gta2cs.recipes.duda import LARGE_PAIR, DudaPre
 from gta2cs.samples import Size, rainbow, resize_image
@@ -96,7 +96,8 @@ class Trained:
         data = self.config["data"]
         given = data.get("target_range")  # checkpoints of before it existed have none
         with _as_it_says(self.path):
-            return ImageFormat(data.get("channels", 3), (given[0], given[1]) if given else None)
+            mean, std = (tuple(data[key]) if data.get(key) else None for key in ("mean", "std"))
+            return ImageFormat(data.get("channels", 3), (given[0], given[1]) if given else None, mean, std)
 
     def net(self, name: str = "student", **changes: str) -> SegNet:
         """Build one of its nets, in eval mode: a key of `NETS` or any prefix of the recipe's tensors.
@@ -110,6 +111,7 @@ class Trained:
         decoder = options.pop("options", {})  # checkpoints of before it existed have none
         with _as_it_says(self.path):
             net = build_net(**decoder, **options, num_classes=len(self.classes.names))
+            take_channels(net, self.image_format.channels)
         copy_net(net, self.recipe, NETS.get(name, name), self.path)
         return net.eval()  # type: ignore[return-value]
 
@@ -125,7 +127,7 @@ class Trained:
         data = self.config["data"]
         options = {k: data[k] for k in ("data_root", "source_root", "target_root", "source_size", "target_size")}
         options |= {k: v for k, v in roots.items() if v is not None}
-        options |= {k: data[k] for k in ("channels", "source_range", "target_range") if k in data}
+        options |= {k: data[k] for k in ("channels", "mean", "std", "source_range", "target_range") if k in data}
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         return build_pair(data["pair"], cache=data["cache"], **options)
 
@@ -201,8 +203,9 @@ def segment(
     stride: Size | None = None,
     size: Size | None = None,
     device: torch.device | str = "cpu",
+    format: ImageFormat | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Label map (H, W) uint8 and confidence (H, W) float32 of one uint8 image (3, H, W), at its own size.
+    """Label map (H, W) uint8 and confidence (H, W) float32 of one image (K, H, W) as it was read, at its own size.
 
     Args:
         net: in eval mode, on `device`.
@@ -211,9 +214,10 @@ def segment(
         stride: of the windows, half a window by default.
         size: (height, width) that the net sees; its probabilities are brought back to the image's size (bilinear).
         device: where the net is.
+        format: says how images are normalised, by default with ImageNet's values.
     """
     height, width = image.shape[-2:]
-    seen = normalise(resize_image(image, size)[None].to(device))
+    seen = normalise(resize_image(image, size)[None].to(device), format)
     if tuple(seen.shape[-2:]) == (height, width):
         labels, confidence = np.empty((height, width), np.uint8), np.empty((height, width), np.float32)
         for top, p in probability_bands(net, seen, window=window, stride=stride):

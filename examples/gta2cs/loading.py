@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gta2cs.samples import IGNORE, Labelled, Size, Unlabelled, nearest_index
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from gta2cs.reading import IGNORE, ImageFormat
+from gta2cs.reading import MEAN as MEAN
+from gta2cs.reading import STD as STD
+from gta2cs.samples import Labelled, Size, Unlabelled, nearest_index
 
 
 class Batch(NamedTuple):
-    """One step's data of one rank. Images are normalised float32 (N, 3, h, w), labels int64 (N, h, w)."""
+    """One step's data of one rank. Images are normalised float32 (N, K, h, w), labels int64 (N, h, w)."""
 
     source_images: Tensor
     source_labels: Tensor
@@ -54,10 +54,11 @@ class Window(NamedTuple):
     flip: bool
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 (N, 3, H, W) -> float32 with ImageNet's mean and standard deviation."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+def normalise(images: Tensor, format: ImageFormat | None = None) -> Tensor:
+    """Values of 0..255 (N, K, H, W) -> float32 with the format's mean and standard deviation; by default ImageNet's."""
+    mean, std = (
+        torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (format or ImageFormat()).statistics
+    )
     return (images.float() - 255 * mean) / (255 * std)
 
 
@@ -123,9 +124,10 @@ class StepData(Dataset[Batch]):
         target_images = target_ids = None
         if self.target is not None:
             views, positions = zip(*(self._target_sample(step, s) for s in samples), strict=True)
-            target_images, target_ids = normalise(torch.stack(views)), torch.tensor(positions)
+            target_images = normalise(torch.stack(views), self.target.image_format)
+            target_ids = torch.tensor(positions)
         return Batch(
-            normalise(torch.stack(images)),
+            normalise(torch.stack(images), self.source.image_format),
             torch.stack(labels).long(),
             torch.tensor(ids),
             target_images,
@@ -193,11 +195,11 @@ def evaluation_batches(
     for index, item in zip(chosen, loader, strict=True):
         image, label = item if isinstance(data, Labelled) else (item, None)
         if held and (len(held) == batch_size or not _same_size(held[0], image, label)):
-            yield _stack(held)
+            yield _stack(held, data.image_format)
             held = []
         held.append((image, label, index))
     if held:
-        yield _stack(held)
+        yield _stack(held, data.image_format)
 
 
 def draw_window(size: Size, crop: Size, scale: tuple[float, float], flip: bool, generator: torch.Generator) -> Window:
@@ -212,7 +214,7 @@ def draw_window(size: Size, crop: Size, scale: tuple[float, float], flip: bool, 
 
 
 def crop_image(image: Tensor, window: Window, crop: Size) -> Tensor:
-    """Cut, scale (bilinear, antialiased), pad by reflection, mirror; stays uint8."""
+    """Cut, scale (bilinear, antialiased), pad by reflection, mirror; the type stays."""
     region = image[:, window.top : window.top + window.height, window.left : window.left + window.width]
     if region.shape[-2:] != window.scaled:
         region = F.interpolate(region[None], window.scaled, mode="bilinear", antialias=True)[0]
@@ -262,7 +264,9 @@ def _same_size(first: tuple[Tensor, Tensor | None, int], image: Tensor, label: T
     return first[0].shape == image.shape and (label is None or first[1] is None or first[1].shape == label.shape)
 
 
-def _stack(held: list[tuple[Tensor, Tensor | None, int]]) -> tuple[Tensor, Tensor | None, list[int]]:
+def _stack(
+    held: list[tuple[Tensor, Tensor | None, int]], format: ImageFormat
+) -> tuple[Tensor, Tensor | None, list[int]]:
     images, labels, indices = zip(*held, strict=True)
     stacked = None if labels[0] is None else torch.stack(labels).long()
-    return normalise(torch.stack(images)), stacked, list(indices)
+    return normalise(torch.stack(images), format), stacked, list(indices)

@@ -273,6 +273,27 @@ def build_net(
     return net
 
 
+def take_channels(net: SegNet, channels: int) -> None:
+    """Let a net of RGB images take another number of channels, in place.
+
+    Each of the K channels is weighted with the mean of the three of the first convolution times 3 / K, so that a grey
+    image gives what the same image gave as three equal channels.
+    """
+    if channels == 3:
+        return
+    first = next(m for m in net.encoder.modules() if isinstance(m, nn.Conv2d))
+    if first.in_channels != 3 or first.groups != 1:
+        raise ValueError(
+            f"Expected the encoder to begin with a convolution of three channels for `data.channels` {channels}, but "
+            f"got {first}."
+        )
+    weight = first.weight.detach().sum(1, keepdim=True) / channels
+    first.weight = nn.Parameter(weight.repeat(1, channels, 1, 1))
+    first.in_channels = channels
+    for name in ("image_scale", "image_shift"):
+        setattr(net, name, getattr(net, name).mean(1, keepdim=True).repeat(1, channels, 1, 1))
+
+
 def param_groups(net: SegNet, *, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
     """Optimiser groups "encoder" with `lr` and "decoder" (decoder and head) with `lr * head_multiplier`."""
     head = [*net.decoder.parameters(), *net.head.parameters()]

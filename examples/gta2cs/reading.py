@@ -20,6 +20,9 @@ from torch import Tensor
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 IGNORE = 255
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet
+STD = (0.229, 0.224, 0.225)
+GREY = (0.449,), (0.226,)  # the same of one channel
 Colour = tuple[int, int, int]
 
 # EXIF orientation -> (transpose, flip rows, flip columns), in this order.
@@ -67,12 +70,31 @@ class ImageFormat:
 
     channels: int = 3
     value_range: tuple[float, float] | None = None
+    mean: tuple[float, ...] | None = None  # of the channels, where 0 is black and 1 is white
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.channels < 1:
             raise ValueError(f"Expected `channels` to be at least 1, but got {self.channels}.")
+        for name, given in (("mean", self.mean), ("std", self.std)):
+            if given is not None and len(given) != self.channels:
+                raise ValueError(f"Expected `{name}` to hold {self.channels} numbers, one a channel, but got {given}.")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"Expected `std` to be positive, but got {self.std}.")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"Expected a value range (low, high) with low < high, but got {self.value_range}.")
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation to normalise with: as stated, else ImageNet's for one channel or three."""
+        known = {1: GREY, 3: (MEAN, STD)}.get(self.channels)
+        if known is None and (self.mean is None or self.std is None):
+            raise ValueError(
+                f"Expected `data.mean` and `data.std` for images of {self.channels} channels, but got {self.mean} and "
+                f"{self.std}. --check-data prints those of your images."
+            )
+        mean, std = known or ((), ())
+        return self.mean or mean, self.std or std
 
     def read(self, path: Path) -> Tensor:
         """Decode an image; its channels are innermost in memory, as files have them."""

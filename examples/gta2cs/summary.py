@@ -89,7 +89,7 @@ def panels_of(run: Run, nets: dict[str, nn.Module]) -> list[dict[str, np.ndarray
             image, label = pair.target_val[i]
             row = {"image": viewable(image), "truth": label.numpy()}
         for name in dict.fromkeys((next(iter(nets)), list(nets)[-1])):  # where the run began, and what was chosen
-            probabilities = predict(nets[name].eval(), image, run.device).cpu()
+            probabilities = predict(nets[name].eval(), image, run.device, pair.target_train.image_format).cpu()
             row[name] = probabilities.argmax(0).byte().numpy()
         row["confidence"] = probabilities.amax(0).numpy()
         panels.append(row)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from gta2cs.loading import MEAN, STD
 from udakit import color_transfer, fourier_transfer, histogram_transfer
 
-TRANSLATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "none": lambda source, target: source,
-    "color": lambda source, target: color_transfer(source, target, mean=MEAN, std=STD),
-    "fourier": lambda source, target: fourier_transfer(source, target, beta=0.01),
-    "histogram": lambda source, target: histogram_transfer(source, target),
+Channels = tuple[float, ...]
+
+# Of (source, target, mean, std): the images, and what they were normalised with.
+TRANSLATORS: dict[str, Callable[[Tensor, Tensor, Channels, Channels], Tensor]] = {
+    "none": lambda source, target, mean, std: source,
+    "color": lambda source, target, mean, std: color_transfer(source, target, mean=mean, std=std),
+    "fourier": lambda source, target, mean, std: fourier_transfer(source, target, beta=0.01),
+    "histogram": lambda source, target, mean, std: histogram_transfer(source, target),
 }

@@ -101,6 +101,9 @@ class Recipe(nn.Module):
         hue: float = 0.2  # as a share of the full circle
         blur: float = 0.5  # share of images that are blurred
 
+    mean: tuple[float, ...] = MEAN  # that the images were normalised with
+    std: tuple[float, ...] = STD
+
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__()
         self.student = student
@@ -110,12 +113,13 @@ class Recipe(nn.Module):
     def augment(self, images: Tensor, draws: Draws) -> Tensor:
         """Colour jitter and blur, drawn for each image."""
         jitter, hue, blur = self.options.jitter, self.options.hue, self.options.blur
+        colours = {"saturation": jitter, "hue": hue} if images.shape[1] == 3 else {}  # other channels have none
         strong = draws(
             lambda i, g: draw_strong_augment(
-                1, brightness=jitter, contrast=jitter, saturation=jitter, hue=hue, blur_probability=blur, generator=g
+                1, brightness=jitter, contrast=jitter, **colours, blur_probability=blur, generator=g
             )
         )
-        return strong_augment(images, strong, mean=MEAN, std=STD)
+        return strong_augment(images, strong, mean=self.mean, std=self.std)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""

@@ -166,7 +166,7 @@ class TargetStyled(SelfTraining):
     def in_target_style(self, source: Tensor, target: Tensor) -> Tensor:
         """Source images in the style of target images, one each."""
         if self.translator is None:
-            return TRANSLATORS[self.options.translate](source, target)
+            return TRANSLATORS[self.options.translate](source, target, self.mean, self.std)
         with torch.no_grad():
             return self.translator(source, target).to(source.dtype)  # type: ignore[no-any-return]
 
