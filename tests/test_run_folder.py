@@ -165,7 +165,7 @@ def test_a_second_run_an_interrupt_and_a_forgotten_resume(tmp_path: Path) -> Non
 
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=300)
-    assert first.returncode == 130
+    assert first.returncode == 130, said
     assert "Stopped in stage 1 of 1 (source_only) after step " in said
     assert said.rstrip().endswith("--resume goes on from there.")
     assert len(said.splitlines()) == 1, said

@@ -134,9 +134,9 @@ def read_class_stats(path: str | os.PathLike[str], *, num_classes: int) -> tuple
     Raises:
         ValueError: a file of another form.
     """
-    text = Path(path).read_text()
+    stored = Path(path).read_bytes()
     try:
-        content = json.loads(text)
+        content = json.loads(stored.decode("utf-8-sig"))  # with or without a byte order mark
         if isinstance(content, dict):
             pairs = list(content.items())
         else:
