@@ -34,7 +34,8 @@ from gta2cs.options import read_options
 
 Format = Literal["onnx", "torch_export", "torchscript", "safetensors"]
 Run = Callable[[Tensor], Tensor]
-VERDICT = re.compile(r"^#+ Verdict\n+(.*?)(?=^#|\Z)", re.DOTALL | re.MULTILINE)
+# The paragraphs behind the table of scores without labels.
+VERDICT = re.compile(r"^#+ Without labels\n+(?:\|[^\n]*\n|\n)*(.*?)(?=^#|\Z)", re.DOTALL | re.MULTILINE)
 TOLERANCE = 1e-4  # of the largest logit
 console = Console(soft_wrap=True)
 
@@ -222,13 +223,11 @@ def scores_of(trained: Trained, name: str) -> str:
 
 
 def verdict_of(checkpoint: Path) -> str:
-    """The paragraphs under "Verdict" in the report of the run, which needs no label of target."""
+    """What the report of the run says about its nets without a label of target."""
     for folder in checkpoint.resolve().parents[:2]:
         report = folder / "report.md"
         if report.is_file():
-            found = re.search(
-                r"^#+ Verdict\n+(.*?)(?=^#|\Z)", report.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
-            )
+            found = VERDICT.search(report.read_text(encoding="utf-8"))
             return found[1].strip() if found else ""
     return ""
 

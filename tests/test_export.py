@@ -35,7 +35,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "history": json.dumps(history),
         },
     )
-    (folder / "report.md").write_text("# toy\n\n## Verdict\n\nAdapted, by a score of 0.8.\n\n## More\n\nOther.\n")
+    table = "| a | b |\n|---|---|\n| 1 | 2 |"
+    text = f"# toy\n\n## Without labels\n\n{table}\n\nAdapted, by a score of 0.8.\n\n## More\n\nOther.\n"
+    (folder / "report.md").write_text(text)
     return folder / "stage2_dacs" / "last.pt"
 
 
@@ -53,6 +55,7 @@ def test_what_is_written_agrees_with_the_net(checkpoint: Path, tmp_path: Path, n
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Adapted, by a score of 0.8." in text
     assert "Other." not in text
+    assert "| 1 | 2 |" not in text
     assert "Method: source_only (300 steps), then dacs (450 steps)" in text
     assert "float32 (N, 3, 128, 192)" in text
     assert f"| {CLASSES[0]} | – |" in text

@@ -289,8 +289,8 @@ def test_curves_have_a_panel_for_each_quantity_that_was_noted(tmp_path: Path, mo
     report.save_curves(tmp_path / "curves.png", [plain, {**plain, "losses": noted}])
     report.save_curves(tmp_path / "curves.png", [plain])
     assert [axis.get_title() for axis in figures[0].axes][4:] == ["weight"]
-    assert [line.get_xdata()[0] for line in figures[0].axes[3].lines] == [4, 4]
-    assert len(figures[1].axes) == 3
+    assert [line.get_xdata()[0] for line in figures[0].axes[4].lines] == [4, 4]
+    assert len(figures[1].axes) == 4
 
 
 # --- the benchmark's rows --------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import reprlib
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import numpy as np
 import yaml  # comes with jsonargparse
 
 from gta2cs.lists import read_text
+from gta2cs.palettes import far_apart
 from gta2cs.reading import IGNORE, Colour
 
 Ids = Mapping[int, int] | Mapping[Colour, int] | None  # raw label id, or colour (r, g, b) -> class id
@@ -48,9 +48,8 @@ class ClassSet:
 
 
 def rainbow(count: int) -> np.ndarray:
-    """Colours (count, 3) uint8 for classes without a palette: hues a golden angle apart."""
-    colours = [colorsys.hsv_to_rgb(i * 0.618 % 1, 0.65, 0.55 + 0.4 * (i % 2)) for i in range(count)]
-    return (255 * np.array(colours)).astype(np.uint8)
+    """Colours (count, 3) uint8 for classes without a palette."""
+    return far_apart(count)
 
 
 class ClassesFile(NamedTuple):

@@ -62,7 +62,7 @@ def render(text: str, folder: Path, classes: ClassSet | None = None) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(_plain(title))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n"
-        "<footer>In each column of a table the largest value is marked.</footer>\n</body>\n</html>\n"
+        "<footer>In each column of a table the largest value is marked, unless it is 0.</footer>\n</body>\n</html>\n"
     )
 
 
@@ -105,7 +105,7 @@ def _table(lines: list[str], classes: ClassSet | None) -> str:
     for row, numbers in zip(rows, values, strict=True):
         parts.append("<tr>")
         for cell, number, most in zip(row, numbers, best, strict=True):
-            mark = ' class="best"' if len(rows) > 1 and number == most else ""
+            mark = ' class="best"' if len(rows) > 1 and number == most != 0 else ""
             parts.append(f"<td{mark}>{_inline(cell)}</td>")
         parts.append("</tr>")
     return '<div class="scroll"><table>' + "".join(parts) + "</table></div>"

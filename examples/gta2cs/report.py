@@ -23,6 +23,7 @@ from gta2cs.evaluation import Score
 from gta2cs.files import replacing
 from gta2cs.files import write_json as write_json
 from gta2cs.files import write_text as write_text
+from gta2cs.palettes import on_white
 
 
 def markdown_table(rows: dict[str, Score], classes: ClassSet) -> str:
@@ -42,6 +43,23 @@ def markdown_table(rows: dict[str, Score], classes: ClassSet) -> str:
 def cell(name: str) -> str:
     """Escape a name of a class for a cell of a Markdown table."""
     return re.sub(r"([\\|`*\[\]<>$])", r"\\\1", " ".join(name.split()))
+
+
+def gain_sentence(rows: dict[str, Score]) -> str:
+    """What the last row gained over the first one, and which classes made it; empty where there is one row."""
+    (first, before), (last, after) = next(iter(rows.items())), list(rows.items())[-1]
+    gain = after.miou - before.miou
+    if len(rows) < 2 or np.isnan(gain):
+        return ""
+    mean = next(iter(after.means))
+    verb, points = ("gains" if gain >= 0 else "loses"), f"{abs(gain):.1f}"
+    text = f"**{last} {verb} {points} points of {mean} over {first}** ({before.miou:.1f} → {after.miou:.1f})"
+    changes = {c: after.iou[c] - before.iou[c] for c in after.iou if not np.isnan(after.iou[c] - before.iou[c])}
+    ordered = sorted(changes, key=lambda c: -changes[c])
+    up = [f"{c} {changes[c]:+.1f}" for c in ordered[:3] if changes[c] >= 0.05]
+    down = [f"{c} {changes[c]:+.1f}" for c in ordered[::-1][:3] if changes[c] <= -0.05]
+    text += f". It gains most in {', '.join(up)}" if up else ""
+    return (text + (f". It loses most in {', '.join(down)}." if down else ".")).replace(" -", " −")
 
 
 def rich_table(rows: dict[str, Score], classes: ClassSet) -> Table:
@@ -72,13 +90,17 @@ def save_panels(path: Path, rows: list[dict[str, np.ndarray]], classes: ClassSet
     figure, axes = plt.subplots(
         len(rows), len(names), figsize=(2.6 * len(names), 2.6 * height / width * len(rows) + 0.7), squeeze=False
     )
-    for line, row in zip(axes, rows, strict=True):
+    for k, (line, row) in enumerate(zip(axes, rows, strict=True)):
         for axis, name in zip(line, names, strict=True):
             panel = row[name]
             if panel.ndim == 2 and panel.dtype == np.uint8:
                 axis.imshow(colorize(panel, classes.palette), interpolation="nearest")
             else:
-                axis.imshow(panel, vmin=0, vmax=1, cmap="magma")
+                shown = axis.imshow(panel, vmin=0, vmax=1, cmap="magma")
+                if panel.ndim == 2 and k == len(rows) - 1:  # a scale below the column
+                    bar = figure.colorbar(shown, cax=axis.inset_axes((0, -0.11, 1, 0.05)), orientation="horizontal")
+                    bar.set_ticks([0, 0.5, 1])
+                    bar.ax.tick_params(labelsize=7, length=2, pad=1)
             axis.set_axis_off()
     for axis, name in zip(axes[0], names, strict=True):
         axis.set_title(name, fontsize=9)
@@ -89,15 +111,20 @@ def save_panels(path: Path, rows: list[dict[str, np.ndarray]], classes: ClassSet
     _save(figure, path)
 
 
-def save_curves(path: Path, stages: list[dict[str, Any]]) -> None:
-    """Losses, mIoU, the kept share of each predicted class, and what else is logged for each class, over all steps."""
+def save_curves(path: Path, stages: list[dict[str, Any]], classes: ClassSet | None = None) -> None:
+    """Losses, mIoU, the kept share of each predicted class, and what else is logged for each class, over all steps.
+
+    With `classes` a class has the colour that it has in the panels, darker where that would not show on white.
+    """
     logged = [entry.get("per_class", {}) for stage in stages for entry in stage["losses"]]
     quantities = list(dict.fromkeys(quantity for entry in logged for quantity in entry))
     count = 4 + len(quantities)
     figure, (left, middle, free, right, *more) = plt.subplots(1, count, figsize=(14 * count / 3, 3.8))
     start = 0
     colors: dict[str, Any] = {}
-    styles: dict[str, tuple[str, str]] = {}
+    styles: dict[str, tuple[Any, str]] = {}
+    if classes is not None:
+        styles = {n: (on_white(c) / 255, "-") for n, c in zip(classes.names, classes.palette, strict=True)}
 
     def plot_class(axis: Any, name: str, x: list[int], y: list[float]) -> None:
         color, line = styles.setdefault(name, (f"C{len(styles) % 10}", ("-", "--", ":")[len(styles) // 10 % 3]))

@@ -28,16 +28,19 @@ def write_report(run: Run, rows: dict[str, Score], nets: dict[str, nn.Module], h
     report.write_json(config.out / "history.json", history)
     if rows:
         run.console.print(report.rich_table(rows, pair.classes))
+        if sentence := report.gain_sentence(rows):
+            run.console.print(sentence.replace("**", ""), markup=False)
     parts: dict[str, Callable[[], object]] = {
         "panels.png": lambda: report.save_panels(config.out / "panels.png", panels_of(run, nets), pair.classes),
-        "curves.png": lambda: report.save_curves(config.out / "curves.png", histories),
+        "curves.png": lambda: report.save_curves(config.out / "curves.png", histories, pair.classes),
         "report.md": lambda: report.write_text(config.out / "report.md", text_of(run, rows, histories)),
         "report.html": lambda: html.write_html(config.out / "report.md", pair.classes),
         "the verdict": lambda: run.console.print(choosing.verdict(run, histories).replace("**", ""), markup=False),
     }
     failed = [name for name, write in parts.items() if not _written(run, name, write)]
     if "report.md" not in failed:
-        run.console.print(f"Report, panels and curves: {config.out / 'report.md'}", markup=False)
+        html_page = "" if "report.html" in failed else f"{config.out / 'report.html'} (to open in a browser), "
+        run.console.print(f"Report: {html_page}{config.out / 'report.md'}", markup=False)
 
 
 def _written(run: Run, name: str, write: Callable[[], object]) -> bool:
@@ -55,6 +58,8 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
     config, pair = run.config, run.pair
     seconds, steps = sum(h["seconds"] for h in histories), sum(h["steps"] for h in histories)
     text = f"# {config.data.pair}: {' → '.join(s.recipe for s in config.stages)}\n\n"
+    if rows and (sentence := report.gain_sentence(rows)):
+        text += f"{sentence}\n\n"
     text += f"Seed {config.seed}, {steps} steps, {seconds:.0f} s. "
     if pair.target_val is not None:
         best = max((s["miou"] for h in histories[-1:] for s in h["scores"]), default=float("nan"))

@@ -1,0 +1,87 @@
+"""Colours that are told apart, and what a report says in words."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gta2cs import html, report
+from gta2cs.classes import ClassSet, rainbow
+from gta2cs.evaluation import Score
+from gta2cs.palettes import lab, on_white
+
+
+def closest(colours: np.ndarray) -> float:
+    return min(float(np.linalg.norm(a - b)) for a, b in itertools.combinations(lab(colours), 2))
+
+
+def test_lab_of_known_colours() -> None:
+    known = np.array([[255, 255, 255], [0, 0, 0], [255, 0, 0], [0, 0, 255]])
+    expected = [[100, 0, 0], [0, 0, 0], [53.24, 80.09, 67.20], [32.30, 79.19, -107.86]]
+    np.testing.assert_allclose(lab(known), expected, atol=0.02)
+
+
+@pytest.mark.parametrize(("count", "least"), [(2, 60), (11, 45), (19, 35), (40, 20)])
+def test_automatic_colours_are_far_apart(count: int, least: float) -> None:
+    colours = rainbow(count)
+    assert colours.shape == (count, 3)
+    assert colours.dtype == np.uint8
+    assert closest(colours) > least
+    assert closest(np.vstack([colours, [[0, 0, 0], [255, 255, 255]]])) > least, "one looks like ignored or like paper"
+    assert np.array_equal(rainbow(count + 3)[:count], colours)  # a class more changes no colour
+
+
+def test_lines_show_on_white() -> None:
+    assert on_white(np.array([10, 20, 200])).tolist() == [10, 20, 200]
+    assert lab(on_white(np.array([255, 255, 0]))[None])[0, 0] <= 75
+
+
+def score(**iou: float) -> Score:
+    return Score(iou, {"mIoU": float(np.nanmean(list(iou.values())))})
+
+
+def test_the_gain_is_said_with_the_classes_that_made_it() -> None:
+    rows = {"source_only": score(road=50.0, pole=10.0, car=float("nan")), "dacs": score(road=70.5, pole=8.0, car=3.0)}
+    rows["source_only"].means["mIoU"], rows["dacs"].means["mIoU"] = 30.0, 39.2
+    text = report.gain_sentence(rows)
+    assert text.startswith("**dacs gains 9.2 points of mIoU over source_only** (30.0 → 39.2).")
+    assert text.endswith("It gains most in road +20.5. It loses most in pole −2.0.")
+    assert report.gain_sentence(dict(list(rows.items())[:1])) == ""
+    assert report.gain_sentence(dict(reversed(rows.items()))).startswith("**source_only loses 9.2 points of mIoU over")
+
+
+def test_no_best_in_a_column_of_zeros(tmp_path: Path) -> None:
+    page = html.render("| net | a | b |\n|---|---:|---:|\n| x | 0.0 | 1.0 |\n| y | 0.0 | 2.0 |\n", tmp_path)
+    assert page.count('class="best"') == 1
+
+
+def test_curves_have_the_colours_of_the_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = ClassSet(("road", "car"), np.array([[128, 64, 128], [0, 0, 142]], np.uint8))
+    kept = [{"step": k, "terms": {"source": 1.0}, "kept": {"road": 0.5, "car": 0.2}} for k in (1, 2)]
+    stage = {"name": "dacs", "steps": 2, "losses": kept, "scores": []}
+    drawn: dict[str, list[float]] = {}
+
+    def note(figure, path):
+        axis = next(a for a in figure.axes if "sure enough" in a.get_title())
+        drawn.update({line.get_label(): list(line.get_color()) for line in axis.lines})
+
+    monkeypatch.setattr(report, "_save", note)
+    report.save_curves(tmp_path / "curves.png", [stage], classes)
+    assert np.allclose(drawn["road"], np.array([128, 64, 128]) / 255)
+    assert np.allclose(drawn["car"], np.array([0, 0, 142]) / 255)
+
+
+def test_confidence_has_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = ClassSet(("road",), np.array([[128, 64, 128]], np.uint8))
+    row = {"image": np.zeros((8, 8, 3), np.uint8), "net": np.zeros((8, 8), np.uint8), "confidence": np.ones((8, 8))}
+    ticks = []
+
+    def note(figure, path):
+        ticks.extend(tick for axis in figure.axes for inset in axis.child_axes for tick in inset.get_xticks())
+
+    monkeypatch.setattr(report, "_save", note)
+    report.save_panels(tmp_path / "panels.png", [row, row], classes)
+    assert ticks == [0, 0.5, 1]
