@@ -33,11 +33,13 @@ from gta2cs.threads import considerate_threads
 considerate_threads()  # before torch is imported
 
 import train_gta2cs
+from benchmarks.harness import write_section
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.files import write_json
 from gta2cs.recipes.combined import CANDIDATES, SHARED
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptation.json"
+PAGE = ROOT / "docs" / "results" / "one_policy.md"
 HALF = {"decoder_pyramid_channels": 128, "decoder_segmentation_channels": 64}  # of an FPN: time
 FPN = {"arch": "fpn", "options": HALF}
 STREET: dict[str, Any] = {"net": {"arch": "deeplabv3plus"}, "crop": (160, 208), "warm": 600, "steps": 400}
@@ -53,6 +55,24 @@ PAIRS: dict[str, dict[str, Any]] = {
 TOGETHER = {"camvid": {"camvid", "carla2camvid"}, "carla2camvid": {"camvid", "carla2camvid"}}  # share day images
 LR = {"source_only": 3e-4, "oracle": 3e-4}
 ADAPTATION_LR = 3e-4
+SCORE = "mirror_consistency"  # that deploys a net, and that `combined` chooses by
+NAMES = {
+    "toy": "game → camera",
+    "nuclei": "nuclei",
+    "nuclei_backwards": "nuclei, backwards",
+    "camvid": "day → dusk",
+    "carla2camvid": "CARLA → day",
+}
+TITLES = {
+    "source_only": "source-only",
+    "dacs_plain": "DACS, plain",
+    "dacs_balanced": "DACS, class-balanced",
+    "dacs_running": "DACS, teacher in eval mode",
+    "diga": "DiGA",
+    "ehtdi": "EHTDI",
+    "combined": "combined",
+    "oracle": "oracle",
+}
 WARM_UP = 20  # steps of linear warm-up of the learning rate, in every stage
 EVERY = 100  # steps between scores
 
@@ -139,7 +159,7 @@ def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Pat
         ],
         head_multiplier=3.0,
         seed=seed if row == "warm" else seed + 100,  # other batches than those of what it starts from
-        init=None if row == "warm" else warm_start(pair, seed, data_root, cache),
+        init=None if row == "warm" else warm_start(pair, seed, cache),
         out=cache / pair / f"seed{seed}" / row,
         eval_every=EVERY,
         score_views=["mirror", "shift", "crop", "rotation"],
@@ -148,7 +168,7 @@ def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Pat
     )
 
 
-def warm_start(pair: str, seed: int, data_root: Path | None, cache: Path) -> Path:
+def warm_start(pair: str, seed: int, cache: Path) -> Path:
     """Where the source-only net of a seed lies once it is trained."""
     return cache / pair / f"seed{seed}" / "warm" / "stage1_source_only" / "last.pt"
 
@@ -161,6 +181,9 @@ def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> 
     began = time.perf_counter()
     rows = train_gta2cs.main(config)
     histories = histories_of(config)
+    source_only = histories[0].get("source_only")
+    if source_only is not None:  # its truth is the warm start's
+        source_only["miou"] = truth_of(warm_start(pair, seed, cache))
     return {
         "pair": pair,
         "recipe": row,
@@ -170,10 +193,17 @@ def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> 
         "steps": sum(h["steps"] for h in histories),
         "seconds": round(time.perf_counter() - began, 1),
         "stages": [dataclasses.asdict(stage) for stage in config.stages],
-        "source_only": histories[0].get("source_only"),
+        "source_only": source_only,
         "rows": {title: score.to_json() for title, score in rows.items()},
         "checkpoints": list(checkpoints_of(histories)),
     }
+
+
+def truth_of(checkpoint: Path) -> float:
+    """mIoU of the first net at the end of a stage."""
+    entry = json.loads(load_checkpoint(checkpoint)["history"])["scores"][-1]
+    means: dict[str, float] = next(iter(entry["nets"].values()))["means"]
+    return means[headline(means)]
 
 
 def histories_of(config: train_gta2cs.Config) -> list[dict[str, Any]]:
@@ -218,6 +248,84 @@ def add(path: Path, key: str, result: dict[str, Any]) -> None:
         write_json(path, {**load(path), key: result})
 
 
+# --- what came of it ------------------------------------------------------------------------------
+
+
+def chosen(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
+    """What `select` deploys: the highest score among the start and all evaluations; None where nothing has one."""
+    nets = [c for c in [run.get("source_only"), *run["checkpoints"]] if c and "miou" in c and "scores" in c]
+    return max(nets, key=lambda net: net["scores"][score]) if nets else None
+
+
+def guarded(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
+    """The last student, or the source-only net where that has the higher score."""
+    last = next((c for c in reversed(run["checkpoints"]) if c["net"] == "student"), None)
+    start = run.get("source_only")
+    if last is None or "scores" not in last or not start or "miou" not in start:
+        return None
+    return last if last["scores"][score] > start["scores"][score] else start
+
+
+def runs_of(results: dict[str, Any], pair: str, row: str) -> list[dict[str, Any]]:
+    """Runs of a row, by seed."""
+    found = [r for r in results.values() if (r["pair"], r["recipe"]) == (pair, row)]
+    return sorted(found, key=lambda r: r["seed"])
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a line a row, a column a pair; the last student, and for `combined` the net chosen without labels."""
+    pairs = [pair for pair in PAIRS if runs_of(results, pair, "source_only")]
+    if not pairs:
+        return "Not measured yet.\n"
+    lines = ["| | " + " | ".join(NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    for row, title in TITLES.items():
+        cells = [cell(results, pair, row) for pair in pairs]
+        if any(text != "–" for text in cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    for kind, pick in (("chosen over all evaluations", chosen), ("last student or source-only", guarded)):
+        cells = []
+        for pair in pairs:
+            nets = [pick(r) for r in runs_of(results, pair, "combined")]
+            cells.append(spread([net["miou"] for net in nets if net is not None]))
+        lines.append(f"| combined, {kind} | {' | '.join(cells)} |")
+    picks = ", ".join(f"{NAMES[pair]}: {choose(pair, results)}" for pair in pairs)
+    return "\n".join(lines) + f"\n\nSetting of DACS that the other pairs choose. {picks}.\n"
+
+
+def cell(results: dict[str, Any], pair: str, row: str) -> str:
+    """Mean and spread of the last student's mIoU, and the share of the gap to the oracle that it closes."""
+    values, base, top = (final(results, pair, name) for name in (row, "source_only", "oracle"))
+    if not values:
+        return "–"
+    text = spread(values)
+    if row not in ("source_only", "oracle") and base and top:
+        gap = statistics.mean(top) - statistics.mean(base)
+        text += f" ({100 * (statistics.mean(values) - statistics.mean(base)) / gap:.0f} %)"
+    return text.replace("-", "−")
+
+
+def spread(values: list[float]) -> str:
+    """Mean, standard deviation where there are two at least, and how many."""
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation} [{len(values)}]"
+
+
+def study(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs as benchmarks/selection.py reads them: adapting runs whose nets have scores beside the truth."""
+    named = lambda c: {**{k: v for k, v in c.items() if k != "miou"}, "truth_miou": c["miou"]}  # noqa: E731
+    return [
+        {
+            **{k: r[k] for k in ("pair", "recipe", "seed", "bad")},
+            "start": named({"step": 0, "net": "source_only", **r["source_only"]}),
+            "checkpoints": [named(c) for c in r["checkpoints"]],
+        }
+        for r in results.values()
+        if r.get("source_only") and "miou" in r["source_only"] and all("scores" in c for c in r["checkpoints"])
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data-root", type=Path, default=os.environ.get("UDAKIT_DATA"))
@@ -227,11 +335,20 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "adaptation")
+    parser.add_argument("--table", action="store_true", help=f"train nothing, rewrite the table of {PAGE.name}")
+    parser.add_argument("--study", type=Path, help="train nothing, write the runs for benchmarks/selection.py here")
     parser.add_argument("--choose", action="store_true", help="train nothing, say which setting each pair's row uses")
     options = parser.parse_args()
     if options.choose:
         for pair in PAIRS:
             print(f"{pair}: {choose(pair, load(options.results))}, chosen on the other pairs")
+        return
+    if options.table or options.study:
+        results = load(options.results)
+        if options.table:
+            write_section("one_policy", table(results), PAGE)
+        if options.study:
+            write_json(options.study, study(results))
         return
     root = Path(options.data_root) if options.data_root else None
     for seed, row, pair in itertools.product(options.seeds, options.rows or GROUPS[options.group], options.pairs):

@@ -1,0 +1,93 @@
+"""The benchmark of one policy: what is left out when a setting is chosen, what is deployed, what the table says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import train_gta2cs
+from benchmarks import adaptation
+from gta2cs.recipes import RECIPES
+
+
+def run_of(pair: str, recipe: str, seed: int, miou: float, score: float = 0.5, start: float | None = None) -> dict:
+    nets = [
+        {"step": step, "net": net, "miou": value, "scores": {"mirror_consistency": score + shift}, "shares": [1.0]}
+        for step, shift in ((100, 0.2), (200, 0.0))
+        for net, value in (("student", miou + 10 * shift), ("teacher", miou - 1))
+    ]
+    source_only = None if start is None else {"miou": start, "scores": {"mirror_consistency": 0.6}, "shares": [1.0]}
+    return {
+        "pair": pair,
+        "recipe": recipe,
+        "seed": seed,
+        "bad": False,
+        "steps": 200,
+        "source_only": source_only,
+        "checkpoints": nets,
+    }
+
+
+def results_of(runs: list[dict]) -> dict[str, dict]:
+    return {f"{r['pair']}/{r['recipe']}/{r['seed']}": r for r in runs}
+
+
+def test_a_setting_is_chosen_on_pairs_that_share_no_images():
+    runs = [run_of(pair, "source_only", 0, 50.0) for pair in adaptation.PAIRS]
+    best = {
+        "toy": "plain",
+        "nuclei": "balanced",
+        "nuclei_backwards": "plain",
+        "camvid": "running",
+        "carla2camvid": "running",
+    }
+    for pair, wanted in best.items():
+        runs += [run_of(pair, f"dacs_{name}", 0, 70.0 if name == wanted else 51.0) for name in adaptation.SETTINGS]
+    results = results_of(runs)
+    assert adaptation.choose("nuclei", results) in ("plain", "running")  # two pairs each
+    for pair in ("camvid", "carla2camvid"):  # they share the day images: both are left out
+        assert adaptation.choose(pair, results) == "plain"
+    assert adaptation.choose("toy", {}) == "plain"
+
+
+def test_the_guard_and_the_choice_look_at_scores_alone():
+    better, worse = run_of("toy", "combined", 0, 60.0, 0.7, 50.0), run_of("toy", "combined", 1, 40.0, 0.5, 50.0)
+    assert adaptation.guarded(better)["miou"] == 60.0
+    assert adaptation.guarded(worse)["miou"] == 50.0
+    assert adaptation.chosen(better) == better["checkpoints"][0]  # of step 100
+    assert adaptation.guarded(run_of("toy", "source_only", 0, 50.0)) is None
+
+
+def test_table_has_gain_spread_and_share_of_the_gap():
+    runs = [run_of("nuclei", "source_only", s, 50.0) for s in (0, 1)] + [run_of("nuclei", "oracle", 0, 90.0)]
+    runs += [run_of("nuclei", "combined", s, 78.0 + 4 * s, 0.7, 50.0) for s in (0, 1)]
+    text = adaptation.table(results_of(runs))
+    assert "| source-only | 50.0 ± 0.0 [2] |" in text
+    assert "| combined | 80.0 ± 2.8 [2] (75 %) |" in text
+    assert "| oracle | 90.0 [1] |" in text
+    assert "DiGA" not in text
+    assert adaptation.table({}) == "Not measured yet.\n"
+
+
+def test_the_study_has_every_scored_run_with_the_truth_of_its_start():
+    runs = [run_of("nuclei", "combined", 0, 60.0, 0.7, 50.0), run_of("nuclei", "source_only", 0, 50.0)]
+    (only,) = adaptation.study(results_of(runs))
+    assert only["start"]["truth_miou"] == 50.0
+    assert [c["truth_miou"] for c in only["checkpoints"]] == [62.0, 59.0, 60.0, 59.0]
+
+
+@pytest.mark.parametrize("row", sorted(adaptation.rows_of()))
+@pytest.mark.parametrize("pair", sorted(adaptation.PAIRS))
+def test_rows_differ_between_pairs_by_nothing_but_data_net_and_steps(pair, row):
+    config = adaptation.configure(pair, row, 3, None, Path("cache"))
+    reference = adaptation.configure("toy", row, 3, None, Path("cache"))
+    assert [s.options for s in config.stages] == [s.options for s in reference.stages]
+    assert [s.lr for s in config.stages] == [s.lr for s in reference.stages]
+    for name in ("source_scale", "target_scale"):
+        assert getattr(config.data, name) == getattr(reference.data, name)
+    assert sum(s.steps for s in config.stages) == adaptation.PAIRS[pair]["steps"]
+    assert config.init == Path("cache") / pair / "seed3" / "warm" / "stage1_source_only" / "last.pt"
+    for stage in config.stages:
+        RECIPES[stage.recipe].parse(stage.options)
+    assert isinstance(config, train_gta2cs.Config)
