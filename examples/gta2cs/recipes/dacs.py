@@ -28,7 +28,6 @@ from udakit import (
     class_mix,
     downscale_labels,
     feature_distance_loss,
-    upsampled_cross_entropy,
 )
 
 
@@ -107,11 +106,9 @@ class Dacs(TargetStyled):
 
         # 4. At the labels' size, without ever holding logits of that size. Over all pixels: a rejected or doubtful
         # pixel weighs less, it does not make the others weigh more.
-        mix = upsampled_cross_entropy(
-            on_mixed.head_logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all"
-        )
+        mix = on_mixed.cross_entropy(mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
         terms = {
-            "source": upsampled_cross_entropy(on_source.head_logits, source.labels),
+            "source": on_source.cross_entropy(source.labels),
             "mix": options.mix_weight * mix,
             **self.masked_consistency(batch.target_images, draws, lambda seen: pseudo_loss(seen, pseudo)),
         }
@@ -169,7 +166,9 @@ class Dacs(TargetStyled):
 
 def pseudo_loss(output: Any, pseudo: PseudoLabels) -> Tensor:
     """Cross-entropy with the pseudo-labels of whole target images, weighed as in the mixture: over all pixels."""
-    return upsampled_cross_entropy(output.head_logits, pseudo.labels, pixel_weight=pseudo.weight, reduction="mean_all")
+    return output.cross_entropy(  # type: ignore[no-any-return]
+        pseudo.labels, pixel_weight=pseudo.weight, reduction="mean_all"
+    )
 
 
 def make_selector(options: Any, num_classes: int) -> nn.Module:

@@ -31,7 +31,6 @@ from udakit import (
     cross_entropy,
     resize_labels,
     symmetric_kd_loss,
-    upsampled_cross_entropy,
 )
 
 
@@ -142,9 +141,7 @@ class Diga(DigaWarmup):
         clean, crdomix = self.student_views(batch, draws)
         on_mixed = self.on_mixed(mixed.images)
 
-        mix = upsampled_cross_entropy(
-            on_mixed.head_logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all"
-        )
+        mix = on_mixed.cross_entropy(mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
         terms = {
             "source": cross_entropy(clean.logits, source.labels),
             "mix": self.options.mix_weight * mix,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from gta2cs.learned_translator import Translator, train_translator
 from gta2cs.recipes.base import Draws, Preparation, Recipe
 from gta2cs.translators import TRANSLATORS
-from udakit import EMATeacher, draw_block_mask, draw_classes, keep_statistics, row_mask
+from udakit import EMATeacher, draw_block_mask, draw_classes, draw_token_mask, keep_statistics, row_mask
 
 LEARNED = "learned"
-MASKING = ("mask_weight", "mask_ratio", "mask_block", "mask_complements")
+MASKING = ("mask_weight", "mask_ratio", "mask_block", "mask_complements", "mask_tokens")
 S = TypeVar("S", bound="TargetStyled")
 
 
@@ -42,6 +42,7 @@ class SelfTraining(Recipe):
         mask_ratio: float = 0.7  # share of the blocks that is removed
         mask_block: int = 32  # side of a block (MIC: 64 in crops of 512 and of 1024)
         mask_complements: bool = False  # both halves, half of the weight each (MaskTwins: ratio 0.5)
+        mask_tokens: bool = False  # patch tokens of `arch: vit` in place of blocks (VFM-UDA)
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__(student, num_classes, options)
@@ -79,13 +80,21 @@ class SelfTraining(Recipe):
         size, block, ratio = tuple(images.shape[-2:]), options.mask_block, options.mask_ratio
         if options.augment_mixed:
             images = self.augment(images, draws)
-        removed = draws(
-            lambda i, g: draw_block_mask(1, size, block_size=block, ratio=ratio, generator=g, device=g.device)
-        )
+        if options.mask_tokens:
+            tokens = self.student.token_count(*size)  # type: ignore[operator]
+            removed = draws(lambda i, g: draw_token_mask(1, tokens, ratio=ratio, generator=g, device=g.device))
+        else:
+            removed = draws(
+                lambda i, g: draw_block_mask(1, size, block_size=block, ratio=ratio, generator=g, device=g.device)
+            )
         losses = []
-        with not_recording(self.student):
+        with keep_statistics(self.student):
             for mask in [removed, ~removed] if options.mask_complements else [removed]:
-                losses.append(loss(self.student(torch.where(mask.unsqueeze(1), 0, images))))
+                if options.mask_tokens:
+                    output = self.student(images, token_mask=mask)
+                else:
+                    output = self.student(torch.where(mask.unsqueeze(1), 0, images))
+                losses.append(loss(output))
         return {"masked": options.mask_weight * torch.stack(losses).mean()}
 
     def draw_classes(self, labels: Tensor, draws: Draws, **options: Any) -> Tensor:

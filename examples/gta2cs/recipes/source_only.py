@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Recipe
-from udakit import upsampled_cross_entropy
 
 
 class SourceOnly(Recipe):
@@ -15,4 +14,4 @@ class SourceOnly(Recipe):
         images = batch.source_images
         if self.options.augment_source:
             images = self.augment(images, draws)
-        return Losses({"source": upsampled_cross_entropy(self.student(images).head_logits, batch.source_labels)})
+        return Losses({"source": self.student(images).cross_entropy(batch.source_labels)})
