@@ -261,7 +261,8 @@ def workloads() -> Iterator[Workload]:
 
 
 def _family(op: Operation) -> str:
-    return next(f for f in FAMILIES if op in sys.modules[f"contract.ops_{f}"].OPERATIONS)
+    names = {f: {entry.name for entry in sys.modules[f"contract.ops_{f}"].OPERATIONS} for f in FAMILIES}
+    return next(f for f in FAMILIES if op.name in names[f])
 
 
 def _workload(name: str, family: str, op: Operation) -> Workload:

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import udakit
-from udakit.mixing._color import opponent_to_rgb, rgb_to_opponent
+from udakit.mixing._color import Opponent, Rgb
 from udakit.mixing.images import per_channel
 
 
 def rgb_to_lab(rgb: Tensor) -> Tensor:
-    y, red, blue = rgb_to_opponent(rgb, None, None)
+    y, red, blue = Opponent(None, None, rgb)(rgb)
     return torch.stack([116 * y, 500 * red, 200 * blue], dim=1)
 
 
 def lab_to_rgb(lab: Tensor) -> Tensor:
     lightness, a, b = lab.unbind(1)
-    return opponent_to_rgb([lightness / 116, a / 500, b / 200], None, None)
+    return Rgb(None, None, lab)([lightness / 116, a / 500, b / 200])
 
 
 def pair(seed: int, *size: int, channels: int = 3) -> tuple[Tensor, Tensor]:

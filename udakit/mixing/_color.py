@@ -45,7 +45,7 @@ def saturate_and_turn(x: Tensor, saturation: Tensor | None, hue: Tensor | None) 
         turned = turned + 1
     else:
         turn = (hue / (2 * math.pi)).to(x.dtype)
-        turned = turned + (turn - turn.floor() + 1).view(-1, 1, 1)
+        turned = turned + (turn.remainder(1) + 1).view(-1, 1, 1)
     turned = turned.frac()
     if saturation is not None:
         chroma = torch.minimum(chroma * saturation.to(x.dtype).clamp_min(0).view(-1, 1, 1), value)
@@ -58,54 +58,69 @@ def saturate_and_turn(x: Tensor, saturation: Tensor | None, hue: Tensor | None) 
     return torch.stack(planes, dim=1).clamp(0, 1)
 
 
-def _transform(x: Tensor, matrix: Matrix) -> Tensor:
+def _matrix(numbers: Matrix, like: Tensor) -> tuple[Tensor, ...]:
+    """The three columns, each (3, 1, 1)."""
+    return torch.stack([_number(m, like) for row in numbers for m in row]).view(3, 3, 1, 1).unbind(1)
+
+
+def _transform(x: Tensor, columns: tuple[Tensor, ...]) -> Tensor:
     """The 3 x 3 matrix on the channel axis: (N, 3, H, W)."""
-    numbers = torch.stack([_number(m, x) for row in matrix for m in row])
-    first, second, third = numbers.view(3, 3, 1, 1).unbind(1)
     a, b, c = torch.split(x, 1, dim=1)
+    first, second, third = columns
     return torch.addcmul(torch.addcmul(first * a, second, b), third, c)
 
 
-def rgb_to_opponent(images: Tensor, mean: Tensor | None, std: Tensor | None) -> list[Tensor]:
-    """Return y, x - y and y - z of CIE Lab, each (N, H, W): L / 116, a / 500 and b / 200.
+class Opponent:
+    """The way from images to y, x - y and y - z of CIE Lab, each (N, H, W): L / 116, a / 500 and b / 200.
 
-    `images` are sRGB, clamped to [0, 1] once denormalised by `mean` and `std`, as `per_channel` makes them.
+    Images are sRGB, clamped to [0, 1] once denormalised by `mean` and `std`, as `per_channel` makes them. The numbers
+    of the way are made once, for the content, the style and all their stripes.
 
     Both curves are the sum of their two pieces, each clamped to its side of the knee: powers see safe values only, so
     that black has a gradient. What a piece is at the knee is too much in the sum, and is taken off in the end: each row
     of the matrix has the sum 1.
     """
-    scale = _number(1.0, images) if std is None else std
-    offset = _number(0.0, images) if mean is None else mean
-    shifted = torch.addcmul((offset + 0.055) / 1.055, images, scale / 1.055)
-    black, knee, slope = 0.055 / 1.055, (_SRGB_KNEE + 0.055) / 1.055, 1.055 / 12.92
-    linear = torch.add(shifted.clamp(knee, 1) ** 2.4, shifted.clamp(black, knee), alpha=slope)
-    xyz = _transform(linear, _RGB_TO_XYZ)
-    surplus = knee * slope
-    knee, slope = _LAB_KNEE**3 + surplus, 1 / (3 * _LAB_KNEE**2)
-    f = torch.add((xyz.clamp_min(knee) - surplus) ** (1 / 3), xyz.clamp_max(knee), alpha=slope)
-    x, y, z = f.unbind(1)
-    return [y - (slope * knee + 16 / 116), x - y, y - z]
+
+    def __init__(self, mean: Tensor | None, std: Tensor | None, like: Tensor) -> None:
+        self.scale = _number(1 / 1.055, like) if std is None else std / 1.055
+        self.offset = _number(0.055 / 1.055, like) if mean is None else (mean + 0.055) / 1.055
+        self.matrix = _matrix(_RGB_TO_XYZ, like)
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        shifted = torch.addcmul(self.offset, images, self.scale)
+        black, knee, slope = 0.055 / 1.055, (_SRGB_KNEE + 0.055) / 1.055, 1.055 / 12.92
+        linear = torch.add(shifted.clamp(knee, 1) ** 2.4, shifted.clamp(black, knee), alpha=slope)
+        xyz = _transform(linear, self.matrix)
+        surplus = knee * slope
+        knee, slope = _LAB_KNEE**3 + surplus, 1 / (3 * _LAB_KNEE**2)
+        f = torch.add((xyz.clamp_min(knee) - surplus) ** (1 / 3), xyz.clamp_max(knee), alpha=slope)
+        x, y, z = f.unbind(1)
+        return [y - (slope * knee + 16 / 116), x - y, y - z]
 
 
-def opponent_to_rgb(opponent: list[Tensor], mean: Tensor | None, std: Tensor | None) -> Tensor:
-    """Return the way back of `rgb_to_opponent`: clamped to [0, 1], normalised by `mean` and `std`."""
-    y, red, blue = opponent
-    y = y + 16 / 116
-    f = torch.stack([y + red, y, y - blue], dim=1)
-    slope = 3 * _LAB_KNEE**2
-    xyz = torch.add(f.clamp_min(_LAB_KNEE) ** 3, f.clamp_max(_LAB_KNEE), alpha=slope)
-    surplus = slope * _LAB_KNEE
-    linear = _transform(xyz, _XYZ_TO_RGB) - surplus
-    slope = 12.92 / 1.055
-    rgb = torch.add(linear.clamp(_LINEAR_KNEE, 1) ** (1 / 2.4), linear.clamp(0, _LINEAR_KNEE), alpha=slope)
-    # 1.055 times this is sRGB, but for the offset of its curve and what the second piece is at the knee.
-    surplus = 0.055 + 12.92 * _LINEAR_KNEE
-    if mean is None and std is None:
-        return (1.055 * rgb - surplus).clamp(0, 1)
-    scale = _number(1.0, rgb) if std is None else std
-    offset = _number(0.0, rgb) if mean is None else mean
-    return torch.addcmul(-(surplus + offset) / scale, rgb, 1.055 / scale)
+class Rgb:
+    """The way back of `Opponent`: clamped to [0, 1], normalised by `mean` and `std`."""
+
+    def __init__(self, mean: Tensor | None, std: Tensor | None, like: Tensor) -> None:
+        self.bounded = mean is None and std is None
+        # 1.055 times what the pieces add up to is sRGB, but for the offset of its curve and the second one at the knee.
+        surplus = 0.055 + 12.92 * _LINEAR_KNEE
+        self.scale = _number(1.055, like) if std is None else 1.055 / std
+        self.offset = _number(-surplus, like) if mean is None else -(mean + surplus)
+        self.offset = self.offset if std is None else self.offset / std
+        self.matrix = _matrix(_XYZ_TO_RGB, like)
+
+    def __call__(self, opponent: list[Tensor]) -> Tensor:
+        y, red, blue = opponent
+        y = y + 16 / 116
+        f = torch.stack([y + red, y, y - blue], dim=1)
+        slope = 3 * _LAB_KNEE**2
+        xyz = torch.add(f.clamp_min(_LAB_KNEE) ** 3, f.clamp_max(_LAB_KNEE), alpha=slope)
+        linear = _transform(xyz, self.matrix) - slope * _LAB_KNEE
+        slope = 12.92 / 1.055
+        rgb = torch.add(linear.clamp(_LINEAR_KNEE, 1) ** (1 / 2.4), linear.clamp(0, _LINEAR_KNEE), alpha=slope)
+        rgb = torch.addcmul(self.offset, rgb, self.scale)
+        return rgb.clamp(0, 1) if self.bounded else rgb
 
 
 def _number(value: float, like: Tensor) -> Tensor:

@@ -28,18 +28,18 @@ def colours(x: Tensor, draw: StrongAugmentDraw, mean: Tensor | None, std: Tensor
     Denormalising, brightness and contrast are one straight line between two bounds for each image and channel, and an
     image that is not jittered has factors that change nothing: fewer passes than an operation at a time.
     """
-    scale = 1.0 if std is None else std
-    offset = 0.0 if mean is None else mean
+    scale: Tensor | float = 1.0 if std is None else std
+    offset: Tensor | float = 0.0 if mean is None else mean
     low: Tensor | float = 0.0
     high: Tensor | float = 1.0
     if draw.jitter is not None and draw.brightness is not None:
         brightness = per_image(draw.brightness * draw.jitter, x)
-        offset = brightness + offset
+        offset = brightness if mean is None else brightness + mean
         low, high = brightness.clamp(0, 1), (1 + brightness).clamp(0, 1)
     if draw.jitter is not None and draw.contrast is not None:
         contrast = per_image(torch.where(draw.jitter, draw.contrast, 1.0), x).clamp_min(0)
-        scale, offset, low = contrast * scale, contrast * offset, contrast * low
-        high = (contrast * high).clamp_max(1)
+        scale = contrast if std is None else contrast * std
+        offset, low, high = contrast * offset, contrast * low, (contrast * high).clamp_max(1)
     x = _line(x, scale, offset)
     x = torch.clamp(x, low, high) if isinstance(low, Tensor) and isinstance(high, Tensor) else x.clamp(0, 1)
     if draw.jitter is not None:
@@ -91,21 +91,25 @@ def blur(x: Tensor, applied: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
     n, channels, *size = x.shape
     reach = math.ceil(4 * max_sigma)
     distance = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
-    kernel = torch.exp(-0.5 * (distance / sigma.to(x.dtype).unsqueeze(1)).square())
-    kernel = torch.where(applied.unsqueeze(1), kernel, (distance == 0).to(x.dtype)).unsqueeze(1)
+    # Where nothing is blurred, a sigma so small that the exponential is 0 everywhere but in the middle.
+    sigma = torch.where(applied, sigma, 1e-2).to(x.dtype).unsqueeze(1)
+    kernel = torch.exp(-0.5 * (distance / sigma).square()).unsqueeze(1)
     weight = kernel.repeat_interleave(channels, dim=0)
     y = x.reshape(1, n * channels, *size)
     if x.device.type == "cpu" and x.ndim == 4:  # depthwise convolution is several times faster with channels innermost
         y = y.contiguous(memory_format=torch.channels_last)
+    # The share of the kernel that lies in the image, along each axis: zero padding, divided out again.
+    shares: dict[int, Tensor] = {}
     covered: Tensor | None = None
     for axis, length in reversed(list(enumerate(size))):
         along = [1] * len(size)
         along[axis] = -1
         padding = [reach if i == axis else 0 for i in range(len(size))]
         y = CONVOLUTION[x.ndim](y, weight.view(n * channels, 1, *along), padding=padding, groups=n * channels)
-        # The share of the kernel that lies in the image, along each axis: zero padding, divided out again.
-        inside = torch.ones(1, n, length, dtype=x.dtype, device=x.device)
-        share = F.conv1d(inside, kernel, padding=reach, groups=n).view(n, 1, *along)
+        if length not in shares:
+            inside = torch.ones(1, n, length, dtype=x.dtype, device=x.device)
+            shares[length] = F.conv1d(inside, kernel, padding=reach, groups=n)
+        share = shares[length].view(n, 1, *along)
         covered = share if covered is None else share * covered
     assert covered is not None
     return y.contiguous().view(x.shape).div_(covered)

@@ -149,7 +149,6 @@ def draw_strong_augment(
     device = draw_device(generator, device)
     u = torch.rand(10, n, generator=generator, device=device, dtype=torch.float32)
     signed = 2 * u - 1
-    blurred, sharpened = u[6] < blur_probability, u[8] < sharpness_probability
     low, high = blur_sigma
     jitter = jitter_probability > 0
     draw = StrongAugmentDraw(
@@ -159,8 +158,10 @@ def draw_strong_augment(
         saturation=1 + saturation * signed[3] if jitter and saturation else None,
         hue=2 * math.pi * hue * signed[4] if jitter and hue else None,
         greyscale=u[5] < greyscale_probability if greyscale_probability else None,
-        sharpness=torch.where(sharpened, 1 + sharpness * signed[9], 1.0) if sharpness_probability else None,
-        blur=blurred if blur_probability else None,
+        sharpness=torch.where(u[8] < sharpness_probability, 1 + sharpness * signed[9], 1.0)
+        if sharpness_probability
+        else None,
+        blur=u[6] < blur_probability if blur_probability else None,
         sigma=low + (high - low) * u[7] if blur_probability else None,
         max_sigma=high if blur_probability else 0.0,
         default_colours=default_colours,

@@ -96,7 +96,7 @@ def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tens
 def _key(x: Tensor) -> Tensor:
     """Floats as int32 of the same order: their bits, backwards for negative ones; -0.0 is 0.0."""
     bits = (x + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF)
 
 
 def _cell(key: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -82,12 +83,13 @@ def strong_augment(
                 "Draw there: draw_strong_augment(len(images), device=images.device)."
             )
     draw = _without_default_colours(draw, images)
-    if not parameters or images.numel() == 0:
+    applied = (draw.jitter, draw.greyscale, draw.blur, draw.noise, draw.sharpness)
+    if all(p is None for p in applied) or images.numel() == 0:
         return images
     with full_precision(images):
         x = upcast(images)
         mean, std = (None if v is None else per_channel(v, x) for v in (mean, std))
-        touched = per_image(_touched(draw, parameters[0]), x)
+        touched = per_image(_touched(draw), x)
         blocks: Sequence[Tensor] = [colours(block, draw, mean, std) for block in row_blocks(x)]
         if draw.sharpness is not None or draw.blur is not None or draw.noise is not None:
             blocks = row_blocks(_neighbours(join(blocks), draw))
@@ -119,12 +121,12 @@ def _without_default_colours(draw: StrongAugmentDraw, images: Tensor) -> StrongA
     return draw._replace(saturation=None, hue=None)
 
 
-def _touched(draw: StrongAugmentDraw, like: Tensor) -> Tensor:
-    touched = torch.zeros_like(like, dtype=torch.bool)
-    for applied in (draw.jitter, draw.greyscale, draw.blur):
-        touched = touched if applied is None else touched | applied
-    touched = touched if draw.noise is None else touched | (draw.noise != 0)
-    return touched if draw.sharpness is None else touched | (draw.sharpness != 1)
+def _touched(draw: StrongAugmentDraw) -> Tensor:
+    """Which images something was drawn for."""
+    touched = [applied for applied in (draw.jitter, draw.greyscale, draw.blur) if applied is not None]
+    touched += [] if draw.noise is None else [draw.noise != 0]
+    touched += [] if draw.sharpness is None else [draw.sharpness != 1]
+    return reduce(torch.logical_or, touched)
 
 
 class StrongAugment(nn.Module):
