@@ -100,7 +100,8 @@ def _key(x: Tensor) -> Tensor:
 
 
 def _cell(key: Tensor) -> Tensor:
-    return ((key >> REST) + CELLS // 2).long()
+    cell: Tensor = key >> REST
+    return (cell + CELLS // 2).long()
 
 
 def _float(key: Tensor) -> Tensor:
