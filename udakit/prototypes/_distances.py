@@ -33,7 +33,7 @@ class _Distances(torch.autograd.Function):
             if in_pieces(values):
                 result = _distances_in_pieces(values, centres, square)
             else:
-                result = torch.cat([_distances(x, centres, square) for x in _batches(values)])
+                result = _joined([_distances(x, centres, square) for x in _batches(values)])
         ctx.save_for_backward(values, centres, result)
         return result
 
@@ -45,7 +45,7 @@ class _Distances(torch.autograd.Function):
             if in_pieces(values):
                 return _slopes_in_pieces(values, centres, distance, gradient), None, None
             parts = zip(*(_batches(x, values.shape[1]) for x in (values, distance, gradient)), strict=True)
-            return torch.cat([_slopes(x, centres, d, g) for x, d, g in parts]), None, None
+            return _joined([_slopes(x, centres, d, g) for x, d, g in parts]), None, None
 
 
 def in_pieces(values: Tensor) -> bool:
@@ -94,6 +94,10 @@ def _slopes_in_pieces(values: Tensor, centres: Tensor, distance: Tensor, gradien
 def _batches(x: Tensor, dim: int | None = None) -> tuple[Tensor, ...]:
     """Images (N, ., P) in groups that bound the memory: whole maps in the dtype of the centres are held."""
     return torch.split(x, max(1, 2**26 // max(1, (dim or x.shape[1]) * x.shape[2])))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _distances(values: Tensor, centres: Tensor, square: Tensor) -> Tensor:
