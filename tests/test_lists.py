@@ -240,7 +240,7 @@ def test_aliases_that_multiply_do_not_fill_the_memory(tmp_path: Path) -> None:
 
 
 def test_a_folder_for_classes_yaml(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"Cannot read .*: is a directory"):
+    with pytest.raises(OSError, match=r"Cannot read .*: Is a directory"):
         load_classes(tmp_path)
 
 

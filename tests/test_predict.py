@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
+import odd_files
 import predict
 import train_gta2cs
 from gta2cs import evaluation
@@ -323,3 +325,108 @@ def test_what_cannot_be_is_named(checkpoint, tmp_path):
     torch.save({"recipe": {}}, old)
     with pytest.raises(ValueError, match="no key 'config'"):
         run("--checkpoint", old, "--evaluate")
+
+
+# ------------------------------------------------------------------------------------------- hostile and foreign files
+
+
+def spoil(checkpoint: Path, path: Path, **parts: object) -> Path:
+    """Another checkpoint with some parts replaced; None takes a part away."""
+    saved = {**load_checkpoint(checkpoint), **parts}
+    torch.save({key: value for key, value in saved.items() if value is not None}, path)
+    return path
+
+
+def changed(checkpoint: Path, key: str, part: str, value: object) -> str:
+    """The JSON of `config` or `history` with one part replaced."""
+    content = json.loads(load_checkpoint(checkpoint)[key])
+    return json.dumps({**content, part: value})
+
+
+class Runs:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch /tmp/udakit_was_here",)
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        {"recipe": None},
+        {"config": None},
+        {"history": None},
+        {"recipe": [1]},
+        {"recipe": {"student.x": 3}},
+        {"recipe": {}},
+        {"config": 3},
+        {"config": "no JSON"},
+        {"config": "[]"},
+        {"config": "{}"},
+        {"history": "{}"},
+        {"config": ("data", {})},
+        {"config": ("data", {"pair": "folder"})},
+        {"config": ("data", {"pair": "toy", "channels": "x"})},
+        {"config": ("data", {"pair": "toy", "target_range": [5]})},
+        {"config": ("net", {"arch": "fpn", "encoder": "nothing", "weights": "random"})},
+        {"config": ("net", {"arch": [], "encoder": "tu-tf_efficientnet_lite0", "weights": "random"})},
+        {"config": ("net", {"arch": "fpn", "encoder": "tu-tf_efficientnet_lite0", "weights": "random", "x": 1})},
+        {"config": ("stages", [3])},
+        {"history": ("scores", 3)},
+    ],
+    ids=repr,
+)
+def test_foreign_checkpoints_are_refused_by_name(checkpoint, images, tmp_path, spoilt):
+    (key, value), *_ = spoilt.items()
+    if isinstance(value, tuple):
+        value = changed(checkpoint, key, *value)
+    path = spoil(checkpoint, tmp_path / "foreign.pt", **{key: value})
+    with pytest.raises((OSError, ValueError), match=r"foreign\.pt|Expected `(encoder|arch)`") as caught:
+        run("--checkpoint", path, "--images", images / "a.png", "--out", tmp_path / "out")
+    assert "weights_only" not in str(caught.value)
+
+
+def test_hostile_and_broken_files_say_nothing_of_weights_only(checkpoint, images, tmp_path, capsys):
+    hostile = tmp_path / "hostile.pt"
+    torch.save({"recipe": Runs()}, hostile)
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "cut.pt").write_bytes(checkpoint.read_bytes()[:5000])
+    for name in ("hostile.pt", "text.pt", "empty.pt", "cut.pt"):
+        with pytest.raises(
+            ValueError, match=rf"{name} to hold tensors saved by torch, but it cannot be read: "
+        ) as caught:
+            run("--checkpoint", tmp_path / name, "--images", images, "--out", tmp_path / "out")
+        shown = "".join(traceback.format_exception(caught.value))
+        assert "weights_only" not in str(caught.value)
+        assert "Weights only load failed" not in shown.split("During handling")[-1]
+        assert caught.value.__cause__ is None
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None
+    assert not Path("/tmp/udakit_was_here").exists()
+
+
+def test_odd_files_are_named_and_skipped(checkpoint, tmp_path, capsys):
+    """What training refuses, prediction refuses, too; links in a circle stop nothing."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    odd = [file for file in odd_files.REFUSED if file.channels == 3 and file.value_range is None]
+    for file in odd:
+        file.write(folder / file.name)
+    (folder / "circle").symlink_to(folder, target_is_directory=True)
+    odd_files.save(folder / "good.png", odd_files.noise(3))
+    assert run("--checkpoint", checkpoint, "--images", folder, "--out", tmp_path / "out") == 1
+    said = capsys.readouterr().out
+    listed = said[said.index(f"Skipped {len(odd)} bad files") :]
+    for file in odd:
+        assert file.name in listed
+    assert (tmp_path / "out" / "labels" / "good.png").is_file()
+
+
+def test_sixteen_bits_with_a_stated_range(checkpoint, tmp_path):
+    deep = odd_files.noise(3, high=65536, dtype=np.uint16)
+    odd_files.save_png16(tmp_path / "images" / "a.png", deep)
+    arguments = ("--checkpoint", checkpoint, "--images", tmp_path / "images", "--out", tmp_path / "out")
+    assert run(*arguments, "--value_range", "[0,65535]") == 0
+    overlay = np.asarray(Image.open(tmp_path / "out" / "overlays" / "a.png"), float)
+    colours = np.asarray(Image.open(tmp_path / "out" / "labels" / "a.png").convert("RGB"), float)
+    assert np.abs(overlay - ((deep / 257).round() + colours) / 2).max() <= 0.51
