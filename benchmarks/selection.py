@@ -4,6 +4,8 @@
     python benchmarks/selection.py --collect runs/ruined --bad --into runs.json      # made bad on purpose
     python benchmarks/selection.py runs.json --markdown table.md --picture selection.png
 
+    python benchmarks/selection.py benchmarks/results/adaptation.json --cache runs/adaptation   # of adaptation.py
+
 `runs.json` is a list of {pair, recipe, seed, bad, start, checkpoints}; `start` (the source-only net) and each of the
 checkpoints are {step, net, truth_miou, scores: {name: value}, shares: [...]}. Three questions are asked of each score:
 
@@ -34,6 +36,7 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
+from gta2cs.histories import all_scores, headline, read_run
 from gta2cs.rank_statistics import kendall, ranks, spearman
 
 Net = dict[str, Any]
@@ -329,6 +332,8 @@ def guard_table(study: Study, name: str = "mirror_consistency") -> str:
         "better by 3, not deployed | `best.pt` - source-only | adapted |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    if not any(choices(runs, "guard") for runs in study.pairs.values()):
+        return ""
     signs = {name: 1}
     for pair, runs in study.pairs.items():
         duels = choices(runs, "guard")
@@ -385,8 +390,6 @@ def draw(runs: Sequence[Run], path: Path) -> None:
 
 def collect(folder: Path, *, bad: bool = False) -> Run:
     """One run's entry: of `history.json`, or of the checkpoints of a run that was stopped."""
-    from gta2cs.histories import read_run
-
     run = read_run(folder).to_json()
     run["checkpoints"] = [net for net in run["checkpoints"] if net["truth_miou"] is not None]
     if not run["checkpoints"]:
@@ -394,6 +397,30 @@ def collect(folder: Path, *, bad: bool = False) -> Run:
     if run["start"] and run["start"]["truth_miou"] is None:
         run["start"] = None
     return {**run, "bad": bad}
+
+
+def read(path: Path, cache: Path | None = None) -> list[Run]:
+    """Runs of a list as above, or of the results of `adaptation.py` (the oracle is no candidate and left out)."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(saved, list):
+        return saved
+    return [_of_adaptation(run, cache) for run in saved.values() if run["recipe"] != "oracle"]
+
+
+def _of_adaptation(run: dict[str, Any], cache: Path | None) -> Run:
+    def net(found: dict[str, Any], step: int, name: str, miou: float) -> Net:
+        return {"step": step, "net": name, "truth_miou": miou, "scores": all_scores(found), "shares": found["shares"]}
+
+    start, found = None, run.get("source_only")
+    miou = None if found is None else found.get("miou")
+    if found is not None and miou is None and cache is not None:
+        warm = cache / run["pair"] / f"seed{run['seed']}" / "warm" / "results.json"
+        miou = headline(json.loads(warm.read_text())["source_only"]["means"]) if warm.is_file() else None
+    if found is not None and miou is not None:
+        start = net(found, 0, "source_only", miou)
+    checkpoints = [net(c, c["step"], c["net"], c["miou"]) for c in run["checkpoints"] if c.get("scores")]
+    kept = {key: run[key] for key in ("pair", "recipe", "seed")}
+    return {**kept, "bad": bool(run.get("bad")), "start": start, "checkpoints": checkpoints}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -405,6 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--collect", nargs="+", type=Path, default=[], metavar="RUN", help="folders of runs")
     parser.add_argument("--into", type=Path, default=Path("runs.json"))
     parser.add_argument("--bad", action="store_true", help="the collected runs were made bad on purpose")
+    parser.add_argument("--cache", type=Path, help="the cache of adaptation.py, for the truth of its warm starts")
     options = parser.parse_args(arguments)
     if options.collect:
         known = json.loads(options.into.read_text()) if options.into.is_file() else []
@@ -414,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.into.write_text(json.dumps(list(found.values()), indent=0) + "\n")
         print(f"{options.into}: {len(found)} runs")
     if options.runs is not None:
-        runs = json.loads(options.runs.read_text())
+        runs = read(options.runs, options.cache)
         text = markdown(runs)
         if options.markdown is None:
             print(text)

@@ -137,6 +137,35 @@ def test_bad_input_is_named(runs, message):
         selection.Study(runs)
 
 
+def test_results_of_adaptation_are_read(tmp_path):
+    """The oracle is no candidate; CARLA's headline is mIoU10; the warm start's truth may lie in the cache."""
+    found = {"scores": {"mirror_consistency": 0.5}, "shares": [1.0], "class_iou": {"mirror": [0.4, None]}}
+    common = {"pair": "toy", "seed": 1, "bad": False, "source_only": found}
+    checkpoint = {"step": 10, "net": "student", "miou": 40.0, **found}
+    saved = {
+        "a": {
+            **common,
+            "recipe": "dacs",
+            "checkpoints": [checkpoint],
+            "source_only_truth": {"means": {"mIoU10": 31.0}},
+        },
+        "b": {**common, "recipe": "diga", "checkpoints": [checkpoint]},
+        "c": {**common, "recipe": "oracle", "checkpoints": [checkpoint]},
+    }
+    path = tmp_path / "adaptation.json"
+    path.write_text(json.dumps(saved))
+    warm = tmp_path / "cache" / "toy" / "seed1" / "warm"
+    warm.mkdir(parents=True)
+    (warm / "results.json").write_text(
+        json.dumps({"source_only": {"iou": {}, "means": {"mIoU": 30.0, "mIoU10": 32.0}}})
+    )
+    first, second = selection.read(path, tmp_path / "cache")
+    assert (first["start"]["truth_miou"], second["start"]["truth_miou"]) == (31, 32)
+    assert first["checkpoints"][0]["scores"] == {"mirror_consistency": 0.5, "mirror_present": 0.4}
+    assert selection.read(path)[1]["start"] is None
+    assert "dacs" in first["recipe"]
+
+
 def test_collecting_a_run(tmp_path):
     def entry(step, **scores):
         nets = {

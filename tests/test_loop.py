@@ -25,7 +25,7 @@ from udakit import draw_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "train_gta2cs.py"
-TINY = ["--net.weights=random", "--data.crop=[64,64]", "--batch_size=2", "--log_every=1"]
+TINY = ["--net.weights=random", "--data.crop=[64,64]", "--batch_size=2", "--log_every=1", "--score_images=2"]
 
 
 def tiny_config(out: Path, *stages: train_gta2cs.Stage, **changes) -> train_gta2cs.Config:
