@@ -218,7 +218,7 @@ def clocks(clock: Clock) -> Iterator[None]:
         for part, methods in METHODS.items():
             for owner, name in methods:
                 patch(owner, name, part)
-        patch(AUGMENT, "_blur", "blur")
+        patch(AUGMENT, "blur", "blur")
         yield
 
 

@@ -12,7 +12,7 @@ from udakit.mixing.style import check_content_style
 
 # A float's sign, exponent and first four bits of its mantissa: 16 cells an octave, of either sign.
 CELL_BITS = 13
-CELLS = 2**CELL_BITS
+CELLS = 1 << CELL_BITS
 REST = 32 - CELL_BITS
 
 
