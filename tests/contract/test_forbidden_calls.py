@@ -24,11 +24,11 @@ TORCH |= {"is_nonzero", "allclose", "histc"}
 # Reading files and counting classes happen before training, on the CPU. (file, function) -> why.
 ALLOWED: dict[tuple[str, str], str] = {
     ("mixing/images.py", "check_images"): "looks at the values because it is asked to, to name their range",
-    ("labels.py", "check_labels"): "looks at the values because it is asked to, to name the wrong ids",
+    ("labels/ids.py", "check_labels"): "looks at the values because it is asked to, to name the wrong ids",
     ("teachers/ema.py", "EMATeacher._keep_from"): "compares a checkpoint with what is shared, when it is loaded",
-    ("sampling.py", "count_classes"): "counts label files before training, on the CPU",
-    ("sampling.py", "RareClassSampler.__init__"): "turns a table of counts on the CPU into lists, once",
-    ("sampling.py", "RareClassSampler.draw"): "draws indices of images for a loader, on the CPU",
+    ("sampling/counts.py", "count_classes"): "counts label files before training, on the CPU",
+    ("sampling/rare_classes.py", "RareClassSampler.__init__"): "turns a table of counts on the CPU into lists, once",
+    ("sampling/rare_classes.py", "RareClassSampler.draw"): "draws indices of images for a loader, on the CPU",
 }
 
 

@@ -5,7 +5,8 @@ from udakit.losses.distribution_contrast import DistributionContrastLoss, distri
 from udakit.losses.entropy import EntropyLoss, entropy_loss
 from udakit.losses.feature_distance import FeatureDistanceLoss, feature_distance_loss
 from udakit.losses.feature_distillation import FeatureDistillationLoss, feature_distillation_loss
-from udakit.losses.inconsistency import InconsistencyLoss, class_inconsistency, inconsistency_loss
+from udakit.losses.inconsistency import class_inconsistency, inconsistency_loss
+from udakit.losses.inconsistency_module import InconsistencyLoss
 from udakit.losses.kd import KDLoss, kd_loss
 from udakit.losses.max_square import MaxSquareLoss, max_square_loss
 from udakit.losses.pixel_contrast import PixelContrastLoss, pixel_contrast_loss

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_maps, check_mask_like, check_range, check_same_shape
-from udakit._reduce import check_reduction, guard, reduce_pixels, upcast
+from udakit._reduce import Reduction, check_reduction, guard, reduce_pixels, upcast
 from udakit.losses._unit import unit_vectors
 
 
@@ -17,7 +17,7 @@ def feature_distillation_loss(
     *,
     cosine_weight: float = 0.9,
     valid: Bool[Tensor, "n *space"] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Smooth L1 and cosine distance to the features of a reference net.
 
@@ -81,11 +81,11 @@ class FeatureDistillationLoss(nn.Module):
         tensor(2.)
     """
 
-    def __init__(self, *, cosine_weight: float = 0.9, reduction: str = "mean") -> None:
+    def __init__(self, *, cosine_weight: float = 0.9, reduction: Reduction = "mean") -> None:
         super().__init__()
         _check_options(cosine_weight, reduction)
         self.cosine_weight = cosine_weight
-        self.reduction = reduction
+        self.reduction: Reduction = reduction
 
     def forward(
         self,
