@@ -238,8 +238,8 @@ def run(options: argparse.Namespace) -> None:
             if options.show:
                 show(row)
             found.rows[row_key(workload.name, mode)] = row
-    if not options.show:
-        found.save()
+            if not options.show:
+                found.save()
     print(f"{len(found.rows)} rows, {time.perf_counter() - began:.0f} s")
     if unknown:
         raise SystemExit("\n".join(unknown))

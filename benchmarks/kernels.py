@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -218,6 +218,7 @@ class Meter(TorchDispatchMode):
         self.kernels: list[Kernel] = []
         self.peak = 0
         self.part = 0
+        self.lenient = False  # take an operator that no rule knows for one kernel, as inside a net
         self._inside = 0  # a custom operator, which a compiler leaves as it is
         self._storages: dict[int, tuple[int, StorageWeakRef]] = {}
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
@@ -239,7 +240,9 @@ class Meter(TorchDispatchMode):
         return self._storages[storage._cdata][0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if kwargs.get("generator") is not None:
+            kwargs["generator"] = None  # nothing is drawn
         namespace, name = func.namespace, func._schema.name.partition("::")[2]
         if namespace == "prim":  # x.device and the like
             return func(*args, **kwargs)
@@ -312,7 +315,7 @@ class Meter(TorchDispatchMode):
                 indices = _tensors([named["indices"]])
                 self._sort({"self": indices[0]}, [])
             name = base = "index_put_"
-        kind = _kind(func, base)
+        kind = "opaque" if self.lenient else _kind(func, base)
         sizes = [x.numel() for x in (*operands, *results)]
         rows = max((x.numel() for x in results), default=0)
         flops = 0
@@ -535,8 +538,17 @@ def _fits(kernel: Kernel, group: Group) -> bool:
 # --- backward without a card ------------------------------------------------------------------------------------
 
 
-def backward(outputs: Sequence[Tensor], incoming: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """`torch.autograd.grad` node by node: the engine wants a driver for tensors that say they are on a card."""
+def backward(
+    outputs: Sequence[Tensor],
+    incoming: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    *,
+    around: Callable[[Any], AbstractContextManager[None]] | None = None,
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` node by node: the engine wants a driver for tensors that say they are on a card.
+
+    `around(node)` is entered while a node works.
+    """
     leaves = {id(torch.autograd.graph.get_gradient_edge(x).node): i for i, x in enumerate(inputs)}
     waiting: dict[int, int] = {}
     nodes: dict[int, Any] = {}
@@ -574,7 +586,8 @@ def backward(outputs: Sequence[Tensor], incoming: Sequence[Tensor], inputs: Sequ
             if id(node) in leaves:
                 found[leaves[id(node)]] = grads[0]
                 continue
-            edges, results = _apply(node, grads)
+            with nullcontext() if around is None else around(node):
+                edges, results = _apply(node, grads)
             del grads
             for (following, slot), grad in zip(edges, results, strict=True):
                 if following is None:
@@ -629,14 +642,16 @@ class Cost:
 def on_card(value: Any) -> Any:
     """The same shapes on a fake card: tensors, Modules, devices and "cpu" among options."""
 
+    def like(x: Tensor) -> Tensor:
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+
     def move(x: Any) -> Any:
         if isinstance(x, Tensor):
-            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
-            return made.requires_grad_(x.requires_grad)
+            return like(x).requires_grad_(x.requires_grad)
         if isinstance(x, nn.Module):
             for part in x.modules():
                 for name, p in part._parameters.items():
-                    part._parameters[name] = p if p is None else nn.Parameter(move(p.detach()), p.requires_grad)
+                    part._parameters[name] = p if p is None else nn.Parameter(like(p), p.requires_grad)
                 for name, b in part._buffers.items():
                     part._buffers[name] = b if b is None else move(b)
             return x
