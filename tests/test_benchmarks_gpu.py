@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from benchmarks import gpu_cost, kernels
-from contract.checks import needs_fake_cuda
+from benchmarks import gpu_cost, gpu_step, harness, kernels
+from contract.checks import NoHostRead, needs_fake_cuda
 
 pytestmark = needs_fake_cuda
 ROWS = {w.name: w for w in gpu_cost.rows()}
@@ -122,6 +124,23 @@ def test_groups_wait_for_each_other_without_a_circle() -> None:
 
     cost = counted(call, (64, 64), compiled=True)
     assert cost.launches == 3
+
+
+# --- a step ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_dacs_step_could_be_captured_in_a_graph() -> None:
+    """Nothing reads a value on the host or copies between devices, and no value decides a shape.
+
+    Fake tensors have no values, and refuse whoever asks; the mode refuses what a card would wait for.
+    """
+    parts = gpu_step.count_step("dacs", modes=(NoHostRead(),))
+    found = {part: len(parts.kernels(part)) for part in dict.fromkeys(parts.of)}
+    assert {"mixing", "augmentation", "selection", "cross-entropy", "EMA"} <= set(found)
+    outside = sum(n for part, n in found.items() if part != gpu_step.NETS)
+    before = json.loads((harness.RESULTS / "gpu_step.json").read_text())["dacs"]["parts"]
+    assert outside <= gpu_cost.GROWTH * sum(c["kernels"] for p, c in before.items() if p != gpu_step.NETS)
 
 
 # --- the page -------------------------------------------------------------------------------------

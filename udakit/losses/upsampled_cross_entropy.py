@@ -59,7 +59,7 @@ def upsampled_cross_entropy(
         class_weight: factor of each class.
         ignore_index: the label that takes no part.
         align_corners: of the upsampling, as in `F.interpolate`.
-        chunk_rows: rows of a band, at the labels' size; None takes as many as 2 MiB of float32 hold (16 MiB on a GPU).
+        chunk_rows: rows of a band, at the labels' size; None takes as many as 2 MiB of float32 hold (64 MiB on a GPU).
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:

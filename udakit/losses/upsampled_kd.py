@@ -63,7 +63,7 @@ def upsampled_kd_loss(
         align_corners: of the upsampling, as in `F.interpolate`.
         valid: True where a pixel counts, at `size`.
         pixel_weight: factor of each pixel's loss, numerator only, at `size`.
-        chunk_rows: rows of a band, at `size`; None takes as many as 2 MiB of float32 hold (16 MiB on a GPU).
+        chunk_rows: rows of a band, at `size`; None takes as many as 2 MiB of float32 hold (64 MiB on a GPU).
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
