@@ -147,7 +147,7 @@ def test_results_of_adaptation_are_read(tmp_path):
             **common,
             "recipe": "dacs",
             "checkpoints": [checkpoint],
-            "source_only_truth": {"means": {"mIoU10": 31.0}},
+            "source_only": {**found, "miou": 31},
         },
         "b": {**common, "recipe": "diga", "checkpoints": [checkpoint]},
         "c": {**common, "recipe": "oracle", "checkpoints": [checkpoint]},
