@@ -47,19 +47,7 @@ def test_resize_labels_is_nearest_interpolation(space: tuple[int, ...]) -> None:
         assert torch.equal(udakit.resize_labels(labels, size), expected)
 
 
-# ClassPrototypes takes (N, D, h, w) alone so far.
-prototype_space = pytest.mark.parametrize(
-    "space",
-    [
-        pytest.param(
-            s, marks=() if len(s) == 2 else pytest.mark.xfail(raises=ValueError, strict=True), id=f"{len(s)}-D"
-        )
-        for s in SPACES
-    ],
-)
-
-
-@prototype_space
+@each_space
 @pytest.mark.parametrize("align_corners", [False, True])
 def test_consensus_upsamples_the_similarities(space: tuple[int, ...], align_corners: bool) -> None:
     g = torch.Generator().manual_seed(0)
@@ -75,7 +63,7 @@ def test_consensus_upsamples_the_similarities(space: tuple[int, ...], align_corn
     assert 0 < (expected == 255).float().mean() < 1
 
 
-@prototype_space
+@each_space
 def test_rectified_selector_upsamples_the_similarities(space: tuple[int, ...]) -> None:
     g = torch.Generator().manual_seed(0)
     logits, centres = torch.randn(2, 3, *space, generator=g), torch.randn(3, 4, generator=g)
