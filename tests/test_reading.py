@@ -150,6 +150,21 @@ def test_the_check_tells_what_the_files_are_like(tmp_path: Path) -> None:
     assert report.seen["data"].depths == {"16 bit": 1}
 
 
+@pytest.mark.parametrize("how", ["", "mirrored", "upside down", "by half a turn"])
+def test_labels_that_are_stored_turned_are_noticed(tmp_path: Path, how: str) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        ids = np.zeros((40, 50), np.uint8)
+        top, left = rng.integers(2, 12), rng.integers(2, 12)
+        ids[top : top + 12, left : left + 14] = 1
+        save(tmp_path / "images" / f"{i}.png", (ids * 90 + rng.integers(0, 30, ids.shape)).astype(np.uint8))
+        rows, columns = (-1 if how in (one, "by half a turn") else 1 for one in ("upside down", "mirrored"))
+        save(tmp_path / "labels" / f"{i}.png", ids[::rows, ::columns])
+    report = check_data(folder(tmp_path, "train", TWO).labelled())
+    found = [note for note in report.notes if "would fit" in note]
+    assert found == ([f"data: 6 of 6 labels would fit their images better {how}: are they stored so?"] if how else [])
+
+
 def test_ranges_of_a_pair(tmp_path: Path) -> None:
     for side in ("source", "target"):
         deep = noise(high=1000, dtype=np.uint16)

@@ -40,6 +40,9 @@ class Seen:
     mean: list[np.ndarray] = field(default_factory=list)  # of each image's channels, in 0..1 as the net takes them
     square: list[np.ndarray] = field(default_factory=list)
 
+    better_turned: Counter[str] = field(default_factory=Counter)  # pairs whose label fits better, by how it is turned
+    compared: int = 0
+
     def add(self, found: Decoded) -> None:
         """Note an image as it is stored."""
         self.depths[found.depth] += 1
@@ -179,6 +182,11 @@ def _check_set(report: CheckReport, name: str, data: Labelled | Unlabelled, clas
         report.notes.append(
             f"{name}: no value of any image is above {seen.high:g} of 255: very dark, or more bits were cut off."
         )
+    for how, count in seen.better_turned.items():
+        if how and count >= 5 and count > 0.7 * seen.compared:
+            report.notes.append(
+                f"{name}: {count} of {seen.compared} labels would fit their images better {how}: are they stored so?"
+            )
     if not len(data):
         report.add("empty", f"{name}: no image with a label" if labelled else f"{name}: no image")
 
@@ -214,6 +222,29 @@ def _check_label(
     inside = (raw >= 0) & (raw < 256)
     train = np.where(inside, format.table[np.where(inside, raw, 0)], IGNORE)
     seen.pixels += np.bincount(train.ravel(), minlength=256)
+    if image is not None and image.size == train.shape and (how := _better_turned(image.pixels, train)) is not None:
+        seen.compared += 1
+        seen.better_turned[how] += 1
+
+
+def _better_turned(pixels: np.ndarray, label: np.ndarray) -> str | None:
+    """How the label has to be turned so that its boundaries lie on the image's edges; "" for as it is.
+
+    Compared is the mean edge under the boundaries. None where there is no boundary, or no edge, to compare.
+    """
+    step = max(1, max(label.shape) // 256)
+    grey, small = pixels[::step, ::step].mean(2, dtype=np.float64), label[::step, ::step]
+    edges = np.abs(np.diff(grey, axis=0))[:, :-1] + np.abs(np.diff(grey, axis=1))[:-1]
+    turned = {"": small, "mirrored": small[:, ::-1], "upside down": small[::-1], "by half a turn": small[::-1, ::-1]}
+    fits = {}
+    for how, ids in turned.items():
+        here, below, right = ids[:-1, :-1], ids[1:, :-1], ids[:-1, 1:]
+        boundary = ((here != below) | (here != right)) & (np.maximum(np.maximum(below, right), here) != IGNORE)
+        if boundary.sum() < 20 or not edges.any():
+            return None
+        fits[how] = float(edges[boundary].mean())
+    best = max(fits, key=fits.__getitem__)
+    return best if fits[best] > 1.1 * fits[""] else ""
 
 
 def _orientation_hint(image: Decoded, label: tuple[int, ...]) -> str:
