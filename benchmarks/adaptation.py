@@ -55,7 +55,7 @@ PAIRS: dict[str, dict[str, Any]] = {
 TOGETHER = {"camvid": {"camvid", "carla2camvid"}, "carla2camvid": {"camvid", "carla2camvid"}}  # share day images
 LR = {"source_only": 3e-4, "oracle": 3e-4}
 ADAPTATION_LR = 3e-4
-SCORE = "mirror_consistency"  # that deploys a net, and that `combined` chooses by
+SCORE = "confident_consistency"  # that deploys a net, and that `combined` chooses by
 NAMES = {
     "toy": "game → camera",
     "nuclei": "nuclei",

@@ -35,7 +35,7 @@ from rich.markup import escape
 
 from gta2cs import html, report
 from gta2cs.histories import RunNets, read_run
-from gta2cs.label_free import DIRECTIONS, RELIABILITY, UNRELIABLE
+from gta2cs.label_free import DEFAULT, DIRECTIONS, RELIABILITY, UNRELIABLE
 from gta2cs.rank_statistics import spearman
 
 console = Console(soft_wrap=True)
@@ -264,9 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweep, if any, and compare. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs")
-    parser.add_argument(
-        "--score", default="mirror_consistency", help="what ranks them; a minus before it turns it round"
-    )
+    parser.add_argument("--score", default=DEFAULT, help="what ranks them; a minus before it turns it round")
     parser.add_argument(
         "--page", type=Path, help="the page; default: runs_compared.html, or in the folder of the sweep"
     )

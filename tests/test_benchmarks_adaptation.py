@@ -13,11 +13,11 @@ from gta2cs.recipes import RECIPES
 
 def run_of(pair: str, recipe: str, seed: int, miou: float, score: float = 0.5, start: float | None = None) -> dict:
     nets = [
-        {"step": step, "net": net, "miou": value, "scores": {"mirror_consistency": score + shift}, "shares": [1.0]}
+        {"step": step, "net": net, "miou": value, "scores": {adaptation.SCORE: score + shift}, "shares": [1.0]}
         for step, shift in ((100, 0.2), (200, 0.0))
         for net, value in (("student", miou + 10 * shift), ("teacher", miou - 1))
     ]
-    source_only = None if start is None else {"miou": start, "scores": {"mirror_consistency": 0.6}, "shares": [1.0]}
+    source_only = None if start is None else {"miou": start, "scores": {adaptation.SCORE: 0.6}, "shares": [1.0]}
     return {
         "pair": pair,
         "recipe": recipe,

@@ -15,10 +15,13 @@ from gta2cs import choosing, label_free
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.inference import Trained
 from gta2cs.label_free import LabelFree, measure
-from gta2cs.samples import ClassSet
+from gta2cs.samples import ClassSet, Unlabelled
 
 CLASSES = ClassSet(("a", "b", "c"), torch.zeros(3, 3, dtype=torch.uint8).numpy())
-IMAGES = [torch.randint(0, 256, (3, 70, 80), generator=torch.Generator().manual_seed(k)).byte() for k in range(30)]
+IMAGES = Unlabelled(
+    [str(k) for k in range(30)],
+    [torch.randint(0, 256, (3, 70, 80), generator=torch.Generator().manual_seed(k)).byte() for k in range(30)],
+)
 
 
 class Net(nn.Module):
@@ -66,7 +69,7 @@ def test_the_same_few_images_and_the_same_numbers_at_every_call():
 
 def test_bad_nets_and_data_are_named():
     with pytest.raises(ValueError, match="Expected target training images"):
-        measure(Net(pixels), [], CLASSES)
+        measure(Net(pixels), Unlabelled([], []), CLASSES)
     with pytest.raises(ValueError, match="Expected `logits` to be finite"):
         measure(Net(lambda x: x * float("nan")), IMAGES, CLASSES, count=2)
 
@@ -116,12 +119,12 @@ def offers(tmp_path, select, candidates):
         stage=config.stages[1],
         recipe=SimpleNamespace(nets=lambda: nets),
         done=0,
-        history={},
+        history={"name": "dacs", "scores": []},
     )
     chooser = object.__new__(choosing.Choosing)
     chooser.state, chooser.first = state, 1
     for name, value, step in candidates:
-        scores = {"mirror_consistency": value, "class_correlation": value}
+        scores = {"mirror_consistency": value, "confident_consistency": value, "class_correlation": value}
         net = nets.get(name, nets["student"])
         chooser._offer(name if name == "source_only" else "dacs", name, net, LabelFree(scores, []), step=step)
     return run.choice

@@ -90,14 +90,15 @@ def test_the_candidate_that_contradicts_itself_least_is_kept_and_a_lost_class_co
     torch.nn.init.normal_(first.head.weight, std=3.0)  # several classes
     with evaluating(first), torch.no_grad():
         wanted = mirror_consistency(first, recipe.images, scope="batch")
-        present = first(recipe.images).logits.argmax(1).unique()
+        logits = first(recipe.images).logits
+    present, sure = logits.argmax(1).unique(), logits.softmax(1).amax(1).mean()
     assert len(present) > 1
-    assert recipe.scores_of({"alone": first})["alone"] == pytest.approx(float(wanted), abs=0.05)  # tiny classes aside
+    assert recipe.scores_of({"alone": first})["alone"] == pytest.approx(float(wanted * sure), abs=0.05)  # tiny classes
 
     torch.nn.init.zeros_(second.head.weight)  # one class everywhere: never contradicts itself
     second.head.bias.data = torch.nn.functional.one_hot(present[0], 8).float()
-    assert recipe.scores_of({"constant": second})["constant"] == 1.0
-    assert recipe.scores_of({"a": first, "constant": second})["constant"] < 0.51
+    alone = recipe.scores_of({"constant": second})["constant"]
+    assert recipe.scores_of({"a": first, "constant": second})["constant"] <= alone / 2
     recipe.done, recipe.trial_steps = 3, 4
     recipe.after_step()
     best = max(recipe.scores, key=recipe.scores.__getitem__)

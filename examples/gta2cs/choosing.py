@@ -17,7 +17,7 @@ from torch import nn
 
 from gta2cs.checkpoints import load_checkpoint, load_net, save_checkpoint
 from gta2cs.config import Config, plain
-from gta2cs.label_free import DIRECTIONS, PRESENT, RELIABILITY, UNRELIABLE, VIEWS, LabelFree, measure, views_of
+from gta2cs.label_free import DEFAULT, DIRECTIONS, PRESENT, RELIABILITY, UNRELIABLE, VIEWS, LabelFree, measure, views_of
 from gta2cs.observers import score_on_target
 from gta2cs.recipes import Losses
 from gta2cs.report import cell
@@ -27,7 +27,7 @@ from udakit import copy_net
 SOURCE_ONLY = "source_only"
 CHOSEN = "chosen without labels"  # the row of `best.pt`
 FACTOR = 4  # by which a class's share may change before the alarm speaks
-GUARD = "mirror_consistency"  # what `source_or_last` compares by
+GUARD = DEFAULT  # what `source_or_last` compares by
 
 
 @dataclass

@@ -140,9 +140,9 @@ class Config:
     """Steps between evaluations on target; 0 evaluates only at the end of a stage."""
     eval_trimap: int = 0
     """Also score the pixels within this distance of a true boundary, as "boundary"."""
-    select: str = "mirror_consistency"
+    select: str = "confident_consistency"
     """Which net becomes best.pt, chosen without target labels at every evaluation: last, source_or_last, or a score
-    (mirror_consistency, nuclear_norm, ...; a minus before it turns its direction)."""
+    (confident_consistency, mirror_consistency, nuclear_norm, ...; a minus before it turns its direction)."""
     score_images: int = 24
     """Unlabelled target training images that the label-free scores look at."""
     score_views: list[str] = field(default_factory=lambda: ["mirror"])

@@ -3,8 +3,8 @@
 Ours; no paper has it. No fixed setting serves every pair of domains: class-balanced selection that trebles the IoU of a
 class on one pair ruins it on the next, and falling losses show neither. What tells them apart without a target label is
 how far a net contradicts itself on the mirror image (docs/families/validation.md). So the candidates take turns, a step
-each, on nets of their own; then `mirror_consistency` on target crops keeps one, which takes all steps that are left.
-The trial counts into the steps of the stage.
+each, on nets of their own; then the score keeps one, which takes all steps that are left: mirror consistency times
+confidence, on target crops. The trial counts into the steps of the stage.
 """
 
 from __future__ import annotations
@@ -123,21 +123,22 @@ class Combined(Recipe):
             if self.console is not None:
                 found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
                 kept = list(self.candidates)[self.kept]
-                self.console.print(f"step {self.done}: mirror consistency {found}; '{kept}' goes on", markup=False)
+                self.console.print(f"step {self.done}: consistency {found}; '{kept}' goes on", markup=False)
         self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
 
     @torch.no_grad()
     def scores_of(self, nets: dict[str, nn.Module]) -> dict[str, float]:
-        """Mirror consistency of nets on the kept target crops: IoU, a mean over the classes that any of them predicts.
+        """Mirror consistency times confidence on the kept target crops.
 
-        A class that a net has lost counts as 0 for it: one class everywhere never contradicts itself.
+        The consistency is an IoU, a mean over the classes that any of the nets predicts: a class that a net has lost
+        counts as 0 for it, since one class everywhere never contradicts itself.
         """
-        found = {name: self.class_consistency(net) for name, net in nets.items()}
-        seen = torch.stack([iou >= 0 for iou in found.values()]).any(0)
-        return {name: float(iou.nan_to_num()[seen].mean()) for name, iou in found.items()}
+        found = {name: self.consistency(net) for name, net in nets.items()}
+        seen = torch.stack([iou >= 0 for iou, _ in found.values()]).any(0)
+        return {name: float(iou.nan_to_num()[seen].mean()) * sure for name, (iou, sure) in found.items()}
 
-    def class_consistency(self, net: nn.Module) -> Tensor:
-        """IoU of each class between the prediction and that of the mirror image; NaN where the net predicts none."""
+    def consistency(self, net: nn.Module) -> tuple[Tensor, float]:
+        """IoU of each class between a prediction and that of the mirror image (NaN: none predicted), and confidence."""
         metric = ConsistencyScore(self.num_classes).to(self.images.device)
         shares = LabelFreeScores(self.num_classes).to(self.images.device)
         with evaluating(net):
@@ -145,7 +146,7 @@ class Combined(Recipe):
                 logits = net(images).logits
                 metric(logits, net(images.flip(-1)).logits.flip(-1))
                 shares.update(logits)
-        return metric.class_iou.where(shares.class_share >= LEAST, torch.nan)
+        return metric.class_iou.where(shares.class_share >= LEAST, torch.nan), float(shares.compute()["confidence"])
 
     def agree(self, position: int) -> int:
         """What rank 0 says: the ranks' running statistics, and so their scores, differ a little."""
