@@ -6,6 +6,7 @@ a network. Other encoders ask the model hub. A random start has to be asked for 
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from collections.abc import Iterable, Mapping
