@@ -93,12 +93,16 @@ def test_the_candidate_that_contradicts_itself_least_is_kept_and_a_lost_class_co
         logits = first(recipe.images).logits
     present, sure = logits.argmax(1).unique(), logits.softmax(1).amax(1).mean()
     assert len(present) > 1
-    assert recipe.scores_of({"alone": first})["alone"] == pytest.approx(float(wanted * sure), abs=0.05)  # tiny classes
+    assert recipe.scores_of({"alone": {"student": first}})["alone"] == pytest.approx(
+        float(wanted * sure), abs=0.05
+    )  # tiny classes
 
     torch.nn.init.zeros_(second.head.weight)  # one class everywhere: never contradicts itself
     second.head.bias.data = torch.nn.functional.one_hot(present[0], 8).float()
-    alone = recipe.scores_of({"constant": second})["constant"]
-    assert recipe.scores_of({"a": first, "constant": second})["constant"] <= alone / 2
+    alone = recipe.scores_of({"constant": {"student": second}})["constant"]
+    assert recipe.scores_of({"a": {"student": first}, "constant": {"student": second}})["constant"] <= alone / 2
+    both = recipe.scores_of({"a": {"student": first, "teacher": first}, "constant": {"student": second}})
+    assert both["a"] == pytest.approx(recipe.scores_of({"a": {"student": first}, "b": {"student": second}})["a"])
     recipe.done, recipe.trial_steps = 3, 4
     recipe.after_step()
     best = max(recipe.scores, key=recipe.scores.__getitem__)

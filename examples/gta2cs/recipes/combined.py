@@ -46,7 +46,7 @@ class Combined(Recipe):
 
         candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CANDIDATES))
         shared: dict[str, Any] = field(default_factory=lambda: dict(SHARED))  # options of dacs, of all candidates
-        trial: float = 1 / 3  # share of the steps in which the candidates take turns
+        trial: float = 0.5  # share of the steps in which the candidates take turns
         images: int = 24  # target crops that the score looks at
 
     candidates: nn.ModuleDict
@@ -118,7 +118,7 @@ class Combined(Recipe):
         self.active.after_step()
         self.done += 1
         if self.kept < 0 and self.done >= self.trial_steps:
-            self.scores = self.scores_of({name: c.student for name, c in self.candidates.items()})  # type: ignore[misc]
+            self.scores = self.scores_of({name: c.nets() for name, c in self.candidates.items()})  # type: ignore[operator]
             self.keep(self.agree(max(range(len(self.scores)), key=list(self.scores.values()).__getitem__)))
             if self.console is not None:
                 found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
@@ -127,26 +127,30 @@ class Combined(Recipe):
         self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
 
     @torch.no_grad()
-    def scores_of(self, nets: dict[str, nn.Module]) -> dict[str, float]:
-        """Mirror consistency times confidence on the kept target crops.
+    def scores_of(self, candidates: dict[str, dict[str, nn.Module]]) -> dict[str, float]:
+        """Mirror consistency times confidence on the kept target crops, a mean over a candidate's student and teacher.
 
-        The consistency is an IoU, a mean over the classes that any of the nets predicts: a class that a net has lost
-        counts as 0 for it, since one class everywhere never contradicts itself.
+        The consistency is an IoU, a mean over the classes that any net of any candidate predicts: a class that a net
+        has lost counts as 0 for it, since one class everywhere never contradicts itself.
         """
-        found = {name: self.consistency(net) for name, net in nets.items()}
-        seen = torch.stack([iou >= 0 for iou, _ in found.values()]).any(0)
-        return {name: float(iou.nan_to_num()[seen].mean()) * sure for name, (iou, sure) in found.items()}
+        found = {name: [self.consistency(net) for net in nets.values()] for name, nets in candidates.items()}
+        seen = torch.stack([iou >= 0 for nets in found.values() for iou, _ in nets]).any(0)
+        return {
+            name: sum(float(iou.nan_to_num()[seen].mean()) * sure for iou, sure in nets) / len(nets)
+            for name, nets in found.items()
+        }
 
+    @torch.no_grad()
     def consistency(self, net: nn.Module) -> tuple[Tensor, float]:
         """IoU of each class between a prediction and that of the mirror image (NaN: none predicted), and confidence."""
         metric = ConsistencyScore(self.num_classes).to(self.images.device)
-        shares = LabelFreeScores(self.num_classes).to(self.images.device)
+        scores = LabelFreeScores(self.num_classes).to(self.images.device)
         with evaluating(net):
             for images in self.images.split(8):
                 logits = net(images).logits
                 metric(logits, net(images.flip(-1)).logits.flip(-1))
-                shares.update(logits)
-        return metric.class_iou.where(shares.class_share >= LEAST, torch.nan), float(shares.compute()["confidence"])
+                scores.update(logits)
+        return metric.class_iou.where(scores.class_share >= LEAST, torch.nan), float(scores.compute()["confidence"])
 
     def agree(self, position: int) -> int:
         """What rank 0 says: the ranks' running statistics, and so their scores, differ a little."""
