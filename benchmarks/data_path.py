@@ -33,7 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.harness import SEED, Results, markdown_table, parser_for, write_section
+from benchmarks.harness import PAGES, SEED, Results, markdown_table, parser_for, write_section
 from gta2cs.datasets import Pair, build_pair
 from gta2cs.loading import StepData, crop_image, crop_label, draw_window, normalise, step_loader
 from gta2cs.reading import ImageFormat, read_ids
@@ -258,7 +258,7 @@ def table(results: Results) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_for(__doc__, "data_path.json")
+    parser = parser_for(__doc__, "data_path.json", page=PAGES / "step.md")
     parser.add_argument("--files", type=int, default=12, help="images of each domain")
     parser.add_argument("--steps", type=int, default=24)
     options = parser.parse_args(arguments)

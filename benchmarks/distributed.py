@@ -1,7 +1,7 @@
 """What the stateful parts send between processes at each step, and that their state is that of one process.
 
     python benchmarks/distributed.py            # 2 and 4 gloo processes on this machine, then the table
-    python benchmarks/distributed.py --table    # measures nothing, writes the table of docs/performance.md
+    python benchmarks/distributed.py --table    # measures nothing, writes the table of docs/performance/processes.md
 
 Bytes are counted by functions around `torch.distributed`'s collectives, and must equal the formula beside them. No
 time is measured: gloo between processes of one machine says nothing about a cluster.
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import udakit
-from benchmarks.harness import markdown_table, parser_for, write_json, write_section
+from benchmarks.harness import PAGES, markdown_table, parser_for, write_json, write_section
 from distributed import run_ranks
 
 CLASSES, DIM, BINS, STEPS, IMAGES = 19, 256, 4096, 3, 8  # images of the global batch
@@ -175,7 +175,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_for(__doc__, "distributed.json")
+    parser = parser_for(__doc__, "distributed.json", page=PAGES / "processes.md")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     options = parser.parse_args(arguments)
     found = json.loads(options.results.read_text()) if options.results.is_file() else {}

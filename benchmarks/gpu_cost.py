@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import udakit
-from benchmarks.harness import SEED, markdown_table, parser_for, write_section
+from benchmarks.harness import PAGES, SEED, markdown_table, parser_for, write_section
 from benchmarks.kernels import Cost, count, fake_card, on_card
 from benchmarks.workloads import (
     CLASSES,
@@ -350,7 +350,7 @@ def not_counted(found: Counts) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = parser_for(__doc__, "gpu_cost.json")
+    parser = parser_for(__doc__, "gpu_cost.json", page=PAGES / "gpu.md")
     names = [w.name for w in rows() if not w.name.endswith(MARK)]
     parser.add_argument("--ops", nargs="+", metavar="NAME", choices=names, help="only these")
     parser.add_argument("--show", action="store_true", help="print the kernels by name, write nothing")

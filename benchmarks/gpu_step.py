@@ -24,7 +24,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu_cost import CARD, Card, together
-from benchmarks.harness import SEED, markdown_table, parser_for, write_section
+from benchmarks.harness import PAGES, SEED, markdown_table, parser_for, write_section
 from benchmarks.kernels import Kernel, Meter, backward, fake_card, on_card
 from benchmarks.step_overhead import NETS, REST, ROWS, Clock, Step, clocks
 from gta2cs.files import write_json
@@ -180,7 +180,7 @@ def table(rows: dict[str, Any], card: Card) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Count, then write the page."""
-    parser = parser_for(__doc__, "gpu_step.json")
+    parser = parser_for(__doc__, "gpu_step.json", page=PAGES / "gpu.md")
     parser.add_argument("--rows", nargs="+", default=list(COUNTED), choices=list(COUNTED))
     options = parser.parse_args(arguments)
     rows: dict[str, Any] = json.loads(options.results.read_text()) if options.results.is_file() else {}

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.harness import (
+    PAGES,
     PICTURES,
     SEED,
     Results,
@@ -172,7 +173,7 @@ def summarize(results: Results, pictures: list[Path]) -> str:
     wanted = (
         f"Wanted: memory of `{name}` linear in the {axis}, slope ≤ {limit}; got {'–' if got is None else f'{got:.2f}'}."
     )
-    parts = [f"![{p.stem.replace('_', ' ')}](pictures/{p.name})" for p in pictures]
+    parts = [f"![{p.stem.replace('_', ' ')}](../pictures/{p.name})" for p in pictures]
     base = ", ".join(f"{v} {k}" for k, v in BASE.items())
     parts.append(
         f"One axis moves, the others stay at {base}. Exponents of time / memory over the last {FITTED} points of each "
@@ -182,7 +183,7 @@ def summarize(results: Results, pictures: list[Path]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_for(__doc__, "growth.json")
+    parser = parser_for(__doc__, "growth.json", page=PAGES / "growth.md")
     parser.add_argument("--ops", nargs="+", metavar="NAME", choices=list(MAIN), help="only these")
     parser.add_argument("--threads", type=int, help="of torch; its own choice by default")
     parser.add_argument("--quick", action="store_true", help="three points an axis, two runs each")

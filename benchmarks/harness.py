@@ -31,7 +31,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 from gta2cs.files import write_json, write_text
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGE = ROOT / "docs" / "performance.md"  # in short
+PAGES = ROOT / "docs" / "performance"  # one page a script, or few
 PICTURES = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
 SEED = 0
@@ -181,7 +182,7 @@ class Results:
         return float(self.environments[row["environment"]]["copy_bandwidth"])
 
 
-def write_section(name: str, text: str, page: Path = PAGE) -> None:
+def write_section(name: str, text: str, page: Path) -> None:
     """Put a text between the two markers of a section of the page."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     whole = page.read_text(encoding="utf-8")
@@ -201,7 +202,7 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
 # --- options --------------------------------------------------------------------------------------
 
 
-def parser_for(description: str, results: str, *, page: Path = PAGE) -> argparse.ArgumentParser:
+def parser_for(description: str, results: str, *, page: Path) -> argparse.ArgumentParser:
     """The options that every script has; it adds its own. `description` is its docstring, `results` its JSON's name."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)

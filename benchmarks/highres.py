@@ -3,7 +3,7 @@
     python benchmarks/highres.py               # rows that the JSON does not have yet, then the table
     python benchmarks/highres.py --again       # every row anew
     python benchmarks/highres.py --side 32     # a quick look at another size; nothing is written
-    python benchmarks/highres.py --table       # measures nothing, writes the table of docs/performance.md
+    python benchmarks/highres.py --table       # measures nothing, writes the table of docs/performance/losses.md
 
 A row is forward and backward to the gradient of the low-resolution logits. Memory is the most that the call holds at
 once beyond its inputs, by the events of torch's allocator. On a GPU (`--device cuda`) both are measured there.
@@ -24,6 +24,7 @@ from torch import Tensor
 
 import udakit
 from benchmarks.harness import (
+    PAGES,
     SEED,
     Results,
     markdown_table,
@@ -115,7 +116,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_for(__doc__, "highres.json")
+    parser = parser_for(__doc__, "highres.json", page=PAGES / "losses.md")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--side", type=int, default=SIDE, help="of the logits; another than the default is not written")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")

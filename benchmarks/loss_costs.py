@@ -3,7 +3,7 @@
     python benchmarks/loss_costs.py            # whatever is not in the JSON yet, then the tables
     python benchmarks/loss_costs.py --rows "pixel contrast" --again
     python benchmarks/loss_costs.py --quick --results /tmp/quick.json --no-table
-    python benchmarks/loss_costs.py --table    # measures nothing, writes the tables of docs/performance.md
+    python benchmarks/loss_costs.py --table    # measures nothing, writes the tables of docs/performance/losses.md
 
 A row is forward and backward to the gradient of the loss's own input: the logits at the size of the crop, for the
 contrasts the logits or features at an eighth of it. Memory is the most that the call holds at once beyond its inputs,
@@ -32,6 +32,7 @@ from torch import Tensor
 
 import udakit
 from benchmarks.harness import (
+    PAGES,
     SEED,
     Results,
     markdown_table,
@@ -284,7 +285,7 @@ def peer_table(results: Results) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_for(__doc__, "loss_costs.json")
+    parser = parser_for(__doc__, "loss_costs.json", page=PAGES / "losses.md")
     names = [*step_losses(Size(1, 8, 8, 2)), *(c.key for c in COMPARISONS)]
     parser.add_argument("--rows", nargs="+", choices=names, help="losses or comparisons; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, two runs each: does everything run?")

@@ -3,10 +3,11 @@
     python benchmarks/operators.py                       # whatever is not in the JSON yet, then the tables
     python benchmarks/operators.py --ops kd_loss --again
     python benchmarks/operators.py --quick --results /tmp/quick.json --no-table
-    python benchmarks/operators.py --table               # measures nothing, rewrites the tables of docs/performance.md
+    python benchmarks/operators.py --table               # measures nothing, rewrites docs/performance/operators.md
 
-The rules are on that page. The operations are those of the registry that the contract checks (`tests/contract`), the
-textbook versions those of `tests/textbook.py`, which a test holds to the operations in value and gradient.
+The rules are on docs/performance/rules.md. The operations are those of the registry that the contract checks
+(`tests/contract`), the textbook versions those of `tests/textbook.py`, which a test holds to the operations in value
+and gradient.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.harness import (
+    PAGES,
     Results,
     markdown_table,
     parser_for,
@@ -268,7 +270,7 @@ def left_out(results: Results) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = parser_for(__doc__, "operators.json")
+    parser = parser_for(__doc__, "operators.json", page=PAGES / "operators.md")
     names = [w.name for w in workloads()]
     parser.add_argument("--ops", nargs="+", metavar="NAME", choices=names, help="only these")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(MEASURED))

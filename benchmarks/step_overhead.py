@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import udakit
-from benchmarks.harness import SEED, Results, markdown_table, parser_for, write_section
+from benchmarks.harness import PAGES, SEED, Results, markdown_table, parser_for, write_section
 from gta2cs import nets
 from gta2cs.loading import Batch
 from gta2cs.nets import SegNet, build_net, param_groups
@@ -383,7 +383,7 @@ def table(results: Results) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = parser_for(__doc__, "step_overhead.json")
+    parser = parser_for(__doc__, "step_overhead.json", page=PAGES / "step.md")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args(arguments)

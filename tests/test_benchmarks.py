@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import growth, harness, operators, workloads
+from benchmarks import growth, harness, operators, performance_page, step_overhead, workloads
 
 ROWS = {w.name: w for w in workloads.workloads()}
 TIMING = {"min_run_time": 0.002, "min_runs": 3, "max_time": 1.0}
@@ -304,10 +304,44 @@ def test_a_page_without_markers_is_refused(tmp_path: Path) -> None:
         harness.write_section("operators", "text", tmp_path / "page.md")
 
 
-def test_the_page_has_all_sections() -> None:
-    text = harness.PAGE.read_text(encoding="utf-8")
-    for name in ("operators", "growth", "step", "highres", "data", "distributed"):
+def test_the_pages_have_all_sections() -> None:
+    sections = {
+        "operators": "operators",
+        "growth": "growth",
+        "step": "step",
+        "data": "step",
+        "highres": "losses",
+        "gpu cost": "gpu",
+        "gpu step": "gpu",
+        "distributed": "processes",
+    }
+    for name, page in sections.items():
+        text = (harness.PAGES / f"{page}.md").read_text(encoding="utf-8")
         assert text.count(f"<!-- {name}: begin -->") == text.count(f"<!-- {name}: end -->") == 1, name
+
+
+def test_the_short_page(tmp_path: Path, quick_bandwidth: float) -> None:
+    operators_json, steps_json = tmp_path / "operators.json", tmp_path / "steps.json"
+    contrast = row("pixel_contrast_loss", 0.002, 0.004, mode="forward+backward")
+    harness.Results(operators_json).add("pixel_contrast_loss/medium/float32/forward+backward/eager", contrast)
+    harness.Results(operators_json).add("class_mask/medium/float32/forward/eager", row("class_mask", 0.004, 0.002))
+    step = {"seconds": 4.0, "parts": {step_overhead.INSIDE[0]: 3.8, "blur": 0.2}}
+    harness.Results(steps_json).add("dacs", step)
+    page = tmp_path / "page.md"
+    page.write_text(MARKED.format("short"))
+    where = ["--page", str(page), "--pictures", str(tmp_path)]
+    performance_page.main(["--operators", str(operators_json), "--steps", str(steps_json), *where])
+    text = page.read_text()
+    assert "**0.5 × the time, 0.25 × the memory**" in text
+    assert "**5 % of a DACS step**" in text
+    assert "**1 of 2 rows**" in text
+    assert "Slower: `class_mask`." in text
+    assert (tmp_path / performance_page.PICTURE).stat().st_size < 200_000
+
+
+def test_the_short_page_is_that_of_the_json() -> None:
+    operators_, steps = (harness.Results(harness.RESULTS / f"{n}.json") for n in ("operators", "step_overhead"))
+    assert performance_page.summarize(operators_, steps) in harness.PAGE.read_text(encoding="utf-8")
 
 
 # --- growth ---------------------------------------------------------------------------------------
@@ -336,7 +370,7 @@ def test_growth(tmp_path: Path, quick_bandwidth: float) -> None:
     for title in ("time", "memory"):
         picture = tmp_path / "pictures" / f"performance_growth_{title}.png"
         assert 5_000 < picture.stat().st_size < 200_000
-        assert f"](pictures/{picture.name})" in text
+        assert f"](../pictures/{picture.name})" in text
 
 
 def test_memory_of_pixel_contrast_is_linear() -> None:

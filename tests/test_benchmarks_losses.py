@@ -103,6 +103,6 @@ def test_a_contestant_that_would_hold_too_much_is_named(tmp_path: Path) -> None:
 
 
 def test_the_page_has_both_sections() -> None:
-    text = harness.PAGE.read_text(encoding="utf-8")
+    text = (harness.PAGES / "losses.md").read_text(encoding="utf-8")
     for name in ("loss_costs", "contrast_peers"):
         assert text.count(f"<!-- {name}: begin -->") == text.count(f"<!-- {name}: end -->") == 1, name
