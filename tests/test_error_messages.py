@@ -64,6 +64,14 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
             r"`labels` .* `logits` \(2, 8, 8, 5\), but got \(2, 8, 8\)\. .*channels last: \.movedim\(-1, 1\) .*",
         ),
         (
+            lambda: ce(WEIGHT, LABELS),
+            r"`labels` .* `logits` \(2, 8, 8\), but got \(2, 8, 8\)\. .*unsqueeze\(1\) .*udakit\.binary_logits .*",
+        ),
+        (
+            lambda: kd(LOGITS, LOGITS.movedim(1, -1)),
+            r"`teacher_logits` .* but got \(2, 8, 8, 5\)\. It has its channels last: \.movedim\(-1, 1\) .*",
+        ),
+        (
             lambda: ce(LOGITS[:, :1], LABELS),
             r"`logits` to be \(N, C, H, W\) with C of 2 at least, but got \(2, 1, 8, 8\)\. .* udakit\.binary_logits",
         ),
@@ -297,6 +305,18 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (
             lambda: u.downscale_labels(LABELS, 3, num_classes=C),
             r"`labels` .* `factor` 3 divides, but got .* multiple of 3",
+        ),
+        (
+            lambda: u.downscale_labels(LABELS[:, None], 2, num_classes=C),
+            r"`labels` to have sides that `factor` 2 divides, but got \(2, 1, 8, 8\)\. .*\.squeeze\(1\)",
+        ),
+        (
+            lambda: u.resize_labels(LABELS[0], (4, 4)),
+            r"`size` to be \(length,\), .* for `labels` \(8, 8\), but got \(4, 4\)\. .*\.unsqueeze\(0\)",
+        ),
+        (
+            lambda: u.teacher_agreement([LOGITS[:, :1], LOGITS[:, :1]]),
+            r"`logits\[0\]` .* but got \(2, 1, 8, 8\)\. One logit .* udakit\.binary_logits",
         ),
         (lambda: u.resize_labels(LABELS, 16), r"`size` to be \(height, width\), .* but got 16\. .* \(16, 16\)"),
         (

@@ -237,6 +237,8 @@ def test_errors() -> None:
         FeatureTap(Small(), "both", index=5)(IMAGES)
     with pytest.raises(TypeError, match=r"to hold a tensor 'low', but got \['out', 'aux'\]"):
         FeatureTap(Small(), "named", index="low")(IMAGES)
+    with pytest.raises(TypeError, match=r"`index` to be an integer or a name, but got 1\.5"):
+        FeatureTap(Small(), "both", index=1.5)  # type: ignore[arg-type]
     silent = nn.Sequential(nn.Identity(), Silent())
     with pytest.raises(TypeError, match=r"`model` to return logits .* but got NoneType"):
         FeatureTap(silent, "0")(IMAGES)

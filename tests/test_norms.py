@@ -72,6 +72,8 @@ def test_errors() -> None:
         udakit.adapt_batch_norm(nn.LayerNorm(3), batches())
     with pytest.raises(TypeError, match=r"Expected `batches` to be an iterable of tensors"):
         udakit.adapt_batch_norm(net(), [batches()])
+    with pytest.raises(TypeError, match=r"Expected `batches` to be an iterable of batches, .* Pass \[images\]"):
+        udakit.adapt_batch_norm(net(), batches()[0])
     with pytest.raises(ValueError, match=r"Expected `model` to have a BatchNorm, LayerNorm or GroupNorm"):
         udakit.norm_parameters(nn.Conv2d(3, 3, 1))
     with pytest.raises(TypeError, match=r"Expected `model` to be a Module"):

@@ -51,6 +51,7 @@ def test_evaluation_and_empty_batches_change_nothing() -> None:
     selector(logits, valid=valid)
     before = {k: v.clone() for k, v in selector.state_dict().items()}
     selector(other, valid=torch.zeros_like(valid))
+    selector(torch.where(torch.rand(other.shape) < 0.1, torch.nan, other))  # it would stay for good
     selector.eval()(other)
     assert all(torch.equal(v, before[k]) for k, v in selector.state_dict().items())
     assert not torch.equal(selector.thresholds, torch.full((3,), 1 / 3))
@@ -110,6 +111,7 @@ def test_running_shares() -> None:
         torch.testing.assert_close(alignment.target_share, target)
         torch.testing.assert_close(aligned, udakit.align_distribution(logits.softmax(1), source, target))
         alignment(logits, valid=torch.zeros_like(valid))
+        alignment(torch.where(torch.rand(logits.shape) < 0.1, torch.nan, logits))
         torch.testing.assert_close(alignment.target_share, target)
     assert (int(alignment.source_batches), int(alignment.target_batches)) == (2, 3)
 

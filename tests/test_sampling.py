@@ -204,6 +204,9 @@ def test_sampler_errors() -> None:
         RareClassSampler(TABLE[0])
     with pytest.raises(ValueError, match="to count a pixel of some class, but got only zeros"):
         RareClassSampler(torch.zeros(3, 2))
+    for wrong in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="`class_pixels` to be counts of pixels, 0 at least, but got others"):
+            RareClassSampler(torch.tensor([[wrong, 2.0]]))
     with pytest.raises(ValueError, match=r"`min_pixels` to be at least 0, but got -1"):
         RareClassSampler(TABLE, min_pixels=-1)
     with pytest.raises(ValueError, match=r"`num_samples` to be at least 1, but got 0"):

@@ -40,6 +40,14 @@ def test_downscale_labels_is_the_majority_of_each_cell(space: tuple[int, ...], m
 
 
 @each_space
+def test_no_image_has_no_labels(space: tuple[int, ...]) -> None:
+    labels = torch.zeros(0, *space, dtype=torch.int64)
+    cells = tuple(side // 2 for side in space)
+    assert udakit.downscale_labels(labels, 2, num_classes=3).shape == (0, *cells)
+    assert udakit.resize_labels(labels, cells).shape == (0, *cells)
+
+
+@each_space
 def test_resize_labels_is_nearest_interpolation(space: tuple[int, ...]) -> None:
     labels = draw_labels(space, ignored=0)
     for size in [tuple(2 * side for side in space), tuple(max(side - 1, 1) for side in space), (5,) * len(space)]:
@@ -149,3 +157,53 @@ def test_unlike_dimensions_are_refused() -> None:
         udakit.kd_loss(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4), resize="student")
     with pytest.raises(ValueError, match="the batch and size of `features`"):
         udakit.ProjectedFeatureLoss(3, 3, resize="student")(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4))
+
+
+def inside(at: tuple[int, ...], space: tuple[int, ...]) -> bool:
+    return all(0 <= i < side for i, side in zip(at, space, strict=True))
+
+
+@each_space
+def test_mirror_view(space: tuple[int, ...]) -> None:
+    images = torch.randn(2, 3, *space, generator=torch.Generator().manual_seed(0))
+    for axis in range(len(space)):
+        expected = torch.empty_like(images)
+        for at in itertools.product(*map(range, space)):
+            there = tuple(space[i] - 1 - x if i == axis else x for i, x in enumerate(at))
+            expected[(..., *at)] = images[(..., *there)]
+        for name in (axis + 2, axis - len(space)):
+            view = udakit.mirror_view(name)
+            assert torch.equal(view.transform(images), expected)
+            assert torch.equal(view.inverse(expected), images)  # type: ignore[arg-type]
+
+
+@each_space
+def test_shift_view(space: tuple[int, ...]) -> None:
+    images = torch.randn(2, 3, *space, generator=torch.Generator().manual_seed(0))
+    steps = (1, -2, 3)[: len(space)]
+    view = udakit.shift_view(steps)
+    moved = view.transform(images)
+    back, kept = view.inverse(moved)  # type: ignore[misc]
+    for at in itertools.product(*map(range, space)):
+        source = tuple(min(max(x - s, 0), side - 1) for x, s, side in zip(at, steps, space, strict=True))
+        assert torch.equal(moved[(..., *at)], images[(..., *source)])
+        known = inside(tuple(x + s for x, s in zip(at, steps, strict=True)), space)
+        assert bool(kept[(..., *at)].all()) == bool(kept[(..., *at)].any()) == known
+        assert not known or torch.equal(back[(..., *at)], images[(..., *at)])
+
+
+@each_space
+def test_crop_view(space: tuple[int, ...]) -> None:
+    images = torch.randn(2, 3, *space, generator=torch.Generator().manual_seed(0))
+    margin = ((1, 2), (0, 1), (2, 0))[: len(space)]
+    left = [side - before - after for side, (before, after) in zip(space, margin, strict=True)]
+    view = udakit.crop_view(margin)
+    cut = view.transform(images)
+    back, kept = view.inverse(cut)  # type: ignore[misc]
+    assert cut.shape[2:] == tuple(left)
+    for at in itertools.product(*map(range, space)):
+        place = tuple(x - before for x, (before, _) in zip(at, margin, strict=True))
+        known = inside(place, tuple(left))
+        assert bool(kept[(..., *at)].all()) == bool(kept[(..., *at)].any()) == known
+        assert not known or torch.equal(back[(..., *at)], images[(..., *at)])
+        assert not known or torch.equal(cut[(..., *place)], images[(..., *at)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from contract.checks import NoHostRead, needs_fake_cuda
-from udakit import EMATeacher, FeatureTap, keep_statistics, unwrap_model
+from udakit import EMATeacher, FeatureTap, draw_box_mask, keep_statistics, unwrap_model
 
 
 def make_net(seed: int = 0) -> nn.Sequential:
@@ -454,6 +455,23 @@ def test_loading_leaves_the_students_frozen_tensors_alone() -> None:
     assert not any(p.requires_grad for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_into_the_averaged_net_leaves_the_student_alone(assign: bool) -> None:
+    net = make_net()
+    net[0].requires_grad_(False)
+    teacher = EMATeacher(net, share_frozen=True)
+    before = net[0].weight.clone()
+    teacher.module.load_state_dict({name: x + 1 for name, x in state(teacher.module).items()}, assign=assign)
+    assert torch.equal(net[0].weight, before)
+    torch.testing.assert_close(teacher.module[0].weight, before + 1)
+
+
+def test_no_net_is_averaged_into_itself() -> None:
+    teacher = EMATeacher(make_net())
+    with pytest.raises(ValueError, match=r"`model` to be the student, but got the averaged net itself"):
+        teacher.update(teacher.module)
+
+
 # --- state, copies, devices --------------------------------------------------------------------------------------
 
 
@@ -511,6 +529,25 @@ def test_assigned_checkpoints_keep_their_precision(dtype: torch.dtype) -> None:
         teacher.float().module[0].weight - start, torch.full_like(start, 1 - 0.9**10), atol=0.02, rtol=0
     )
     assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_an_assigned_checkpoint_of_a_half_precision_teacher() -> None:
+    """With its float32 copies: the net stays in half precision, and the digits come along."""
+    source, teacher = EMATeacher(make_net(3).bfloat16()), EMATeacher(make_net().bfloat16())
+    for master in source.masters.buffers():
+        master.add_(1e-4)
+    saved = {name: x.clone() for name, x in source.state_dict().items()}
+    teacher.load_state_dict(saved, assign=True)
+    assert {x.dtype for x in teacher.module.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(x, saved[name]) for name, x in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(("device", "error"), [("gpu", ValueError), (3.5, TypeError), (True, TypeError)])
+def test_a_device_that_is_none(device: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"Expected `device` to be a .*device"):
+        EMATeacher(make_net(), device=device)
+    with pytest.raises(error, match=r"Expected `device` to be a .*device"):
+        draw_box_mask(2, (4, 4), device=device)
 
 
 def test_the_average_may_live_on_another_device() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.hooks import RemovableHandle
 
-from udakit._checks import check_option, kind_of, net_logits
+from udakit._checks import check_option, is_integer, kind_of, net_logits
 from udakit.teachers import unwrap_model
 
 __all__ = ["FeatureTap"]
@@ -67,6 +67,8 @@ class FeatureTap:
         self.model = model
         self.layer = layer
         self.when: When = when
+        if not isinstance(index, str) and not is_integer(index):
+            raise TypeError(f"Expected `index` to be an integer or a name, but got {kind_of(index)}.")
         self.index = index
         self._module = _find(model, layer)
         self._handle: RemovableHandle | None = None

@@ -91,6 +91,8 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_shar
         (False, True)
     """
     check_range("source_share", source_share, 0.0, 1.0)
+    if isinstance(batches, Tensor):
+        raise TypeError(f"Expected `batches` to be an iterable of batches, but got {kind_of(batches)}. Pass [images].")
     adapted = copy_net(model)
     norms = [m for m in adapted.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:

@@ -768,7 +768,8 @@ def wrong_options(op: Operation) -> None:
     base = ex.call()
     public = getattr(udakit, op.name.partition("[")[0], None)
     if inspect.isfunction(public):
-        refused += _refuse_options(op, _option_names(public), base, lambda call: call.run(public))
+        given = Call((), {}, base.options) if op.makes else base
+        refused += _refuse_options(op, _option_names(public), given, lambda call: call.run(public))
     if op.module is not None and ("module" not in op.exempt or public is op.module):
         options = op.module_options(ex.call()) if op.module_options else ex.call().options
         accepted = {k: v for k, v in options.items() if k in inspect.signature(op.module.__init__).parameters}

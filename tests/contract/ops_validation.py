@@ -18,7 +18,7 @@ STATE_ROLES = ("class_values", "scalar", "scalar", "class_values", "other", "sca
 def _take_in(scores: udakit.LabelFreeScores, logits: Tensor, valid: Tensor | None) -> tuple[Tensor, ...]:
     scores.reset()  # a benchmark calls the same Module again
     scores.update(logits, valid=valid)
-    scores.update(logits.flip(-1))
+    scores.update(2 * logits, valid=valid)
     return *(getattr(scores, name).float() for name in STATE), scores.class_share.float()
 
 
@@ -50,7 +50,7 @@ def _view(make: Callable[..., udakit.View]) -> Callable[..., Any]:
     return apply
 
 
-def _view_entry(make: Callable[..., udakit.View], output: Any, exempt: dict[str, str], **options: Any) -> Operation:
+def _view_entry(make: Callable[..., udakit.View], output: Any, **options: Any) -> Operation:
     return Operation(
         make.__name__,
         lambda s: Call((s.images(),), {}, options),
@@ -58,11 +58,15 @@ def _view_entry(make: Callable[..., udakit.View], output: Any, exempt: dict[str,
         kind="map",
         grad=(),
         output=output,
-        exempt={"module": "it makes two functions", **exempt},
+        space="two" if make is udakit.rotation_view else f"test_space.py::test_{make.__name__}",
+        covers=("View",) if make is udakit.rotation_view else (),
+        makes=True,
+        exempt={"module": "it makes two functions"},
     )
 
 
 VIEWED = ("images", "images", "valid")
+BACKGROUND = {"background": (1.5, "0", -1, 99, True)}
 NO_STATE = {"module": "a function of a net, with no state of its own"}
 
 
@@ -115,6 +119,7 @@ OPERATIONS = [
         kind="map",
         grad=(),
         output="batch_values",
+        wrong=BACKGROUND,
     ),
     Operation(
         "consistency_score[background]",
@@ -124,6 +129,7 @@ OPERATIONS = [
         module_options=lambda call: {"num_classes": call.args[0].shape[1], **call.options},
         kind="map",
         grad=(),
+        wrong=BACKGROUND,
         exempt={
             "class_permutation": "the background is an option and keeps its id",
             "extreme_values": "a batch of background alone is NaN, as documented: there is nothing to compare",
@@ -136,6 +142,8 @@ OPERATIONS = [
         kind="map",
         grad=(),
         output="batch_values",
+        space="none",
+        wrong=BACKGROUND,
         exempt=NO_STATE,
     ),
     Operation(
@@ -145,27 +153,21 @@ OPERATIONS = [
         kind="map",
         grad=(),
         output="batch_values",
+        space="none",
+        wrong={**BACKGROUND, "axis": (1.5, "1", None, True, 0, 1, 9)},
         exempt=NO_STATE,
     ),
-    _view_entry(udakit.mirror_view, ("images", "images"), {}, axis=-2),
-    _view_entry(udakit.shift_view, VIEWED, {}, offset=(1, -2)),
-    _view_entry(udakit.crop_view, VIEWED, {}, margin=((1, 2), (0, 3))),
-    Operation(
-        "rotation_view",
-        lambda s: Call((s.images(),), {}, {"degrees": 10.0}),
-        _view(udakit.rotation_view),
-        kind="map",
-        grad=(),
-        output=VIEWED,
-        covers=("View",),
-        exempt={"module": "it makes two functions"},
-    ),
+    _view_entry(udakit.mirror_view, ("images", "images"), axis=-2),
+    _view_entry(udakit.shift_view, VIEWED, offset=(1, -2)),
+    _view_entry(udakit.crop_view, VIEWED, margin=((1, 2), (0, 3))),
+    _view_entry(udakit.rotation_view, VIEWED, degrees=10.0),
     Operation(
         "ensemble_agreement",
         _candidates,
         udakit.ensemble_agreement,
         udakit.EnsembleAgreement,
         module_options=lambda call: {"candidates": len(call.args[0])},
+        wrong={"probabilities": (3, "p", None, []), "candidates": (0, -1, 2.5, "3", None, True)},
         covers=("EnsembleAgreement",),
         kind="map",
         grad=(),

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-
-from contract.temporary import TEMPORARY
 
 FAMILIES = (
     "losses",
@@ -184,6 +182,7 @@ class Operation:
         in one, two and three dimensions.
     wrong: options of the function or Module to values that they must refuse, beside or in place of those of
         `wrong_options.py`; an empty tuple leaves the option out, with the reason in a comment.
+    makes: whether the public function takes the options alone, and what it returns takes the tensors.
     output: the role of the output (or of each tensor of a tuple, in order; None and nesting are left out), for the
         permutation checks. "other" is not compared.
     exempt: name of a check, or "<check>.<part>" (see PARTS), to the reason why it cannot apply.
@@ -204,6 +203,7 @@ class Operation:
     output: Role | tuple[Role, ...] = "scalar"
     space: str = "pixel"
     wrong: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    makes: bool = False
     exempt: dict[str, str] = field(default_factory=dict)
     # The inductor backend takes seconds each: a handful of operations ask for it.
     inductor: bool = False
@@ -215,6 +215,4 @@ def all_operations() -> tuple[Operation, ...]:
     operations: list[Operation] = []
     for family in FAMILIES:
         operations += importlib.import_module(f"contract.ops_{family}").OPERATIONS
-    return tuple(
-        replace(op, exempt={**TEMPORARY[op.name], **op.exempt}) if op.name in TEMPORARY else op for op in operations
-    )
+    return tuple(operations)

@@ -131,4 +131,13 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "divisor": COUNT,
     "box": (4, "8", (0, 4), torch.zeros(2, 2)),
     "source_share": SHARE,
+    # scores without labels
+    "samples": (-1, 2.5, "3", None, True),
+    "transform": CALLABLE,
+    "inverse": CALLABLE,
+    "axis": (1.5, "1", None, True),
+    "offset": (1, (1.5, 2), ("1", 2), None, "12"),
+    "margin": (1, (1, 1), ((1,), (0, 1)), ((-1, 0), (0, 1)), ((1.5, 0), (0, 1)), None),
+    "degrees": (200.0, NAN, INF, "1", None, True),
+    "temperature_range": (2.0, (1.0,), (0.0, 1.0), (2.0, 1.0), (NAN, 1.0), (0.5, INF), ("0", 1.0), None),
 }

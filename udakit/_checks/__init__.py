@@ -3,7 +3,7 @@
 "Expected `name` to be ..., but got ....", and a sentence that says what to do where the usual cause is known.
 """
 
-from udakit._checks.devices import check_device, check_generator, draw_device
+from udakit._checks.devices import as_device, check_device, check_generator, draw_device
 from udakit._checks.form import is_integer, is_sequence, kind_of, shape_of, space_form
 from udakit._checks.maps import (
     axis_hint,
@@ -33,6 +33,7 @@ from udakit._checks.options import (
 from udakit._checks.tensors import check_float, check_per_class, check_same_shape, check_tensor, check_weight_option
 
 __all__ = [
+    "as_device",
     "axis_hint",
     "check_callable",
     "check_confidence",

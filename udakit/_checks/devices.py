@@ -17,11 +17,21 @@ def check_device(name: str, x: Tensor, reference: Tensor, reference_name: str) -
         )
 
 
+def as_device(device: object) -> torch.device:
+    """The device that an option names; raise where it names none."""
+    try:
+        if isinstance(device, str | int | torch.device) and not isinstance(device, bool):
+            return torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"Expected `device` to be a device such as 'cpu' or 'cuda:0', but got {device!r}.") from error
+    raise TypeError(f"Expected `device` to be a torch.device or its name, but got {kind_of(device)}.")
+
+
 def draw_device(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device:
     """Where random numbers are drawn: on `device`, by default that of the generator, else the CPU."""
     if device is None:
         device = torch.device("cpu") if generator is None else generator.device
-    device = torch.device(device)
+    device = as_device(device)
     check_generator(generator, device)
     return device
 

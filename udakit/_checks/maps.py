@@ -180,6 +180,9 @@ def _map_hint(
 ) -> str:
     if channels and x.ndim == reference.ndim - 1 and x.shape == reference.shape[:-1]:
         return f" `{reference_name}` has its channels last: .movedim(-1, 1) brings them to axis 1."
+    if channels and x.shape == reference.shape:
+        one = " and udakit.binary_logits makes two classes of them" if "logits" in reference_name else ""
+        return f" The channel axis of `{reference_name}` comes by .unsqueeze(1){one}."
     if (channels and x.ndim < 5 and x.shape[1:] == reference.shape[1:]) or x.shape == reference.shape[1:]:
         return f" One image's `{reference_name}` becomes a batch by .unsqueeze(0)."
     if x.ndim == len(shape) and x.shape[0] == shape[0]:

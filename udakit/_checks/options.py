@@ -113,15 +113,14 @@ def check_numbers(name: str, values: Any, count: int, form: str, *, low: float =
         check_range(name, value, low, **ends)
 
 
-def check_size(name: str, size: Any, spatial: int = 2, *, of: str = "") -> None:
+def check_size(name: str, size: Any, spatial: int = 2, *, of: str = "", hint: str = "") -> None:
     """Raise unless `size` has a positive integer for each spatial axis, as (height, width); `of` says whose."""
     form, numbers_of = _SIZES[spatial]
     if not is_sequence(size) or len(size) != spatial or not all(is_integer(side) and side >= 1 for side in size):
-        hint = ""
         if is_integer(size) and size >= 1:
             hint = f" One side for all axes is {(size,) * spatial}." if spatial != 2 else ""
             hint = hint or f" A square of that side is ({size}, {size})."
-        elif isinstance(size, torch.Size):
+        elif isinstance(size, torch.Size) and not hint:
             hint = " The last two of a shape are .shape[-2:]." if spatial == 2 else " A map's are .shape[2:]."
         raise ValueError(f"Expected `{name}` to be {form}, {numbers_of}{of}, but got {brief(size)}.{hint}")
 

@@ -10,12 +10,14 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from udakit._checks import (
+    axis_hint,
     check_ignore_index,
     check_integer,
     check_label_map,
     check_range,
     check_size,
     check_spatial,
+    is_sequence,
     shape_of,
 )
 from udakit._reduce import class_ids
@@ -65,15 +67,15 @@ def downscale_labels(
         check_range("ignore_index", ignore_index, 0, 255)
     n, *space = labels.shape
     if any(side % factor for side in space):
+        hint = axis_hint(labels) if labels.shape[1] == 1 else f" Crop or pad to a multiple of {factor}."
         raise ValueError(
-            f"Expected `labels` to have sides that `factor` {factor} divides, but got {shape_of(labels)}. "
-            f"Crop or pad to a multiple of {factor}."
+            f"Expected `labels` to have sides that `factor` {factor} divides, but got {shape_of(labels)}.{hint}"
         )
     cells = [side // factor for side in space]
     axes = len(space)
     split = labels.reshape(n, *(part for side in cells for part in (side, factor)))
     inside, between = range(2, 2 * axes + 1, 2), range(1, 2 * axes, 2)
-    ids = class_ids(split.permute(0, *inside, *between).reshape(n, -1, *cells), num_classes, ignore_index)
+    ids = class_ids(split.permute(0, *inside, *between).reshape(n, factor**axes, *cells), num_classes, ignore_index)
     counts = ids.new_zeros((n, num_classes + 1, *cells), dtype=torch.int32)
     counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.int32))
     winner = counts.argmax(dim=1)  # the first of equals: the lowest id, and ignored pixels last
@@ -107,7 +109,9 @@ def resize_labels(labels: Integer[Tensor, "n *space"], size: Sequence[int]) -> I
     """
     check_integer_labels(labels)
     check_spatial("labels", labels)
-    check_size("size", size, labels.ndim - 1, of=f" for `labels` {shape_of(labels)}")
+    single = is_sequence(size) and len(size) == labels.ndim
+    hint = " A single one becomes a batch by .unsqueeze(0)." if single else ""
+    check_size("size", size, labels.ndim - 1, of=f" for `labels` {shape_of(labels)}", hint=hint)
     for axis, new in enumerate(size, 1):
         labels = labels.index_select(axis, _nearest(labels, axis, new))
     return labels

@@ -137,9 +137,12 @@ def check_logits_pair(student_logits: Tensor, teacher_logits: Tensor, teacher_ki
     check_scores("student_logits", student_logits)
     check_scores("teacher_logits", teacher_logits, teacher_kind)
     if student_logits.ndim != teacher_logits.ndim or student_logits.shape[:2] != teacher_logits.shape[:2]:
+        hint = ""
+        if teacher_logits.movedim(-1, 1).shape[:2] == student_logits.shape[:2]:
+            hint = " It has its channels last: .movedim(-1, 1) brings them to axis 1."
         raise ValueError(
             f"Expected `teacher_logits` to have the N and C of `student_logits` {shape_of(student_logits)}, "
-            f"and as many axes, but got {shape_of(teacher_logits)}."
+            f"and as many axes, but got {shape_of(teacher_logits)}.{hint}"
         )
     check_device("teacher_logits", teacher_logits, student_logits, "student_logits")
 

@@ -119,7 +119,7 @@ class ClassDistributions(FullPrecisionState):
         # A second pass: the mean of squares less the squared mean would lose every digit of a narrow class.
         ids = class_ids(labels, self.num_classes, self.ignore_index).flatten(1)
         centre = torch.cat([means, means.new_zeros(1, self.dim)])[ids].transpose(1, 2)
-        square = (features.flatten(2) - centre).square_().unflatten(2, labels.shape[1:])
+        square = (features.flatten(2) - centre).square_().view(features.shape)
         deviations, _ = class_sums(square, labels, self.num_classes, self.ignore_index)
         return means.float(), deviations.sum(0).float(), counts
 

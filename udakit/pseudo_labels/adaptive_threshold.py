@@ -30,7 +30,10 @@ def check_class_scores(logits: Tensor, kind: Kind, num_classes: int) -> None:
 
 
 def batch_shares(probabilities: Tensor, valid: Tensor | None, *, sync: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of the largest probability (), mean probability of each class (C,), and pixels (), over the valid pixels."""
+    """Mean of the largest probability (), mean probability of each class (C,), and pixels (), over the valid pixels.
+
+    A NaN at one of them would stay in a moving average for good: such a batch counts no pixel.
+    """
     p = upcast(probabilities)
     spatial = (0, *range(2, p.ndim))
     if valid is None:
@@ -43,8 +46,9 @@ def batch_shares(probabilities: Tensor, valid: Tensor | None, *, sync: bool) -> 
     if sync:
         sums, count = (x.sum(0) for x in gather_ranks(sums, count.view(1)))
         count = count.squeeze(0)
-    mean = sums / count.clamp_min(1)
-    return mean[0], mean[1:], count
+    sound = sums.isfinite().all()
+    mean = torch.where(sound, sums / count.clamp_min(1), 0)
+    return mean[0], mean[1:], count * sound
 
 
 class AdaptiveThresholdSelector(FullPrecisionState, Selector):
@@ -54,7 +58,8 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
     q_c \leftarrow m\,q_c + (1 - m)\,\overline{p_c}, \qquad \tau_c = \tau\,\frac{q_c}{\max_k q_k}$$
 
     **Convention.** Detached. In training mode a call first takes the `valid` pixels of its batch into both averages,
-    then selects; in eval mode the stored thresholds select. A batch without valid pixels changes nothing. Both
+    then selects; in eval mode the stored thresholds select. A batch without valid pixels, or with a NaN at one,
+    changes nothing. Both
     averages start at 1/C, so that nearly everything is kept at first: m = 0.999 is meant for some 40k steps, and a run
     of a few hundred steps needs 0.99 or less. Here `momentum` weighs the *old* value. With `sync` the sums of all ranks
     are merged, within 1e-6 of one process on the global batch; without a process group there is one rank.

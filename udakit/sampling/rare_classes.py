@@ -104,6 +104,8 @@ class RareClassSampler(Sampler[int]):
             raise ValueError(
                 f"Expected `class_pixels` to be (images, C), but got {shape_of(counts)}. count_classes makes it."
             )
+        if not bool((counts >= 0).all()):
+            raise ValueError("Expected `class_pixels` to be counts of pixels, 0 at least, but got others.")
         if not bool((counts > 0).any()):
             raise ValueError("Expected `class_pixels` to count a pixel of some class, but got only zeros.")
         if isinstance(min_pixels, float) and min_pixels < 1:

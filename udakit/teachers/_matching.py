@@ -50,6 +50,16 @@ def check_match(
         )
 
 
+def check_apart(own: Mapping[str, Tensor], student: Mapping[str, Tensor], *, shared: Collection[str]) -> None:
+    """Raise where the averaged net would be averaged into itself: such an update would silently do nothing."""
+    common = [name for name, x in own.items() if name not in shared and x is student[name]]
+    if common:
+        raise ValueError(
+            "Expected `model` to be the student, but got the averaged net itself, or a net that shares with it: "
+            f"{_first(common)}."
+        )
+
+
 def local(x: Tensor) -> Tensor:
     """The part of a sharded tensor (DTensor) that is on this rank; any other tensor is whole."""
     part: Tensor = x.to_local() if hasattr(x, "to_local") else x

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from udakit._checks import check_flag, check_integer, check_option, check_range, kind_of
+from udakit._checks import as_device, check_flag, check_integer, check_option, check_range, kind_of
 from udakit._state import FullPrecisionState
-from udakit.teachers._matching import check_match, local, shards
+from udakit.teachers._matching import check_apart, check_match, local, shards
 from udakit.teachers.copying import computed_buffers, copy_sharing
 from udakit.teachers.statistics import recording, set_recording
 from udakit.teachers.unwrap import Average, named_state, unwrap_model
@@ -104,6 +105,7 @@ class EMATeacher(Average):
         check_option("mode", mode, TEACHER_MODES)
         check_flag("warmup", warmup)
         check_flag("share_frozen", share_frozen)
+        device = None if device is None else as_device(device)
         self.decay = decay
         self.warmup = warmup
         self.buffers_policy: Buffers = buffers
@@ -119,6 +121,7 @@ class EMATeacher(Average):
         else:
             self.module = _take(module, inner, self._shared).to(device)
         self.module.requires_grad_(False)
+        _own_when_loaded(self.module, self._shared)
         self._apart = device is not None
         self._computed = dict.fromkeys(computed_buffers(self.module))
         # Where no layer averages cumulatively by itself, one that does is being estimated anew (`update_bn`).
@@ -149,6 +152,7 @@ class EMATeacher(Average):
         if self._shared:  # a copy of this teacher has tensors of its own
             self._shared = {name: None for name in self._shared if mine[name] is student.get(name, mine[name])}
         check_match(mine, student, shared=self._shared, apart=self._apart)
+        check_apart(mine, student, shared=self._shared)
         if step is not None:
             check_integer("step", step, 0)
             self.step.fill_(step)
@@ -254,25 +258,18 @@ class EMATeacher(Average):
         self._make_masters()
         return self
 
-    def _keep_from(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Load no other values into what is the student's: such a parameter becomes the teacher's own."""
-        for name, x, _ in list(named_state(self.module)):
-            loaded = state_dict.get(prefix + name) if name in self._shared else None
-            if loaded is not None and not (loaded.shape == x.shape and torch.equal(loaded.to(x), x)):
-                _put(self.module, name, nn.Parameter(x.detach().clone(), requires_grad=False))
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take a checkpoint of a teacher of another precision, too: with or without float32 copies."""
         held = f"{prefix}masters."
         copies = {key: state_dict.pop(key) for key in [*state_dict] if key.startswith(held)}
-        self._keep_from(state_dict, f"{prefix}module.")
-        names = {
-            f"{held}{_key(name)}": f"{prefix}module.{name}" for name, _, _ in self._policies(named_state(self.module))
-        }
-        state_dict.update({name: copies[key] for key, name in names.items() if key in copies})
-        for key, name in names.items():
-            if key.removeprefix(held) in self.masters._buffers and name in state_dict:
-                state_dict[key] = state_dict[name]
+        assign = args[0].get("assign_to_params_buffers", False)
+        for name, x, _ in self._policies(named_state(self.module)):
+            key, loaded = f"{held}{_key(name)}", f"{prefix}module.{name}"
+            digits = copies.get(key, state_dict.get(loaded))
+            if key in copies and not (assign and x.dtype in _HALF):  # an assigned net keeps its precision
+                state_dict[loaded] = digits
+            if _key(name) in self.masters._buffers and digits is not None:
+                state_dict[key] = digits
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -298,11 +295,34 @@ def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Modu
     return module
 
 
-def _put(module: nn.Module, name: str, parameter: Tensor) -> None:
-    *path, leaf = name.split(".")
-    for step in path:
+def _own_when_loaded(model: nn.Module, shared: Iterable[str]) -> None:
+    """Load no other values into what is the student's: such a parameter becomes the teacher's own."""
+    leaves: dict[str, list[str]] = {}
+    for name in shared:
+        path, _, leaf = name.rpartition(".")
+        leaves.setdefault(path, []).append(leaf)
+    for path, names in leaves.items():
+        _at(model, path).register_load_state_dict_pre_hook(partial(_make_own, names))  # type: ignore[no-untyped-call]
+
+
+def _make_own(
+    names: list[str], module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *args: object
+) -> None:
+    for name in names:
+        x, loaded = module._parameters[name], state_dict.get(prefix + name)
+        if x is not None and loaded is not None and not (loaded.shape == x.shape and torch.equal(loaded.to(x), x)):
+            module._parameters[name] = nn.Parameter(x.detach().clone(), requires_grad=False)
+
+
+def _at(module: nn.Module, path: str) -> nn.Module:
+    for step in path.split(".") if path else ():
         module = unwrap_model(module._modules[step])  # type: ignore[arg-type]
-    module._parameters[leaf] = parameter  # type: ignore[assignment]
+    return module
+
+
+def _put(module: nn.Module, name: str, parameter: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    _at(module, path)._parameters[leaf] = parameter  # type: ignore[assignment]
 
 
 def _is_fsdp(module: nn.Module) -> bool:

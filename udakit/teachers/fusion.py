@@ -109,7 +109,7 @@ def teacher_agreement(
         >>> teacher_agreement([a, b])
         tensor([[[ True, False]]])
     """
-    return _agree(_teacher_maps(logits, size, "probabilities"))
+    return _agree(_teacher_maps(logits, size, None))
 
 
 def _agree(maps: list[Tensor]) -> Tensor:
@@ -120,8 +120,10 @@ def _agree(maps: list[Tensor]) -> Tensor:
     return agree
 
 
-def _teacher_maps(logits: Sequence[Tensor], size: Sequence[int] | None, kind: str) -> list[Tensor]:
-    check_option("kind", kind, KINDS)
+def _teacher_maps(logits: Sequence[Tensor], size: Sequence[int] | None, kind: str | None) -> list[Tensor]:
+    """Maps of one size, as probabilities; with `kind=None` as they are, of which only the arg-max matters."""
+    if kind is not None:
+        check_option("kind", kind, KINDS)
     if not is_sequence(logits) or not len(logits):
         given = "an empty one" if is_sequence(logits) else kind_of(logits)
         raise ValueError(
@@ -130,7 +132,7 @@ def _teacher_maps(logits: Sequence[Tensor], size: Sequence[int] | None, kind: st
         )
     outputs = [net_logits(x) if isinstance(x, Mapping) or hasattr(x, "logits") else x for x in logits]
     for k, x in enumerate(outputs):
-        check_scores(f"logits[{k}]", x, kind)
+        check_scores(f"logits[{k}]", x, kind or "logits")
     first = outputs[0]
     if size is not None:
         check_size("size", size, first.ndim - 2)

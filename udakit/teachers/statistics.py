@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from udakit.teachers.unwrap import unwrap_model
+
 __all__ = ["keep_statistics"]
 
 
@@ -29,7 +31,7 @@ def keep_statistics(model: nn.Module) -> Iterator[None]:
         >>> student.running_mean, int(student.num_batches_tracked)
         (tensor([0., 0., 0.]), 0)
     """
-    norms = recording(model)
+    norms = recording(unwrap_model(model))
     try:
         set_recording(norms, False)
         yield
