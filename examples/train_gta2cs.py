@@ -37,15 +37,18 @@ from rich.markup import escape
 from rich.progress import track
 
 from gta2cs import report
+from gta2cs.checking import nothing_opened
 from gta2cs.choosing import CHOSEN, Choosing, check_select, chosen_net, resume_choice
 from gta2cs.config import Config, DataConfig, NetConfig, Stage, parse, plain
 from gta2cs.datasets import Pair, build_pair, check_data
 from gta2cs.evaluation import Score, with_bn_statistics
 from gta2cs.files import WriteError
+from gta2cs.label_free import NoScoreError
 from gta2cs.loading import Batch, StepData, sample_generator, step_loader
 from gta2cs.observers import LossLog, Observer, ProgressLine, Saving, Scoring, score_on_target
-from gta2cs.pretrained import load_init
+from gta2cs.pretrained import WeightsError, load_init
 from gta2cs.recipes import RECIPES, Draws, Losses, Preparation, Recipe
+from gta2cs.recipes.self_training import LEARNED
 from gta2cs.run_folder import clear_folder, own_folder
 from gta2cs.stage import Run, StageState
 from gta2cs.summary import write_report
@@ -84,8 +87,8 @@ def train_stage(
                     observer(state, losses)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(state.where()) from None
-        except WriteError as error:
-            raise WriteError(f"{error} {state.where()}") from None
+        except (WriteError, FloatingPointError, NoScoreError) as error:
+            raise type(error)(f"{error} {state.where()}") from None
     return state.recipe, state.history
 
 
@@ -226,7 +229,10 @@ def main(config: Config) -> dict[str, Score]:
     """Train every stage, then write the report. Returns the table's rows."""
     check_stages(config)
     if config.check_data:
-        found = check_data(open_pair(config))
+        try:
+            found = check_data(open_pair(config))
+        except (OSError, ValueError) as error:  # no folder, an option that cannot be: still a report
+            found = nothing_opened(error)
         console.print(found)
         sys.exit(0 if found.ok else 1)
     accelerator = make_accelerator(config)
@@ -288,8 +294,22 @@ def check_stages(config: Config) -> None:
     for stage in config.stages:
         if stage.recipe not in RECIPES:
             raise ValueError(f"Expected `recipe` to be one of {sorted(RECIPES)}, but got {stage.recipe!r}.")
-        RECIPES[stage.recipe].parse(stage.options)
+        options = RECIPES[stage.recipe].parse(stage.options)
+        if config.data.channels != 3 and asks_for(options, "translate", LEARNED):
+            raise ValueError(
+                f"Expected `translate` of {stage.recipe} to be color, fourier, histogram or none for `data.channels` "
+                f"{config.data.channels}, but got {LEARNED!r}: the learned translator takes images of three channels."
+            )
     check_select(config)
+
+
+def asks_for(options: Any, key: str, value: object) -> bool:
+    """Whether options, or options inside them, have this value."""
+    if dataclasses.is_dataclass(options):
+        options = vars(options)
+    if not isinstance(options, dict):
+        return False
+    return options.get(key) == value or any(asks_for(inner, key, value) for inner in options.values())
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -328,7 +348,7 @@ def command() -> int:
         main(parse())
     except KeyboardInterrupt as stop:
         said, status = str(stop) or "Stopped before the first step.", 130
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError, WeightsError) as error:
         if not str(error).startswith(("Expected", "Cannot")):  # not of ours: a trace is wanted
             raise
         said, status = str(error), 2

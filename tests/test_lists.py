@@ -84,6 +84,15 @@ def test_the_check_reports_the_faults_of_a_list_and_goes_on(tmp_path: Path) -> N
     assert check_data(folder(root, "train", TWO, strict=False).unlabelled()).problems.keys() == {"missing", "list"}
 
 
+@pytest.mark.parametrize("text", [b"\n", b"\xff\xfea\0"])
+def test_the_check_looks_at_all_images_where_a_list_names_none(tmp_path: Path, text: bytes) -> None:
+    root = make_folder(tmp_path, "a.png", "b.png")
+    assert listed(root, text, strict=False) == ["a", "b"]
+    report = check_data(folder(root, "train", TWO, strict=False).unlabelled())
+    assert str(root / "train.txt") in report.problems["list"][0]
+    assert report.rows[0][1] == 2
+
+
 def test_two_images_or_two_labels_of_one_name_are_refused(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", "a.png", "a.jpg")
     with pytest.raises(ValueError, match=r"one file a name, but found .*a\.jpg and .*a\.png: which one is 'a'"):

@@ -137,6 +137,46 @@ def test_a_refused_resume_changes_nothing_and_a_new_run_leaves_no_old_stage(tmp_
     assert not (tmp_path / "stage2_source_only" / "last.pt").exists()
 
 
+@pytest.mark.parametrize(
+    "stage",
+    [
+        train_gta2cs.Stage("diga", options={"translate": "learned"}),
+        train_gta2cs.Stage("combined", options={"candidates": {"one": {"translate": "learned"}}}),
+    ],
+    ids=lambda stage: stage.recipe,
+)
+def test_a_learned_translator_wants_three_channels(tmp_path, stage):
+    config = tiny_config(tmp_path / "out", stage)
+    config.data.channels = 1
+    with pytest.raises(ValueError, match=r"`translate` of (diga|combined) .* `data\.channels` 1, but got 'learned'"):
+        train_gta2cs.main(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scheduler_s_sigterm_ends_a_run_as_ctrl_c_does(monkeypatch, capsys):
+    def stopped(config):
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("nothing stopped")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(train_gta2cs, "parse", lambda: None)
+    monkeypatch.setattr(train_gta2cs, "main", stopped)
+    try:
+        assert train_gta2cs.command() == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "Stopped before the first step.\n"
+
+
+def test_a_check_of_folders_that_are_not_there_is_a_report(tmp_path, capsys):
+    config = tiny_config(tmp_path / "out", train_gta2cs.Stage("source_only"), check_data=True)
+    config.data = train_gta2cs.DataConfig(pair="folder", data_root=tmp_path / "none")
+    with pytest.raises(SystemExit) as ended:
+        train_gta2cs.main(config)
+    assert ended.value.code == 1
+    assert "refused: Expected a folder" in capsys.readouterr().out
+
+
 def test_options_that_a_method_fixes_are_refused():
     with pytest.raises(ValueError, match=r"options of recipe Ehtdi .* but got 'augment_mixed'"):
         RECIPES["ehtdi"].parse({"augment_mixed": False})

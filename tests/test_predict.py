@@ -74,6 +74,13 @@ def images(tmp_path) -> Path:
     return folder
 
 
+def test_a_checkpoint_names_its_classes_where_the_folders_are_gone(tmp_path):
+    history = {"scores": [], "classes": {"names": ["a", "b"], "palette": [[1, 2, 3], [4, 5, 6]]}}
+    found = Trained(tmp_path, {"data": {"pair": "folder", "data_root": str(tmp_path)}}, history, ("student",)).classes
+    assert found.names == ("a", "b")
+    assert found.palette.tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
 def run(*arguments: object) -> int:
     return predict.main(predict.parse([str(a) for a in arguments]))
 

@@ -53,6 +53,29 @@ def test_a_whole_net_of_smp(tmp_path: Path, wrap, capsys) -> None:
     assert line.count("\n") == 1
 
 
+@pytest.mark.parametrize(("there", "here"), [(5, 5), (3, 1), (3, 5)])
+def test_weights_for_images_of_other_channels(tmp_path: Path, there: int, here: int) -> None:
+    whole = smp.Unet("resnet18", encoder_weights=None, classes=5, in_channels=there).eval()
+    torch.save(whole.state_dict(), tmp_path / "net.pth")
+    net = built(weights=tmp_path / "net.pth", channels=here)
+    net.image_scale.fill_(1.0)
+    net.image_shift.zero_()
+    pixels = torch.rand(1, there, 64, 64, generator=torch.Generator().manual_seed(0))
+    seen = pixels if there == here else pixels[:, :1].expand(-1, here, -1, -1)
+    with torch.no_grad():
+        expected = whole(seen if there == here else pixels[:, :1].expand(-1, 3, -1, -1))
+        torch.testing.assert_close(net(seen).logits, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_whose_first_convolution_does_not_fit_are_refused(tmp_path: Path) -> None:
+    whole = smp.Unet("resnet18", encoder_weights=None, classes=5, in_channels=4)
+    torch.save(whole.state_dict(), tmp_path / "net.pth")
+    with pytest.raises(
+        RuntimeError, match=r"first convolution of .*net\.pth .*\(64, 4, 7, 7\) there, \(64, 3, 7, 7\) here"
+    ):
+        built(weights=tmp_path / "net.pth")
+
+
 def test_a_whole_net_of_smp_saved_as_a_folder(tmp_path: Path) -> None:
     whole = unet()
     whole.save_pretrained(tmp_path)

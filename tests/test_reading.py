@@ -101,6 +101,29 @@ def test_the_palette_may_be_the_table_of_colours(tmp_path: Path) -> None:
     assert table(tmp_path / "a.png").tolist() == ids.tolist()
 
 
+def test_an_id_that_a_stated_table_lacks_is_refused_with_the_line_that_ignores_it(tmp_path: Path) -> None:
+    listing = folder(make_folder(tmp_path), "train", TWO, ids={0: 1})
+    with pytest.raises(
+        ValueError, match=r"a\.png also holds 1\. Map them with `ids` in classes\.yaml \(`ids: \{1: 255\}`"
+    ):
+        listing.labelled()[0]
+    assert folder(tmp_path, "train", TWO, ids={0: 1, 1: 255}).labelled()[0][1].unique().tolist() == [1, 255]
+
+
+@pytest.mark.parametrize("text", [None, "names: [a, b", "names: road", "names: [a, b]\nids: {x: 0}"])
+def test_the_check_looks_at_the_files_although_classes_yaml_is_wrong(tmp_path: Path, text: str | None) -> None:
+    for domain in ("source", "target"):
+        make_folder(tmp_path / domain)
+    (tmp_path / "source" / "images" / "b.png").write_text("no image")
+    if text is not None:
+        (tmp_path / "classes.yaml").write_text(text)
+    report = check_data(build_pair("folder", data_root=tmp_path, strict=False))
+    assert "classes.yaml" in report.problems["refused"][0]
+    assert "source train: Cannot read" in report.problems["unreadable"][0]
+    assert report.lines()
+    assert [row[:2] for row in report.rows] == [("source train", 2), ("target train", 2)]
+
+
 def test_masks_of_0_and_255_are_refused_unless_a_table_says_what_255_is(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
     for name in "ab":

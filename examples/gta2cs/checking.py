@@ -130,6 +130,11 @@ class CheckReport:
         return Group(*tables, *(escape(line) for line in (*self.notes, *self.lines())))
 
 
+def nothing_opened(error: Exception) -> CheckReport:
+    """What there is to report of a pair whose folders are not even there."""
+    return CheckReport(problems={"refused": [str(error)]})
+
+
 class Mismatch(NamedTuple):
     """An image whose label has another size."""
 
@@ -145,9 +150,12 @@ def check_data(data: Pair | Labelled | Unlabelled, classes: ClassSet | None = No
     """
     report = CheckReport()
     if not isinstance(data, Labelled | Unlabelled):
-        report.names = data.classes.names
+        for what in data.problems:
+            report.add("refused", what)
+        known = None if data.problems else data.classes  # without classes any id may be one
+        report.names = () if known is None else known.names
         for name, part in data.sets().items():
-            _check_set(report, name, part, data.classes)
+            _check_set(report, name, part, known)
         if data.target_val is None:
             report.notes.append("target val: no target image has a label, so the run reports no IoU on target.")
     else:

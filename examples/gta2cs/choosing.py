@@ -17,7 +17,18 @@ from torch import nn
 
 from gta2cs.checkpoints import load_checkpoint, load_net, save_checkpoint
 from gta2cs.config import Config, plain
-from gta2cs.label_free import DEFAULT, DIRECTIONS, PRESENT, RELIABILITY, UNRELIABLE, VIEWS, LabelFree, measure, views_of
+from gta2cs.label_free import (
+    DEFAULT,
+    DIRECTIONS,
+    PRESENT,
+    RELIABILITY,
+    UNRELIABLE,
+    VIEWS,
+    LabelFree,
+    NoScoreError,
+    measure,
+    views_of,
+)
 from gta2cs.observers import score_on_target
 from gta2cs.recipes import Losses
 from gta2cs.report import cell
@@ -74,7 +85,7 @@ class Choosing:
         self.first = first_adapting(run.config)
         state.history.setdefault("label_free", [])
         if state.index == self.first and state.done == 0:
-            found = self._measure(state.recipe.student, f"The net that {state.stage.recipe} starts from")
+            found = self._measure(state.recipe.student, f"the net that {state.stage.recipe} starts from")
             state.history["source_only"] = found.to_json()
             if state.index == 0 and run.pair.target_val is not None:  # otherwise the stage before has scored it
                 state.history["source_only_truth"] = score_on_target(run, state.recipe.student).to_json()
@@ -92,7 +103,7 @@ class Choosing:
             return
         nets = state.recipe.nets()
         found = {
-            name: self._measure(net, f"The {name} of {state.stage.recipe}, step {state.done},")
+            name: self._measure(net, f"the {name} of {state.stage.recipe}, step {state.done}")
             for name, net in nets.items()
         }
         state.history["label_free"].append(
@@ -125,7 +136,7 @@ class Choosing:
                 device=run.device,
             )
         except ValueError as error:
-            raise ValueError(f"{whose} has no label-free score. {error}") from error
+            raise NoScoreError(f"Expected a label-free score of {whose}, but there is none. {error}") from error
 
     def _offer(self, recipe: str, name: str, net: nn.Module, found: LabelFree, *, step: int) -> None:
         """Take a net as the one to deploy where `select` says so."""

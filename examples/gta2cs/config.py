@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gta2cs.nets import SegNet, build_net, take_channels
+from gta2cs.nets import SegNet, build_net
 from gta2cs.options import read_options
 
 TOY = Path(__file__).parent.parent / "configs" / "dacs_toy.yaml"
@@ -84,9 +84,7 @@ class NetConfig:
     def build(self, num_classes: int, channels: int = 3, **changes: Any) -> SegNet:
         """Build the net, or one like it but for `changes`, for images of so many channels."""
         settings = {**asdict(self), **changes}
-        net = build_net(**settings.pop("options"), **settings, num_classes=num_classes)
-        take_channels(net, channels)
-        return net
+        return build_net(**settings.pop("options"), **settings, num_classes=num_classes, channels=channels)
 
 
 @dataclass

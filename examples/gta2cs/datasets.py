@@ -30,8 +30,8 @@ from gta2cs.layouts import (
     synthia,
 )
 from gta2cs.lists import read_list
-from gta2cs.reading import ImageFormat
-from gta2cs.samples import LabelFormat, Labelled, Remembered, Size, Unlabelled
+from gta2cs.reading import IGNORE, ImageFormat
+from gta2cs.samples import LabelFormat, Labelled, Remembered, Size, Unlabelled, rainbow
 from udakit.labels import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, SYNTHIA_13_CLASSES, SYNTHIA_16_CLASSES
 
 __all__ = [
@@ -125,6 +125,7 @@ class Pair:
     target_train_labelled: Callable[[], Labelled] | None = None
     source_val: Labelled | None = None
     channels: int = 3
+    problems: tuple[str, ...] = ()  # of the pair itself, kept for check_data; then `classes` are only stand-ins
 
     def preload(self) -> None:
         """Fill the caches now, with progress bars (a set without a cache is left alone)."""
@@ -207,8 +208,15 @@ def build_pair(
         for given, folders in zip((source_root, target_root), FOLDERS[name], strict=True)
     )
     own_ids: tuple[Ids, Ids] = (ids, ids)
+    problems: list[str] = []
     if name == "folder" and classes is None:
-        classes, own_ids = _folder_classes(source_folder, target_folder, data_root, ids)
+        try:
+            classes, own_ids = _folder_classes(source_folder, target_folder, data_root, ids)
+        except (OSError, ValueError) as error:
+            if strict:
+                raise
+            problems.append(str(error))
+            classes = ClassSet(tuple(map(str, range(IGNORE))), rainbow(IGNORE))
     find = _find_folders if name in SMALL else _find_synthetic if name in SYNTHETIC else _find_adverse
     found = find(name, source_folder, target_folder, classes=classes, ids=own_ids, strict=strict)
     source_published, target_published = PUBLISHED_SIZES.get(name, (None, None))
@@ -227,6 +235,7 @@ def build_pair(
         partial(found.target.labelled, **of_target, **labelled) if found.target_labels else None,
         _validation(found.source_val, **of_source, **labelled),
         channels,
+        tuple(problems),
     )
 
 
@@ -259,7 +268,11 @@ def _find_folders(
 
     def validation(root: Path) -> Listing | None:
         listed = root / "val.txt"
-        return split(root, "val") if listed.is_file() and read_list(listed) else None
+        try:
+            wanted = listed.is_file() and bool(read_list(listed))
+        except (OSError, ValueError):
+            wanted = True  # whoever opens the split says what is wrong with its list
+        return split(root, "val") if wanted else None
 
     target_train = split(target, "train")
     return _Found(

@@ -19,7 +19,7 @@ from gta2cs.checkpoints import copy_net, load_checkpoint
 from gta2cs.datasets import CITYSCAPES_19, PUBLISHED_SIZES, SMALL, SYNTHETIC, ClassSet, Pair, build_pair, load_classes
 from gta2cs.evaluation import class_probabilities
 from gta2cs.loading import normalise
-from gta2cs.nets import MIT, SegNet, build_net, take_channels
+from gta2cs.nets import MIT, SegNet, build_net
 from gta2cs.reading import ImageFormat
 from gta2cs.recipes.duda import LARGE_PAIR, DudaPre
 from gta2cs.samples import Size, rainbow, resize_image
@@ -73,7 +73,9 @@ class Trained:
         for root in roots:
             if root is not None and (found := Path(root) / "classes.yaml").is_file():
                 return load_classes(found).known
-        if not self.history["scores"]:
+        if stored := self.history.get("classes"):
+            return ClassSet(tuple(stored["names"]), np.array(stored["palette"]).clip(0, 255).astype(np.uint8))
+        if not self.history["scores"]:  # checkpoints of before they held the names
             raise ValueError(
                 f"Expected `classes` to name the classes.yaml of the pair {pair!r}: {self.path} was written before the "
                 "first evaluation, which would have told their names."
@@ -110,8 +112,9 @@ class Trained:
             options["weights"] = "random"  # all tensors come from the checkpoint, none from a package or the hub
         decoder = options.pop("options", {})  # checkpoints of before it existed have none
         with _as_it_says(self.path):
-            net = build_net(**decoder, **options, num_classes=len(self.classes.names))
-            take_channels(net, self.image_format.channels)
+            net = build_net(
+                **decoder, **options, num_classes=len(self.classes.names), channels=self.image_format.channels
+            )
         copy_net(net, self.recipe, NETS.get(name, name), self.path)
         return net.eval()  # type: ignore[return-value]
 

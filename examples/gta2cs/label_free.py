@@ -60,6 +60,10 @@ UNRELIABLE = (
 )
 
 
+class NoScoreError(ValueError):
+    """A net without a score: its logits are not finite."""
+
+
 @dataclass
 class LabelFree:
     """What one net's predictions say about it, without a label."""

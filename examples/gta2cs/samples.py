@@ -59,7 +59,7 @@ class LabelFormat:
             return replace(cls.of_table(plain, read_ids, strict=True), doubt_masks=True)
         if not all(isinstance(raw, int) for raw in ids):
             return cls.of_table(plain, ColourTable(ids))  # type: ignore[arg-type]
-        return replace(cls.of_table(ids, read_ids), doubt_masks=IGNORE not in ids)  # type: ignore[arg-type]
+        return replace(cls.of_table(ids, read_ids, strict=True), doubt_masks=IGNORE not in ids)  # type: ignore[arg-type]
 
     def read(self, path: Path) -> np.ndarray:
         """Train ids (H, W) uint8 of a label file."""
@@ -73,9 +73,14 @@ class LabelFormat:
             known = sorted(self.expected - {IGNORE})
             raise ValueError(
                 f"Expected label ids {ranges(known)} or 255, but {path} also holds {ranges(extra)}. "
-                "Map them with `ids` (`ids: {raw id: train id}` in classes.yaml)."
+                f"Map them with `ids` in classes.yaml ({self._example(extra)} ignores them)."
             )
         return self.table[raw]
+
+    @staticmethod
+    def _example(ids: Sequence[int], limit: int = 4) -> str:
+        entries = [f"{raw}: {IGNORE}" for raw in ids[:limit]] + ["..."] * (len(ids) > limit)
+        return "`ids: {" + ", ".join(entries) + "}`"
 
     def unexpected(self, raw: np.ndarray) -> list[int]:
         """Raw ids that such a file should not hold."""
