@@ -25,7 +25,6 @@ considerate_threads()  # before torch is imported
 import numpy as np
 import torch
 import yaml
-from jsonargparse import auto_cli
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -35,6 +34,7 @@ from gta2cs.datasets import ClassSet
 from gta2cs.evaluation import Score, evaluate
 from gta2cs.files import WriteError, check_writable, replacing, write_text
 from gta2cs.inference import SlidingWindow, Trained, check_window, segment
+from gta2cs.options import read_options
 from gta2cs.reading import IMAGE_SUFFIXES, ImageFormat, viewable
 from gta2cs.report import colorize, progress_bar, rich_table
 from gta2cs.samples import Size
@@ -48,32 +48,48 @@ class Config:
     """What to predict, and how."""
 
     checkpoint: Path
-    images: Path | None = None  # a folder, searched with its subfolders, or one image
+    """A checkpoint of train_gta2cs.py, or the folder of a run: then the net that the run chose."""
+    images: Path | None = None
+    """A folder of images, searched with its subfolders, or one image."""
     out: Path | None = None
-    evaluate: bool = False  # score on the target images that the run was scored on
-    net: str = ""  # student (default), teacher, or another prefix in the checkpoint; --evaluate: all by default
-    arch: str | None = None  # for a net of the checkpoint that is not built like the student
+    """The folder to write into."""
+    evaluate: bool = False
+    """Score the net on the target images that the run was scored on."""
+    net: str = ""
+    """student, teacher, or another prefix in the checkpoint. The default is the student; for --evaluate, every net."""
+    arch: str | None = None
+    """Architecture of a net of the checkpoint that is not built like the student."""
     encoder: str | None = None
-    window: tuple[int, int] | None = None  # (height, width) of sliding windows; without it the whole image
-    stride: tuple[int, int] | None = None  # of the windows; half a window
-    size: Literal["native", "training"] | tuple[int, int] = "native"  # that the net sees; results are native always
-    value_range: tuple[float, float] | None = None  # values that are black and white, without it those of the run
-    overlay: float = 0.5  # share of the colours in the overlays
-    overwrite: bool = False  # replace results of an earlier run
-    classes: Path | None = None  # classes.yaml, for a pair "folder" whose folders are gone
-    data_root: Path | None = None  # --evaluate: where the data sets are now, if not where they were
+    """Encoder of a net of the checkpoint that is not built like the student."""
+    window: tuple[int, int] | None = None
+    """(height, width) of sliding windows. The default is the whole image at once."""
+    stride: tuple[int, int] | None = None
+    """(height, width) between two windows. The default is half a window."""
+    size: Literal["native", "training"] | tuple[int, int] = "native"
+    """Size of the images that the net sees: native, training, or (height, width). Results have the image's own size."""
+    value_range: tuple[float, float] | None = None
+    """The values (low, high) of the images that are black and white. The default is the run's."""
+    overlay: float = 0.5
+    """Share of the class colours in the overlays, in 0..1."""
+    overwrite: bool = False
+    """Replace results of an earlier run."""
+    classes: Path | None = None
+    """A classes.yaml, for a pair "folder" whose folders are gone."""
+    data_root: Path | None = None
+    """For --evaluate: the folder of the data sets, if they have moved."""
     source_root: Path | None = None
+    """For --evaluate: the folder of the source set, if it has moved."""
     target_root: Path | None = None
-    limit: int | None = None  # --evaluate: only the first images
+    """For --evaluate: the folder of the target set, if it has moved."""
+    limit: int | None = None
+    """For --evaluate: the number of images, from the first. The default is all."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where the net runs."""
 
 
 def parse(arguments: list[str] | None = None) -> Config:
     """Read the command line."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    flags = {"--evaluate", "--overwrite"}  # may stand without a value
-    arguments = [f"{a}=true" if a in flags else a for a in arguments]
-    return auto_cli(Config, args=arguments, as_positional=False)
+    return read_options(Config, arguments, flags=("--evaluate", "--overwrite"))
 
 
 def main(config: Config) -> int:

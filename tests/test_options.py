@@ -12,6 +12,7 @@ import segmentation_models_pytorch as smp
 import torch
 
 import export
+import predict
 import train_gta2cs
 from gta2cs import config as options
 from gta2cs.tracking import flat
@@ -24,7 +25,9 @@ def help_of(capsys: pytest.CaptureFixture[str], script, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", [options.Config, options.DataConfig, options.NetConfig, options.Stage, export.Config])
+@pytest.mark.parametrize(
+    "kind", [options.Config, options.DataConfig, options.NetConfig, options.Stage, export.Config, predict.Config]
+)
 def test_every_option_has_a_sentence(kind: type) -> None:
     source = inspect.getsource(kind)
     for field in dataclasses.fields(kind):
@@ -41,6 +44,11 @@ def test_help_explains_and_prints_no_internals(capsys: pytest.CaptureFixture[str
     assert "default: source_only for 300 steps, then dacs for 450 steps)" in text
     assert "Images of each domain per process. (type: int, default: 4)" in text
     assert "(height, width) of the training crops." in text
+
+
+def test_predict_explains_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(help_of(capsys, predict.parse, "--help").split())
+    assert "A folder of images, searched with its subfolders, or one image." in text
 
 
 def tiny(out: Path, **changes: object) -> train_gta2cs.Config:
