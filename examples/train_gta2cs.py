@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import sys
 import time
@@ -341,6 +342,12 @@ def row_title(config: Config, index: int) -> str:
     return f"{recipe} (stage {index + 1})" if came_before else recipe
 
 
+def words_of(error: Exception) -> str:
+    """The message of an error; of one in a process that loads data, what stands below that process's trace."""
+    below = re.match(r"Caught .*\n\w+: ((?:Expected|Cannot) .*)\Z", str(error), re.DOTALL)
+    return below[1].rstrip() if below else str(error)
+
+
 def command() -> int:
     """Run from the command line: what the user can mend or has asked for is said in a line, without a trace."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # of schedulers: as Ctrl-C
@@ -349,9 +356,9 @@ def command() -> int:
     except KeyboardInterrupt as stop:
         said, status = str(stop) or "Stopped before the first step.", 130
     except (OSError, ValueError, FloatingPointError, WeightsError) as error:
-        if not str(error).startswith(("Expected", "Cannot")):  # not of ours: a trace is wanted
+        said, status = words_of(error), 2
+        if not said.startswith(("Expected", "Cannot")):  # not of ours: a trace is wanted
             raise
-        said, status = str(error), 2
     else:
         return 0
     if int(os.environ.get("RANK", "0")) == 0:

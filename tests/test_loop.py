@@ -168,6 +168,30 @@ def test_a_scheduler_s_sigterm_ends_a_run_as_ctrl_c_does(monkeypatch, capsys):
     assert capsys.readouterr().err == "Stopped before the first step.\n"
 
 
+class Faulty(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        try:
+            raise KeyError("Expected nothing of this cause")
+        except KeyError as error:
+            raise ValueError("Expected a.png to be an image,\nbut it is none.") from error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_file_is_named_in_a_line_whoever_reads_it(monkeypatch, capsys, workers):
+    monkeypatch.setattr(train_gta2cs, "parse", lambda: None)
+    loader = torch.utils.data.DataLoader(Faulty(), num_workers=workers)
+    monkeypatch.setattr(train_gta2cs, "main", lambda config: list(loader))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert train_gta2cs.command() == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "Expected a.png to be an image,\nbut it is none.\n"
+
+
 def test_a_check_of_folders_that_are_not_there_is_a_report(tmp_path, capsys):
     config = tiny_config(tmp_path / "out", train_gta2cs.Stage("source_only"), check_data=True)
     config.data = train_gta2cs.DataConfig(pair="folder", data_root=tmp_path / "none")
