@@ -243,7 +243,8 @@ def main(config: Config) -> dict[str, Score]:
         if accelerator.is_main_process
         else nullcontext()
     ):
-        return train(Run(config, open_pair(config), accelerator, console))
+        said = console if accelerator.is_main_process else Console(quiet=True)
+        return train(Run(config, open_pair(config), accelerator, said))
 
 
 def train(run: Run) -> dict[str, Score]:
