@@ -168,11 +168,17 @@ def test_histogram_transfer(seed, levels, channels, size):
 def test_histogram_transfer_at_any_scale(seed, scale, shift):
     """Bins follow the values: of either sign, of any size, exact ranks to a bin."""
     content, style = (scale * (x - 0.5 + shift) for x in pair(seed, 6, 7))
-    got = udakit.histogram_transfer(content, style, bins=100_000)
+    got = udakit.histogram_transfer(content, style, bins=400_000)
     for i in range(2):
         for k in range(3):
             expected = textbook_histogram(content[i, k].flatten(), style[i, k].flatten())
             torch.testing.assert_close(got[i, k].flatten(), expected, atol=3e-4 * scale * (1 + abs(shift)), rtol=0)
+
+
+@pytest.mark.parametrize("sizes", [((0, 4), (4, 4)), ((4, 4), (0, 4)), ((0, 4), (0, 4))])
+def test_histogram_transfer_of_images_without_pixels(sizes):
+    content, style = (torch.rand(2, 3, *size) for size in sizes)
+    assert torch.equal(udakit.histogram_transfer(content, style), content)
 
 
 @pytest.mark.parametrize("outlier", [-32767.0, 65535.0, 1e30])
@@ -294,3 +300,9 @@ def test_style_follows_its_input(transfer, axes):
     assert styled.dtype == torch.float16
     assert styled.is_contiguous(memory_format=last)
     assert not styled.requires_grad
+
+
+def test_a_single_image_is_said_to_be_a_batch_of_signals():
+    image = torch.rand(3, 64, 72)
+    with pytest.warns(UserWarning, match=r"`content` is \(3, 64, 72\), which is a batch of signals .*unsqueeze"):
+        udakit.fourier_transfer(image, image)

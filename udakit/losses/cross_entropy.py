@@ -151,15 +151,15 @@ BLOCK = 2**18  # elements of a class map worked on at once: they stay in the cac
 
 def _fill(result: Tensor, log_p: Tensor, ids: Tensor, grad: Tensor, valid: Tensor) -> None:
     """Result = (softmax - one-hot) * grad where valid, else 0; all (N, C or 1, pixels)."""
-    _, c, size = result.shape
-    pixels = max(BLOCK // c, 1)
-    for i in range(len(result)):
+    n, c, size = result.shape
+    images, pixels = (n, size) if result.numel() <= BLOCK else (1, max(BLOCK // c, 1))
+    for i in range(0, n, images):
         for j in range(0, size, pixels):
-            at = slice(j, j + pixels)
-            g, out = grad[i, :, at], result[i, :, at]
-            torch.mul(log_p[i, :, at], 1 / LOG_2, out=out).exp2_().mul_(g)
-            out.scatter_add_(0, ids[i, :, at], -g)
-            zero_where_not_(valid[i, :, at], out)
+            at = slice(i, i + images), slice(None), slice(j, j + pixels)
+            g, out = grad[at], result[at]
+            torch.mul(log_p[at], 1 / LOG_2, out=out).exp2_().mul_(g)
+            out.scatter_add_(1, ids[at], -g)
+            zero_where_not_(valid[at], out)
 
 
 def reduce_labelled(

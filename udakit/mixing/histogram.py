@@ -10,10 +10,11 @@ from udakit._checks import check_integer
 from udakit.mixing.images import join, restore, row_blocks
 from udakit.mixing.style import check_content_style
 
-# A float's sign, exponent and first four bits of its mantissa: 16 cells an octave, of either sign.
-CELL_BITS = 13
+# A float's sign, exponent and first three bits of its mantissa: 8 cells an octave, of either sign.
+CELL_BITS = 12
 CELLS = 1 << CELL_BITS
 REST = 32 - CELL_BITS
+SAMPLES = 2**15  # pixels of a channel by which bins are shared out to cells
 
 
 def histogram_transfer(
@@ -23,10 +24,10 @@ def histogram_transfer(
 
     **Convention.** Any number of channels, each by itself, in one, two or three dimensions. Bins follow the pixels:
     where an image has many values they are narrow, so that a pixel far away from all others (no data as -32767) takes
-    none from them. Places are told apart to 1 / `bins` of the pixels. Equal values stay equal: all of a bin take the
-    place of its middle, so that a flat surface stays flat. Nothing is sorted. Images are taken as they are, normalised
-    or not; the result lies in the range of the style. A step function of the content: no gradient flows. Float32
-    inside.
+    none from them. Places are told apart to about 1 / `bins` of the pixels. Equal values stay equal: all of a bin take
+    the place of its middle, so that a flat surface stays flat. Nothing is sorted. Images are taken as they are,
+    normalised or not; the result lies in the range of the style. A step function of the content: no gradient flows.
+    Float32 inside.
 
     Args:
         content: (N, K, *space), what keeps its layout, of any size.
@@ -49,6 +50,8 @@ def histogram_transfer(
     """
     check_integer("bins", bins, 2)
     check_content_style(content, style, same_size=False)
+    if content.numel() == 0 or style.numel() == 0:  # nothing to give, or to give it to
+        return restore(content.detach().clone(), content)
     x, s = (image.detach().float().flatten(2) for image in (content, style))
     own_bins, own_counts, _, _ = _histogram(x, bins)
     _, counts, first, wide = _histogram(s, bins)
@@ -59,8 +62,8 @@ def histogram_transfer(
     size = counts.gather(2, place) * (2 * x.shape[2])
     within = 1 - (above.gather(2, place) - middle).float() / size.clamp_min(1)
     # The cell of that bin, and how far up in it: cells are straight lines between their floats.
-    cell = torch.searchsorted(first, place, right=True) - 1
-    share = (place - first.gather(2, cell) + within) / wide.gather(2, cell).clamp_min(1)
+    cell = _cells(first, counts.shape[2]).gather(2, place)
+    share = (place - first.gather(2, cell) + within) / wide.gather(2, cell)
     low, high = _float(cell << REST), _float((cell + 1) << REST)
     value = torch.lerp(low, high, share)
     value = torch.minimum(torch.maximum(value, s.amin(2, keepdim=True)), s.amax(2, keepdim=True))
@@ -70,16 +73,15 @@ def histogram_transfer(
 def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
     """The bin of each value in stripes, the count of each bin; of each cell the first bin, and how many bins it has.
 
-    A cell is split into as many equal bins as its share of `bins` tells, one at least where it has pixels: with twice
-    the pixels an image has bins half as wide there.
+    A cell is split into as many equal bins as its share of `bins` tells, and one more: with twice the pixels an image
+    has bins half as wide there. For the share some of the pixels do; the bins count all of them.
     """
     pixels = torch.zeros(*x.shape[:2], CELLS, dtype=torch.int64, device=x.device)
     one = torch.ones((), dtype=torch.int64, device=x.device)
+    some = _cell(_key(x[:, :, :: max(x.shape[2] // SAMPLES, 1)]))
+    pixels.scatter_add_(2, some, one.expand_as(some))
     keys = [_key(block) for block in row_blocks(x)]
-    for key in keys:
-        cell = _cell(key)
-        pixels.scatter_add_(2, cell, one.expand_as(cell))
-    wide = (pixels * bins + x.shape[2] - 1) // max(x.shape[2], 1)
+    wide = pixels * bins // max(some.shape[2], 1) + 1
     first = wide.cumsum(2) - wide
     # One look-up for both: the first bin above, the number of bins below.
     packed = (first << 32) | wide
@@ -91,6 +93,13 @@ def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tens
         counts.scatter_add_(2, index, one.expand_as(index))
         indices.append(index.int())
     return indices, counts, first, wide
+
+
+def _cells(first: Tensor, bins: int) -> Tensor:
+    """The cell of each bin: its own at the first bin of a cell, and from there on the largest so far."""
+    ids = torch.arange(CELLS, device=first.device).expand_as(first)
+    own = torch.zeros(*first.shape[:2], bins, dtype=torch.int64, device=first.device).scatter_(2, first, ids)
+    return own.cummax(2).values
 
 
 def _key(x: Tensor) -> Tensor:

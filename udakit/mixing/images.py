@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -23,6 +25,19 @@ def check_image_batch(name: str, images: Tensor) -> None:
             f"Expected `{name}` to be (N, K, H, W), but got {shape_of(images)}. "
             "Channels come first by .permute(0, 3, 1, 2)."
         )
+    single = images.ndim == 3 and images.shape[0] in (1, 3) and min(images.shape[1:]) >= 64
+    if single and not torch.compiler.is_compiling():
+        _warn_of_a_single_image(name, shape_of(images))
+
+
+@cache
+def _warn_of_a_single_image(name: str, shape: str) -> None:
+    warnings.warn(
+        f"`{name}` is {shape}, which is a batch of signals (N, K, L), and so it is taken. A single image becomes a "
+        "batch by .unsqueeze(0). (This is said once for each shape.)",
+        UserWarning,
+        stacklevel=4,
+    )
 
 
 def check_rgb(name: str, images: Tensor, what: str) -> None:
