@@ -57,12 +57,12 @@ def draw(operators: Results, path: Path) -> None:
 
     rows = medium(operators)
     values = [ratio(row) or 0 for row in rows.values()]
-    figure, axes = plt.subplots(figsize=(12, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 5), layout="constrained")
     axes.bar(range(len(rows)), values, color=["C1" if v > NOISE else "C0" for v in values])
     axes.axhline(1, color="0.3", linewidth=1)
     axes.set(yscale="log", ylabel="time / textbook's", xlim=(-0.7, len(rows) - 0.3))
     axes.set_yticks([0.03, 0.1, 0.3, 1, 3], ["0.03", "0.1", "0.3", "1", "3"])
-    axes.set_xticks(range(len(rows)), list(rows), rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_xticks(range(len(rows)), list(rows), rotation=60, ha="right", rotation_mode="anchor", fontsize=9)
     axes.grid(axis="y", alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
