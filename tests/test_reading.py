@@ -124,6 +124,19 @@ def test_the_check_looks_at_the_files_although_classes_yaml_is_wrong(tmp_path: P
     assert [row[:2] for row in report.rows] == [("source train", 2), ("target train", 2)]
 
 
+def test_the_check_reports_a_validation_list_that_names_nothing_there(tmp_path: Path) -> None:
+    for domain in ("source", "target"):
+        make_folder(tmp_path / domain)
+        (tmp_path / domain / "train.txt").write_text("a\nb\n")
+    (tmp_path / "target" / "val.txt").write_text("gone\n")
+    (tmp_path / "classes.yaml").write_text("names: [thing, stuff]\n")
+    with pytest.raises(FileNotFoundError, match=r"val\.txt to be an image .* missing: gone"):
+        build_pair("folder", data_root=tmp_path)
+    report = check_data(build_pair("folder", data_root=tmp_path, strict=False))
+    assert "target val: " in report.problems["missing"][0]
+    assert "images/gone: no such image, but val.txt names it" in report.problems["missing"][0]
+
+
 def test_masks_of_0_and_255_are_refused_unless_a_table_says_what_255_is(tmp_path: Path) -> None:
     root = make_folder(tmp_path)
     for name in "ab":

@@ -240,8 +240,8 @@ def build_pair(
 
 
 def _validation(listing: Listing | None, **options: Any) -> Labelled | None:
-    """Labels of their own size; None where there is not one."""
-    if listing is None or not any(item.label.is_file() for item in listing.items):
+    """Labels of their own size; None where there is not one, unless its list is at fault, which is to be reported."""
+    if listing is None or not (listing.problems or any(item.label.is_file() for item in listing.items)):
         return None
     return listing.labelled(native_labels=True, **options)
 
