@@ -71,6 +71,7 @@ TITLES = {
     "diga": "DiGA",
     "ehtdi": "EHTDI",
     "combined": "combined",
+    "combined_mirror": "combined, trial of a third, by mirror consistency alone",
     "oracle": "oracle",
 }
 WARM_UP = 20  # steps of linear warm-up of the learning rate, in every stage
@@ -105,6 +106,11 @@ def rows_of() -> dict[str, dict[str, Any]]:
         "combined": {"recipes": ["combined"], "own": True},
         "diga": {"recipes": ["diga_warmup", "diga"], "options": {"augment_source": True, "translate": translate}},
         "ehtdi": {"recipes": ["ehtdi"], "options": EHTDI},
+        "combined_mirror": {
+            "recipes": ["combined"],
+            "own": True,
+            "options": {"trial": 1 / 3},
+        },  # as it was scored first
         "oracle": {"recipes": ["source_only"], "data": {"oracle": True}},
     }
     return rows | {name: {"recipes": ["dacs"], "options": o, "bad": True} for name, o in BAD.items()}

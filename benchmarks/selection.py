@@ -43,7 +43,13 @@ Net = dict[str, Any]
 Run = dict[str, Any]
 TOGETHER = ({"camvid", "carla2camvid"},)  # share images: left out together
 QUESTIONS = ("checkpoint", "setting", "guard")
-SHOWN = ("mirror_consistency", "nuclear_norm", "neighbourhood_density", "negative_entropy")  # in the picture
+SHOWN = (
+    "confident_consistency",
+    "mirror_consistency",
+    "nuclear_norm",
+    "neighbourhood_density",
+    "negative_entropy",
+)  # in the picture
 
 
 # --- scores and questions -------------------------------------------------------------------------
