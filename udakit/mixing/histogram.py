@@ -96,10 +96,9 @@ def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tens
 
 
 def _cells(first: Tensor, bins: int) -> Tensor:
-    """The cell of each bin: its own at the first bin of a cell, and from there on the largest so far."""
-    ids = torch.arange(CELLS, device=first.device).expand_as(first)
-    own = torch.zeros(*first.shape[:2], bins, dtype=torch.int64, device=first.device).scatter_(2, first, ids)
-    return own.cummax(2).values
+    """The cell of each bin: how many cells begin up to it, but for one."""
+    begins = torch.zeros(*first.shape[:2], bins, dtype=torch.int64, device=first.device)
+    return begins.scatter_(2, first, 1).cumsum(2) - 1
 
 
 def _key(x: Tensor) -> Tensor:
