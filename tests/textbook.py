@@ -23,6 +23,8 @@ from torch import Tensor, nn
 IGNORE = 255
 TEXTBOOK: dict[str, Callable[..., Any]] = {}
 NO_TEXTBOOK = {
+    "binary_logits": "it puts zeros beside the logits in one concatenation, as everybody writes it",
+    "binary_probabilities": "it puts 1 - p beside p in one concatenation, as everybody writes it",
     "draw_token_mask": "it draws one number a token: there is nothing to compute",
     "adapt_batch_norm": "it is forward passes of a net, whose time is that of the net",
     "draw_detail_box": "it draws two numbers an image: there is nothing to compute",
