@@ -25,6 +25,7 @@ def config_of(out: Path, steps: int = 6, **changes) -> train_gta2cs.Config:
         net=train_gta2cs.NetConfig(weights="random"),
         stages=[train_gta2cs.Stage("combined", steps=steps, lr=1e-3, options=options)],
         batch_size=2,
+        score_images=2,
         eval_every=0,
         out=out,
         **changes,
