@@ -70,6 +70,8 @@ OPAQUE = (
     *MATMULS,
     "_cdist_forward",
     "_cdist_backward",
+    "cudnn_batch_norm",
+    "native_batch_norm",
     "_fft_r2c",
     "_fft_c2c",
     "_fft_c2r",
@@ -200,6 +202,8 @@ ZERO_FIRST = (
     "max_pool2d_with_indices_backward", "max_pool3d_with_indices_backward", "replication_pad2d_backward",
     "reflection_pad2d_backward", "grid_sampler_2d_backward", "nll_loss2d_backward", "nll_loss_backward",
     "_cdist_backward",
+    "cudnn_batch_norm",
+    "native_batch_norm",
 )  # fmt: skip
 
 

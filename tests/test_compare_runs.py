@@ -12,7 +12,7 @@ import train_gta2cs
 
 
 def net(value):
-    return {"scores": {"mirror_consistency": value}, "shares": [1.0], "class_iou": {}}
+    return {"scores": {"mirror_consistency": value, "confident_consistency": value}, "shares": [1.0], "class_iou": {}}
 
 
 def write_run(folder, values, truths, *, start=0.5, pair="toy"):
@@ -46,7 +46,7 @@ def test_the_best_net_of_the_best_run_and_how_right_that_was(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Use the student of step 20 of" in printed
     assert [line.split(":")[0] for line in printed.splitlines()[:3]] == ["1. b", "2. a", "3. c"]
-    assert "3. c: source-only net, mirror consistency 0.500" in printed
+    assert "3. c: source-only net, confident consistency 0.500" in printed
     text = page.read_text()
     assert "an mIoU of 62.0, the best of all 64.0: the choice loses 2.0" in text
     assert "45.7 in the mean" in text  # of the last students: 55, 62, 20

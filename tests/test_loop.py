@@ -258,7 +258,7 @@ def test_bad_input_is_named(tmp_path):
         load_net(torch.nn.Linear(1, 1), tmp_path / "missing.pt")
     broken = tmp_path / "broken.pt"
     broken.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"broken\.pt to be a checkpoint"):
+    with pytest.raises(ValueError, match=r"broken\.pt to hold tensors saved by torch"):
         load_net(torch.nn.Linear(1, 1), broken)
     other = tmp_path / "other.pt"
     torch.save({"recipe": {"student.weight": torch.zeros(3, 3)}}, other)

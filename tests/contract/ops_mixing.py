@@ -33,7 +33,7 @@ def _strong_draw(s: Sample) -> udakit.StrongAugmentDraw:
         greyscale_probability=0.5,
         sharpness_probability=0.7,
         blur_sigma=(0.3, 0.6),
-        gamma=(0.5, 2.0),
+        gamma=(1.0, 2.0),
         noise_probability=0.5,
         generator=s.generator,
     )

@@ -38,6 +38,7 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         ValueError: a new id that the dtype of `labels` cannot hold.
 
     Example:
+        >>> from udakit.labels import CITYSCAPES_IDS
         >>> map_ids(torch.tensor([[7, 26, 0]], dtype=torch.uint8), CITYSCAPES_IDS)
         tensor([[  0,  13, 255]], dtype=torch.uint8)
     """

@@ -73,6 +73,7 @@ def fuse_teachers(
         (torch.Size([2, 5, 8, 8]), True)
     """
     check_option("mode", mode, FUSIONS)
+    check_option("kind", kind, KINDS)
     maps = _teacher_maps(logits, size, kind)
     share = _teacher_weights(weights, maps)
     if mode == "max_confidence":
