@@ -772,8 +772,8 @@ def feature_tap(images: Tensor) -> tuple[Tensor, Tensor]:
 
 @textbook("LabelFreeScores")
 def label_free_scores(logits: Tensor, *, valid: Tensor, num_classes: int, samples: int) -> tuple[Tensor, ...]:
-    """The sums that the scores are made of, of the batch and of its mirror image, which is valid everywhere."""
-    p = torch.cat([single(x).softmax(1).movedim(1, -1)[v] for x, v in ((logits, valid), (logits.flip(-1), valid >= 0))])
+    """The sums that the scores are made of, of the batch and of its logits doubled, under one mask."""
+    p = torch.cat([single(x).softmax(1).movedim(1, -1)[valid] for x in (logits, 2 * logits)])
     entropy = -(p * p.clamp_min(1e-30).log()).sum(1)
     predicted = torch.bincount(p.argmax(1), minlength=num_classes)
     sums = torch.stack([p.amax(1).sum(), entropy.sum(), (p**4).sum()])
