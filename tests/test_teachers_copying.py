@@ -59,7 +59,9 @@ def _partial(net: nn.Module) -> None:
 
 def _accelerate(net: nn.Module) -> None:
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # one a process, of whatever ran before
     accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare_model(net)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     assert "forward" in vars(net)
 
 
