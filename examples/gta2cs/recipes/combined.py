@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gta2cs.evaluation import evaluating
+from gta2cs.label_free import PRESENT
 from gta2cs.loading import Batch
 from gta2cs.nets import param_groups
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
@@ -31,7 +32,6 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "plain": {},
     "running": {"teacher_mode": "eval", "buffers": "ema"},
 }
-LEAST = 1e-3  # share of the pixels from which a class counts as predicted
 SHARED: dict[str, Any] = {"jitter": 0.5, "translate": "color", "translate_share": 0.7}
 
 
@@ -150,7 +150,7 @@ class Combined(Recipe):
                 logits = net(images).logits
                 metric(logits, net(images.flip(-1)).logits.flip(-1))
                 scores.update(logits)
-        return metric.class_iou.where(scores.class_share >= LEAST, torch.nan), float(scores.compute()["confidence"])
+        return metric.class_iou.where(scores.class_share >= PRESENT, torch.nan), float(scores.compute()["confidence"])
 
     def agree(self, position: int) -> int:
         """What rank 0 says: the ranks' running statistics, and so their scores, differ a little."""
