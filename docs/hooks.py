@@ -11,6 +11,7 @@ import ast
 import posixpath
 import re
 import textwrap
+from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 FORMULA = re.compile(r'<(div|span) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1>', re.DOTALL)
 ARG = re.compile(r"\\arg(?![a-z])")  # latex2mathml prints it as it stands
-COMMAND = re.compile(r"\\[A-Za-z]+")
+COMMAND = re.compile(r"\\(?:[A-Za-z]+|.)")
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 SOURCE = re.compile(r"\]\((?:\.\./)+((?:examples|benchmarks|tests|\.ci)/[\w./-]+|Dockerfile|CONTRIBUTING\.md)\)")
 OPTIONS = re.compile(r"^<!-- options: (?P<path>\S+) (?P<name>\S+) -->$", re.MULTILINE)
@@ -130,10 +131,37 @@ def _mathml(match: re.Match[str]) -> str:
     return f'<{tag} class="formula">{mathml}</{tag}>'
 
 
-class RunnableExamples(griffe.Extension):
-    """Griffe takes only "Examples:" for doctests; ours have one example and say "Example:"."""
+class Reference(griffe.Extension):
+    """What the API pages change about the code that they show."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called by griffe with each object."""
+        """Griffe takes only "Examples:" for doctests; ours have one example and say "Example:"."""
         if obj.docstring is not None:
             obj.docstring.value = EXAMPLE.sub("Examples:", obj.docstring.value)
+
+    def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
+        """Spell names of types out: a signature shows the values that `Reduction` stands for."""
+        choices = {
+            a.canonical_path: a.value for a in attributes(pkg) if str(a.value).startswith(("Literal[", "Callable["))
+        }
+        for function in functions(pkg):
+            for parameter in function.parameters:
+                annotation = parameter.annotation
+                if isinstance(annotation, griffe.ExprName) and annotation.canonical_path in choices:
+                    parameter.annotation = choices[annotation.canonical_path]
+
+
+def attributes(part: griffe.Object) -> Iterator[griffe.Attribute]:
+    """Attributes of a module and of the modules in it."""
+    yield from part.attributes.values()
+    for module in part.modules.values():
+        if not module.is_alias:
+            yield from attributes(module)
+
+
+def functions(part: griffe.Object) -> Iterator[griffe.Function]:
+    """Functions and methods of a module or class and of what is in it."""
+    yield from (function for function in part.functions.values() if not function.is_alias)
+    for inner in (*part.modules.values(), *part.classes.values()):
+        if not inner.is_alias:
+            yield from functions(inner)

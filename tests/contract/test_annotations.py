@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import udakit
 
@@ -51,6 +52,20 @@ def test_class_shows_its_options(name: str) -> None:
     """`help(udakit.X)` names the options of a class, not (*args, **kwargs)."""
     kinds = {p.kind for p in inspect.signature(getattr(udakit, name)).parameters.values()}
     assert not kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
+def _modules() -> list[type[torch.nn.Module]]:
+    """Public Modules that are called, without the teacher: what a net returns is the net's."""
+    kinds = [getattr(udakit, name) for name in udakit.__all__ if name not in ("EMATeacher", "ClassPrototypes")]
+    modules = [kind for kind in kinds if inspect.isclass(kind) and issubclass(kind, torch.nn.Module)]
+    return [kind for kind in modules if kind.forward is not torch.nn.Module.forward]
+
+
+@pytest.mark.parametrize("kind", _modules())
+def test_call_is_typed(kind: type[torch.nn.Module]) -> None:
+    """`torch.nn.Module` types a call as Any: what defines `forward` says that a call is the same."""
+    owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+    assert "    if TYPE_CHECKING:\n        __call__ = forward" in inspect.getsource(owner)
 
 
 def test_what_hands_on_exists() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ def feature_distillation_loss(
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Smooth L1 and cosine distance to the features of a reference net.
 
-    $$\ell_p = (1 - w)\, \frac{1}{D} \sum_d \operatorname{smoothL1}(f_{pd} - r_{pd}) + w\, (1 - \cos(f_p, r_p))$$
+    $$\ell_p = (1 - w)\, \frac{1}{D} \sum_d \text{smooth L1}(f_{pd} - r_{pd}) + w\, (1 - \cos(f_p, r_p))$$
 
     with a smooth L1 that is quadratic below 1.
 
@@ -98,6 +100,9 @@ class FeatureDistillationLoss(nn.Module):
         return feature_distillation_loss(
             features, reference, cosine_weight=self.cosine_weight, valid=valid, reduction=self.reduction
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

@@ -101,7 +101,7 @@ def inconsistency_loss(
     r"""Distillation in which a pixel weighs by the inconsistency of the teacher's class there.
 
     $$\ell_p = \frac{w_{k(p)}}{\bar w}\, \mathrm{kd}_p, \qquad
-    w = \operatorname{clip}\!\left(C \operatorname{softmax}(d / \tau),\ \text{weight\_range}\right), \qquad
+    w = \operatorname{clip}\!\left(C \operatorname{softmax}(d / \tau),\ \text{weight range}\right), \qquad
     k(p) = \arg\max_c t_p$$
 
     **Convention.** `kd_loss` with a pixel weight of mean 1 over the valid pixels of the batch: equal inconsistency

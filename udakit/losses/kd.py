@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +207,9 @@ class KDLoss(nn.Module):
             pixel_weight=pixel_weight,
             reduction=self.reduction,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

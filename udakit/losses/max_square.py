@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -120,6 +122,9 @@ class MaxSquareLoss(nn.Module):
             pixel_weight=pixel_weight,
             reduction=self.reduction,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -115,6 +117,9 @@ class PixelContrastLoss(nn.Module):
             chunk_size=self.chunk_size,
             reduction=self.reduction,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -110,6 +110,9 @@ class ProjectedFeatureLoss(nn.Module):
         if self.normalize:
             x, reference = unit_vectors(x), unit_vectors(reference)
         return feature_distance_loss(x, reference, valid=valid, reduction=self.reduction)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     @staticmethod
     def _check(name: str, x: Tensor, option: str, dim: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ def symmetric_kd_loss(
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
     r"""Distil the teacher's view of one rendering into the student's view of the other, both ways.
 
-    $$\ell_p = T^2\, H(t^{clean}_p, s^{mixed}_p) + \lambda\, T^2\, H(t^{mixed}_p, s^{clean}_p)$$
+    $$\ell_p = T^2 H(t^{\text{clean}}_p, s^{\text{mixed}}_p) + \lambda T^2 H(t^{\text{mixed}}_p, s^{\text{clean}}_p)$$
 
     where H(t, s) is the cross-entropy of softmax(t / T) and softmax(s / T), as in `kd_loss`.
 
@@ -130,6 +132,9 @@ class SymmetricKDLoss(nn.Module):
             valid=valid,
             reduction=self.reduction,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
@@ -157,6 +159,9 @@ class UpsampledCrossEntropyLoss(nn.Module):
             chunk_rows=self.chunk_rows,
             reduction=self.reduction,
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

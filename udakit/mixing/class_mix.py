@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Integer
@@ -123,6 +124,9 @@ class ClassMix(nn.Module):
         source, target = check_batches(source, target)
         mask = self.draw_mask(source.labels, generator=generator)
         return mix(mask, source, target), mask
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float, Integer
@@ -172,6 +173,9 @@ class CrossDomainMix(nn.Module):
             translated = self.translate(images, target_images)
             _check_rendering("translate", translated, images)
             return cross_domain_mix(augmented, translated.to(images.dtype), mask), mask
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -193,6 +193,9 @@ class StrongAugment(nn.Module):
         check_generator(generator, images.device)
         draw = draw_strong_augment(len(images), generator=generator, device=images.device, **self.options)
         return strong_augment(images, draw, mean=self.mean, std=self.std)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

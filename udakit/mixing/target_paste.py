@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -86,6 +88,9 @@ class TargetPaste(nn.Module):
     ) -> tuple[SegBatch, Bool[Tensor, "n *space"]]:
         """Apply the function with the configuration given at construction."""
         return target_paste(source, target, confidence, threshold=self.threshold, extra_mask=extra_mask)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

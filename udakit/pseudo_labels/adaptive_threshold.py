@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -54,8 +56,8 @@ def batch_shares(probabilities: Tensor, valid: Tensor | None, *, sync: bool) -> 
 class AdaptiveThresholdSelector(FullPrecisionState, Selector):
     r"""Keep a pixel whose confidence reaches a threshold that follows the net, lower for classes it predicts less.
 
-    $$\tau \leftarrow m\,\tau + (1 - m)\,\overline{\max_c p_c}, \qquad
-    q_c \leftarrow m\,q_c + (1 - m)\,\overline{p_c}, \qquad \tau_c = \tau\,\frac{q_c}{\max_k q_k}$$
+    $$\tau \leftarrow m\,\tau + (1 - m)\,\operatorname{mean}(\max_c p_c), \qquad
+    q_c \leftarrow m\,q_c + (1 - m)\,\operatorname{mean}(p_c), \qquad \tau_c = \tau\,\frac{q_c}{\max_k q_k}$$
 
     **Convention.** Detached. In training mode a call first takes the `valid` pixels of its batch into both averages,
     then selects; in eval mode the stored thresholds select. A batch without valid pixels, or with a NaN at one,
@@ -130,6 +132,9 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
                 mask = None if valid is None else expand_valid(valid, logits)
                 self._update(scores.softmax(1) if kind == "logits" else scores, mask)
         return super().forward(logits, features, kind=kind, valid=valid)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def keep(
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -57,6 +58,9 @@ class ArgmaxSelector(nn.Module):
             valid = None if valid is None else expand_valid(valid, logits)
             weight = torch.ones_like(confidence) if valid is None else valid.float()
             return PseudoLabels(labels, confidence, weight, is_predicted(labels, valid, logits.shape[1]).float())
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
@@ -102,6 +103,9 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
             )
         check_device("histogram", self.histogram, logits, "logits")
         return super().forward(logits, features, kind=kind, valid=valid)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def keep(
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -144,6 +144,9 @@ class ConfidentRatioSelector(nn.Module):
                 return PseudoLabels(labels, confidence, weight, used.float())
             accepted = share_per_class(labels, weight > 0, valid, logits.shape[1])
             return PseudoLabels(labels, confidence, weight, accepted)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

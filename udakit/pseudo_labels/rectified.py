@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -171,6 +173,9 @@ class RectifiedSelector(Selector):
             p = scores.softmax(1) if kind == "logits" else scores
             rectified = _weighted(p, nearness.to(p.dtype))
         return super().forward(rectified, features, kind="probabilities", valid=valid)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def keep(
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None

@@ -26,7 +26,7 @@ class ConfidenceThreshold(FullPrecisionState):
     r"""Estimate the accuracy on unlabelled target images by a threshold that is right on labelled source.
 
     $$t: \ \frac1N \#\{p \in \text{source} : s_p > t\} = \text{accuracy on source}, \qquad
-    \widehat{\text{accuracy}} = \frac1M \#\{p \in \text{target} : s_p > t\}$$
+    \text{estimate} = \frac1M \#\{p \in \text{target} : s_p > t\}$$
 
     with the confidence $s = \max_c \operatorname{softmax}(z / T)_c$.
 

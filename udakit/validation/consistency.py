@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -140,6 +140,9 @@ class ConsistencyScore(FullPrecisionState):
         counts = _overlap(logits, perturbed_logits, valid, self.background)
         self.overlap.add_(counts.sum(0))
         return _score(counts if self.scope == "image" else counts.sum(0), self.background is not None)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def compute(self, *, sync: bool = False) -> Float[Tensor, ""]:
         """Return the score of all pixels seen so far, of all ranks with `sync`; NaN before the first."""

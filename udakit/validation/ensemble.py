@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,7 +35,7 @@ def ensemble_agreement(
 ) -> Float[Tensor, "k"]:
     r"""Share of pixels on which each candidate agrees with the arg-max of the candidates' mean.
 
-    $$a_k = \frac{1}{N} \#\Big\{p : \arg\max_c P^{(k)}_{pc} = \arg\max_c \tfrac1K \sum_j P^{(j)}_{pc}\Big\}$$
+    $$a_k = \frac{1}{N} \#\{p : \arg\max_c P^{(k)}_{pc} = \arg\max_c \tfrac1K \sum_j P^{(j)}_{pc}\}$$
 
     **Convention.** Detached. Counted over the `valid` pixels; 0 where there is none. A pixel at which a candidate holds
     a NaN or an infinity takes no part in the mean, and that candidate disagrees there.
@@ -119,6 +119,9 @@ class EnsembleAgreement(FullPrecisionState):
         self.agreeing.add_(agreeing)
         self.pixels.add_(pixels)
         return agreeing / pixels.clamp_min(1)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def compute(self, *, sync: bool = False) -> Float[Tensor, "k"]:
         """Return the agreement over all pixels seen so far, of all ranks with `sync`; 0 before the first."""
