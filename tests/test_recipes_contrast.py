@@ -12,7 +12,7 @@ from udakit import SegBatch
 
 def test_statistics_are_those_of_the_teacher_on_source() -> None:
     recipe = Dacs.build(net(), CLASSES, {"contrast": 1.0, "augment_source": False, "selector": "argmax"}, net).train()
-    held = recipe.contrast.distributions
+    held = recipe.contrasts["contrast"].distributions
     losses = recipe(batch(), Draws(0, 0, range(2), torch.device("cpu")))
     features = F.normalize(recipe.teacher(batch().source_images).features, dim=1)
     for c in range(CLASSES):
@@ -27,7 +27,7 @@ def test_statistics_are_those_of_the_teacher_on_source() -> None:
 
 def test_rejected_pixels_take_no_part() -> None:
     recipe = Dacs.build(net(), CLASSES, {"contrast": 1.0}, net).train()
-    recipe.contrast.update(recipe.teacher(batch().source_images).features, batch().source_labels)
+    recipe.contrasts["contrast"].update(recipe.teacher(batch().source_images).features, batch().source_labels)
     mixed = recipe.translate(batch(), Draws(0, 0, range(2), torch.device("cpu")))
     nothing = SegBatch(mixed, batch().source_labels, torch.zeros(2, *SIZE))
-    assert float(recipe.contrast(torch.randn(2, 6, *SIZE), nothing)) == 0
+    assert float(recipe.contrasts["contrast"](torch.randn(2, 6, *SIZE), nothing)) == 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gta2cs.checkpoints import read_tensors
 from gta2cs.loading import MEAN, STD
 from gta2cs.pretrained import ENOUGH, Take, WeightsError, load_weights, of_colours
-from udakit import DetailBox, copy_net, crop_detail, upsampled_cross_entropy
+from udakit import DetailBox, copy_net, crop_detail, symmetric_cross_entropy, upsampled_cross_entropy
 
 SMP_ARCHS = {"deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN", "segformer": "Segformer", "unet": "Unet"}
 ARCHS = (*SMP_ARCHS, "hf_segformer", "torchvision", "vit")
@@ -79,13 +79,32 @@ class SegOutput:
         self, labels: Tensor, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
     ) -> Tensor:
         """Cross-entropy at the labels' size without logits of that size; with a detail crop (HRDA), a tenth is its."""
-        loss = upsampled_cross_entropy(self.head_logits, labels, pixel_weight=pixel_weight, reduction=reduction)
+        return self.pixel_loss(upsampled_cross_entropy, labels, pixel_weight=pixel_weight, reduction=reduction)
+
+    def symmetric_cross_entropy(
+        self, labels: Tensor, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Symmetric cross-entropy (ProDA) at the labels' size; of a detail crop as in `cross_entropy`."""
+
+        def loss(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+            size = (labels.shape[-2], labels.shape[-1])
+            return symmetric_cross_entropy(
+                logits if logits.shape[-2:] == size else enlarge(logits, size), labels, **options
+            )
+
+        return self.pixel_loss(loss, labels, pixel_weight=pixel_weight, reduction=reduction)
+
+    def pixel_loss(
+        self, loss: Callable[..., Tensor], labels: Tensor, *, pixel_weight: Tensor | None, reduction: Reduction
+    ) -> Tensor:
+        """`loss(head_logits, labels, ...)`; with a detail crop (HRDA), a tenth is that of the detail."""
+        whole = loss(self.head_logits, labels, pixel_weight=pixel_weight, reduction=reduction)
         if self.detail is None:
-            return loss
+            return whole
         logits, box = self.detail
         weight = None if pixel_weight is None else crop_detail(pixel_weight, box)
-        own = upsampled_cross_entropy(logits, crop_detail(labels, box), pixel_weight=weight, reduction=reduction)
-        return (1 - DETAIL_WEIGHT) * loss + DETAIL_WEIGHT * own
+        own = loss(logits, crop_detail(labels, box), pixel_weight=weight, reduction=reduction)
+        return (1 - DETAIL_WEIGHT) * whole + DETAIL_WEIGHT * own
 
 
 def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:

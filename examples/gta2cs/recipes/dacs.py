@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, Shared
-from gta2cs.recipes.contrast import DistributionContrast
+from gta2cs.recipes.contrast import DistributionContrast, PrototypeContrast
 from gta2cs.recipes.rectified import CENTROID_BATCHES, RectifiedLabels
 from gta2cs.recipes.self_training import Selection, TargetStyled
 from udakit import (
+    AdaptiveThresholdSelector,
     ArgmaxSelector,
     ClassQuantileSelector,
     ConfidentRatioSelector,
@@ -28,6 +30,7 @@ from udakit import (
     class_mix,
     downscale_labels,
     feature_distance_loss,
+    feature_distillation_loss,
 )
 
 
@@ -38,15 +41,21 @@ class Dacs(TargetStyled):
     class Options(TargetStyled.Options):
         """Options of the recipe."""
 
-        selector: Literal["confident_ratio", "argmax", "threshold", "class_quantile", "rectified"] = "confident_ratio"
+        selector: Literal["confident_ratio", "argmax", "threshold", "adaptive", "class_quantile", "rectified"] = (
+            "confident_ratio"
+        )
         threshold: float = 0.968
+        threshold_momentum: float = 0.99  # for adaptive (FreeMatch: 0.999 over some hundred thousand steps)
         share: float = 0.5  # of each predicted class, for class_quantile
         prototype_momentum: float = 1e-2  # for rectified (ProDA: 1e-4 over 80k steps and more)
         mix_weight: float = 1.0
+        pseudo_loss: Literal["cross_entropy", "symmetric_cross_entropy"] = "cross_entropy"  # on pseudo-labels (ProDA)
         translate: str = "none"  # color, fourier, histogram, learned: source images in the style of target ...
         translate_share: float = 0.5  # ... this share of them
         contrast: float = 0.0  # weight of SePiCo's distribution contrast, on source and on the mixture each
         contrast_temperature: float = 100.0  # SePiCo; its gradient is about a hundredth of that of 1
+        prototype_contrast: float = 0.0  # weight of the contrast of pixels with class prototypes, on both batches each
+        feature_distillation: float = 0.0  # VFM-UDA++: 0.1, on both batches each
         feature_distance: float = 0.0  # DAFormer: 0.005
         feature_distance_classes: list[int] = field(default_factory=list)  # DAFormer: the thing classes; empty: all
 
@@ -58,13 +67,20 @@ class Dacs(TargetStyled):
                 student, num_classes, mode=options.teacher_mode, momentum=options.prototype_momentum
             )
         self.selector = nn.Identity() if self.rectified is not None else make_selector(options, num_classes)
-        self.contrast: DistributionContrast | None = None
+        dim: int = student.feature_dim  # type: ignore[assignment]
+        self.contrasts = nn.ModuleDict()
         if options.contrast > 0:
-            dim: int = student.feature_dim  # type: ignore[assignment]
-            self.contrast = DistributionContrast(num_classes, dim, temperature=options.contrast_temperature)
+            temperature = options.contrast_temperature
+            self.contrasts["contrast"] = DistributionContrast(num_classes, dim, temperature=temperature)
+        if options.prototype_contrast > 0:
+            self.contrasts["prototype_contrast"] = PrototypeContrast(num_classes, dim)
         self.reference = reference.requires_grad_(False) if reference is not None else None
-        if options.feature_distance > 0 and reference is None:
-            raise ValueError("Expected `reference` (the ImageNet encoder) for feature_distance > 0, but got None.")
+        for name in ("feature_distance", "feature_distillation"):
+            if getattr(options, name) > 0 and reference is None:
+                raise ValueError(f"Expected `reference` (the frozen net) for {name} > 0, but got None.")
+        self.projection = (
+            make_projection(reference) if reference is not None and options.feature_distillation > 0 else None
+        )
 
     @classmethod
     def build(
@@ -75,9 +91,10 @@ class Dacs(TargetStyled):
         make_net: Callable[..., nn.Module],
         previous: Recipe | None = None,
     ) -> Dacs:
-        """Make the recipe, with a fresh ImageNet net as the reference of the feature distance where that is on."""
+        """Make the recipe, with a fresh ImageNet net as the reference of what looks at features, where that is on."""
         parsed = cls.parse(options)
-        recipe = cls(student, num_classes, parsed, make_net() if parsed.feature_distance > 0 else None)
+        referred = parsed.feature_distance > 0 or parsed.feature_distillation > 0
+        recipe = cls(student, num_classes, parsed, make_net() if referred else None)
         return recipe.translating(make_net, previous)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
@@ -87,9 +104,9 @@ class Dacs(TargetStyled):
 
         # 1. The teacher labels the clean target images.
         with torch.no_grad():
-            on_target = self.teacher(batch.target_images)
-            teacher_logits = on_target.logits
-            valid = self.valid_rows(teacher_logits)
+            on_target = self.look(self.teacher, batch.target_images)
+            valid = self.valid_rows(on_target.logits)
+            teacher_logits = self.aligned(on_target.logits, source.labels, valid)
             if self.rectified is None:
                 labelled, pseudo = teacher_logits, self.selector(teacher_logits, valid=valid)
             else:
@@ -106,17 +123,24 @@ class Dacs(TargetStyled):
 
         # 4. At the labels' size, without ever holding logits of that size. Over all pixels: a rejected or doubtful
         # pixel weighs less, it does not make the others weigh more.
-        mix = on_mixed.cross_entropy(mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
+        mix = pseudo_loss(on_mixed, mixed, options.pseudo_loss)
         terms = {
             "source": on_source.cross_entropy(source.labels),
             "mix": options.mix_weight * mix,
-            **self.masked_consistency(batch.target_images, draws, lambda seen: pseudo_loss(seen, pseudo)),
+            **self.masked_consistency(
+                batch.target_images, draws, lambda seen: pseudo_loss(seen, pseudo, options.pseudo_loss)
+            ),
         }
-        if self.contrast is not None:
+        if self.contrasts:
             with torch.no_grad():
-                self.contrast.update(self.teacher(source_images).features, source.labels)
-            apart = self.contrast(on_source.features, source) + self.contrast(on_mixed.features, mixed)
-            terms["contrast"] = options.contrast * apart
+                features = self.teacher(source_images).features
+            for name, contrast in self.contrasts.items():
+                contrast.update(features, source.labels)
+                apart = contrast(on_source.features, source) + contrast(on_mixed.features, mixed)
+                terms[name] = getattr(options, name) * apart
+        if options.feature_distillation > 0:
+            distilled = self._distil(on_source.encoded, source.images) + self._distil(on_mixed.encoded, mixed.images)
+            terms["feature_distillation"] = options.feature_distillation * distilled
         if options.feature_distance > 0:
             terms["feature_distance"] = options.feature_distance * self._feature_distance(
                 on_source.encoded, source._replace(images=source_images)
@@ -151,6 +175,20 @@ class Dacs(TargetStyled):
             self.reference.eval()
         return self
 
+    def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
+        """The projection of the distilled features learns at the rate of the student's decoder."""
+        if self.projection is None:
+            return []
+        return [{"name": "projection", "params": list(self.projection.parameters()), "lr": lr * head_multiplier}]
+
+    def _distil(self, encoded: Tensor, images: Tensor) -> Tensor:
+        """VFM-UDA++: projected features of augmented images against the frozen net's of the images as they are."""
+        assert self.reference is not None
+        assert self.projection is not None
+        with torch.no_grad():
+            reference = self.reference.encode(images)  # type: ignore[operator]
+        return feature_distillation_loss(self.projection(encoded), reference)
+
     def _feature_distance(self, features: Tensor, source: SegBatch) -> Tensor:
         """DAFormer's distance to the ImageNet encoder, on the cells that a wanted class fills."""
         assert self.reference is not None
@@ -164,11 +202,18 @@ class Dacs(TargetStyled):
         return feature_distance_loss(features, reference, valid=valid)
 
 
-def pseudo_loss(output: Any, pseudo: PseudoLabels) -> Tensor:
-    """Cross-entropy with the pseudo-labels of whole target images, weighed as in the mixture: over all pixels."""
-    return output.cross_entropy(  # type: ignore[no-any-return]
-        pseudo.labels, pixel_weight=pseudo.weight, reduction="mean_all"
-    )
+def pseudo_loss(output: Any, pseudo: PseudoLabels | SegBatch, kind: str = "cross_entropy") -> Tensor:
+    """Loss with pseudo-labels, over all pixels: a doubtful one weighs less, it does not make the others weigh more."""
+    loss = getattr(output, kind)
+    return loss(pseudo.labels, pixel_weight=pseudo.weight, reduction="mean_all")  # type: ignore[no-any-return]
+
+
+def make_projection(reference: nn.Module) -> nn.Module:
+    """VFM-UDA++'s projection, to as many channels as the frozen net's encoder has."""
+    first = next(m for m in reference.modules() if isinstance(m, nn.Conv2d))
+    with torch.no_grad():
+        dim = reference.eval().encode(torch.zeros(1, first.in_channels, 64, 64)).shape[1]  # type: ignore[operator]
+    return nn.Sequential(nn.Conv2d(dim, dim, 1), LayerNorm2d(dim), nn.GELU(), nn.Conv2d(dim, dim, 1))
 
 
 def make_selector(options: Any, num_classes: int) -> nn.Module:
@@ -177,6 +222,8 @@ def make_selector(options: Any, num_classes: int) -> nn.Module:
         return ArgmaxSelector()
     if options.selector == "threshold":
         return ThresholdSelector(options.threshold)
+    if options.selector == "adaptive":
+        return AdaptiveThresholdSelector(num_classes, options.threshold_momentum, sync=True)
     if options.selector == "class_quantile":
         return ClassQuantileSelector(num_classes, share=options.share, momentum=0.9, sync=True)
     if options.selector == "confident_ratio":

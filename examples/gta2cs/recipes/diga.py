@@ -18,7 +18,7 @@ from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Preparation, Shared
 from gta2cs.recipes.dacs import make_selector, pseudo_loss, selection_of
 from gta2cs.recipes.rectified import CENTROID_BATCHES, classes_at_features, target_centroids
-from gta2cs.recipes.self_training import MASKING, TargetStyled
+from gta2cs.recipes.self_training import LABELLING, MASKING, TargetStyled
 from udakit import (
     BilateralConsensus,
     ClassPrototypes,
@@ -37,7 +37,13 @@ from udakit import (
 class DigaWarmup(TargetStyled):
     """Cross-entropy on source, symmetric distillation between the source image and its CrDoMix rendering."""
 
-    FIXED = ("augment_mixed", "ignore_top", "ignore_bottom", *MASKING)  # of pseudo-labels, which there are none of
+    FIXED = (
+        "augment_mixed",
+        "ignore_top",
+        "ignore_bottom",
+        *MASKING,
+        *LABELLING,
+    )  # of pseudo-labels, which there are none of
 
     @dataclass
     class Options(TargetStyled.Options):
@@ -128,9 +134,11 @@ class Diga(DigaWarmup):
         # 1. The labeller's classes, kept where the nearest centroid of the teacher's features agrees (or as the
         # option says). The centroids are kept up to date in any case: the consensus can be measured beside another.
         with torch.no_grad():
-            labelled = self.labeller(batch.target_images).logits
+            labelled = self.look(self.labeller, batch.target_images).logits
+            valid = self.valid_rows(labelled)
+            labelled = self.aligned(labelled, source.labels, valid)
             teacher_target = self.teacher(batch.target_images)
-            pseudo = self.selector(labelled, teacher_target.features, valid=self.valid_rows(labelled))
+            pseudo = self.selector(labelled, teacher_target.features, valid=valid)
 
         # 2. Source classes onto target, and both renderings of source, through the student.
         chosen = self.draw_classes(source.labels, draws, rounding="down")

@@ -22,7 +22,7 @@ from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.dacs import Dacs
 from gta2cs.recipes.diga import Diga
 from gta2cs.recipes.ehtdi import Ehtdi
-from gta2cs.recipes.self_training import Selection, SelfTraining
+from gta2cs.recipes.self_training import Selection, SelfTraining, as_logits
 from udakit import EMATeacher, InconsistencyLoss, ProjectedFeatureLoss, fuse_teachers, kd_loss, upsampled_cross_entropy
 
 BASES: dict[str, type[SelfTraining]] = {"dacs": Dacs, "diga": Diga, "ehtdi": Ehtdi}
@@ -182,12 +182,14 @@ class Duda(SelfTraining):
         """Return the losses of one step."""
         options = self.options
         with torch.no_grad():
-            large = [net(batch.target_images) for net in self.large.values()]
+            large = [self.look(net, batch.target_images) for net in self.large.values()]
             teachers = [output.logits for output in large]
             if OWN in options.teachers:
-                teachers.append(self.teacher(batch.target_images).logits)
+                teachers.append(self.look(self.teacher, batch.target_images).logits)
             fused = fuse_teachers(teachers, mode=options.fuse)
             valid = self.valid_rows(fused)
+            if self.alignment is not None:
+                fused = self.aligned(as_logits(fused), batch.source_labels, valid).softmax(1)
         source_images, target_images = batch.source_images, batch.target_images
         if options.augment_source:
             source_images = self.augment(source_images, draws)

@@ -65,8 +65,10 @@ class Ehtdi(SelfTraining):
         # 1. Labels for the weak view of target: all pixels, no threshold.
         with torch.no_grad():
             labeller = self.student if options.labels_from == "student" else self.teacher
-            target_logits = labeller(batch.target_images).logits
-            pseudo = ArgmaxSelector()(target_logits, valid=self.valid_rows(target_logits))
+            target_logits = self.look(labeller, batch.target_images).logits
+            valid = self.valid_rows(target_logits)
+            target_logits = self.aligned(target_logits, source.labels, valid)
+            pseudo = ArgmaxSelector()(target_logits, valid=valid)
         target = SegBatch(batch.target_images, pseudo.labels)
 
         # 2. Source classes onto target, confident target regions onto source; strong views of both share the geometry.

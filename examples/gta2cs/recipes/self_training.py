@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,10 +15,20 @@ from torch import Tensor, nn
 from gta2cs.learned_translator import Translator, train_translator
 from gta2cs.recipes.base import Draws, Preparation, Recipe
 from gta2cs.translators import TRANSLATORS
-from udakit import EMATeacher, draw_block_mask, draw_classes, draw_token_mask, keep_statistics, row_mask
+from udakit import (
+    DistributionAlignment,
+    EMATeacher,
+    draw_block_mask,
+    draw_classes,
+    draw_token_mask,
+    hflip_average,
+    keep_statistics,
+    row_mask,
+)
 
 LEARNED = "learned"
 MASKING = ("mask_weight", "mask_ratio", "mask_block", "mask_complements", "mask_tokens")
+LABELLING = ("mirror_teacher", "align")
 S = TypeVar("S", bound="TargetStyled")
 
 
@@ -38,6 +49,8 @@ class SelfTraining(Recipe):
         augment_mixed: bool = True
         ignore_top: int = 0  # rows of a target crop without pseudo-label (DAFormer: 15 and 120 of 512)
         ignore_bottom: int = 0
+        mirror_teacher: bool = False  # labels from the mean over an image and its mirror image (VFM-UDA)
+        align: bool = False  # the class shares of the labels follow those of source (ReMixMatch)
         mask_weight: float = 0.0  # masked consistency on target (MIC: 1); 0: off
         mask_ratio: float = 0.7  # share of the blocks that is removed
         mask_block: int = 32  # side of a block (MIC: 64 in crops of 512 and of 1024)
@@ -47,6 +60,7 @@ class SelfTraining(Recipe):
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__(student, num_classes, options)
         self.teacher = EMATeacher(student, options.ema, options.ema_warmup, options.buffers, mode=options.teacher_mode)
+        self.alignment = DistributionAlignment(num_classes, sync=True) if options.align else None
 
     def after_step(self) -> None:
         """Let the teacher follow the student."""
@@ -55,6 +69,28 @@ class SelfTraining(Recipe):
     def nets(self) -> dict[str, nn.Module]:
         """Student and teacher."""
         return {"student": self.student, "teacher": self.teacher.module}
+
+    def look(self, labeller: nn.Module, images: Tensor) -> Any:
+        """Output of the net that labels target images; with `mirror_teacher` its logits stand for two views."""
+        with torch.no_grad():
+            if not self.options.mirror_teacher:
+                return labeller(images)
+            outputs = []
+
+            def logits(view: Tensor) -> Tensor:
+                outputs.append(labeller(view))
+                return outputs[-1].logits  # type: ignore[no-any-return]
+
+            mean = as_logits(hflip_average(logits, images))
+            return dataclasses.replace(outputs[0], head_logits=mean, size=None)
+
+    def aligned(self, logits: Tensor, source_labels: Tensor, valid: Tensor | None) -> Tensor:
+        """Logits on target whose class shares are those of source's labels; the same ones without `align`."""
+        if self.alignment is None:
+            return logits
+        with torch.no_grad():
+            self.alignment.update_source(source_labels)
+            return as_logits(self.alignment(logits, valid=valid))
 
     def both(self, first: Tensor, second: Tensor) -> tuple[Any, Any]:
         """Student outputs of two batches, in one forward or in two: BatchNorm sees them together or apart."""
@@ -113,6 +149,11 @@ class SelfTraining(Recipe):
             return None
         n, _, h, w = logits.shape
         return row_mask(h, w, top, bottom).to(logits.device).expand(n, h, w)
+
+
+def as_logits(probabilities: Tensor) -> Tensor:
+    """Logits with that softmax: what follows need not know that two views or a prior are behind it."""
+    return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
 class TargetStyled(SelfTraining):

@@ -1,0 +1,161 @@
+"""What one part adds to DACS: every part alone, with its published setting, in equally many steps.
+
+    UDAKIT_DATA=/data python benchmarks/parts.py                          # whatever is not in the JSON yet
+    python benchmarks/parts.py --pairs nuclei --parts mic_random rectified --seeds 0
+    python benchmarks/parts.py --table                                    # trains nothing, writes the tables
+
+Images, net, augmentation, learning rate and the source-only start are those of benchmarks/adaptation.py: no option was
+chosen by looking at a result of these runs, and a part's own options are those of its paper, made fit for crops of 128
+pixels and a few hundred steps. The last student counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+from gta2cs.threads import considerate_threads
+
+considerate_threads()  # before torch is imported
+
+import train_gta2cs
+from benchmarks import adaptation
+from benchmarks.harness import write_section
+from gta2cs.files import write_json
+
+RESULTS = ROOT / "benchmarks" / "results" / "parts.json"
+PAGE = ROOT / "docs" / "results" / "parts.md"
+STEPS = {"nuclei": 200, "nuclei_backwards": 200, "toy": 200}
+BASE = "dacs"
+# Name, title, options of the recipe beside those of the policy.
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    BASE: ("DACS alone", {}),
+    "mic_random": ("masked consistency, random blocks", {"mask_weight": 1.0, "mask_ratio": 0.7}),
+    "mic_complements": (
+        "masked consistency, both complements",
+        {"mask_weight": 1.0, "mask_ratio": 0.5, "mask_complements": True},
+    ),
+    "rectified": ("rectified labels (ProDA)", {"selector": "rectified"}),
+    "symmetric": ("symmetric cross-entropy", {"pseudo_loss": "symmetric_cross_entropy"}),
+    "adaptive": ("adaptive thresholds", {"selector": "adaptive"}),
+    "aligned": ("aligned class shares", {"align": True}),
+    "feature_distillation": ("feature distillation, of the ImageNet encoder", {"feature_distillation": 0.1}),
+    "distribution_contrast": ("distribution contrast (SePiCo)", {"contrast": 1.0}),
+    "prototype_contrast": ("pixel against prototype contrast", {"prototype_contrast": 0.1}),
+    "mirror_teacher": ("teacher's mean over mirror images", {"mirror_teacher": True}),
+    "class_quantile": ("class quantiles", {"selector": "class_quantile", "share": 0.6}),
+}
+
+
+def configure(pair: str, part: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
+    """The run of a part: that of plain DACS in benchmarks/adaptation.py, but for its own options and the steps."""
+    config = adaptation.configure(pair, "dacs_plain", seed, data_root, cache)
+    (stage,) = config.stages
+    options = {**stage.options, **PARTS[part][1]}
+    return dataclasses.replace(
+        config,
+        stages=[dataclasses.replace(stage, steps=STEPS[pair], options=options)],
+        out=cache / pair / f"seed{seed}" / f"part_{part}",
+        score_views=["mirror"],
+    )
+
+
+def run(pair: str, part: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, Any]:
+    """Train a part, its source-only start first where that is missing, and return what the JSON keeps of it."""
+    if not (cache / pair / f"seed{seed}" / "warm" / "results.json").is_file():
+        train_gta2cs.main(adaptation.configure(pair, "warm", seed, data_root, cache))
+    config = configure(pair, part, seed, data_root, cache)
+    began = time.process_time()
+    train_gta2cs.main(config)
+    histories = adaptation.histories_of(config)
+    return {
+        "pair": pair,
+        "part": part,
+        "seed": seed,
+        "steps": histories[-1]["steps"],
+        "start": adaptation.truth_of(adaptation.warm_start(pair, seed, cache)),
+        "processor_seconds": round(time.process_time() - began, 1),
+        "options": config.stages[-1].options,
+        "checkpoints": list(adaptation.checkpoints_of(histories)),
+    }
+
+
+def last(run: dict[str, Any], net: str = "student") -> float:
+    """True mIoU of a run's last net of a name."""
+    return float(next(c["miou"] for c in reversed(run["checkpoints"]) if c["net"] == net))
+
+
+def gains(results: dict[str, Any], pair: str, part: str) -> list[float]:
+    """Differences to DACS alone, one for each seed that has run both."""
+    found = [results.get(f"{pair}/{part}/{r['seed']}") for r in results.values() if is_run(r, pair, BASE)]
+    return [last(r) - last(results[f"{pair}/{BASE}/{r['seed']}"]) for r in found if r is not None]
+
+
+def is_run(run: dict[str, Any], pair: str, part: str) -> bool:
+    return (run["pair"], run["part"]) == (pair, part)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a line a part, two columns a pair: mIoU, and the gain over DACS of the same seed."""
+    pairs = [pair for pair in STEPS if any(is_run(r, pair, BASE) for r in results.values())]
+    if not pairs:
+        return "Not measured yet.\n"
+    head = " | ".join(f"{adaptation.NAMES[pair]} | gain" for pair in pairs)
+    lines = [f"| added to DACS | {head} |", "|---|" + "---:|---:|" * len(pairs)]
+    starts = [[r["start"] for r in results.values() if is_run(r, pair, BASE)] for pair in pairs]
+    lines.append(f"| source-only start | {' | '.join(f'{adaptation.spread(s)} | ' for s in starts)} |")
+    for part, (title, _) in PARTS.items():
+        cells = []
+        for pair in pairs:
+            values = [last(r) for r in results.values() if is_run(r, pair, part)]
+            cells.append(adaptation.spread(values) if values else "not run")
+            cells.append("" if part == BASE or not values else signed(gains(results, pair, part)))
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines).replace("-", "−").replace("−−−", "---").replace("source−only", "source-only") + "\n"
+
+
+def signed(values: list[float]) -> str:
+    """Mean of the gains, and each seed's behind it where there are two at least."""
+    if not values:
+        return "–"
+    each = f" ({', '.join(f'{v:+.1f}' for v in values)})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):+.1f}{each}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("UDAKIT_DATA"))
+    parser.add_argument("--pairs", nargs="+", choices=list(STEPS), default=["nuclei", "toy"])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "adaptation")
+    parser.add_argument("--table", action="store_true", help=f"train nothing, rewrite the table of {PAGE.name}")
+    options = parser.parse_args(arguments)
+    if options.table:
+        results = adaptation.load(options.results)
+        write_json(options.results, results)
+        write_section("parts", table(results), PAGE)
+        return
+    root = Path(options.data_root) if options.data_root else None
+    for seed, pair, part in itertools.product(options.seeds, options.pairs, options.parts):
+        if (key := f"{pair}/{part}/{seed}") in adaptation.load(options.results):
+            continue
+        if pair != "toy" and (root is None or not root.is_dir()):
+            print(f"skipped {key}: no --data-root and no UDAKIT_DATA")
+            continue
+        print(f"== {key}", flush=True)
+        adaptation.add(options.results, key, run(pair, part, seed, root, options.cache))
+
+
+if __name__ == "__main__":
+    main()
