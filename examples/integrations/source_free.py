@@ -10,6 +10,7 @@ against that, and a score that needs no label says which net to keep.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -27,11 +28,17 @@ class Adapted(NamedTuple):
     step: int  # 0: BatchNorm's statistics alone; -1: the net as it came
     losses: list[float]
     scores: dict[int, float]  # of each candidate, by its step
+    last: nn.Module  # the net of the last step, kept or not
 
 
 def has_batch_norm(net: nn.Module) -> bool:
     """Whether there are statistics to estimate anew; transformers have none."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
+
+
+def mean_entropy(logits: Tensor) -> Tensor:
+    """TENT's loss: decided for each pixel. Nothing keeps a class alive."""
+    return entropy_loss(logits, normalize=False)
 
 
 def information_loss(logits: Tensor) -> Tensor:
@@ -40,7 +47,7 @@ def information_loss(logits: Tensor) -> Tensor:
     Hold: the second term is 0 for a net that predicts one class.
     """
     mean = logits.softmax(1).mean((0, *range(2, logits.ndim)))
-    return entropy_loss(logits, normalize=False) + (mean * mean.clamp_min(1e-12).log()).sum()
+    return mean_entropy(logits) + (mean * mean.clamp_min(1e-12).log()).sum()
 
 
 @torch.no_grad()
@@ -61,13 +68,26 @@ def score(net: nn.Module, images: Tensor) -> float:
 
 
 def adapt(
-    net: nn.Module, target: Tensor, *, steps: int, batch_size: int = 2, lr: float = 1e-3, check_every: int = 20
+    net: nn.Module,
+    target: Tensor,
+    *,
+    steps: int,
+    batch_size: int = 2,
+    lr: float = 1e-3,
+    check_every: int = 20,
+    loss_of: Callable[[Tensor], Tensor] = information_loss,
+    statistics: bool = True,
+    restored: float = 0.01,
 ) -> Adapted:
-    """Adapt a copy of `net` to the images `target` (M, 3, H, W) and return the best candidate."""
+    """Adapt a copy of `net` to the images `target` (M, 3, H, W) and return the best candidate.
+
+    Without `statistics` BatchNorm keeps those of source, and only scales and shifts move.
+    """
     held_out, images = target[: max(2, len(target) // 4)], target
     batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
     scores = {-1: score(net, held_out)}
     best, best_step = net, -1
+    statistics = statistics and has_batch_norm(net)
 
     def consider(candidate: nn.Module, step: int) -> None:
         nonlocal best, best_step
@@ -75,7 +95,7 @@ def adapt(
         if scores[step] > scores[best_step]:
             best, best_step = copy_net(candidate), step
 
-    student = adapt_batch_norm(net, batches) if has_batch_norm(net) else copy_net(net)
+    student = adapt_batch_norm(net, batches) if statistics else copy_net(net)
     consider(student, 0)
 
     # Hold: scales and shifts of the normalisations, and nothing else. They can undo what light, weather and camera do
@@ -84,18 +104,18 @@ def adapt(
     learning = [p.requires_grad_() for p in norm_parameters(student)]
     source = {name: p.detach().clone() for name, p in student.named_parameters()}
     optimizer = torch.optim.Adam(learning, lr=lr)
-    student.train()  # BatchNorm works with the batch, and its running statistics follow
+    student.train(statistics)  # in training mode BatchNorm works with the batch, and its running statistics follow
     losses = []
     for step in range(1, steps + 1):
-        loss = information_loss(student(batches[step % len(batches)]))
+        loss = loss_of(student(batches[step % len(batches)]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        restore(student, source, probability=0.01)
+        restore(student, source, probability=restored)
         losses.append(loss.item())
         if step % check_every == 0 or step == steps:
             consider(student, step)
-    return Adapted(best, best_step, losses, scores)
+    return Adapted(best, best_step, losses, scores, student)
 
 
 def main(steps: int = 2, size: int = 64, net: nn.Module | None = None, target: Tensor | None = None) -> list[float]:
