@@ -34,7 +34,7 @@ from gta2cs.files import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "parts.json"
 PAGE = ROOT / "docs" / "results" / "parts.md"
-STEPS = {"nuclei": 200, "nuclei_backwards": 200, "toy": 200}
+STEPS = {"nuclei": 200, "nuclei_backwards": 200, "toy": 200, "carla2camvid": 800}
 BASE = "dacs"
 # Name, title, options of the recipe beside those of the policy.
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
