@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from gta2cs.interrupts import NOTHING_TORN, end_with, leave_at_once
 from gta2cs.threads import considerate_threads
 
+if __name__ == "__main__":
+    leave_at_once(NOTHING_TORN)
 considerate_threads()  # before torch is imported
 
 import matplotlib.pyplot as plt
@@ -36,6 +39,7 @@ from rich.markup import escape
 from gta2cs import html, report
 from gta2cs.histories import RunNets, read_run
 from gta2cs.label_free import DEFAULT, DIRECTIONS, RELIABILITY, UNRELIABLE
+from gta2cs.options import in_a_line
 from gta2cs.rank_statistics import spearman
 
 console = Console(soft_wrap=True)
@@ -272,16 +276,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "dacs_toy.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="where the sweep's runs go")
     options = parser.parse_args(arguments)
-    try:
-        if options.score.lstrip("-") not in DIRECTIONS:
-            raise ValueError(f"Expected `score` to be one of {[*DIRECTIONS]}, but got {options.score!r}.")
-        folders = [*options.runs, *(sweep(options) if options.sweep else [])]
-        if not folders:
-            raise ValueError("Expected folders of runs, or --sweep with a setting that ran, but got none.")
-        comparison = Comparison([read_run(folder) for folder in folders], options.score)
-    except (OSError, ValueError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(str(error))}[/]")
-        return 2
+    again = " The same command goes on with the sweep." if options.sweep else ""
+    return in_a_line(lambda: compare(options), f"{NOTHING_TORN}{again}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Run what is left of a sweep, rank all runs, and write the page."""
+    if options.score.lstrip("-") not in DIRECTIONS:
+        raise ValueError(f"Expected `score` to be one of {[*DIRECTIONS]}, but got {options.score!r}.")
+    folders = [*options.runs, *(sweep(options) if options.sweep else [])]
+    if not folders:
+        raise ValueError("Expected folders of runs, or --sweep with a setting that ran, but got none.")
+    comparison = Comparison([read_run(folder) for folder in folders], options.score)
     page = options.page or (options.out / "compared.html" if options.sweep else Path("runs_compared.html"))
     write_page(comparison, page)
     net = comparison.best(comparison.runs[0])
@@ -292,8 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{place}. {escape(run.folder.name)}: {title(best)}, {comparison.score.replace('_', ' ')} {value:.3f}"
         )
     console.print(f"Use the {title(net)} of {escape(str(comparison.runs[0].folder))}. Page: {page}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_with(main())

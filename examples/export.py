@@ -21,16 +21,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+sys.path.insert(0, str(Path(__file__).parent))
+from gta2cs.interrupts import NOTHING_TORN, end_with, leave_at_once
+from gta2cs.threads import considerate_threads
+
+if __name__ == "__main__":
+    leave_at_once(NOTHING_TORN)
+considerate_threads()  # before torch is imported
+
 import torch
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.files import write_text
 from gta2cs.inference import Trained
 from gta2cs.loading import MEAN, STD
-from gta2cs.options import read_options
+from gta2cs.options import FAULTS, in_a_line, read_options
 
 Format = Literal["onnx", "torch_export", "torchscript", "safetensors"]
 Run = Callable[[Tensor], Tensor]
@@ -232,9 +238,10 @@ def verdict_of(checkpoint: Path) -> str:
     return ""
 
 
+def command() -> None:
+    """Run from the command line."""
+    main(read_options(Config))
+
+
 if __name__ == "__main__":
-    try:
-        main(read_options(Config))
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(str(error))}[/]")
-        sys.exit(2)
+    end_with(in_a_line(command, NOTHING_TORN, faults=(*FAULTS, ModuleNotFoundError)))

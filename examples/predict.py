@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent))
+from gta2cs.interrupts import NOTHING_TORN, end_with, leave_at_once, stop_if_asked
 from gta2cs.threads import considerate_threads
 
+if __name__ == "__main__":
+    leave_at_once(NOTHING_TORN)
 considerate_threads()  # before torch is imported
 
 import numpy as np
@@ -34,7 +37,7 @@ from gta2cs.datasets import ClassSet
 from gta2cs.evaluation import Score, evaluate
 from gta2cs.files import WriteError, check_writable, replacing, write_text
 from gta2cs.inference import SlidingWindow, Trained, check_window, segment
-from gta2cs.options import read_options
+from gta2cs.options import in_a_line, read_options
 from gta2cs.reading import IMAGE_SUFFIXES, ImageFormat, viewable
 from gta2cs.report import colorize, progress_bar, rich_table
 from gta2cs.samples import Size
@@ -132,6 +135,7 @@ def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[P
     with progress_bar(console) as progress:
         task = progress.add_task("predicting", total=len(jobs), status="")
         for image_path, name in jobs.items():
+            stop_if_asked()
             progress.update(task, status=escape(image_path.name))
             try:
                 image = format.read(image_path).contiguous()
@@ -272,11 +276,4 @@ def load(config: Config, trained: Trained, name: str) -> torch.nn.Module:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(parse()))
-    except KeyboardInterrupt:
-        Console(stderr=True, soft_wrap=True).print("[red]Stopped: every picture that was written is whole.[/]")
-        sys.exit(130)
-    except (OSError, ValueError) as error:  # asked for something that cannot be: the message says it, no trace needed
-        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(str(error))}[/]")
-        sys.exit(2)
+    end_with(in_a_line(lambda: main(parse()), NOTHING_TORN))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,15 +25,17 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+from gta2cs.interrupts import NOTHING_DONE, end_with, leave_at_once, said_where, stop_if_asked
 from gta2cs.threads import considerate_threads
 
+if __name__ == "__main__":
+    leave_at_once(NOTHING_DONE)
 considerate_threads()  # before torch is imported
 
 import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 
 from gta2cs import report
@@ -47,6 +48,7 @@ from gta2cs.files import WriteError
 from gta2cs.label_free import NoScoreError
 from gta2cs.loading import Batch, StepData, sample_generator, step_loader
 from gta2cs.observers import LossLog, Observer, ProgressLine, Saving, Scoring, score_on_target
+from gta2cs.options import FAULTS, in_a_line
 from gta2cs.pretrained import WeightsError, load_init
 from gta2cs.recipes import RECIPES, Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.self_training import LEARNED
@@ -78,16 +80,15 @@ def train_stage(
 
     step = TrainingStep(state)
     loader = step_loader(stage_data(state, sampler), start=state.done, stop=state.steps, workers=config.data.workers)
-    with ProgressLine(state) as progress:
+    with ProgressLine(state) as progress, said_where(state.where):
         try:
             choosing = Choosing(state)
             observers: list[Observer] = [LossLog(run), Scoring(), choosing, progress, Tracking(), Saving()]
             for batch in loader:
+                stop_if_asked()
                 losses = step(batch)
                 for observer in observers:
                     observer(state, losses)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(state.where()) from None
         except (WriteError, FloatingPointError, NoScoreError) as error:
             raise type(error)(f"{error} {state.where()}") from None
     return state.recipe, state.history
@@ -244,7 +245,9 @@ def main(config: Config) -> dict[str, Score]:
         else nullcontext()
     ):
         said = console if accelerator.is_main_process else Console(quiet=True)
-        return train(Run(config, open_pair(config), accelerator, said))
+        run = Run(config, open_pair(config), accelerator, said)
+        with said_where(run.where):
+            return train(run)
 
 
 def train(run: Run) -> dict[str, Score]:
@@ -265,6 +268,7 @@ def train(run: Run) -> dict[str, Score]:
     sampler = rare_class_sampler(run)
     for index, stage in enumerate(config.stages):
         recipe, history = train_stage(run, index, student, recipe, sampler)
+        run.finished = index + 1
         histories.append(history)
         student = recipe.student
         title = row_title(config, index)
@@ -344,28 +348,22 @@ def row_title(config: Config, index: int) -> str:
 
 
 def words_of(error: Exception) -> str:
-    """The message of an error; of one in a process that loads data, what stands below that process's trace."""
+    """The message of an error of ours; of one in a process that loads data, what stands below that process's trace."""
     below = re.match(r"Caught .*\n\w+: ((?:Expected|Cannot) .*)\Z", str(error), re.DOTALL)
-    return below[1].rstrip() if below else str(error)
+    said = below[1].rstrip() if below else str(error)
+    return said if said.startswith(("Expected", "Cannot")) else ""
 
 
 def command() -> int:
-    """Run from the command line: what the user can mend or has asked for is said in a line, without a trace."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # of schedulers: as Ctrl-C
-    try:
+    """Run from the command line; one process speaks for all."""
+
+    def run() -> None:
         main(parse())
-    except KeyboardInterrupt as stop:
-        said, status = str(stop) or "Stopped before the first step.", 130
-    except (OSError, ValueError, FloatingPointError, WeightsError) as error:
-        said, status = words_of(error), 2
-        if not said.startswith(("Expected", "Cannot")):  # not of ours: a trace is wanted
-            raise
-    else:
-        return 0
-    if int(os.environ.get("RANK", "0")) == 0:
-        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(said)}[/]", highlight=False)
-    return status
+
+    faults = (*FAULTS, FloatingPointError, WeightsError)
+    quiet = int(os.environ.get("RANK", "0")) != 0
+    return in_a_line(run, NOTHING_DONE, faults=faults, words=words_of, quiet=quiet)
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    end_with(command())

@@ -21,7 +21,7 @@ from gta2cs.evaluation import Score, evaluate, evaluating, with_bn_statistics
 from gta2cs.recipes import RECIPES, Draws
 from gta2cs.report import markdown_table
 from gta2cs.samples import ClassSet
-from odd_files import noise, save
+from odd_files import small_pair
 from udakit import draw_classes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,19 +40,6 @@ def tiny_config(out: Path, *stages: train_gta2cs.Stage, **changes) -> train_gta2
         dry_run=True,
         **changes,
     )
-
-
-def small_pair(root: Path) -> Path:
-    """Four images of each domain, one of target with a label: evaluating takes no time."""
-    for i in range(4):
-        for domain in ("source", "target"):
-            save(root / domain / "images" / f"{i}.png", np.kron(noise(3) // (i + 1), np.ones((16, 12, 1), np.uint8)))
-        save(root / "source" / "labels" / f"{i}.png", np.kron(noise(high=3), np.ones((16, 12), np.uint8)))
-    save(root / "target" / "labels" / "3.png", np.kron(noise(high=3), np.ones((16, 12), np.uint8)))
-    (root / "target" / "train.txt").write_text("0\n1\n2\n3\n")
-    (root / "target" / "val.txt").write_text("3\n")
-    (root / "classes.yaml").write_text("names: [a, b, c]\n")
-    return root
 
 
 def run_script(*arguments: str, **options) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gta2cs.interrupts import postponed
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -23,18 +25,21 @@ class WriteError(OSError):
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside `path`, of this call alone; what is written there takes the place of `path`.
 
+    Ctrl-C and SIGTERM wait until the file is in place.
+
     Raises:
         WriteError: naming the file and the space that is left; the temporary file is gone, `path` is as it was.
     """
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise WriteError(_why(path, temporary, error)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with postponed():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
+        except OSError as error:
+            raise WriteError(_why(path, temporary, error)) from None
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def remove_pieces(folder: Path) -> None:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gta2cs.interrupts import kept_from_children
 from gta2cs.reading import IGNORE, ImageFormat
 from gta2cs.reading import MEAN as MEAN
 from gta2cs.reading import STD as STD
@@ -162,20 +162,23 @@ def step_loader(
     data: StepData, *, start: int = 0, stop: int, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader[Batch]:
     """Batches of the steps start ... stop - 1. To resume, begin at the step: there is no other state."""
-    return DataLoader(
+    return QuietLoader(
         data,
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
         pin_memory=pin_memory,
         generator=torch.Generator().manual_seed(data.seed),  # otherwise the loader draws from the global one
-        worker_init_fn=leave_interrupts if workers else None,
     )
 
 
-def leave_interrupts(worker: int) -> None:
-    """Ctrl-C is for the process that asked for the data: a worker ends with it, without a trace of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class QuietLoader(DataLoader[Any]):
+    """Ctrl-C is for the process that asked for the data: its workers end with it, without a trace of their own."""
+
+    def __iter__(self) -> Any:
+        """Start the workers."""
+        with kept_from_children():
+            return super().__iter__()
 
 
 def evaluation_batches(
@@ -183,13 +186,12 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor | None, list[int]]]:
     """Whole images in order: (normalised images, labels int64 or None, positions); one batch never mixes sizes."""
     chosen = range(len(data)) if indices is None else indices
-    loader: DataLoader[object] = DataLoader(
+    loader = QuietLoader(
         data,
         batch_size=None,
         sampler=chosen,
         num_workers=workers,
         generator=torch.Generator(),
-        worker_init_fn=leave_interrupts if workers else None,
     )
     held: list[tuple[Tensor, Tensor | None, int]] = []
     for index, item in zip(chosen, loader, strict=True):

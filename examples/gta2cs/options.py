@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from jsonargparse import DefaultHelpFormatter, auto_cli, set_parsing_settings
+from rich.console import Console
+from rich.markup import escape
+
+from gta2cs.interrupts import STATUS, heard, said_where
 
 T = TypeVar("T")
 STAGE = re.compile(r"recipe='(\w+)', steps=(\d+)")
+FAULTS: tuple[type[Exception], ...] = (OSError, ValueError)  # what a user can mend
 
 
 class HelpFormatter(DefaultHelpFormatter):
@@ -41,3 +47,34 @@ def read_options(
         kind, args=arguments, as_positional=False, default_config_files=files or [], formatter_class=HelpFormatter
     )
     return read
+
+
+def in_a_line(
+    run: Callable[[], int | None],
+    stopped: str,
+    *,
+    faults: tuple[type[Exception], ...] = FAULTS,
+    words: Callable[[Exception], str] = str,
+    quiet: bool = False,
+) -> int:
+    """Run a command. What the user can mend or has asked for is said in one line, without a trace.
+
+    Args:
+        run: the command; its result, if any, is the exit status.
+        stopped: what to say after Ctrl-C or SIGTERM, unless the KeyboardInterrupt has words of its own.
+        faults: errors that are the user's.
+        words: message of such an error; "" for one that wants a trace after all.
+        quiet: say nothing.
+    """
+    try:
+        with heard(), said_where(lambda: stopped):
+            return run() or 0
+    except KeyboardInterrupt as stop:
+        said, status = str(stop) or stopped, STATUS
+    except faults as error:
+        said, status = words(error), 2
+        if not said:
+            raise
+    if not quiet:
+        Console(stderr=True, soft_wrap=True).print(f"[red]{escape(said)}[/]", highlight=False)
+    return status

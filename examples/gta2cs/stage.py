@@ -16,6 +16,7 @@ from torch import nn
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.config import Config, Stage, check_same_run, plain
 from gta2cs.datasets import Pair
+from gta2cs.interrupts import NOTHING_DONE, postponed
 from gta2cs.nets import param_groups
 from gta2cs.recipes import RECIPES, Recipe
 
@@ -30,6 +31,7 @@ class Run:
     console: Console
     source_only: Any = None  # label-free scores of the net that the first adapting stage starts from
     choice: Any = None  # which net is deployed so far (`choosing.Choice`)
+    finished: int = 0  # stages
 
     @property
     def device(self) -> torch.device:
@@ -40,6 +42,16 @@ class Run:
     def is_main(self) -> bool:
         """Whether this process prints and writes."""
         return bool(self.accelerator.is_main_process)
+
+    def where(self) -> str:
+        """Where the run stands between its stages and how it goes on, for who has to stop it here."""
+        stages = self.config.stages
+        if self.finished == len(stages):
+            return f"Stopped before the report was whole; all {len(stages)} stages are done, --resume writes it."
+        if self.finished:
+            done = f"stage {self.finished} of {len(stages)} ({stages[self.finished - 1].recipe})"
+            return f"Stopped after {done}; its last checkpoint is written, --resume goes on from there."
+        return NOTHING_DONE + (" --resume goes on as before." if self.config.resume else "")
 
 
 @dataclass
@@ -150,12 +162,13 @@ class StageState:
             "history": json.dumps(self.history),
             "config": json.dumps(plain(config)),
         }
-        if config.keep_checkpoints:
-            save_checkpoint(self.folder / f"step_{self.done:06d}.pt", saved)
-        if accelerator.scaler is not None:
-            saved["scaler"] = accelerator.scaler.state_dict()
-        save_checkpoint(self.folder / "last.pt", {**saved, "optimizer": self.optimizer.state_dict()})
-        self.saved = self.done
+        with postponed():  # both files, and the note that they are there
+            if config.keep_checkpoints:
+                save_checkpoint(self.folder / f"step_{self.done:06d}.pt", saved)
+            if accelerator.scaler is not None:
+                saved["scaler"] = accelerator.scaler.state_dict()
+            save_checkpoint(self.folder / "last.pt", {**saved, "optimizer": self.optimizer.state_dict()})
+            self.saved = self.done
 
     def where(self) -> str:
         """Where the run stands and how it goes on, for who has to stop it here."""

@@ -13,6 +13,7 @@ from torch import nn
 from gta2cs import choosing, html, report
 from gta2cs.config import plain
 from gta2cs.evaluation import Score, predict
+from gta2cs.interrupts import stop_if_asked
 from gta2cs.reading import viewable
 from gta2cs.stage import Run
 
@@ -47,6 +48,7 @@ def _written(run: Run, name: str, write: Callable[[], object]) -> bool:
     try:
         write()
     except Exception as error:  # whatever it is, checkpoints and results.json are there
+        stop_if_asked()
         why = f"{type(error).__name__}: {error}"
         run.console.print(f"[yellow]{name} could not be written: {escape(why)}[/]")
         return False
