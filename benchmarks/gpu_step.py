@@ -4,7 +4,8 @@
     python benchmarks/gpu_step.py --table    # counts nothing
 
 The steps and their parts are those of `step_overhead.py`, the rules of the count those of `kernels.py`. A backward node
-belongs to the part that was at work when the node was made. A step that runs here at all reads nothing on the host and
+belongs to the part that was at work when the node was made, and where the gradients of a parameter from several passes
+of a net are added up is the net's. A step that runs here at all reads nothing on the host and
 has shapes that no value decides: fake tensors have no values.
 """
 
@@ -97,7 +98,8 @@ class Parts(Clock):
     def node(self, node: Any) -> Iterator[None]:
         """Give what a backward node does to the part that made it."""
         number = node._sequence_nr()
-        self.enter(next((p for first, last, p in self.ranges if first <= number < last), REST))
+        part = next((p for first, last, p in self.ranges if first <= number < last), REST)
+        self.enter(NETS if type(node).__name__ == "AccumulateGrad" else part)
         try:
             yield
         finally:

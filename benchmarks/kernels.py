@@ -252,7 +252,9 @@ class Meter(TorchDispatchMode):
             return func(*args, **kwargs)
         if namespace not in ("aten", "prims"):
             return self._custom(func, args, kwargs)
-        if func._can_decompose():
+        eager = not self.decompose or self._inside
+        # Torch's C++ makes one kernel of an upsampling; what it is in Python is for compilers.
+        if func._can_decompose() and not (eager and "upsample" in name):
             with self:  # what autograd takes apart on its way arrives whole where there is no autograd
                 return func.decompose(*args, **kwargs)
         if self.decompose and not self._inside and func in _decompositions():
@@ -551,8 +553,9 @@ def backward(
 ) -> list[Tensor | None]:
     """`torch.autograd.grad` node by node: the engine wants a driver for tensors that say they are on a card.
 
-    `around(node)` is entered while a node works.
+    `around(node)` is entered while a node works, and while gradients that arrive at it are added.
     """
+    around = (lambda node: nullcontext()) if around is None else around
     leaves = {id(torch.autograd.graph.get_gradient_edge(x).node): i for i, x in enumerate(inputs)}
     waiting: dict[int, int] = {}
     nodes: dict[int, Any] = {}
@@ -572,7 +575,9 @@ def backward(
 
     def arrive(node: Any, slot: int, grad: Tensor | None) -> None:
         slots = pending.setdefault(id(node), [None] * len(node._input_metadata))
-        if grad is not None:
+        if grad is None:
+            return
+        with around(node):
             meant = node._input_metadata[slot]
             grad = grad.sum_to_size(meant.shape) if grad.shape != meant.shape else grad
             grad = grad.to(meant.dtype) if grad.dtype != meant.dtype else grad
@@ -590,7 +595,7 @@ def backward(
             if id(node) in leaves:
                 found[leaves[id(node)]] = grads[0]
                 continue
-            with nullcontext() if around is None else around(node):
+            with around(node):
                 edges, results = _apply(node, grads)
             del grads
             for (following, slot), grad in zip(edges, results, strict=True):

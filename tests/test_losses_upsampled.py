@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import udakit
+from udakit.losses import _upsampled
 
 side = st.integers(1, 9)
 sizes = st.tuples(side, side)
@@ -82,6 +84,43 @@ def test_distillation_is_that_of_interpolated_logits(
     }  # fmt: skip
     loss = udakit.upsampled_kd_loss(x, teacher, size=high, align_corners=align, chunk_rows=chunk_rows, **options)
     assert_same(loss, udakit.kd_loss(upsample(x, high, align), upsample(teacher, high, align), **options), x)
+
+
+@given(
+    seed=st.integers(0, 10_000), low=sizes, high=sizes, align=st.booleans(), chunk_rows=rows,
+    ignored=st.sampled_from([0, 0.4, 1]),
+)  # fmt: skip
+def test_what_a_gpu_does_at_once_is_what_bands_do(
+    seed: int, low: Any, high: Any, align: bool, chunk_rows: int | None, ignored: float
+) -> None:
+    x, teacher = draw(seed, (2, 3, *low), (2, 3, *high))
+    x.requires_grad_()
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (2, *high), generator=g)
+    labels[torch.rand(labels.shape, generator=g) < ignored] = 255
+    options: dict[str, Any] = {"align_corners": align, "chunk_rows": chunk_rows, "reduction": "none"}
+    with mock.patch.object(_upsampled, "_at_once", return_value=True):
+        ours = udakit.upsampled_cross_entropy(x, labels, **options), udakit.upsampled_kd_loss(x, teacher, **options)
+        gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in ours]
+    expected = udakit.upsampled_cross_entropy(x, labels, **options), udakit.upsampled_kd_loss(x, teacher, **options)
+    for y, e, gradient in zip(ours, expected, gradients, strict=True):
+        torch.testing.assert_close(y, e, rtol=1e-10, atol=1e-10)
+        wanted = torch.autograd.grad(e.square().sum(), x)[0]
+        torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_an_ignored_pixel_of_a_nan_gives_no_gradient() -> None:
+    """The pixel above the NaN is ignored, and nothing of it comes back."""
+    x = torch.zeros(1, 3, 2, 2)
+    x[0, :, 0, 0] = torch.nan
+    x.requires_grad_()
+    labels = torch.tensor([[[255, 1], [2, 0]]])
+    loss = udakit.upsampled_cross_entropy(x, labels)
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad is not None
+    assert x.grad[0, :, 0, 0].eq(0).all()
+    assert x.grad[0, :, 1:].ne(0).all()
 
 
 @pytest.mark.parametrize(("low", "high"), [((65, 129), (512, 1024)), ((33, 47), (200, 331)), ((40, 40), (25, 61))])

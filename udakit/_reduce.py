@@ -206,19 +206,25 @@ def check_reduction(reduction: str) -> None:
 
 
 def reduce_pixels(
-    loss: Tensor, valid: Tensor | None = None, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
+    loss: Tensor,
+    valid: Tensor | None = None,
+    *,
+    pixel_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    zeroed: bool = False,
 ) -> Tensor:
     """Reduce a per-pixel (or per-anchor, per-image) loss.
 
     Invalid entries become exactly 0 with zero gradient. "mean" divides by the number of valid entries, "mean_all" by
     all of them; a `pixel_weight` enters the numerator only. With nothing valid the result is 0 with a graph attached.
-    What is not finite at an invalid entry stays out of the value. `guard` keeps it out of the gradient.
+    What is not finite at an invalid entry stays out of the value. `guard` keeps it out of the gradient. `zeroed` says
+    that `loss` already is 0 there, which saves a pass each way.
     """
     check_reduction(reduction)
     if pixel_weight is not None:
         pixel_weight = pixel_weight.to(loss.dtype)
         loss = loss * (pixel_weight if valid is None else select(valid, pixel_weight))
-    if valid is not None:
+    if valid is not None and not zeroed:
         loss = select(valid, loss)
     if reduction == "none":
         return loss

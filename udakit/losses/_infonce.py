@@ -16,9 +16,12 @@ from torch import Tensor
 
 from udakit._reduce import LOG_2, full_precision, plain
 
+BLOCK = {"cpu": 1024, "other": 4096}  # pixels on a side of a block: 4 MiB stay in a cache, 64 MiB keep launches few
 
-def infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) -> Tensor:
+
+def infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int | None) -> Tensor:
     """InfoNCE of each column of z (n, d, 2m); columns i and i + m are partners. Invalid ones give 0: (n, 2m)."""
+    block = block or BLOCK.get(z.device.type, BLOCK["other"])
     loss: Tensor = torch.ops.udakit.infonce(plain(z), None if valid is None else plain(valid), temperature, block)[0]
     return loss
 

@@ -1,7 +1,8 @@
 """Losses of bilinearly upsampled logits, a band of rows at a time, as an operator pair that compilers see as one node.
 
 A band is `F.interpolate` of those rows alone: bilinear upsampling is separable, so the few rows below the band are
-widened to W columns and then mixed. The backward pass makes the bands again and applies the transpose.
+widened to W columns and then mixed. The backward pass makes the bands again and applies the transpose. On a GPU a map
+that is a single band is left to `F.interpolate` itself, one launch in place of some thirty.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from udakit._reduce import Kind, full_precision, plain, upcast, zero_where_not_
@@ -58,9 +60,12 @@ def _upsampled_loss(
             if target.is_floating_point():
                 t = teacher.band(start, stop)
                 options: dict[str, Any] = {"divergence": divergence, "teacher_kind": teacher_kind}
-                loss[:, start:stop] = kd_loss(z, t, temperature=temperature, reduction="none", **options)
+                band = kd_loss(z, t, temperature=temperature, reduction="none", **options)
             else:
-                loss[:, start:stop] = labelled_cross_entropy(z, target[:, start:stop].long(), ignore_index)
+                band = labelled_cross_entropy(z, target[:, start:stop].long(), ignore_index)
+            if stop - start == height:
+                return band.contiguous()
+            loss[:, start:stop] = band
     return loss
 
 
@@ -76,7 +81,7 @@ def _upsampled_loss_backward(
 ) -> Tensor:
     _, height, width = grad.shape
     student, teacher = (_Upsampling(x, height, width, align_corners, grad.dtype) for x in (logits, target))
-    result = torch.zeros_like(logits, dtype=grad.dtype, memory_format=torch.contiguous_format)
+    result: Tensor | None = None
     with full_precision(logits):
         for start, stop in _bands(logits, height, width, rows):
             g = grad[:, None, start:stop]
@@ -85,14 +90,18 @@ def _upsampled_loss_backward(
                 p = torch.softmax(p.div_(temperature), 1)
                 q = soften(teacher.band(start, stop), temperature, teacher_kind)
                 p.mul_(q.sum(1, keepdim=True)).sub_(q).mul_(g * temperature)
+                counts = g != 0
             else:
                 p = torch.softmax(p, 1)
                 label = target[:, None, start:stop].long()
-                label = label.where(label != ignore_index, 0)  # any class: g is 0 there
+                counts = label != ignore_index
+                label = label.clamp(0, p.shape[1] - 1)  # an ignored pixel may have any class
                 p.scatter_(1, label, p.gather(1, label) - 1).mul_(g)
             # Of a pixel whose loss does not count, be it NaN, nothing comes back: 0 times NaN is NaN.
-            student.add_transposed(result, zero_where_not_(g != 0, p), start, stop)
-    return result.to(logits.dtype)
+            result = student.add_transposed(result, zero_where_not_(counts, p), start, stop)
+    if result is None:  # no rows
+        result = torch.zeros_like(logits)
+    return result.to(logits.dtype).contiguous()
 
 
 def _bands(logits: Tensor, height: int, width: int, rows: int) -> Iterator[tuple[int, int]]:
@@ -108,40 +117,64 @@ class _Upsampling:
     def __init__(self, x: Tensor, height: int, width: int, align_corners: bool, dtype: torch.dtype) -> None:
         self.x, self.height, self.width, self.align_corners, self.dtype = x, height, width, align_corners, dtype
         self.identity = x.shape[-2:] == (height, width)
-        if not self.identity:
-            self.columns = self._neighbours(x.shape[3], width, 0, width)
+        self.at_once = _at_once(x)
+        self._tables: list[tuple[Tensor, Tensor, Tensor]] | None = None
+
+    @property
+    def tables(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """`_neighbours` of all rows and of all columns, made once for all bands."""
+        if self._tables is None:
+            rows = self._neighbours(self.x.shape[2], self.height)
+            square = self.x.shape[2] == self.x.shape[3] and self.height == self.width
+            self._tables = [rows, rows if square else self._neighbours(self.x.shape[3], self.width)]
+        return self._tables
 
     def band(self, start: int, stop: int) -> Tensor:
         """Rows start..stop of the upsampled map, in memory of their own."""
         if self.identity:
             return self.x[:, :, start:stop].to(self.dtype, copy=True)
+        if self.at_once and stop - start == self.height:
+            x = self.x.to(self.dtype)
+            return F.interpolate(x, (stop, self.width), mode="bilinear", align_corners=self.align_corners)
         first, last = self._source_rows(start, stop)
         x = self.x[:, :, first:last].to(self.dtype)
-        low, high, weight = self.columns
+        low, high, weight = self.tables[1]
         shape = (*x.shape[:3], self.width)
         # On the CPU `gather` is the fast one along the last axis, `index_select` along the others.
         x = (x.gather(3, low.expand(shape)) * (1 - weight)).addcmul_(x.gather(3, high.expand(shape)), weight)
-        low, high, weight = self._neighbours(self.x.shape[2], self.height, start, stop)
+        low, high, weight = (table[start:stop] for table in self.tables[0])
         weight = weight[:, None]
         x, above = x.index_select(2, low - first), x.index_select(2, high - first)
         return x.mul_(1 - weight).addcmul_(above, weight)
 
-    def add_transposed(self, result: Tensor, grad: Tensor, start: int, stop: int) -> None:
-        """Add what the gradient of rows start..stop is for x."""
+    def add_transposed(self, result: Tensor | None, grad: Tensor, start: int, stop: int) -> Tensor:
+        """Add what the gradient of rows start..stop is for x; the first band begins with None."""
+        whole = stop - start == self.height
+        if self.identity and whole:
+            return grad
+        if self.at_once and whole:
+            corners = self.align_corners
+            back: Tensor = torch.ops.aten.upsample_bilinear2d_backward(
+                grad, [self.height, self.width], list(self.x.shape), corners
+            )
+            return back
+        if result is None:
+            result = torch.zeros_like(self.x, dtype=grad.dtype, memory_format=torch.contiguous_format)
         if self.identity:
-            result[:, :, start:stop] += grad
-            return
+            result[:, :, start:stop] = grad
+            return result
         first, last = self._source_rows(start, stop)
-        low, high, weight = self._neighbours(self.x.shape[2], self.height, start, stop)
+        low, high, weight = (table[start:stop] for table in self.tables[0])
         weight = weight[:, None]
         wide = grad.new_zeros(*grad.shape[:2], last - first, self.width)
         wide.index_add_(2, low - first, grad * (1 - weight)).index_add_(2, high - first, grad * weight)
-        low, high, weight = self.columns
+        low, high, weight = self.tables[1]
         result[:, :, first:last].index_add_(3, low, wide * (1 - weight)).index_add_(3, high, wide * weight)
+        return result
 
-    def _neighbours(self, count: int, size: int, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of output pixels start..stop of one axis: the input pixels before and after, and the weight of the latter."""
-        at = torch.arange(start, stop, dtype=self.dtype, device=self.x.device)
+    def _neighbours(self, count: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the output pixels of one axis: the input pixels before and after, and the weight of the latter."""
+        at = torch.arange(size, dtype=self.dtype, device=self.x.device)
         scale = _scale(count, size, self.align_corners)
         source = at * scale if self.align_corners else ((at + 0.5) * scale - 0.5).clamp_(min=0)
         low = source.long().clamp_(max=count - 1)
@@ -153,6 +186,14 @@ class _Upsampling:
         scale, shift = _scale(count, self.height, self.align_corners), 0.0 if self.align_corners else 0.5
         first, last = ((y + shift) * scale - shift for y in (start, stop - 1))
         return max(int(first) - 1, 0), min(int(last) + 3, count)
+
+
+def _at_once(x: Tensor) -> bool:
+    """Whether `F.interpolate` takes a whole map: on the CPU it is the slower one, and its transpose sums in any order.
+
+    Where someone asks for deterministic algorithms, that transpose is an error on a GPU.
+    """
+    return x.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
 
 
 def _scale(count: int, size: int, align_corners: bool) -> float:

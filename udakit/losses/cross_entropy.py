@@ -84,8 +84,8 @@ def cross_entropy(
         check_weight_like(pixel_weight, logits)
     labels = labels.long()
     valid = labels != ignore_index
-    loss = labelled_cross_entropy(upcast(logits), labels, ignore_index, class_weight)
-    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+    loss = labelled_cross_entropy(upcast(logits), labels, ignore_index, class_weight, valid=valid)
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
 
 
 def check_class_weight(class_weight: Tensor, logits: Tensor) -> None:
@@ -94,16 +94,26 @@ def check_class_weight(class_weight: Tensor, logits: Tensor) -> None:
 
 
 def labelled_cross_entropy(
-    logits: Tensor, labels: Tensor, ignore_index: int, class_weight: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    class_weight: Tensor | None = None,
+    *,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """`F.cross_entropy` at each pixel, with our message where the CPU meets an id that is no class."""
+    """`F.cross_entropy` at each pixel, with our message where the CPU meets an id that is no class.
+
+    It is exactly 0 where a pixel is ignored, whatever the logits are. `valid` is `labels != ignore_index` where that is
+    known already.
+    """
     weight = None if class_weight is None else class_weight.detach().to(logits.dtype)
     grows = logits.requires_grad and torch.is_grad_enabled()
     try:
         if grows and logits.device.type == "cpu" and not torch.compiler.is_compiling():
             loss: Tensor = _CrossEntropy.apply(plain(logits), plain(labels), weight, ignore_index)[0]
             return loss
-        logits = guard(logits, labels != ignore_index)
+        if grows:
+            logits = guard(logits, labels != ignore_index if valid is None else valid)
         return F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction="none")
     except IndexError as error:
         raise ValueError(
@@ -170,12 +180,12 @@ def reduce_labelled(
     ignore_index: int,
     reduction: Reduction,
 ) -> Tensor:
-    """Weights, then the mean, of a loss at labelled pixels."""
+    """Weights, then the mean, of a loss at labelled pixels that is 0 at the ignored ones."""
     labels = labels.long()  # uint8 would wrap an `ignore_index` of -100
     valid = labels != ignore_index
     if class_weight is not None:
         loss = loss * class_weight.to(loss.dtype)[labels.where(valid, 0)]
-    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
 
 
 class CrossEntropyLoss(nn.Module):

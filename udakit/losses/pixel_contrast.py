@@ -36,15 +36,16 @@ def pixel_contrast_loss(
     there, too. Its released code divides the sum over the images by the batch size, which is this mean.
 
     **Cost.** Time (2hw)^2 (D + a few) for each image. Memory beyond a few copies of the embeddings: two blocks of
-    `chunk_size`^2 numbers, 8 MiB in float32 by default, where the dense formula takes several times 16 (hw)^2 bytes.
-    The backward pass computes the blocks again from the log-sum-exps that were kept. It cannot be differentiated twice.
+    `chunk_size`^2 numbers, by default 8 MiB in float32 and at most 128 MiB on a GPU, where the dense formula takes
+    several times 16 (hw)^2 bytes. The backward pass computes the blocks again from the log-sum-exps that were kept. It
+    cannot be differentiated twice.
 
     Args:
         view_a: embeddings of one view, any D, any stride, |value| up to 1e15 in float32.
         view_b: embeddings of the other view with the same geometry.
         temperature: tau > 0, a divisor.
         valid: True where a pixel counts, at the size of the embeddings.
-        chunk_size: pixels on a side of a block; None means 1024.
+        chunk_size: pixels on a side of a block; None means 1024, on a GPU 4096.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
@@ -71,7 +72,7 @@ def pixel_contrast_loss(
     both = None if valid is None else valid.flatten(1).repeat(1, 2)
     # Of an invalid pixel, be it NaN, nothing enters the products.
     z = z if both is None else select(both.unsqueeze(1), z)
-    loss = infonce(z, both, temperature, chunk_size or 1024).view(len(z), 2, *view_a.shape[2:])
+    loss = infonce(z, both, temperature, chunk_size).view(len(z), 2, *view_a.shape[2:])
     return reduce_pixels(loss, None if valid is None else valid.unsqueeze(1), reduction=reduction)
 
 
