@@ -127,13 +127,16 @@ def test_excluded_classes_are_never_predicted(exclude: tuple[int, ...], kind: st
     left = logits.clone()
     left[:, list(exclude)] = -torch.inf
     x = logits if kind == "logits" else logits.softmax(1)
+    features = torch.randn(2, 3, 3, 2, generator=torch.Generator().manual_seed(1))
     for make in (
         udakit.ArgmaxSelector,
         lambda **o: udakit.ThresholdSelector(0.5, **o),
         lambda **o: udakit.ConfidentRatioSelector(0.5, **o),
         lambda **o: udakit.ClassQuantileSelector(4, **o),
+        lambda **o: udakit.AdaptiveThresholdSelector(4, **o),
+        lambda **o: udakit.RectifiedSelector(udakit.ClassPrototypes(4, 3), threshold=0.5, **o),  # none seen
     ):
-        found, expected = make(exclude=exclude)(x, kind=kind), make()(left)
+        found, expected = make(exclude=exclude)(x, features, kind=kind), make()(left, features)
         assert torch.equal(found.labels, expected.labels)
         torch.testing.assert_close(found.confidence, expected.confidence)
         torch.testing.assert_close(found.weight, expected.weight)
@@ -144,6 +147,31 @@ def test_all_classes_cannot_be_excluded() -> None:
     for exclude in ((0, 1), (2,)):
         with pytest.raises(ValueError, match=r"`exclude` to be some of the ids 0\.\.1"):
             udakit.ArgmaxSelector(exclude=exclude)(torch.zeros(1, 2, 3))
+        with pytest.raises(ValueError, match=r"`exclude` to be some of the ids 0\.\.1"):
+            udakit.AdaptiveThresholdSelector(2, exclude=exclude)
+        with pytest.raises(ValueError, match=r"`exclude` to be some of the ids 0\.\.1"):
+            udakit.RectifiedSelector(udakit.ClassPrototypes(2, 3), exclude=exclude)
+
+
+def test_a_selector_with_state_works_as_one_of_fewer_classes() -> None:
+    """Excluding a class equals a net without that output, over several steps."""
+    whole = udakit.AdaptiveThresholdSelector(4, 0.5, exclude=(1,))
+    fewer = udakit.AdaptiveThresholdSelector(3, 0.5)
+    left, ids = [0, 2, 3], torch.tensor([0, 2, 3])
+    for step in range(3):
+        logits = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(step))
+        found, expected = whole(logits), fewer(logits[:, left])
+        kept = expected.weight > 0
+        assert torch.equal(found.labels[kept], ids[expected.labels[kept]])
+        assert torch.equal(found.weight, expected.weight)
+        torch.testing.assert_close(whole.thresholds[left], fewer.thresholds)
+    x = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(9))
+    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(8))
+    features = torch.randn(2, 3, 3, 2, generator=torch.Generator().manual_seed(7))
+    one = udakit.RectifiedSelector(udakit.ClassPrototypes(4, 3).set_(rows), exclude=(1,))(x, features)
+    other = udakit.RectifiedSelector(udakit.ClassPrototypes(3, 3).set_(rows[left]))(x[:, left], features)
+    assert torch.equal(one.labels, ids[other.labels])
+    torch.testing.assert_close(one.confidence, other.confidence)
 
 
 @pytest.mark.parametrize("table", [{0: 1, 2**33: 2}, {-(2**40): 5, 3: 7, 2**62: 9}, {2**62: 1}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,7 @@ from udakit._checks import (
 )
 from udakit._reduce import KINDS, Kind, select, upcast
 from udakit._state import FullPrecisionState, gather_ranks
-from udakit.pseudo_labels.selection import PseudoLabels, Selector, expand_valid
+from udakit.pseudo_labels.selection import PseudoLabels, Selector, check_not_all, expand_valid, others, with_excluded
 
 
 def check_class_scores(logits: Tensor, kind: Kind, num_classes: int) -> None:
@@ -75,6 +76,7 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
         max_threshold: upper limit of the global threshold.
         sync: merge the sums of the ranks of the default process group.
         ignore_index: the label of what is rejected.
+        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
 
     Example:
         >>> import torch
@@ -97,16 +99,19 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
         max_threshold: float = 1.0,
         sync: bool = False,
         ignore_index: int = 255,
+        exclude: Sequence[int] = (),
     ) -> None:
-        super().__init__(ignore_index=ignore_index)
+        super().__init__(ignore_index=ignore_index, exclude=exclude)
         check_integer("num_classes", num_classes)
+        check_not_all(self.exclude, num_classes)
         check_range("momentum", momentum, 0.0, 1.0)
         check_range("max_threshold", max_threshold, 0.0, 1.0)
         check_flag("sync", sync)
         self.num_classes, self.momentum, self.max_threshold, self.sync = num_classes, momentum, max_threshold, sync
-        start = torch.full((), 1 / num_classes, dtype=torch.float32)
-        self.register_buffer("threshold", start.clone())
-        self.register_buffer("class_share", start.repeat(num_classes))
+        start = torch.full((1,), 1 / (num_classes - len(self.exclude)), dtype=torch.float32)
+        self.register_buffer("threshold", start[0].clone())
+        share = start.repeat(num_classes - len(self.exclude))
+        self.register_buffer("class_share", with_excluded(share, self.exclude, dim=0) if self.exclude else share)
 
     @property
     def thresholds(self) -> Float[Tensor, "c"]:
@@ -128,9 +133,8 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
         check_device("threshold", self.threshold, logits, "logits")
         if self.training:
             with torch.no_grad():
-                scores = upcast(logits.detach())
                 mask = None if valid is None else expand_valid(valid, logits)
-                self._update(scores.softmax(1) if kind == "logits" else scores, mask)
+                self._update(others(logits.detach(), kind, self.exclude), mask)
         return super().forward(logits, features, kind=kind, valid=valid)
 
     if TYPE_CHECKING:

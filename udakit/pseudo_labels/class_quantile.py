@@ -47,9 +47,7 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
 
     Example:
-        >>> from collections.abc import Sequence
-
-    import torch
+        >>> import torch
         >>> confidence = torch.linspace(0.5, 0.9, 10).view(1, 1, 1, 10)
         >>> probabilities = torch.cat([confidence, 1 - confidence], dim=1)
         >>> selector = ClassQuantileSelector(2, share=0.2)

@@ -48,9 +48,7 @@ def bilateral_consensus(
         ValueError: shapes that do not match.
 
     Example:
-        >>> from collections.abc import Sequence
-
-    import torch
+        >>> import torch
         >>> bilateral_consensus(torch.tensor([[[0, 1, 2]]]), torch.tensor([[[0, 2, 255]]]))
         tensor([[[  0, 255, 255]]])
     """
@@ -84,9 +82,7 @@ class BilateralConsensus(Selector):
         exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
 
     Example:
-        >>> from collections.abc import Sequence
-
-    import torch
+        >>> import torch
         >>> prototypes = ClassPrototypes(2, 1).set_(torch.tensor([[-1.0], [1.0]]))
         >>> logits = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(1, 2, 1, 2)
         >>> BilateralConsensus(prototypes)(logits, torch.tensor([-1.0, -1.0]).view(1, 1, 1, 2)).labels

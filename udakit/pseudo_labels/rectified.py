@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +23,7 @@ from udakit._checks import (
 from udakit._reduce import KINDS, Kind, interpolate, plain, upcast
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels.adaptive_threshold import check_class_scores
-from udakit.pseudo_labels.selection import PseudoLabels, Selector
+from udakit.pseudo_labels.selection import PseudoLabels, Selector, check_not_all, others, with_excluded, without
 
 
 def rectify_probabilities(
@@ -102,6 +103,7 @@ class RectifiedSelector(Selector):
         temperature: T > 0, a divisor.
         threshold: rectified confidence that a pixel needs, in [0, 1].
         ignore_index: the label of what is rejected.
+        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
 
     Example:
         >>> import torch
@@ -120,8 +122,9 @@ class RectifiedSelector(Selector):
         *,
         threshold: float = 0.0,
         ignore_index: int = 255,
+        exclude: Sequence[int] = (),
     ) -> None:
-        super().__init__(ignore_index=ignore_index)
+        super().__init__(ignore_index=ignore_index, exclude=exclude)
         if not isinstance(prototypes, ClassPrototypes):
             raise TypeError(
                 f"Expected `prototypes` to be a ClassPrototypes, but got {kind_of(prototypes)}. "
@@ -129,6 +132,7 @@ class RectifiedSelector(Selector):
             )
         check_range("temperature", temperature, 0.0, open_low=True)
         check_range("threshold", threshold, 0.0, 1.0)
+        check_not_all(self.exclude, prototypes.num_classes)
         self._reference = (prototypes,)  # a tuple keeps nn.Module from registering it
         self.temperature, self.threshold = temperature, threshold
 
@@ -165,12 +169,13 @@ class RectifiedSelector(Selector):
                 raise ValueError(
                     f"Expected `features` to hold the {len(logits)} images of `logits`, but got {shape_of(features)}."
                 )
+            if self.exclude:
+                distance = with_excluded(without(distance, self.exclude), self.exclude, float("inf"))
             # A finite maximum in place of +inf keeps the softmax finite while no class at all is seen.
             nearness = F.softmax(-distance.clamp_max(torch.finfo(distance.dtype).max) / self.temperature, dim=1)
             if nearness.shape[2:] != logits.shape[2:]:
                 nearness = interpolate(nearness, logits.shape[2:])
-            scores = upcast(logits)
-            p = scores.softmax(1) if kind == "logits" else scores
+            p = others(logits, kind, self.exclude)
             rectified = _weighted(p, nearness.to(p.dtype))
         return super().forward(rectified, features, kind="probabilities", valid=valid)
 

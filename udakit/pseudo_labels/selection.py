@@ -53,7 +53,7 @@ def predict(
     check_scores("logits", logits, kind)
     logits = plain(logits.detach())
     if exclude:
-        logits = _without(logits, exclude)
+        logits = without(logits, exclude)
     labels, confidence = _top(logits, kind)
     confidence = confidence.float()
     for class_id in exclude:  # in ascending order: back to the ids of all classes
@@ -77,7 +77,8 @@ def _top(logits: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     return labels, exp_(upcast(logits) - upcast(score).unsqueeze(1)).sum(dim=1).reciprocal()
 
 
-def _without(logits: Tensor, exclude: tuple[int, ...]) -> Tensor:
+def without(logits: Tensor, exclude: tuple[int, ...]) -> Tensor:
+    """The other classes alone."""
     c = logits.shape[1]
     if exclude[-1] >= c or len(exclude) == c:
         raise ValueError(
@@ -87,11 +88,41 @@ def _without(logits: Tensor, exclude: tuple[int, ...]) -> Tensor:
     return torch.cat([logits[:, a:b] for a, b in zip(starts, stops, strict=True)], dim=1)
 
 
+def others(scores: Tensor, kind: Kind, exclude: tuple[int, ...]) -> Tensor:
+    """Probabilities, in float32 at least: those of the excluded classes are 0, the others sum to 1 without them."""
+    if not exclude:
+        x = upcast(scores)
+        return x.softmax(1) if kind == "logits" else x
+    left = upcast(without(scores, exclude))
+    if kind == "logits":
+        left = left.softmax(1)
+    else:
+        left = left / left.sum(1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny)
+    return with_excluded(left, exclude)
+
+
+def with_excluded(left: Tensor, exclude: tuple[int, ...], value: float = 0.0, dim: int = 1) -> Tensor:
+    """Put the excluded classes back, filled with `value`, along `dim`; `left` has the others alone."""
+    total = left.shape[dim] + len(exclude)
+    starts, stops = (0, *(i + 1 for i in exclude)), (*exclude, total)
+    filled = torch.full_like(left.narrow(dim, 0, 1), value)
+    parts: list[Tensor] = []
+    for before, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        parts += [left.narrow(dim, start - before, stop - start), filled]
+    return torch.cat(parts[:-1], dim)
+
+
 def check_exclude(exclude: Sequence[int]) -> tuple[int, ...]:
     """Ascending ids of the classes that are never predicted; raise for what is none."""
     if not is_sequence(exclude) or not all(is_integer(i) and i >= 0 for i in exclude):
         raise TypeError(f"Expected `exclude` to be class ids, such as (0,), but got {exclude!r}.")
     return tuple(sorted({int(i) for i in exclude}))
+
+
+def check_not_all(exclude: tuple[int, ...], num_classes: int) -> None:
+    """Raise where no class is left, or where one that is excluded is none."""
+    if exclude and (exclude[-1] >= num_classes or len(exclude) == num_classes):
+        raise ValueError(f"Expected `exclude` to be some of the ids 0..{num_classes - 1}, but got {exclude}.")
 
 
 def check_features(features: Tensor | None, logits: Tensor) -> None:
