@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gta2cs.checkpoints import read_tensors
 from gta2cs.loading import MEAN, STD
 from gta2cs.pretrained import ENOUGH, Take, WeightsError, load_weights, of_colours
-from udakit import DetailBox, copy_net, crop_detail, symmetric_cross_entropy, upsampled_cross_entropy
+from udakit import DetailBox, copy_net, crop_detail, cross_entropy, symmetric_cross_entropy, upsampled_cross_entropy
 
 SMP_ARCHS = {"deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN", "segformer": "Segformer", "unet": "Unet"}
 ARCHS = (*SMP_ARCHS, "hf_segformer", "torchvision", "vit")
@@ -79,7 +79,12 @@ class SegOutput:
         self, labels: Tensor, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
     ) -> Tensor:
         """Cross-entropy at the labels' size without logits of that size; with a detail crop (HRDA), a tenth is its."""
-        return self.pixel_loss(upsampled_cross_entropy, labels, pixel_weight=pixel_weight, reduction=reduction)
+        options: dict[str, Any] = {"pixel_weight": pixel_weight, "reduction": reduction}
+        if "logits" in vars(self):  # they are there already
+            return self._with_detail(
+                cross_entropy(self.logits, labels, **options), upsampled_cross_entropy, labels, **options
+            )
+        return self.pixel_loss(upsampled_cross_entropy, labels, **options)
 
     def symmetric_cross_entropy(
         self, labels: Tensor, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
@@ -98,7 +103,18 @@ class SegOutput:
         self, loss: Callable[..., Tensor], labels: Tensor, *, pixel_weight: Tensor | None, reduction: Reduction
     ) -> Tensor:
         """`loss(head_logits, labels, ...)`; with a detail crop (HRDA), a tenth is that of the detail."""
-        whole = loss(self.head_logits, labels, pixel_weight=pixel_weight, reduction=reduction)
+        options: dict[str, Any] = {"pixel_weight": pixel_weight, "reduction": reduction}
+        return self._with_detail(loss(self.head_logits, labels, **options), loss, labels, **options)
+
+    def _with_detail(
+        self,
+        whole: Tensor,
+        loss: Callable[..., Tensor],
+        labels: Tensor,
+        *,
+        pixel_weight: Tensor | None,
+        reduction: Reduction,
+    ) -> Tensor:
         if self.detail is None:
             return whole
         logits, box = self.detail

@@ -28,7 +28,6 @@ from udakit import (
     class_mask,
     class_mix,
     cross_domain_mix,
-    cross_entropy,
     resize_labels,
     symmetric_kd_loss,
 )
@@ -58,8 +57,8 @@ class DigaWarmup(TargetStyled):
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""
         clean, mixed = self.student_views(batch, draws)
-        terms = {"source": cross_entropy(clean.logits, batch.source_labels), "skd": self.distil(clean, mixed)}
-        return Losses(terms)
+        distilled = self.distil(clean, mixed)  # at full size: the cross-entropy takes its logits from there
+        return Losses({"source": clean.cross_entropy(batch.source_labels), "skd": distilled})
 
     def student_views(self, batch: Batch, draws: Draws) -> tuple[Any, Any]:
         """Student outputs on the clean source images and on their mixed view; the teacher sees the same two."""
@@ -150,10 +149,11 @@ class Diga(DigaWarmup):
         on_mixed = self.on_mixed(mixed.images)
 
         mix = on_mixed.cross_entropy(mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
+        distilled = self.distil(clean, crdomix)
         terms = {
-            "source": cross_entropy(clean.logits, source.labels),
+            "source": clean.cross_entropy(source.labels),
             "mix": self.options.mix_weight * mix,
-            "skd": self.distil(clean, crdomix),
+            "skd": distilled,
             **self.masked_consistency(batch.target_images, draws, lambda seen: pseudo_loss(seen, pseudo)),
         }
 

@@ -19,11 +19,11 @@ from gta2cs.checkpoints import copy_net, load_checkpoint, load_net
 from gta2cs.loading import Batch
 from gta2cs.nets import param_groups
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
-from gta2cs.recipes.dacs import Dacs
+from gta2cs.recipes.dacs import Dacs, pseudo_loss
 from gta2cs.recipes.diga import Diga
 from gta2cs.recipes.ehtdi import Ehtdi
 from gta2cs.recipes.self_training import Selection, SelfTraining, as_logits
-from udakit import EMATeacher, InconsistencyLoss, ProjectedFeatureLoss, fuse_teachers, kd_loss, upsampled_cross_entropy
+from udakit import EMATeacher, InconsistencyLoss, ProjectedFeatureLoss, fuse_teachers, kd_loss
 
 BASES: dict[str, type[SelfTraining]] = {"dacs": Dacs, "diga": Diga, "ehtdi": Ehtdi}
 OWN = "own"
@@ -80,10 +80,8 @@ class DudaPre(Recipe):
         source, mixed, target_images, teacher_logits = large.shared
         terms = {
             **large.terms,
-            "small_source": upsampled_cross_entropy(self.student(source.images).head_logits, source.labels),
-            "small_mix": upsampled_cross_entropy(
-                self.student(mixed.images).head_logits, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all"
-            ),
+            "small_source": self.student(source.images).cross_entropy(source.labels),
+            "small_mix": pseudo_loss(self.student(mixed.images), mixed),
         }
         if self.options.kd_weight > 0:
             on_target = self.student(target_images).logits
@@ -196,7 +194,7 @@ class Duda(SelfTraining):
         if options.augment_mixed:
             target_images = self.augment(target_images, draws)
         on_source, on_target = self.both(source_images, target_images)
-        source = upsampled_cross_entropy(on_source.head_logits, batch.source_labels)
+        source = on_source.cross_entropy(batch.source_labels)
         terms = {"source": options.source_weight * source}
         per_class = None
         if options.inconsistency:

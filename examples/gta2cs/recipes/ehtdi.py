@@ -30,7 +30,6 @@ from udakit import (
     prototype_contrast_loss,
     resize_labels,
     target_paste,
-    upsampled_cross_entropy,
 )
 
 
@@ -84,21 +83,23 @@ class Ehtdi(SelfTraining):
 
         source_images = strong_source.images if options.augment_source else source.images
         on_source, on_mixed = self.both(source_images, strong_mixed)
+        mixed_logits = on_mixed.logits  # at full size, which the bands need: the loss takes them from there
         terms = {
-            "source": upsampled_cross_entropy(on_source.head_logits, source.labels),
-            "mix": options.mix_weight * cross_entropy(on_mixed.logits, mixed.labels),
+            "source": on_source.cross_entropy(source.labels),
+            "mix": options.mix_weight * on_mixed.cross_entropy(mixed.labels),
             **self.masked_consistency(batch.target_images, draws, lambda seen: pseudo_loss(seen, pseudo)),
         }
         if options.boundary_weight > 0:
             terms["boundary"] = options.boundary_weight * band_loss(
-                on_mixed.logits, mixed.labels, source_mask, kernel_size=options.boundary_kernel
+                mixed_logits, mixed.labels, source_mask, kernel_size=options.boundary_kernel
             )
         if options.paste_weight > 0:
             on_pasted = self.on_mixed(pasted.images)
-            terms["paste"] = options.paste_weight * cross_entropy(on_pasted.logits, pasted.labels)
+            pasted_logits = on_pasted.logits
+            terms["paste"] = options.paste_weight * on_pasted.cross_entropy(pasted.labels)
             if options.boundary_paste_weight > 0:
                 terms["paste_boundary"] = options.boundary_paste_weight * band_loss(
-                    on_pasted.logits,
+                    pasted_logits,
                     pasted.labels,
                     target_mask,
                     outside=source_mask,
@@ -107,7 +108,7 @@ class Ehtdi(SelfTraining):
 
         # 3. Two views of the mixed image: its weak and its strong rendering.
         if options.pixel_contrast > 0 or options.prototype_contrast > 0:
-            weak, strong = (self._small(x) for x in (self.on_mixed(mixed.images).logits, on_mixed.logits))
+            weak, strong = (self._small(x) for x in (self.on_mixed(mixed.images).logits, mixed_logits))
             if options.pixel_contrast > 0:
                 terms["pixel_contrast"] = options.pixel_contrast * pixel_contrast_loss(
                     strong.softmax(1), weak.softmax(1), temperature=1 / 20
