@@ -80,6 +80,7 @@ EVERY = 100  # steps between scores
 # What the policy chooses between. Images and augmentation, the same for every row of a policy ...
 SCALES = {"source_scale": (0.6, 1.7), "target_scale": (0.8, 1.25)}
 AUGMENT: dict[str, Any] = {"jitter": SHARED["jitter"]}
+MATCH = {"match_scale": True}  # of every row that adapts
 # ... and how DACS labels and selects. `combined` tries all of them itself.
 SETTINGS: dict[str, dict[str, Any]] = {name: {**SHARED, **own} for name, own in CANDIDATES.items()}
 EHTDI = {
@@ -154,7 +155,7 @@ def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Pat
     lr = LR.get(row, LR["source_only"] if row == "warm" else ADAPTATION_LR)
     return train_gta2cs.Config(
         data=train_gta2cs.DataConfig(
-            pair=pair, data_root=data_root, crop=own["crop"], **SCALES, **entry.get("data", {})
+            pair=pair, data_root=data_root, crop=own["crop"], **{**SCALES, **MATCH, **entry.get("data", {})}
         ),
         net=train_gta2cs.NetConfig(**own["net"]),
         stages=[

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,22 @@ from rich.progress import track
 
 from gta2cs import report
 from gta2cs.checking import nothing_opened
-from gta2cs.choosing import CHOSEN, Choosing, check_select, chosen_net, resume_choice
+from gta2cs.choosing import (
+    CHOSEN,
+    Choosing,
+    check_select,
+    chosen_net,
+    first_adapting,
+    resume_choice,
+    score_without_labels,
+)
 from gta2cs.config import Config, DataConfig, NetConfig, Stage, parse, plain
 from gta2cs.datasets import Pair, build_pair, check_data
 from gta2cs.evaluation import Score, with_bn_statistics
 from gta2cs.files import WriteError
-from gta2cs.label_free import NoScoreError
+from gta2cs.label_free import DEFAULT, NoScoreError
 from gta2cs.loading import Batch, StepData, sample_generator, step_loader
+from gta2cs.matching import match_scale
 from gta2cs.observers import LossLog, Observer, ProgressLine, Saving, Scoring, score_on_target
 from gta2cs.options import FAULTS, in_a_line
 from gta2cs.pretrained import WeightsError, load_init
@@ -133,6 +143,7 @@ def lr_factor(step: int, steps: int, stage: Stage) -> float:
 def prepare(state: StageState) -> None:
     """Let the recipe look at the images of both domains once, before its first step."""
     run = state.run
+    match_source_scale(state)
     state.recipe.prepare(
         Preparation(
             plain_batches(run),
@@ -143,6 +154,24 @@ def prepare(state: StageState) -> None:
             console=run.console if run.is_main else None,
         )
     )
+
+
+def match_source_scale(state: StageState) -> None:
+    """Before the first step of adaptation: find the scale of target, by a net that has learned source."""
+    run, data = state.run, state.run.config.data
+    wanted = state.recipe.MATCH_SCALE if data.match_scale is None else data.match_scale
+    trained = state.index > 0 or run.config.init is not None
+    if wanted and trained and state.index == first_adapting(run.config):
+        score = partial(score_without_labels, run, whose=f"the net that {state.stage.recipe} starts from")
+        scale, found = match_scale(score, state.recipe.student)
+        run.source_factor = 1 / scale
+        state.history["scale_scores"] = {f"{tried:.2f}": round(score, 4) for tried, score in found.items()}
+        listed = ", ".join(f"{tried:.2g}: {100 * score:.1f}" for tried, score in found.items())
+        run.console.print(
+            f"scale of target images by {DEFAULT.replace('_', ' ')}, %: {listed}; "
+            f"source images are scaled by {run.source_factor:.2g}"
+        )
+    state.history["source_factor"] = run.source_factor
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -158,7 +187,7 @@ def stage_data(state: StageState, sampler: Any) -> StepData:
         batch_size=run.config.batch_size,
         crop=data.crop,
         seed=state.seed,
-        source_scale=data.source_scale,
+        source_scale=(data.source_scale[0] * run.source_factor, data.source_scale[1] * run.source_factor),
         target_scale=data.target_scale,
         sampler=sampler,
         rare_class_pixels=data.rare_class_pixels,

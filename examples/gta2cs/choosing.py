@@ -85,7 +85,9 @@ class Choosing:
         self.first = first_adapting(run.config)
         state.history.setdefault("label_free", [])
         if state.index == self.first and state.done == 0:
-            found = self._measure(state.recipe.student, f"the net that {state.stage.recipe} starts from")
+            found = score_without_labels(
+                run, state.recipe.student, f"the net that {state.stage.recipe} starts from", run.config.score_views
+            )
             state.history["source_only"] = found.to_json()
             if state.index == 0 and run.pair.target_val is not None:  # otherwise the stage before has scored it
                 state.history["source_only_truth"] = score_on_target(run, state.recipe.student).to_json()
@@ -103,7 +105,9 @@ class Choosing:
             return
         nets = state.recipe.nets()
         found = {
-            name: self._measure(net, f"the {name} of {state.stage.recipe}, step {state.done}")
+            name: score_without_labels(
+                run, net, f"the {name} of {state.stage.recipe}, step {state.done}", run.config.score_views
+            )
             for name, net in nets.items()
         }
         state.history["label_free"].append(
@@ -122,21 +126,6 @@ class Choosing:
             if run.source_only is not None:
                 values.append(f"source-only net {100 * run.source_only.scores[shown]:.1f}")
             run.console.print(f"  without labels, {shown.replace('_', ' ')}, %: {', '.join(values)}")
-
-    def _measure(self, net: nn.Module, whose: str) -> LabelFree:
-        run, config = self.state.run, self.state.run.config
-        try:
-            return measure(
-                net,
-                run.pair.target_train,
-                run.pair.classes,
-                count=2 if config.dry_run else config.score_images,
-                views=views_of(config.select, [*config.score_views, "mirror"]),
-                known=run.source_only.shares if run.source_only else None,
-                device=run.device,
-            )
-        except ValueError as error:
-            raise NoScoreError(f"Expected a label-free score of {whose}, but there is none. {error}") from error
 
     def _offer(self, recipe: str, name: str, net: nn.Module, found: LabelFree, *, step: int) -> None:
         """Take a net as the one to deploy where `select` says so."""
@@ -161,6 +150,23 @@ class Choosing:
             run.choice = Choice(recipe, index, step, name, select if select == "last" else score, value)
             if run.is_main:
                 save_choice(run, self.state, net)
+
+
+def score_without_labels(run: Run, net: nn.Module, whose: str, views: Sequence[str] = ()) -> LabelFree:
+    """Score a net on the few target training images that every net of the run is scored on."""
+    config = run.config
+    try:
+        return measure(
+            net,
+            run.pair.target_train,
+            run.pair.classes,
+            count=2 if config.dry_run else config.score_images,
+            views=views_of(config.select, [*views, "mirror"]),
+            known=run.source_only.shares if run.source_only else None,
+            device=run.device,
+        )
+    except ValueError as error:
+        raise NoScoreError(f"Expected a label-free score of {whose}, but there is none. {error}") from error
 
 
 class ShareAlarm:

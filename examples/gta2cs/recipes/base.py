@@ -91,6 +91,7 @@ class Recipe(nn.Module):
 
     FIXED: ClassVar[tuple[str, ...]] = ()  # inherited options that the method leaves no choice about
     IDLE_PARAMETERS: ClassVar[bool] = False  # whether a step leaves some parameters without a gradient
+    MATCH_SCALE: ClassVar[bool] = False  # the default of `data.match_scale`
 
     @dataclass
     class Options:

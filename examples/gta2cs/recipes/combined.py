@@ -39,6 +39,7 @@ class Combined(Recipe):
     """Candidates of DACS in turn, then the one that the label-free score keeps."""
 
     IDLE_PARAMETERS = True
+    MATCH_SCALE = True
 
     @dataclass
     class Options:

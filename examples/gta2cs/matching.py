@@ -1,0 +1,66 @@
+"""How much larger are things in the target images? Found without a label, before adaptation begins.
+
+A net contradicts itself least on target images of the scale that it was trained at. So the net that adaptation starts
+from is scored on the same unlabelled target images at several scales (mirror consistency times confidence, as
+everywhere), and source crops are then scaled by what makes target look like source. Ours; no paper has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gta2cs.label_free import DEFAULT, LabelFree
+from gta2cs.nets import SegOutput
+
+STEP = math.sqrt(2)  # between neighbouring scales
+REACH = 3  # steps in each direction: 0.35 ... 2.8
+MARGIN = 0.01  # differences of a hundredth say nothing: then the scale stays
+
+
+class Rescaled(nn.Module):
+    """A net that sees images enlarged by a factor; its logits have the size of the images that came."""
+
+    def __init__(self, net: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.net, self.factor = net, factor
+
+    def forward(self, images: Tensor) -> SegOutput:
+        """Enlarge or shrink, predict, and bring the logits back."""
+        size = images.shape[2:]
+        seen = [max(1, round(side * self.factor)) for side in size]
+        out = self.net(F.interpolate(images, seen, mode="bilinear", antialias=self.factor < 1))
+        logits = F.interpolate(out.logits.float(), size, mode="bilinear", antialias=self.factor > 1)
+        return SegOutput(logits, out.features, out.encoded, tuple(size))
+
+
+def match_scale(score: Callable[[nn.Module], LabelFree], net: nn.Module) -> tuple[float, dict[float, float]]:
+    """Climb from 1 to the scale of target images at which the net contradicts itself least.
+
+    Args:
+        score: scores a net on target images, without labels.
+        net: the net that adaptation starts from, trained on source.
+
+    Returns:
+        The scale, 1 where no other is better by `MARGIN`, and the score at each scale that was tried.
+    """
+    found: dict[int, float] = {}
+
+    def at(position: int) -> float:
+        if position not in found:
+            scores = score(net if position == 0 else Rescaled(net, STEP**position)).scores
+            found[position] = scores[DEFAULT]
+        return found[position]
+
+    best = 0
+    way = max((-1, 1), key=at)
+    for position in range(way, way * (REACH + 1), way):
+        if at(position) <= at(best):
+            break
+        best = position
+    if at(best) < at(0) + MARGIN:
+        best = 0
+    return STEP**best, {STEP**position: found[position] for position in sorted(found)}

@@ -1,0 +1,114 @@
+"""The scale of target, found without labels, and what the loop makes of it."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import train_gta2cs
+from gta2cs.checkpoints import load_checkpoint
+from gta2cs.label_free import LabelFree
+from gta2cs.matching import Rescaled, match_scale
+from gta2cs.nets import SegOutput
+
+
+class Mean(nn.Module):
+    """Each pixel's logits are its colours: scaling there and back changes a flat image by nothing."""
+
+    def forward(self, images):
+        return SegOutput(images, images, images)
+
+
+def score_of(curve):
+    """A score that depends on the scale alone, and the scales that were asked for."""
+    asked = []
+
+    def score(net):
+        factor = net.factor if isinstance(net, Rescaled) else 1.0
+        asked.append(factor)
+        return LabelFree({"confident_consistency": curve(math.log2(factor))}, [])
+
+    return score, asked
+
+
+@pytest.mark.parametrize("best", [-1.5, -1, -0.5, 0, 0.5, 1, 1.5])
+def test_the_scale_with_the_highest_score_is_found(best):
+    score, asked = score_of(lambda x: 0.9 - 0.1 * abs(x - best))
+    scale, found = match_scale(score, Mean())
+    assert math.log2(scale) == pytest.approx(best)
+    assert sorted(asked) == pytest.approx(list(found))
+    assert len(asked) == len(set(asked)) <= 2 + 3
+
+
+def test_a_hundredth_changes_nothing():
+    for gain, expected in ((0.009, 1), (0.011, math.sqrt(2))):
+        score, _ = score_of(lambda x, gain=gain: 0.5 + (gain if abs(x - 0.5) < 0.1 else 0))
+        assert match_scale(score, Mean())[0] == pytest.approx(expected)
+
+
+def test_a_rescaled_net_answers_at_the_size_that_came():
+    images = torch.rand(2, 3, 31, 48)
+    for factor in (0.35, 1 / math.sqrt(2), 2.8):
+        assert Rescaled(Mean(), factor)(images).logits.shape == images.shape
+        flat = images.mean((2, 3), keepdim=True).expand_as(images).contiguous()
+        torch.testing.assert_close(Rescaled(Mean(), factor)(flat).logits, flat)
+
+
+def test_source_crops_are_scaled_by_it_in_every_later_stage_and_after_a_resume(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_gta2cs, "match_scale", lambda score, net: (0.5, {0.5: 0.9, 1.0: 0.7}))
+    made = train_gta2cs.StepData
+
+    def noting(*args, **options):
+        if "source_scale" in options:
+            seen.append(options["source_scale"])
+        return made(*args, **options)
+
+    monkeypatch.setattr(train_gta2cs, "StepData", noting)
+
+    def config(resume=False, **data):
+        return train_gta2cs.Config(
+            data=train_gta2cs.DataConfig(crop=(64, 64), source_scale=(0.5, 1.5), **data),
+            net=train_gta2cs.NetConfig(weights="random"),
+            stages=[train_gta2cs.Stage(r, 1, options=o) for r, o in STAGES],
+            batch_size=1,
+            score_images=1,
+            out=tmp_path / "run",
+            resume=resume,
+            overwrite=not resume,
+        )
+
+    STAGES = [("source_only", {}), ("dacs", {}), ("dacs", {})]
+    train_gta2cs.main(config())
+    assert seen == [(0.5, 1.5)] * 3  # dacs does not ask for it by itself
+    seen.clear()
+    train_gta2cs.main(config(match_scale=True))
+    assert seen == [(0.5, 1.5), (1.0, 3.0), (1.0, 3.0)]
+    history = load_checkpoint(tmp_path / "run" / "stage2_dacs" / "last.pt")["history"]
+    assert '"source_factor": 2.0' in history
+    assert '"scale_scores": {"0.50": 0.9, "1.00": 0.7}' in history
+
+    seen.clear()
+    (tmp_path / "run" / "stage3_dacs" / "last.pt").unlink()
+    monkeypatch.setattr(
+        train_gta2cs, "match_scale", lambda score, net: pytest.fail("a resumed run does not look again")
+    )
+    train_gta2cs.main(config(resume=True, match_scale=True))
+    assert seen[-1] == (1.0, 3.0)
+
+
+def test_a_net_that_has_learned_nothing_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_gta2cs, "match_scale", lambda score, net: pytest.fail("there is no trained net"))
+    state = SimpleNamespace(
+        run=SimpleNamespace(config=train_gta2cs.Config(stages=[train_gta2cs.Stage("combined", 1)]), source_factor=1.0),
+        recipe=SimpleNamespace(MATCH_SCALE=True, student=None),
+        index=0,
+        stage=train_gta2cs.Stage("combined", 1),
+        history={},
+    )
+    train_gta2cs.match_source_scale(state)
+    assert state.history == {"source_factor": 1.0}
