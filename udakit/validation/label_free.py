@@ -41,10 +41,10 @@ class LabelFreeScores(FullPrecisionState):
 
     for $f$ the unit rows of $P$ at `samples` random pixels of one image; the mean runs over pixels and images.
 
-    **Which direction holds.** Not the source's everywhere: measured by Spearman's rank correlation with the true mIoU,
-    the scores follow the *share* of the rarer class. On H&E nuclei the nuclear norm and the class correlation have
-    rho = 1.00 (the class correlation against its source) and the density -1.00, on the same pair backwards -0.88, -0.98
-    and 0.97. Confidence, entropy and the matrix norm lie between -0.57 and 0.50. `mirror_consistency` kept its sign.
+    **Which direction holds.** Not the source's everywhere. Ranked against the true mIoU, the nuclear norm, information
+    maximisation, the class correlation and the density follow the *share* of the rarer class: right on one pair,
+    upside down on the same pair backwards. Confidence, entropy and the matrix norm cannot tell a collapsed net from a
+    good one. `ConsistencyScore` times `confidence` held best; docs/results/scores.md has the numbers.
 
     **Convention.** No gradient. The state is C x C sums (float64) and counts (int64), never a map; one process that
     sees all batches and several that merge have the same counts, and sums within 1e-6. `neighbourhood_density` draws
