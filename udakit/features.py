@@ -198,4 +198,4 @@ def _tensors(found: Any) -> list[Tensor]:
         return [found]
     if isinstance(found, Mapping):
         found = list(found.values())
-    return [x for entry in found for x in _tensors(entry)] if isinstance(found, list | tuple) else []
+    return [x for entry in found for x in _tensors(entry)] if isinstance(found, (list, tuple)) else []

@@ -20,7 +20,7 @@ def check_device(name: str, x: Tensor, reference: Tensor, reference_name: str) -
 def as_device(device: object) -> torch.device:
     """The device that an option names; raise where it names none."""
     try:
-        if isinstance(device, str | int | torch.device) and not isinstance(device, bool):
+        if isinstance(device, (str, int, torch.device)) and not isinstance(device, bool):
             return torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"Expected `device` to be a device such as 'cpu' or 'cuda:0', but got {device!r}.") from error

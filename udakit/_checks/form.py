@@ -23,7 +23,7 @@ def kind_of(x: object) -> str:
         return f"{x.dtype} {shape_of(x)}"
     if isinstance(x, type):
         return f"the class {x.__name__}"
-    return repr(x) if x is None or isinstance(x, bool | int | float | str) else type(x).__name__
+    return repr(x) if x is None or isinstance(x, (bool, int, float, str)) else type(x).__name__
 
 
 def brief(value: object) -> str:
@@ -48,13 +48,13 @@ def is_sequence(value: object) -> bool:
 
 def unwrap_hint(x: object) -> str:
     """How to get at the tensor in what was given instead of one."""
-    if isinstance(x, np.ndarray | np.generic):
+    if isinstance(x, (np.ndarray, np.generic)):
         return " An array becomes one by torch.as_tensor."
     if hasattr(x, "prototypes"):
         return " Pass its .prototypes."
     if isinstance(x, Mapping) or hasattr(x, "logits"):
         return ' Pass the tensor in it: net(images).logits or net(images)["out"] for the output of a net.'
-    if isinstance(x, list | tuple):
-        numbers_only = len(x) > 0 and all(isinstance(entry, int | float) for entry in x)
+    if isinstance(x, (list, tuple)):
+        numbers_only = len(x) > 0 and all(isinstance(entry, (int, float)) for entry in x)
         return " Numbers become one by torch.tensor." if numbers_only else " Pass the tensor in it, for example [0]."
     return ""

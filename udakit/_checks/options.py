@@ -29,7 +29,7 @@ def check_option(name: str, value: object, allowed: Sequence[object]) -> None:
 
 def check_flag(name: str, value: object) -> None:
     """Raise unless `value` is True or False: the string "no" is true."""
-    if not isinstance(value, bool | np.bool_ | torch.SymBool):
+    if not isinstance(value, (bool, np.bool_, torch.SymBool)):
         raise TypeError(f"Expected `{name}` to be True or False, but got {brief(value)}.")
 
 

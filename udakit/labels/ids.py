@@ -65,7 +65,7 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         for key, value in pairs:
             lookup[key - low].fill_(value)
         return lookup[torch.where((ids >= low) & (ids <= high), ids - low, high - low + 1)]
-    if not isinstance(labels, np.ndarray | np.generic):
+    if not isinstance(labels, (np.ndarray, np.generic)):
         raise TypeError(
             f"Expected `labels` to be an integer tensor or array, but got {kind_of(labels)}. "
             "Lists and Pillow images become an array by np.asarray."

@@ -58,7 +58,8 @@ class _UnitVectors(torch.autograd.Function):
         scratch = x.abs()
         scale = _scale(scratch)
         scaled = x / scale
-        norm = torch.mul(scaled, scaled, out=scratch).sum(1, keepdim=True).sqrt_()
+        with torch.no_grad():  # torch.compile of torch 2.5 traces gradients here, which `out=` refuses
+            norm = torch.mul(scaled, scaled, out=scratch).sum(1, keepdim=True).sqrt_()
         unit, length = scaled.mul_(_inverse(norm)), (scale * norm).clamp_max_(torch.finfo(x.dtype).max)
         ctx.save_for_backward(unit, length)
         return unit, length

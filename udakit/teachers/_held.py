@@ -159,7 +159,7 @@ def _parts(x: Any) -> list[Any]:
             except ValueError:  # not filled yet
                 continue
         known = (x.__globals__.get(name) for name in x.__code__.co_names)
-        nets = [g for g in known if isinstance(g, nn.Module | types.MethodType)]
+        nets = [g for g in known if isinstance(g, (nn.Module, types.MethodType))]
         return [*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values(), *vars(x).values(), *nets]
     if isinstance(x, types.MethodType):
         return [x.__func__, x.__self__]
