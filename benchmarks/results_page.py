@@ -12,6 +12,7 @@ import dataclasses
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ AGAINST = {
         ("duda", "duda_plain"),
     ),
 }
+# What the verdict compares a method with, beside source-only, and what no row says of it.
+RIVALS = {"diga": "dacs", "ehtdi": "dacs", "combined": "dacs", "duda_pre": "small_dacs"}
+REMARKS = {
+    "dacs": "It is the simplest one: start with it.",
+    "duda_pre": "It trains a small net beside a large one, and the small one is used.",
+}
+STATISTICS = "source_only + BatchNorm statistics of target"
 COLORS = ("#4c3a8c", "#e0a030", "#2f9e8f", "#c2453d", "#9aa3b5", "#5a6478")
 
 
@@ -140,12 +148,59 @@ def against(results: dict[str, Any], rows: tuple[tuple[str, str], ...]) -> str:
     lines = ["| pair | row | against | difference | ahead |", "|---|---|---|---:|---:|"]
     for pair in pairs_of(results):
         for row, other in rows:
-            ours, theirs = scores_of(results, pair, row), scores_of(results, pair, other)
-            if found := [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]:
+            if found := differences(results, pair, row, other):
                 ahead = f"{sum(d > 0 for d in found)} of {len(found)} seeds"
                 difference = bold(Gain(tuple(found), None))
                 lines.append(f"| {name_of(pair)} | `{row}` | `{other}` | {difference} | {ahead} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else "Not measured yet.\n"
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """Markdown: a sentence or two a method, as the rows have it."""
+    pairs, lines = pairs_of(results), []
+    for method in METHODS:
+        name = METHODS[method]
+        found = {name_of(p): gain.by_seed for p in pairs if (gain := gain_of(results, p, method)) is not None}
+        if not found or method == "small_dacs":  # what DUDA is compared with
+            continue
+        words = [f"- **{name}** {judged(found, 'gains', 'loses', 'changes little')}."]
+        if method in RIVALS and (rival := RIVALS[method]) in METHODS:
+            against_rival = {name_of(p): d for p in pairs if (d := differences(results, p, method, rival))}
+            if against_rival:
+                words.append(
+                    f"Against {METHODS[rival]} it {judged(against_rival, 'is ahead', 'is behind', 'is level')}."
+                )
+        lines.append(" ".join([*words, REMARKS.get(method, "")]).strip())
+    found = {}
+    for run in results.values():
+        if run["recipe"] == "source_only" and STATISTICS in run["rows"]:
+            before, after = (next(iter(run["rows"][row]["means"].values())) for row in ("source_only", STATISTICS))
+            found.setdefault(name_of(run["pair"]), []).append(after - before)
+    if found:
+        lines.append(
+            "- **BatchNorm statistics of target**, which cost no training: source-only with them "
+            f"{judged(found, 'gains', 'loses', 'changes little')}. The rows are [per class](results/per_class.md)."
+        )
+    rule = "A mean difference over seeds counts when it exceeds its standard deviation; one seed settles nothing."
+    return "\n".join([*lines, "", rule]) + "\n"
+
+
+def differences(results: dict[str, Any], pair: str, row: str, other: str) -> list[float]:
+    """MIoU of one row minus that of another, for each seed that both have."""
+    ours, theirs = scores_of(results, pair, row), scores_of(results, pair, other)
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def judged(found: dict[str, Sequence[float]], up: str, down: str, level: str) -> str:
+    """On which pairs differences are clear, and which way: "gains on A and B, changes little on C"."""
+    parts: dict[str, list[str]] = {up: [], down: [], level: []}
+    for pair, values in found.items():
+        clear = len(values) > 1 and abs(statistics.mean(values)) > statistics.stdev(values)
+        parts[level if not clear else up if statistics.mean(values) > 0 else down].append(pair)
+    said = {word: names for word, names in parts.items() if names}
+    if len(said) == 1 and len(found) > 1:
+        return f"{next(iter(said))} on every pair"
+    return ", ".join(f"{word} on {' and '.join(names)}" for word, names in said.items())
 
 
 def level(scores: dict[int, float]) -> str:
@@ -207,7 +262,8 @@ def write(name: str, text: str, page: Path) -> None:
 
 def sections(results: dict[str, Any]) -> dict[str, str]:
     """The text of each marker."""
-    return {"results_summary": table(results), **{name: against(results, rows) for name, rows in AGAINST.items()}}
+    summary = {"results_summary": table(results), "results_verdict": verdict(results)}
+    return summary | {name: against(results, rows) for name, rows in AGAINST.items()}
 
 
 def folded(title: str, text: str) -> str:
