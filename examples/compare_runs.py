@@ -15,20 +15,23 @@ Where target has labels the page also says how right the choice without them was
 
 from __future__ import annotations
 
-import argparse
-import copy
 import sys
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.interrupts import NOTHING_TORN, end_with, leave_at_once
-from gta2cs.threads import considerate_threads
 
 if __name__ == "__main__":
-    leave_at_once(NOTHING_TORN)
+    leave_at_once(NOTHING_TORN)  # from the first moment on
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from gta2cs.threads import considerate_threads
+
 considerate_threads()  # before torch is imported
 
 import matplotlib.pyplot as plt

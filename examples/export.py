@@ -11,22 +11,25 @@ ONNX needs `pip install -e ".[export]"`.
 
 from __future__ import annotations
 
-import copy
-import json
-import re
 import sys
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.interrupts import NOTHING_TORN, end_with, leave_at_once
-from gta2cs.threads import considerate_threads
 
 if __name__ == "__main__":
-    leave_at_once(NOTHING_TORN)
+    leave_at_once(NOTHING_TORN)  # from the first moment on
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gta2cs.threads import considerate_threads
+
 considerate_threads()  # before torch is imported
 
 import torch

@@ -13,16 +13,19 @@ then 1. Results that exist are replaced only with `--overwrite`, images never.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.interrupts import NOTHING_TORN, end_with, leave_at_once, stop_if_asked
-from gta2cs.threads import considerate_threads
 
 if __name__ == "__main__":
-    leave_at_once(NOTHING_TORN)
+    leave_at_once(NOTHING_TORN)  # from the first moment on
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gta2cs.threads import considerate_threads
+
 considerate_threads()  # before torch is imported
 
 import numpy as np

@@ -14,23 +14,26 @@ global sample index), but for the net's own dropout of (seed, k, process), so `-
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from gta2cs.interrupts import NOTHING_DONE, end_with, leave_at_once, said_where, stop_if_asked
+
+if __name__ == "__main__":
+    leave_at_once(NOTHING_DONE)  # from the first moment on
+
 import dataclasses
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-from gta2cs.interrupts import NOTHING_DONE, end_with, leave_at_once, said_where, stop_if_asked
 from gta2cs.threads import considerate_threads
 
-if __name__ == "__main__":
-    leave_at_once(NOTHING_DONE)
 considerate_threads()  # before torch is imported
 
 import torch

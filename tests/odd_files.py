@@ -179,16 +179,3 @@ def _labels() -> list[Odd]:
 
 
 LABELS = _labels()
-
-
-def small_pair(root: Path) -> Path:
-    """Four images of each domain, one of target with a label: evaluating takes no time."""
-    for i in range(4):
-        for domain in ("source", "target"):
-            save(root / domain / "images" / f"{i}.png", np.kron(noise(3) // (i + 1), np.ones((16, 12, 1), np.uint8)))
-        save(root / "source" / "labels" / f"{i}.png", np.kron(noise(high=3), np.ones((16, 12), np.uint8)))
-    save(root / "target" / "labels" / "3.png", np.kron(noise(high=3), np.ones((16, 12), np.uint8)))
-    (root / "target" / "train.txt").write_text("0\n1\n2\n3\n")
-    (root / "target" / "val.txt").write_text("3\n")
-    (root / "classes.yaml").write_text("names: [a, b, c]\n")
-    return root

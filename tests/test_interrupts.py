@@ -18,7 +18,7 @@ from gta2cs import checkpoints, choosing, interrupts, observers, stage, summary
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.files import replacing, write_text
 from gta2cs.interrupts import heard, postponed, stop_if_asked
-from odd_files import small_pair
+from tiny import ARGUMENTS, small_pair
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
@@ -160,7 +160,7 @@ def test_a_loader_that_died_of_the_group_s_signal_a_moment_before(
 
 
 TINY = [
-    "--net.weights=random",
+    *ARGUMENTS,
     "--data.crop=[64,64]",
     "--batch_size=1",
     "--log_every=1",
@@ -181,10 +181,10 @@ STRUCK: list[tuple[Any, str, int, str]] = [
     (stage.StageState, "build", 2, "Stopped after stage 1 of 2 (source_only); its last checkpoint"),
     (train_gta2cs, "prepare", 1, "Stopped after stage 1 of 2 (source_only); its last checkpoint"),
     (choosing, "measure", 1, "stage 2 of 2 (dacs) after step 0 of 2; the last checkpoint is of the stage before"),
-    (choosing, "save_checkpoint", 2, "stage 2 of 2 (dacs) after step 2 of 2; the last checkpoint is of step 1"),
+    (choosing.Choosing, "_offer", 2, "stage 2 of 2 (dacs) after step 2 of 2; the last checkpoint is of step 1"),
     (train_gta2cs, "chosen_net", 1, "Stopped before the report was whole; all 2 stages are done"),
     (summary.report, "write_json", 2, "Stopped before the report was whole; all 2 stages are done"),
-    (summary.report, "save_curves", 1, "Stopped before the report was whole; all 2 stages are done"),
+    (summary.report, "save_panels", 1, "Stopped before the report was whole; all 2 stages are done"),
 ]
 
 

@@ -21,7 +21,7 @@ from gta2cs.evaluation import Score, evaluate, evaluating, with_bn_statistics
 from gta2cs.recipes import RECIPES, Draws
 from gta2cs.report import markdown_table
 from gta2cs.samples import ClassSet
-from odd_files import small_pair
+from tiny import small_pair
 from udakit import draw_classes
 
 ROOT = Path(__file__).resolve().parent.parent
