@@ -150,9 +150,9 @@ def test_defaults_of_colour_are_those_of_before():
     ]
     u = torch.rand(10, 4, generator=torch.Generator().manual_seed(0))
     for draw in draws:
-        assert torch.equal(draw.saturation, 1 + 0.2 * (2 * u[3] - 1))
-        assert torch.equal(draw.hue, 2 * math.pi * 0.2 * (2 * u[4] - 1))
-        assert torch.equal(draw.sigma, 0.15 + (1.15 - 0.15) * u[7])
+        torch.testing.assert_close(draw.saturation, 1 + 0.2 * (2 * u[3] - 1))
+        torch.testing.assert_close(draw.hue, 2 * math.pi * 0.2 * (2 * u[4] - 1))
+        torch.testing.assert_close(draw.sigma, 0.15 + (1.15 - 0.15) * u[7])
     assert [d.default_colours for d in draws] == [("saturation", "hue"), (), ("saturation", "hue")]
     g = torch.Generator().manual_seed(0)
     udakit.draw_strong_augment(4, generator=g)

@@ -82,7 +82,7 @@ class StageState:
 
         recipe = RECIPES[stage.recipe].build(student, len(classes.names), stage.options, make_net, previous)
         for part in (module for module in recipe.modules() if isinstance(module, Recipe)):
-            part.mean, part.std = run.pair.target_train.image_format.statistics
+            part.normalised_with(*run.pair.target_train.image_format.statistics)
         recipe = recipe.to(run.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         groups = [
             *param_groups(recipe.student, lr=stage.lr, head_multiplier=config.head_multiplier),

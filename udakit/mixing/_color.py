@@ -30,7 +30,7 @@ def luma(rgb: Tensor) -> Tensor:
 
 
 def saturate_and_turn(x: Tensor, saturation: Tensor | None, hue: Tensor | None) -> Tensor:
-    """Multiply the HSV saturation by (N,), add (N,) to the hue, without a sextant to choose: vectorised passes alone.
+    """Multiply the HSV saturation by (N,), none below 0, add (N,) to the hue: vectorised passes, no sextant to choose.
 
     With the smallest channel at 0 and the largest at 1, the distance of the hue from red is 1 + g + b - r sextants, on
     the side of the larger of g and b; and a channel is a trapezoid over its own distance.
@@ -38,24 +38,20 @@ def saturate_and_turn(x: Tensor, saturation: Tensor | None, hue: Tensor | None) 
     r, g, b = x.unbind(1)
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
+    # 2, 11/6, 10/6, ... in turns of the circle: of red, green and blue (which lie a third apart), and 1/6 at the end.
+    turns = torch.arange(2, 0, -1 / 6, dtype=x.dtype, device=x.device)
     # In turns of the circle, grey pixels of any hue.
-    distance = torch.addcdiv(_number(1 / 6, x), (g + b) - (r + low), chroma.clamp_min(1e-12), value=1 / 6)
-    turned = torch.copysign(distance, g - b)
-    if hue is None:
-        turned = turned + 1
-    else:
-        turn = (hue / (2 * math.pi)).to(x.dtype)
-        turned = turned + (turn.remainder(1) + 1).view(-1, 1, 1)
-    turned = turned.frac()
+    distance = torch.addcdiv(turns[11], (g + b) - (r + low), chroma.clamp_min(1e-12), value=1 / 6)
+    place = turns[0:5:2].view(3, 1, 1)
+    if hue is not None:
+        hue = hue.to(x.dtype).remainder(2 * math.pi).view(-1, 1, 1, 1)
+        place = torch.add(place, hue, alpha=1 / (2 * math.pi))
+    turned = (torch.copysign(distance, g - b).unsqueeze(1) + place).frac()
     if saturation is not None:
-        chroma = torch.minimum(chroma * saturation.to(x.dtype).clamp_min(0).view(-1, 1, 1), value)
+        chroma = torch.minimum(chroma * saturation.to(x.dtype).view(-1, 1, 1), value)
     # low + chroma times the share of the trapezoid, clamp(2 - 6 |distance|, 0, 1), with the constants taken out.
-    red, others = torch.sub(value, chroma, alpha=2), value + chroma
-    planes = [
-        torch.addcmul(base, chroma, (turned - centre).abs().clamp(1 / 6, 1 / 3), value=sign)
-        for base, centre, sign in ((red, 1 / 2, 6), (others, 1 / 3, -6), (others, 2 / 3, -6))
-    ]
-    return torch.stack(planes, dim=1).clamp(0, 1)
+    base = torch.sub(value, chroma, alpha=2).unsqueeze(1)
+    return torch.addcmul(base, chroma.unsqueeze(1), (turned - 0.5).abs().clamp(1 / 6, 1 / 3), value=6).clamp(0, 1)
 
 
 def _matrix(numbers: Matrix, like: Tensor) -> tuple[Tensor, ...]:

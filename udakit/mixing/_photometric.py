@@ -20,39 +20,53 @@ def per_image(x: Tensor, like: Tensor) -> Tensor:
     return (x if x.dtype == torch.bool else x.to(like.dtype)).view(-1, *(1,) * (like.ndim - 1))
 
 
-def colours(x: Tensor, draw: StrongAugmentDraw, mean: Tensor | None, std: Tensor | None) -> Tensor:
+class Colours:
     """What is done to each pixel by itself, from normalised images to [0, 1]: jitter and greyscale.
 
-    `mean` and `std` as `per_channel` makes them.
+    `mean` and `std` as `per_channel` makes them. The numbers of each image are made once, for all its stripes.
 
     Denormalising, brightness and contrast are one straight line between two bounds for each image and channel, and an
     image that is not jittered has factors that change nothing: fewer passes than an operation at a time.
     """
-    scale: Tensor | float = 1.0 if std is None else std
-    offset: Tensor | float = 0.0 if mean is None else mean
-    low: Tensor | float = 0.0
-    high: Tensor | float = 1.0
-    if draw.jitter is not None and draw.brightness is not None:
-        brightness = per_image(draw.brightness * draw.jitter, x)
-        offset = brightness if mean is None else brightness + mean
-        low, high = brightness.clamp(0, 1), (1 + brightness).clamp(0, 1)
-    if draw.jitter is not None and draw.contrast is not None:
-        contrast = per_image(torch.where(draw.jitter, draw.contrast, 1.0), x).clamp_min(0)
-        scale = contrast if std is None else contrast * std
-        offset, low, high = contrast * offset, contrast * low, (contrast * high).clamp_max(1)
-    x = _line(x, scale, offset)
-    x = torch.clamp(x, low, high) if isinstance(low, Tensor) and isinstance(high, Tensor) else x.clamp(0, 1)
-    if draw.jitter is not None:
-        if draw.gamma is not None:
-            gamma = per_image(torch.where(draw.jitter, draw.gamma, 1.0), x)
+
+    def __init__(self, draw: StrongAugmentDraw, mean: Tensor | None, std: Tensor | None, like: Tensor) -> None:
+        self.draw = draw
+        self.scale: Tensor | float = 1.0 if std is None else std
+        self.offset: Tensor | float = 0.0 if mean is None else mean
+        self.bounds: tuple[Tensor, Tensor] | None = None
+        self.hue = None if draw.jitter is None or draw.hue is None else draw.hue * draw.jitter
+        contrast, self.saturation = self._factors(draw.contrast, draw.saturation)
+        bounds = None
+        if draw.jitter is not None and draw.brightness is not None:
+            brightness = per_image(draw.brightness * draw.jitter, like)
+            self.offset = brightness if mean is None else brightness + mean
+            ends = torch.arange(2, dtype=like.dtype, device=like.device).view(2, *(1,) * like.ndim)
+            bounds = (brightness + ends).clamp(0, 1)  # of what 0 and 1 become
+        if contrast is not None:
+            contrast = per_image(contrast, like)
+            self.scale, self.offset = contrast * self.scale, contrast * self.offset
+            bounds = None if bounds is None else (contrast * bounds).clamp_max(1)
+        self.bounds = None if bounds is None else (bounds[0], bounds[1])
+
+    def _factors(self, *factors: Tensor | None) -> list[Tensor | None]:
+        """Each factor from 0 on, 1 where an image is not jittered."""
+        given = [f for f in factors if f is not None]
+        if self.draw.jitter is None or not given:
+            return [None] * len(factors)
+        found = iter(torch.where(self.draw.jitter, torch.stack(given), 1.0).clamp_min(0))
+        return [None if f is None else next(found) for f in factors]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = _line(x, self.scale, self.offset)
+        x = x.clamp(0, 1) if self.bounds is None else torch.clamp(x, *self.bounds)
+        if self.draw.jitter is not None and self.draw.gamma is not None:
+            gamma = per_image(torch.where(self.draw.jitter, self.draw.gamma, 1.0), x)
             x = x * x.clamp_min(DARK) ** (gamma - 1)
-        if draw.saturation is not None or draw.hue is not None:
-            saturation = None if draw.saturation is None else torch.where(draw.jitter, draw.saturation, 1.0)
-            hue = None if draw.hue is None else draw.hue * draw.jitter
-            x = saturate_and_turn(x, saturation, hue)
-    if draw.greyscale is not None:
-        x = torch.where(per_image(draw.greyscale, x), luma(x), x)
-    return x
+        if self.saturation is not None or self.hue is not None:
+            x = saturate_and_turn(x, self.saturation, self.hue)
+        if self.draw.greyscale is not None:
+            x = torch.where(per_image(self.draw.greyscale, x), luma(x), x)
+        return x
 
 
 def _line(x: Tensor, scale: Tensor | float, offset: Tensor | float) -> Tensor:
@@ -63,12 +77,15 @@ def _line(x: Tensor, scale: Tensor | float, offset: Tensor | float) -> Tensor:
     return x + offset if isinstance(offset, Tensor) else x
 
 
-def normalise(x: Tensor, mean: Tensor | None, std: Tensor | None) -> Tensor:
+class Normalise:
     """`(x - mean) / std` in as few passes as it takes."""
-    scale = 1.0 if std is None else 1 / std
-    if mean is None:
-        return _line(x, scale, 0.0)
-    return _line(x, scale, -mean * scale)
+
+    def __init__(self, mean: Tensor | None, std: Tensor | None) -> None:
+        self.scale: Tensor | float = 1.0 if std is None else std.reciprocal()
+        self.offset: Tensor | float = 0.0 if mean is None else -mean * self.scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _line(x, self.scale, self.offset)
 
 
 def sharpen(x: Tensor, factor: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
-from udakit._checks import check_integer, check_pair, check_range, draw_device
+from udakit._checks import check_integer, check_pair, check_range
+from udakit.mixing._random import Generators, device_of_draw, uniform
 
 COLOUR = 0.2  # strength of saturation and hue where the user gave none
 
@@ -80,7 +81,7 @@ def draw_strong_augment(
     gamma: tuple[float, float] = (1.0, 1.0),
     noise: float = 0.05,
     noise_probability: float = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     device: torch.device | str | None = None,
 ) -> StrongAugmentDraw:
     r"""Draw the parameters of a strong augmentation for each of `n` images, all uniform (gamma in its logarithm).
@@ -110,7 +111,7 @@ def draw_strong_augment(
         gamma: lowest and highest exponent of the values: below 1 brighter, above darker; (0.5, 2.0) is wide.
         noise: largest standard deviation of the Gaussian noise, as a share of [0, 1].
         noise_probability: share of images that get noise.
-        generator: random numbers are drawn on `device`.
+        generator: random numbers are drawn on `device`; a list has one for each image.
         device: of the draw; by default that of the generator, else the CPU.
 
     Returns:
@@ -146,33 +147,37 @@ def draw_strong_augment(
         },
         {"blur_sigma": blur_sigma, "gamma": gamma},
     )
-    device = draw_device(generator, device)
-    u = torch.rand(10, n, generator=generator, device=device, dtype=torch.float32)
-    signed = 2 * u - 1
+    device = device_of_draw(generator, n, device)
+    u = uniform((10, n), generator, device, axis=1)
     low, high = blur_sigma
     jitter = jitter_probability > 0
     draw = StrongAugmentDraw(
         jitter=u[0] < jitter_probability if jitter else None,
-        brightness=brightness * signed[1] if jitter and brightness else None,
-        contrast=1 + contrast * signed[2] if jitter and contrast else None,
-        saturation=1 + saturation * signed[3] if jitter and saturation else None,
-        hue=2 * math.pi * hue * signed[4] if jitter and hue else None,
+        brightness=_between(u[1], -brightness, brightness) if jitter and brightness else None,
+        contrast=_between(u[2], 1 - contrast, 1 + contrast) if jitter and contrast else None,
+        saturation=_between(u[3], 1 - saturation, 1 + saturation) if jitter and saturation else None,
+        hue=_between(u[4], -2 * math.pi * hue, 2 * math.pi * hue) if jitter and hue else None,
         greyscale=u[5] < greyscale_probability if greyscale_probability else None,
-        sharpness=torch.where(u[8] < sharpness_probability, 1 + sharpness * signed[9], 1.0)
+        sharpness=torch.where(u[8] < sharpness_probability, _between(u[9], 1 - sharpness, 1 + sharpness), 1.0)
         if sharpness_probability
         else None,
         blur=u[6] < blur_probability if blur_probability else None,
-        sigma=low + (high - low) * u[7] if blur_probability else None,
+        sigma=_between(u[7], low, high) if blur_probability else None,
         max_sigma=high if blur_probability else 0.0,
         default_colours=default_colours,
     )
     bent = jitter and tuple(gamma) != (1, 1)
     if not bent and not noise_probability:
         return draw
-    u = torch.rand(4, n, generator=generator, device=device, dtype=torch.float32)
+    u = uniform((4, n), generator, device, axis=1)
     low, high = math.log(gamma[0]), math.log(gamma[1])
     return draw._replace(
-        gamma=torch.exp(low + (high - low) * u[0]) if bent else None,
+        gamma=torch.exp(_between(u[0], low, high)) if bent else None,
         noise=torch.where(u[1] < noise_probability, noise * u[2], 0.0) if noise_probability else None,
         noise_seed=(u[3] * 2**24).long() if noise_probability else None,
     )
+
+
+def _between(u: Tensor, low: float, high: float) -> Tensor:
+    """Numbers in [0, 1) stretched to [low, high), in one launch."""
+    return torch.rsub(u, low, alpha=low - high)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import torch
 from jaxtyping import Bool, Integer
 from torch import Tensor, nn
 
 from udakit._checks import check_flag, check_mask_like
+from udakit.mixing._random import Generators
 from udakit.mixing.batch import SegBatch, check_batches, mix
 from udakit.mixing.classes import Rounding, Scope, candidate_mask, check_draw, class_mask, draw_classes
 
@@ -91,7 +91,7 @@ class ClassMix(nn.Module):
         self.ignore_index = ignore_index
 
     def draw_mask(
-        self, labels: Integer[Tensor, "n *space"], *, generator: torch.Generator | None = None
+        self, labels: Integer[Tensor, "n *space"], *, generator: Generators | None = None
     ) -> Bool[Tensor, "n *space"]:
         """Draw classes of `labels` and mark their pixels, to use one mask in several places."""
         chosen = draw_classes(
@@ -118,7 +118,7 @@ class ClassMix(nn.Module):
         source: SegBatch | tuple[Tensor, ...],
         target: SegBatch | tuple[Tensor, ...],
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> tuple[SegBatch, Bool[Tensor, "n *space"]]:
         """Draw one mask from the source labels, mix with it, and return both."""
         source, target = check_batches(source, target)

@@ -12,7 +12,6 @@ from torch import Tensor
 from udakit._checks import (
     check_device,
     check_flag,
-    check_generator,
     check_ignore_index,
     check_integer,
     check_label_map,
@@ -24,6 +23,7 @@ from udakit._checks import (
     shape_of,
 )
 from udakit._reduce import class_ids
+from udakit.mixing._random import Generators, check_generators, uniform
 
 Rounding = Literal["up", "down"]
 Scope = Literal["image", "batch"]
@@ -75,7 +75,7 @@ def draw_classes(
     candidates: Sequence[int] | Bool[Tensor, "c"] | None = None,
     include_ignore: bool = False,
     ignore_index: int = 255,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
 ) -> Bool[Tensor, "n columns"]:
     r"""Draw a share of the classes that are present, for each image.
 
@@ -99,7 +99,7 @@ def draw_classes(
         candidates: ids, or bool (C,), of the classes that may be drawn; None for all.
         include_ignore: count the ignored pixels as one more class, which may be drawn.
         ignore_index: the label that is no class.
-        generator: on the device of `labels`.
+        generator: on the device of `labels`; a list has one for each image.
 
     Returns:
         Bool (N, C), or (N, C + 1) with `include_ignore`: True for the classes drawn.
@@ -116,7 +116,7 @@ def draw_classes(
     """
     check_draw(num_classes, fraction, rounding, scope, include_ignore, ignore_index)
     check_label_map(labels)
-    check_generator(generator, labels.device)
+    check_generators(generator, len(labels), labels.device)
     columns = num_classes + 1
     present = torch.zeros(labels.shape[0], columns, dtype=torch.bool, device=labels.device)
     present = present.scatter(1, class_ids(labels, num_classes, ignore_index).flatten(1), True)
@@ -131,7 +131,7 @@ def draw_classes(
         present = present.any(dim=0, keepdim=True).expand(labels.shape[0], -1)
 
     # Present classes get a random place, absent ones stand behind them; the first `count` places are drawn.
-    keys = torch.rand(present.shape, generator=generator, device=labels.device, dtype=torch.float32)
+    keys = uniform(present.shape, generator, labels.device)
     place = torch.where(present, keys, 2.0).argsort(dim=1).argsort(dim=1)
     share = fraction * present.sum(dim=1, keepdim=True)
     # 0.1 * 30 is 3.0000000000000004: a product within rounding of a whole number is that number.

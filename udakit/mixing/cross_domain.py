@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from udakit._checks import (
     check_callable,
-    check_generator,
     check_labels_like,
     check_mask_like,
     check_range,
@@ -20,6 +19,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
+from udakit.mixing._random import Generators, check_generators
 from udakit.mixing.batch import RESIZE_HINT, paste
 from udakit.mixing.class_mix import ClassMix
 from udakit.mixing.classes import Rounding, Scope
@@ -153,7 +153,7 @@ class CrossDomainMix(nn.Module):
         labels: Integer[Tensor, "n *space"],
         target_images: Float[Tensor, "n k *space2"],
         *,
-        generator: torch.Generator | None = None,
+        generator: Generators | None = None,
     ) -> tuple[Float[Tensor, "n k *space"], Bool[Tensor, "n *space"]]:
         """Return the mixed images, whose labels are still `labels`, and the mask."""
         check_image_batch("images", images)
@@ -164,7 +164,7 @@ class CrossDomainMix(nn.Module):
                 f"but got {shape_of(target_images)}."
             )
         check_labels_like(labels, images, reference_name="images")
-        check_generator(generator, images.device)
+        check_generators(generator, len(images), images.device)
         mask = self.classes.draw_mask(labels, generator=generator)
         with torch.no_grad():
             augmented = self.augment(images, generator=generator) if self._hand_on_generator else self.augment(images)

@@ -9,7 +9,8 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
-from udakit._checks import check_integer, check_mask, check_pair, check_range, check_size, draw_device, is_sequence
+from udakit._checks import check_integer, check_mask, check_pair, check_range, check_size, is_sequence
+from udakit.mixing._random import Generators, device_of_draw, uniform
 
 
 def _check_size(n: int, size: Sequence[int]) -> None:
@@ -23,7 +24,7 @@ def draw_box_mask(
     size: Sequence[int],
     *,
     area: tuple[float, float] = (0.5, 0.5),
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "n *space"]:
     r"""Draw one box for each of `n` masks, of a given share of the image, of random shape and place (CutMix).
@@ -39,7 +40,7 @@ def draw_box_mask(
         n: number of masks.
         size: (height, width); (length,) for signals, (depth, height, width) for volumes.
         area: lowest and highest share of the image, in (0, 1].
-        generator: random numbers are drawn on `device`.
+        generator: random numbers are drawn on `device`; a list has one for each mask.
         device: of the masks; by default that of the generator, else the CPU.
 
     Returns:
@@ -56,10 +57,10 @@ def draw_box_mask(
     check_pair("area", area, "(low, high), shares of the image")
     check_range("area", area[0], 0.0, 1.0, open_low=True)
     check_range("area", area[1], area[0], 1.0)
-    device = draw_device(generator, device)
+    device = device_of_draw(generator, n, device)
     low, high = area
     axes = len(size)
-    u = torch.rand(2 * axes, n, 1, generator=generator, device=device, dtype=torch.float32)
+    u = uniform((2 * axes, n, 1), generator, device, axis=1)
     share, cuts, offsets = low + (high - low) * u[0], u[1:axes], u[axes:]
     if axes > 2:
         cuts = cuts.sort(dim=0).values
@@ -83,7 +84,7 @@ def draw_block_mask(
     *,
     block_size: int = 64,
     ratio: float = 0.7,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "n *space"]:
     r"""Draw which blocks of each of `n` images are removed (masked image consistency).
@@ -101,7 +102,7 @@ def draw_block_mask(
         size: (height, width); (length,) for signals, (depth, height, width) for volumes.
         block_size: side of a block in pixels.
         ratio: share removed, in [0, 1].
-        generator: random numbers are drawn on `device`.
+        generator: random numbers are drawn on `device`; a list has one for each mask.
         device: of the masks; by default that of the generator, else the CPU.
 
     Returns:
@@ -117,9 +118,9 @@ def draw_block_mask(
     _check_size(n, size)
     check_integer("block_size", block_size)
     check_range("ratio", ratio, 0.0, 1.0)
-    device = draw_device(generator, device)
+    device = device_of_draw(generator, n, device)
     cells = [max(round(length / block_size), 1) for length in size]
-    removed = torch.rand(n, *cells, generator=generator, device=device, dtype=torch.float32) < ratio
+    removed = uniform((n, *cells), generator, device) < ratio
     # The last axis first: whole rows, which are copied at once, are repeated in the end.
     for axis in reversed(range(len(size))):
         cell = torch.arange(size[axis], device=device) * cells[axis] // size[axis]

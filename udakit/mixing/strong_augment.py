@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from udakit._checks import check_generator, kind_of, shape_of
+from udakit._checks import kind_of, shape_of
 from udakit._reduce import full_precision, upcast
-from udakit.mixing._photometric import blur, colours, gaussian_noise, normalise, per_image, sharpen
+from udakit.mixing._photometric import Colours, Normalise, blur, gaussian_noise, per_image, sharpen
+from udakit.mixing._random import Generators, check_generators
 from udakit.mixing.augment_draw import StrongAugmentDraw, draw_strong_augment
 from udakit.mixing.images import (
     Channels,
@@ -90,11 +91,12 @@ def strong_augment(
         x = upcast(images)
         mean, std = (None if v is None else per_channel(v, x) for v in (mean, std))
         touched = per_image(_touched(draw), x)
-        blocks: Sequence[Tensor] = [colours(block, draw, mean, std) for block in row_blocks(x)]
+        colours, normalise = Colours(draw, mean, std, x), Normalise(mean, std)
+        blocks: Sequence[Tensor] = [colours(block) for block in row_blocks(x)]
         if draw.sharpness is not None or draw.blur is not None or draw.noise is not None:
             blocks = row_blocks(_neighbours(join(blocks), draw))
         blocks = [
-            torch.where(touched, normalise(block, mean, std).to(images.dtype), image)
+            torch.where(touched, normalise(block).to(images.dtype), image)
             for block, image in zip(blocks, row_blocks(images), strict=True)
         ]
     return restore(join(blocks), images)
@@ -186,11 +188,11 @@ class StrongAugment(nn.Module):
         draw_strong_augment(0, **self.options)  # checks the options
 
     def forward(
-        self, images: Float[Tensor, "n k *space"], *, generator: torch.Generator | None = None
+        self, images: Float[Tensor, "n k *space"], *, generator: Generators | None = None
     ) -> Float[Tensor, "n k *space"]:
         """Draw for each image and apply."""
         check_image_batch("images", images)
-        check_generator(generator, images.device)
+        check_generators(generator, len(images), images.device)
         draw = draw_strong_augment(len(images), generator=generator, device=images.device, **self.options)
         return strong_augment(images, draw, mean=self.mean, std=self.std)
 

@@ -12,10 +12,10 @@ from udakit._checks import (
     check_integer,
     check_range,
     check_tensor,
-    draw_device,
     kind_of,
     shape_of,
 )
+from udakit.mixing._random import Generators, device_of_draw, uniform
 
 
 def draw_token_mask(
@@ -24,7 +24,7 @@ def draw_token_mask(
     *,
     ratio: float = 0.7,
     prefix: int = 0,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "n l"]:
     """Draw which tokens of each of `n` images are replaced.
@@ -39,7 +39,7 @@ def draw_token_mask(
         tokens: tokens of an image, with the prefix.
         ratio: share replaced, in [0, 1].
         prefix: tokens at the beginning that are kept.
-        generator: random numbers are drawn on `device`.
+        generator: random numbers are drawn on `device`; a list has one for each image.
         device: of the mask; by default that of the generator, else the CPU.
 
     Returns:
@@ -56,8 +56,8 @@ def draw_token_mask(
     check_integer("tokens", tokens)
     check_range("ratio", ratio, 0.0, 1.0)
     check_integer("prefix", prefix, 0)
-    device = draw_device(generator, device)
-    drawn = torch.rand(n, tokens, generator=generator, device=device, dtype=torch.float32) < ratio
+    device = device_of_draw(generator, n, device)
+    drawn = uniform((n, tokens), generator, device) < ratio
     return drawn & (torch.arange(tokens, device=device) >= prefix)
 
 

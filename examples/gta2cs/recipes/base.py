@@ -102,23 +102,33 @@ class Recipe(nn.Module):
         hue: float = 0.2  # as a share of the full circle
         blur: float = 0.5  # share of images that are blurred
 
-    mean: tuple[float, ...] = MEAN  # that the images were normalised with
-    std: tuple[float, ...] = STD
+    mean: Tensor  # that the images were normalised with: buffers, so that a step makes no constants
+    std: Tensor
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__()
         self.student = student
         self.num_classes = num_classes
         self.options = options
+        self.normalised_with(MEAN, STD)
+
+    def normalised_with(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Say which mean and deviation of each channel the images were normalised with."""
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
     def augment(self, images: Tensor, draws: Draws) -> Tensor:
         """Colour jitter and blur, drawn for each image."""
         jitter, hue, blur = self.options.jitter, self.options.hue, self.options.blur
         colours = {"saturation": jitter, "hue": hue} if images.shape[1] == 3 else {}  # other channels have none
-        strong = draws(
-            lambda i, g: draw_strong_augment(
-                1, brightness=jitter, contrast=jitter, **colours, blur_probability=blur, generator=g
-            )
+        strong = draw_strong_augment(
+            len(images),
+            brightness=jitter,
+            contrast=jitter,
+            **colours,
+            blur_probability=blur,
+            generator=draws.generators,
+            device=images.device,
         )
         return strong_augment(images, strong, mean=self.mean, std=self.std)
 

@@ -233,7 +233,7 @@ def make_selector(options: Any, num_classes: int) -> nn.Module:
 
 def selection_of(options: Any, logits: Tensor, pseudo: PseudoLabels) -> Selection:
     """What was kept of each class. `confident_ratio` keeps all with one weight: there, what was confident."""
-    weight = pseudo.weight
-    if options.selector == "confident_ratio":
-        weight = ((pseudo.confidence >= options.threshold) & (weight > 0)).float()
-    return Selection(logits, pseudo.labels, weight)
+    if options.selector != "confident_ratio":
+        return Selection(logits, pseudo.labels, pseudo.weight)
+    confident = pseudo.confidence, pseudo.weight, options.threshold
+    return Selection(logits, pseudo.labels, lambda: ((confident[0] >= confident[2]) & (confident[1] > 0)).float())

@@ -118,11 +118,9 @@ class SelfTraining(Recipe):
             images = self.augment(images, draws)
         if options.mask_tokens:
             tokens = self.student.token_count(*size)  # type: ignore[operator]
-            removed = draws(lambda i, g: draw_token_mask(1, tokens, ratio=ratio, generator=g, device=g.device))
+            removed = draw_token_mask(len(images), tokens, ratio=ratio, generator=draws.generators)
         else:
-            removed = draws(
-                lambda i, g: draw_block_mask(1, size, block_size=block, ratio=ratio, generator=g, device=g.device)
-            )
+            removed = draw_block_mask(len(images), size, block_size=block, ratio=ratio, generator=draws.generators)
         losses = []
         with keep_statistics(self.student):
             for mask in [removed, ~removed] if options.mask_complements else [removed]:
@@ -136,10 +134,8 @@ class SelfTraining(Recipe):
     def draw_classes(self, labels: Tensor, draws: Draws, **options: Any) -> Tensor:
         """Draw the classes of each label map that are pasted."""
         fraction = self.options.mix_fraction
-        return draws(
-            lambda i, g: draw_classes(
-                labels[i : i + 1], num_classes=self.num_classes, fraction=fraction, generator=g, **options
-            )
+        return draw_classes(
+            labels, num_classes=self.num_classes, fraction=fraction, generator=draws.generators, **options
         )
 
     def valid_rows(self, logits: Tensor) -> Tensor | None:
@@ -227,8 +223,10 @@ class Selection:
     Counted when asked for: few steps are logged, and the arg-max of full-size logits costs as much as a loss.
     """
 
-    def __init__(self, logits: Tensor, labels: Tensor | None = None, weight: Tensor | None = None) -> None:
-        """Without `labels` and `weight` every pixel was kept."""
+    def __init__(
+        self, logits: Tensor, labels: Tensor | None = None, weight: Tensor | Callable[[], Tensor] | None = None
+    ) -> None:
+        """Without `labels` and `weight` every pixel was kept; a `weight` to be called is made where it is counted."""
         self._logits, self._labels, self._weight = logits.detach(), labels, weight
 
     @cached_property
@@ -238,7 +236,8 @@ class Selection:
         if self._labels is not None:
             counted[1] *= self._labels.flatten() == predicted
         if self._weight is not None:
-            counted[1] *= self._weight.flatten()
+            weight = self._weight if isinstance(self._weight, Tensor) else self._weight()
+            counted[1] *= weight.flatten()
         zeros = counted.new_zeros(2, self._logits.shape[1])
         return zeros.scatter_add(1, predicted.expand(2, -1), counted)
 
