@@ -43,7 +43,7 @@ from rich.console import Console
 from rich.progress import track
 
 from gta2cs import report
-from gta2cs.checking import nothing_opened
+from gta2cs.checking import CheckReport, nothing_opened
 from gta2cs.choosing import (
     CHOSEN,
     Choosing,
@@ -261,14 +261,11 @@ def open_pair(config: Config) -> Pair:
 
 def main(config: Config) -> dict[str, Score]:
     """Train every stage, then write the report. Returns the table's rows."""
-    check_stages(config)
     if config.check_data:
-        try:
-            found = check_data(open_pair(config))
-        except (OSError, ValueError) as error:  # no folder, an option that cannot be: still a report
-            found = nothing_opened(error)
+        found = checked(config)
         console.print(found)
         sys.exit(0 if found.ok else 1)
+    check_stages(config)
     accelerator = make_accelerator(config)
     replaced = config.overwrite or config.dry_run
     with (
@@ -280,6 +277,19 @@ def main(config: Config) -> dict[str, Score]:
         run = Run(config, open_pair(config), accelerator, said)
         with said_where(run.where):
             return train(run)
+
+
+def checked(config: Config) -> CheckReport:
+    """Report on the data, and on options that cannot be: one fault does not keep the others from being found."""
+    try:
+        found = check_data(open_pair(config))
+    except (OSError, ValueError) as error:  # no folder: still a report
+        found = nothing_opened(error)
+    try:
+        check_stages(config)
+    except ValueError as error:
+        found.add("refused", str(error))
+    return found
 
 
 def train(run: Run) -> dict[str, Score]:

@@ -249,8 +249,34 @@ def test_aliases_that_multiply_do_not_fill_the_memory(tmp_path: Path) -> None:
 
 
 def test_a_folder_for_classes_yaml(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match=r"Cannot read .*: Is a directory"):
+    with pytest.raises(OSError, match=r"to be a text file, but it is a folder"):
         load_classes(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["source/train.txt", "target/train.txt", "target/val.txt", "classes.yaml"])
+@pytest.mark.parametrize("kind", ["a folder", "a link that leads nowhere"])
+def test_what_is_no_file_does_not_pass_for_nothing(tmp_path: Path, name: str, kind: str) -> None:
+    for side in ("source", "target"):
+        make_folder(tmp_path / side, "a.png", "b.png")
+        (tmp_path / side / "train.txt").write_text("a\n")
+    (tmp_path / "classes.yaml").write_text("names: [thing, stuff]\n")
+    build_pair("folder", data_root=tmp_path)
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    if kind == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(OSError, match=f"{path} to be a text file, but it is {kind}"):
+        build_pair("folder", data_root=tmp_path)
+    lines = check_data(build_pair("folder", data_root=tmp_path, strict=False)).lines()
+    assert any(str(path) in line for line in lines)
+
+
+def test_a_list_of_another_case_is_that_list(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, "a.png", "b.png")
+    (root / "Train.TXT").write_text("b\n")
+    assert [item.name for item in folder(root, "train", TWO).items] == ["b"]
 
 
 def test_names_by_id_and_a_byte_order_mark(tmp_path: Path) -> None:

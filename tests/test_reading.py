@@ -150,8 +150,43 @@ def test_masks_of_0_and_255_are_refused_unless_a_table_says_what_255_is(tmp_path
         data = folder(root, "train", TWO, ids=ids).labelled()
         assert data[0][1].tolist() == (noise(high=2) * np.uint8(meant)).tolist()
         assert check_data(data).ok
-    save(root / "labels" / "b.png", noise(high=2))  # one true label: 255 is what is ignored
-    assert folder(root, "train", TWO).labelled()[0][1].unique().tolist() == [0, 255]
+
+
+MORE = ClassSet(("a", "b", "c"), np.zeros((3, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("files", "classes", "fault", "note"),
+    [  # what each file holds
+        ([{0, 1}, {0, 255}, {0}], TWO, "1 of 3 hold only 0 and 255, for example .*1.png, and the others never", False),
+        ([{0, 1}, {0, 255}, {0, 1, 255}], TWO, None, True),  # 255 is ignored, as one file shows
+        ([{0, 1}, {255}], TWO, None, False),  # nobody labelled that image
+        ([{0}, {255}], TWO, "they hold only 0 and 255", False),
+        ([{0, 1}, {1, 255}], TWO, None, False),
+        ([{0, 1}, {0, 255}], MORE, None, False),  # masks of three classes: nobody makes them
+        ([{0}, {0, 255}], MORE, "they hold only 0 and 255", False),
+    ],
+)
+def test_masks_in_some_files_of_a_set(
+    tmp_path: Path, files: list[set[int]], classes: ClassSet, fault: str | None, note: bool
+) -> None:
+    for i, ids in enumerate(files):
+        save(tmp_path / "images" / f"{i}.png", noise(3))
+        save(tmp_path / "labels" / f"{i}.png", np.resize(sorted(ids), odd_files.SIZE).astype(np.uint8))
+    listing = folder(tmp_path, "train", classes)
+    report = check_data(listing.labelled(strict=False), classes)
+    assert any("stands beside 1" in line for line in report.notes) == note
+    if fault is None:
+        listing.labelled()
+        assert report.ok
+        return
+    with pytest.raises(ValueError, match=fault):
+        listing.labelled()
+    assert report.problems.keys() == {"masks"}
+    if "others" in fault:
+        stated = folder(tmp_path, "train", classes, ids={0: 0, 1: 1, 255: 1}).labelled()
+        assert stated[1][1].unique().tolist() == [0, 1]
+        assert check_data(stated).ok
 
 
 def test_an_orientation_of_the_image_alone_is_named(tmp_path: Path) -> None:

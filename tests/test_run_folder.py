@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -18,10 +19,11 @@ from gta2cs import files
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.files import WriteError, replacing, write_text
 from gta2cs.run_folder import FolderInUse, clear_folder, own_folder
+from tiny import ARGUMENTS
 
 EXAMPLES = Path(files.__file__).parent.parent
 SCRIPT = EXAMPLES / "train_gta2cs.py"
-TINY = ["--net.weights=random", "--data.crop=[64,64]", "--batch_size=1", "--log_every=1", "--eval_every=0"]
+TINY = [*ARGUMENTS, "--data.crop=[64,64]", "--batch_size=1", "--log_every=1", "--eval_every=0"]
 HOLD = "import sys; from pathlib import Path; from gta2cs.run_folder import own_folder\n"
 HOLD += "with own_folder(Path(sys.argv[1])):\n print('held', flush=True); sys.stdin.read()"
 
@@ -58,6 +60,21 @@ def test_a_lock_ends_with_its_block_and_not_with_its_file(tmp_path: Path) -> Non
     other.communicate("")
     with own_folder(tmp_path):
         pass
+
+
+def test_a_file_system_without_locks_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with own_folder(tmp_path):
+        said = capsys.readouterr().err
+    assert said == f"Cannot lock {tmp_path} (no locks available): see to it yourself that no other run writes there.\n"
+    monkeypatch.setattr("gta2cs.run_folder.fcntl", None)
+    with own_folder(tmp_path):
+        assert "(this system has none)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("left", ["stage1_dacs/last.pt", "results.json", "report.md", "translator.pt"])

@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
-from gta2cs.layouts import masks_fault
+from gta2cs.masks import Masks, ids_of
 from gta2cs.reading import IGNORE, Decoded, decode
 from gta2cs.samples import ClassSet, Labelled, Unlabelled, progress
 
@@ -36,7 +36,7 @@ class Seen:
     low: float = np.inf
     high: float = -np.inf
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # by train id
-    raw: set[int] = field(default_factory=set)  # raw label ids
+    masks: Masks | None = None  # of labels whose 255 nobody explained
     mean: list[np.ndarray] = field(default_factory=list)  # of each image's channels, in 0..1 as the net takes them
     square: list[np.ndarray] = field(default_factory=list)
 
@@ -182,8 +182,11 @@ def _check_set(report: CheckReport, name: str, data: Labelled | Unlabelled, clas
             _try(report, name, partial(_check_label, report, name, data, index, image, wrong))
     if wrong:
         _explain_sizes(report, name, wrong, seen)
-    if isinstance(data, Labelled) and data.format is not None and data.format.doubt_masks and seen.raw == {0, IGNORE}:
-        report.add("masks", f"{name}: {masks_fault('this set')}")
+    if seen.masks is not None:
+        if fault := seen.masks.fault("this set"):
+            report.add("masks", f"{name}: {fault}")
+        if note := seen.masks.note():
+            report.notes.append(f"{name}: {note}")
     absent = [c for i, c in enumerate(classes.names) if not seen.pixels[i]] if classes is not None and labelled else []
     report.rows.append((name, len(data), len(data) if labelled else 0, absent))
     if seen.depths and seen.depths.keys() == {"8 bit"} and 0 < seen.high < 32:
@@ -223,8 +226,9 @@ def _check_label(
         wrong.append(Mismatch(data.paths[index][0], image.size, raw.shape))
         both = f"{image.size[1]}x{image.size[0]}, {path} is {raw.shape[1]}x{raw.shape[0]}"
         report.add("size differs", f"{name}: {data.paths[index][0]} is {both}{_orientation_hint(image, raw.shape)}")
-    ids = np.unique(raw)
-    seen.raw |= set(ids[:1000].tolist())
+    if format.doubt_masks:
+        seen.masks = seen.masks or Masks.of(format)
+        seen.masks.add(path, ids_of(raw))
     if extra := format.unexpected(raw):
         report.add("unexpected ids", f"{name}: {path} holds {_some_ids(extra)}")
     inside = (raw >= 0) & (raw < 256)

@@ -106,6 +106,8 @@ def _read(path: Path) -> ClassesFile:
             raise
         raise ValueError(f"Expected {path} to be YAML, but it cannot be read: {error}") from error
     except OSError as error:
+        if error.strerror is None:  # of ours: it names the file
+            raise
         raise OSError(f"Cannot read {path}: {error.strerror or error}.") from error
     known = {"names", "palette", "ids", "colors", "scores"}
     if not isinstance(content, dict) or content.get("names") is None or set(content) - known:

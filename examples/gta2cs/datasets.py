@@ -26,6 +26,7 @@ from gta2cs.layouts import (
     dark_zurich,
     folder,
     gta5,
+    list_of,
     read_synthia_ids,
     synthia,
 )
@@ -267,9 +268,9 @@ def _find_folders(
         return folder(root, part, known, ids=ids[root == target], strict=strict)
 
     def validation(root: Path) -> Listing | None:
-        listed = root / "val.txt"
+        listed = list_of(root, "val")
         try:
-            wanted = listed.is_file() and bool(read_list(listed))
+            wanted = listed is not None and bool(read_list(listed))
         except (OSError, ValueError):
             wanted = True  # whoever opens the split says what is wrong with its list
         return split(root, "val") if wanted else None
@@ -375,7 +376,7 @@ def _folder_classes(
 ) -> tuple[ClassSet, tuple[Ids, Ids]]:
     """The classes, and the ids of source and of target: by the classes.yaml beside them, else by the one there is."""
     roots = [Path(root) for root in (data_root, source, target) if root]
-    found = {root: load_classes(root / "classes.yaml") for root in roots if (root / "classes.yaml").is_file()}
+    found = {root: load_classes(path) for root in roots if os.path.lexists(path := root / "classes.yaml")}
     if not found:
         where = ", ".join(map(str, roots))
         raise FileNotFoundError(

@@ -17,7 +17,8 @@ import numpy as np
 from gta2cs.classes import ClassSet, Ids
 from gta2cs.classes import load_classes as load_classes
 from gta2cs.lists import Found, Known, find_names, lines_of, read_list, some
-from gta2cs.reading import IGNORE, IMAGE_SUFFIXES, LABEL_SUFFIXES, ImageFormat, decode_png, read_ids
+from gta2cs.masks import refuse_masks
+from gta2cs.reading import IMAGE_SUFFIXES, LABEL_SUFFIXES, ImageFormat, decode_png, read_ids
 from gta2cs.samples import LabelFormat, Labelled, Reader, Size, Unlabelled, image_files, label_files
 from udakit.labels import CITYSCAPES_CLASSES, CITYSCAPES_IDS, GTA5_IDS, SYNTHIA_16_CLASSES, SYNTHIA_IDS
 
@@ -109,30 +110,6 @@ class Listing:
         return replace(self, items=items, problems=[*self.problems, *problems])
 
 
-def refuse_masks(labels: Sequence[Path], format: LabelFormat, where: str, limit: int = 64) -> None:
-    """Refuse labels of 0 and 255 alone: masks whose foreground would be ignored. The first other id ends the search."""
-    seen = False
-    for path in labels[:: max(1, len(labels) // limit)]:
-        try:
-            ids = set(np.unique(format.read_ids(path)).tolist())
-        except (OSError, RuntimeError, ValueError):
-            return  # whoever reads the file next says what is wrong with it
-        if ids - {0, IGNORE}:
-            return
-        seen = seen or IGNORE in ids
-    if seen:
-        raise ValueError(masks_fault(where))
-
-
-def masks_fault(where: str) -> str:
-    """What is wrong with masks saved as 0 and 255, and the table that reads them."""
-    return (
-        f"Expected the labels of {where} to hold class ids, but they hold only 0 and 255, and 255 is ignored: masks? "
-        "`ids: {0: 0, 255: 1}` in classes.yaml makes 255 the second class; `ids: {0: 0, 255: 255}` says that it is "
-        "meant to be ignored."
-    )
-
-
 def gta5(root: str | Path, *, keep: Sequence[int] | None = None) -> Listing:
     """GTA5: `images/*.png` and `labels/*.png` of the same name, palette PNGs whose indices are Cityscapes ids.
 
@@ -195,7 +172,8 @@ def folder(root: str | Path, split: str, classes: ClassSet, *, ids: Ids = None, 
     for path in _files(root / "labels", LABEL_SUFFIXES, empty=True):
         labels.setdefault(_name(path, root / "labels"), []).append(path)
     listed, problems = root / f"{split}.txt", [] if paths else [f"{top}: no images"]
-    if listed.is_file():
+    if (given := list_of(root, split)) is not None:
+        listed = given
         try:
             names = read_list(listed)
             if not names:
@@ -208,7 +186,7 @@ def folder(root: str | Path, split: str, classes: ClassSet, *, ids: Ids = None, 
         found = find_names(names, known)
         problems = [*problems, *_faults(found, len(names), str(listed), str(top), strict=strict)]
         paths = [paths[i] for i in found.positions] if names else paths  # without a list all are looked at
-    elif split == "train" and not (root / "val.txt").is_file():
+    elif split == "train" and list_of(root, "val") is None:
         images = {_name(path, top) for path in paths}
         problems += [
             f"{label}: no image of that name" for name in sorted(set(labels) - images) for label in labels[name]
@@ -228,6 +206,12 @@ def folder(root: str | Path, split: str, classes: ClassSet, *, ids: Ids = None, 
             f"Expected one file a name, but found {some(doubts)} Move one away, or list images with their ending."
         )
     return Listing(items, LabelFormat.of_folder(ids, len(classes)), str(root), [*problems, *doubts])
+
+
+def list_of(root: Path, split: str) -> Path | None:
+    """What lies at `<split>.txt`, in any case and of any kind: a folder or a broken link does not pass for no list."""
+    path = _Names().find(root / f"{split}.txt")
+    return path if os.path.lexists(path) else None
 
 
 def read_synthia_ids(path: Path) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,9 @@ _TWO_COLUMNS = re.compile(rf"(\S+\.(?:{_SUFFIX}))\s+\S+\.(?:{_SUFFIX})", re.IGNO
 
 def read_text(path: Path) -> str:
     """Read UTF-8 text, with or without a byte order mark; another encoding is refused by file name."""
+    if not Path(path).is_file():  # nor is a pipe read, which may wait for ever
+        what = "a folder" if Path(path).is_dir() else "a link that leads nowhere" if path.is_symlink() else "no file"
+        raise FileNotFoundError(f"Expected {path} to be a text file, but it is {what}.")
     content = Path(path).read_bytes()
     try:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -35,7 +39,7 @@ def read_text(path: Path) -> str:
 
 def read_list(path: Path) -> list[str]:
     """Lines that are not empty; of image and label in two columns, the image."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"Expected a list of image names {path}, but it does not exist.")
     return lines_of(read_text(path).split("\n"))
 

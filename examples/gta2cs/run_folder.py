@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from rich.console import Console
+from rich.markup import escape
+
 from gta2cs.files import check_writable, remove_pieces
 
 try:
@@ -72,6 +75,7 @@ def _locked(folder: Path) -> TextIO:
     while True:
         file = (folder / LOCK).open("a+", encoding="utf-8")
         if fcntl is None:
+            _warn(folder, "this system has none")
             return file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -81,14 +85,20 @@ def _locked(folder: Path) -> TextIO:
                 f"Expected `out` to be of one run alone, but {_owner(folder)} is at work in {folder}. "
                 "Wait for it, end it, or choose another --out."
             ) from None
-        except OSError:
-            return file  # a file system without locks
+        except OSError as error:  # a file system without locks
+            _warn(folder, (error.strerror or str(error)).lower())
+            return file
         try:
             if os.path.samestat(os.fstat(file.fileno()), (folder / LOCK).stat()):
                 return file
         except FileNotFoundError:
             pass
         file.close()  # its last owner has just removed it: lock the next one
+
+
+def _warn(folder: Path, why: str) -> None:
+    said = f"Cannot lock {folder} ({why}): see to it yourself that no other run writes there."
+    Console(stderr=True, soft_wrap=True).print(f"[yellow]{escape(said)}[/]", highlight=False)
 
 
 def _owner(folder: Path) -> str:
