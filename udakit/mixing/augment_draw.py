@@ -151,7 +151,11 @@ def draw_strong_augment(
     u = uniform((10, n), generator, device, axis=1)
     low, high = blur_sigma
     jitter = jitter_probability > 0
-    draw = StrongAugmentDraw(
+    bent = jitter and tuple(gamma) != (1, 1)
+    # Drawn only where it is used, so that a seed without gamma and noise draws the same as before there were such.
+    more = uniform((4, n), generator, device, axis=1) if bent or noise_probability else u
+    dark, bright = math.log(gamma[0]), math.log(gamma[1])
+    return StrongAugmentDraw(
         jitter=u[0] < jitter_probability if jitter else None,
         brightness=_between(u[1], -brightness, brightness) if jitter and brightness else None,
         contrast=_between(u[2], 1 - contrast, 1 + contrast) if jitter and contrast else None,
@@ -165,16 +169,9 @@ def draw_strong_augment(
         sigma=_between(u[7], low, high) if blur_probability else None,
         max_sigma=high if blur_probability else 0.0,
         default_colours=default_colours,
-    )
-    bent = jitter and tuple(gamma) != (1, 1)
-    if not bent and not noise_probability:
-        return draw
-    u = uniform((4, n), generator, device, axis=1)
-    low, high = math.log(gamma[0]), math.log(gamma[1])
-    return draw._replace(
-        gamma=torch.exp(_between(u[0], low, high)) if bent else None,
-        noise=torch.where(u[1] < noise_probability, noise * u[2], 0.0) if noise_probability else None,
-        noise_seed=(u[3] * 2**24).long() if noise_probability else None,
+        gamma=torch.exp(_between(more[0], dark, bright)) if bent else None,
+        noise=torch.where(more[1] < noise_probability, noise * more[2], 0.0) if noise_probability else None,
+        noise_seed=(more[3] * 2**24).long() if noise_probability else None,
     )
 
 

@@ -120,7 +120,7 @@ def _without_default_colours(draw: StrongAugmentDraw, images: Tensor) -> StrongA
     for name in ("saturation", "hue", "greyscale"):
         if getattr(draw, name) is not None and name not in draw.default_colours:
             check_rgb("images", images, f"`{name}`")
-    return draw._replace(saturation=None, hue=None)
+    return StrongAugmentDraw(*draw[:3], None, None, *draw[5:])  # without saturation and hue
 
 
 def _touched(draw: StrongAugmentDraw) -> Tensor:
