@@ -11,6 +11,7 @@ from torch import Tensor
 
 import udakit
 from udakit import ClassPrototypes, class_means
+from udakit.prototypes import means
 
 seeds = st.integers(0, 2**20)
 IGNORE = 255
@@ -334,7 +335,7 @@ def test_a_second_derivative_of_distances_is_refused_rather_than_wrong() -> None
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pixels", [1, 700, 2000])
 def test_pieces_and_whole_maps_agree(dtype: torch.dtype, pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU works in pieces (here three and a rest), a GPU on whole maps: values and gradients are the same."""
+    """A CPU works in pieces (three and a rest) and by pixel, a GPU on whole maps: the same values and gradients."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2, 200, pixels, generator=generator, dtype=torch.float64).to(dtype)
     labels = torch.randint(0, 6, (2, pixels), generator=generator)
@@ -357,10 +358,19 @@ def test_pieces_and_whole_maps_agree(dtype: torch.dtype, pixels: int, monkeypatc
         return found
 
     in_pieces = run()
-    for module in ("udakit.prototypes._distances", "udakit.prototypes.means"):
-        monkeypatch.setattr(f"{module}.in_pieces", lambda values: False)
+    monkeypatch.setattr("udakit.prototypes._distances.in_pieces", lambda values: False)
+    monkeypatch.setattr("udakit.prototypes.means._sums_by_pixel", means._sums_by_product)
     for a, b in zip(in_pieces, run(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_sums_by_pixel_keep_what_a_long_sum_in_float32_loses() -> None:
+    """A class of 200,000 pixels around 1: added one after another in float32 the fifth digit would be gone."""
+    generator = torch.Generator().manual_seed(0)
+    values = 1 + 0.1 * torch.randn(1, 1, 200_000, generator=generator, dtype=torch.float64)
+    labels = torch.zeros(1, 200_000, dtype=torch.int64)
+    found = class_means(values.float(), labels, num_classes=2)[0]
+    torch.testing.assert_close(found[0].double(), values.mean(2)[0], rtol=3e-7, atol=0)
 
 
 def test_nothing_at_ignored_pixels_poisons_the_state() -> None:

@@ -176,7 +176,7 @@ def guard(x: Tensor, valid: Tensor | None) -> Tensor:
     """
     if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
         return x
-    if torch.compiler.is_compiling():
+    if x.numel() < LARGE or torch.compiler.is_compiling():  # a pass over a small map is less than a call of Python code
         return torch.where(valid.unsqueeze(1), x, 0)
     guarded: Tensor = _Guard.apply(x, valid)
     return guarded

@@ -21,6 +21,9 @@ _SIZES = {
 }
 
 
+_PLAIN = (float, int)  # and no bool, which is an int
+
+
 def check_option(name: str, value: object, allowed: Sequence[object]) -> None:
     """Raise unless `value` is one of `allowed`."""
     if value not in allowed:
@@ -29,6 +32,8 @@ def check_option(name: str, value: object, allowed: Sequence[object]) -> None:
 
 def check_flag(name: str, value: object) -> None:
     """Raise unless `value` is True or False: the string "no" is true."""
+    if value is True or value is False:
+        return
     if not isinstance(value, (bool, np.bool_, torch.SymBool)):
         raise TypeError(f"Expected `{name}` to be True or False, but got {brief(value)}.")
 
@@ -47,6 +52,8 @@ def check_range(
 
     NaN never passes; an infinite one does with `finite=False` alone.
     """
+    if type(value) in _PLAIN and low < value < high:  # what nearly every call passes: a check costs it next to nothing
+        return
     if isinstance(value, Tensor) and (value.requires_grad or value.device.type != "cpu"):
         why = "requires a gradient, of which none would reach it" if value.requires_grad else f"is on '{value.device}'"
         raise TypeError(f"Expected `{name}` to be a number, but got a tensor that {why}. float({name}) makes one.")
@@ -68,6 +75,8 @@ def check_range(
 
 def check_integer(name: str, value: int, low: int = 1) -> None:
     """Raise unless `value` is an integer, `low` at least."""
+    if type(value) is int and value >= low:
+        return
     if not is_integer(value):
         raise TypeError(f"Expected `{name}` to be an integer, but got {brief(value)}.")
     check_range(name, value, low)

@@ -1,25 +1,31 @@
 """Lengths and directions of embeddings of any magnitude: in float32 1e-23 squared is 0 and 1e20 squared inf.
 
-Written out with their gradients: one map is kept for the backward pass, where the formula's own graph keeps three.
+Written out with their gradients: one map is kept for the backward pass, where the formula's own graph keeps three. On
+the CPU large maps are worked on in pieces that stay in the cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from udakit._reduce import LARGE, select, zero_where_not_
 
-def lengths(x: Tensor) -> Tensor:
-    """|x| over axis 1, which stays; the zero vector has gradient 0."""
-    length: Tensor = _Lengths.apply(x)
+BLOCK = 2**20  # numbers of a piece: fewer would make short rows
+
+
+def lengths(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """|x| over axis 1, which stays; the zero vector has gradient 0, and so has a pixel that is not `valid`."""
+    length: Tensor = _Lengths.apply(x, valid)
     return length
 
 
-def unit_vectors(x: Tensor) -> Tensor:
-    """X / |x| over axis 1, and 0 with zero gradient for the zero vector."""
-    unit: Tensor = _UnitVectors.apply(x)[0]
+def unit_vectors(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """X / |x| over axis 1; 0 with zero gradient for the zero vector and at a pixel that is not `valid`, NaN or not."""
+    unit: Tensor = _UnitVectors.apply(x, valid)[0]
     return unit
 
 
@@ -34,39 +40,113 @@ def _inverse(length: Tensor) -> Tensor:
     return ~zero / torch.where(zero, 1, length)
 
 
+def _in_pieces(x: Tensor) -> bool:
+    return x.numel() >= LARGE and x.ndim > 2 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _pieces(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Places in (N, D, P): one image, all channels, some pixels."""
+    step = max(BLOCK // max(x.shape[1], 1), 1)
+    for k in range(len(x)):
+        for i in range(0, x.shape[2], step):
+            yield slice(k, k + 1), slice(None), slice(i, i + step)
+
+
+def _flat(*maps: Tensor) -> list[Tensor]:
+    return [x.flatten(2) for x in maps]
+
+
+def _masks(x: Tensor, valid: Tensor | None) -> Tensor | None:
+    """`valid` over the pixels of (N, D, P), to be cut as they are."""
+    return None if valid is None else valid.flatten(1).unsqueeze(1)
+
+
 class _Lengths(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        magnitude = x.abs()
-        scale = _scale(magnitude)
-        length = scale * magnitude.div_(scale).square_().sum(1, keepdim=True).sqrt_()
-        ctx.save_for_backward(x, length)
+    def forward(ctx: Any, x: Tensor, valid: Tensor | None) -> Tensor:
+        if _in_pieces(x):
+            length = x.new_empty((len(x), 1, *x.shape[2:]))
+            flat, result = _flat(x, length)
+            scratch = x.new_empty((1, x.shape[1], max(BLOCK // x.shape[1], 1)))
+            for at in _pieces(flat):
+                part = flat[at]
+                torch.mul(*_norm(part, scratch[:, :, : part.shape[2]]), out=result[at])
+        else:
+            length = torch.mul(*_norm(x))
+        ctx.save_for_backward(x, length, valid)
         return length
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, length = ctx.saved_tensors
-        gradient: Tensor = x * (grad * _inverse(length))
-        return gradient
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, length, valid = ctx.saved_tensors
+        factor = grad * _inverse(length)
+        if torch.is_grad_enabled() or not _in_pieces(x):
+            gradient: Tensor = x * factor
+            return gradient if valid is None else select(valid.unsqueeze(1), gradient), None
+        gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
+        result, flat, factor = _flat(gradient, x, factor)
+        mask = _masks(flat, valid)
+        for at in _pieces(flat):
+            torch.mul(flat[at], factor[at], out=result[at])
+            if mask is not None:
+                zero_where_not_(mask[at], result[at])
+        return gradient, None
+
+
+def _norm(x: Tensor, scratch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The largest entry of axis 1, and the length of the vector divided by it."""
+    magnitude = x.abs() if scratch is None else torch.abs(x, out=scratch)
+    scale = _scale(magnitude)
+    return scale, magnitude.div_(scale).square_().sum(1, keepdim=True).sqrt_()
 
 
 class _UnitVectors(torch.autograd.Function):
     """Returns the length as well, so that a second derivative reaches x through it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        scratch = x.abs()
-        scale = _scale(scratch)
-        scaled = x / scale
-        with torch.no_grad():  # torch.compile of torch 2.5 traces gradients here, which `out=` refuses
-            norm = torch.mul(scaled, scaled, out=scratch).sum(1, keepdim=True).sqrt_()
-        unit, length = scaled.mul_(_inverse(norm)), (scale * norm).clamp_max_(torch.finfo(x.dtype).max)
+    def forward(ctx: Any, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        if _in_pieces(x):
+            unit = torch.empty_like(x, memory_format=torch.contiguous_format)
+            length = x.new_empty((len(x), 1, *x.shape[2:]))
+            flat, units, norms = _flat(x, unit, length)
+            mask = _masks(flat, valid)
+            scratch = x.new_empty((1, x.shape[1], max(BLOCK // x.shape[1], 1)))
+            for at in _pieces(flat):
+                part, own = flat[at], units[at]
+                if mask is not None:
+                    part = zero_where_not_(mask[at], own.copy_(part))
+                _direction(part, own, norms[at], scratch[:, :, : part.shape[2]])
+        else:
+            x = x if valid is None else torch.where(valid.unsqueeze(1), x, 0)
+            scratch = x.abs()
+            scale = _scale(scratch)
+            unit = x / scale
+            with torch.no_grad():  # torch.compile of torch 2.5 traces gradients here, which `out=` refuses
+                norm = torch.mul(unit, unit, out=scratch).sum(1, keepdim=True).sqrt_()
+            unit, length = unit.mul_(_inverse(norm)), (scale * norm).clamp_max_(torch.finfo(x.dtype).max)
         ctx.save_for_backward(unit, length)
         return unit, length
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_length: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor, grad_length: Tensor) -> tuple[Tensor, None]:
         unit, length = ctx.saved_tensors
-        along = (unit * grad).sum(1, keepdim=True) - grad_length * length
-        gradient: Tensor = (grad - unit * along) * _inverse(length)
-        return gradient
+        if torch.is_grad_enabled() or not _in_pieces(unit):
+            along = (unit * grad).sum(1, keepdim=True) - grad_length * length
+            gradient: Tensor = (grad - unit * along) * _inverse(length)
+            return gradient, None
+        gradient = torch.empty_like(unit)
+        result, units, grad, along, inverse = _flat(gradient, unit, grad, grad_length * length, _inverse(length))
+        for at in _pieces(units):
+            own = torch.mul(units[at], grad[at], out=result[at])
+            pull = own.sum(1, keepdim=True).sub_(along[at])
+            torch.addcmul(grad[at], units[at], pull, value=-1, out=own).mul_(inverse[at])
+        return gradient, None
+
+
+def _direction(x: Tensor, unit: Tensor, length: Tensor, scratch: Tensor) -> None:
+    """Write x / |x| and |x| of a piece; `x` may be `unit`."""
+    scale = _scale(torch.abs(x, out=scratch))
+    torch.div(x, scale, out=unit)
+    norm = torch.mul(unit, unit, out=scratch).sum(1, keepdim=True).sqrt_()
+    unit.mul_(_inverse(norm))
+    torch.mul(scale, norm, out=length).clamp_max_(torch.finfo(x.dtype).max)

@@ -116,8 +116,8 @@ def distribution_contrast_loss(
     ids = torch.where(inside, ids, 0)
     valid = inside & seen[ids]
     # Of a pixel that is ignored, be it NaN, nothing enters the products, whose gradients sum over pixels.
-    x = select(valid.view(n, 1, *space), upcast(features))
-    x = (unit_vectors(x) if normalize else x).flatten(2)
+    counted, x = valid.view(n, *space), upcast(features)
+    x = (unit_vectors(x, counted) if normalize else select(counted.unsqueeze(1), x)).flatten(2)
     mean, spread = upcast(means).to(x.dtype), upcast(variances).to(x.dtype) * (ratio / (2 * temperature))
     linear = matmul((mean / temperature).expand(n, -1, -1), x)
     square = matmul((spread / temperature).expand(n, -1, -1), x.square())
@@ -125,7 +125,7 @@ def distribution_contrast_loss(
     logits = torch.where(seen.view(-1, 1), linear + square, torch.finfo(x.dtype).min / 4)
     loss = F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")
     loss = loss + square.gather(1, ids.unsqueeze(1)).squeeze(1)
-    return reduce_pixels(loss.view(n, *space), valid.view(n, *space), pixel_weight=pixel_weight, reduction=reduction)
+    return reduce_pixels(loss.view(n, *space), counted, pixel_weight=pixel_weight, reduction=reduction)
 
 
 def _check_options(temperature: float, ratio: float, normalize: bool, ignore_index: int, reduction: str) -> None:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_maps, check_mask_like, check_same_shape
-from udakit._reduce import Reduction, check_reduction, guard, reduce_pixels, upcast
+from udakit._reduce import Reduction, check_reduction, reduce_pixels, upcast
 from udakit.losses._unit import lengths
 
 
@@ -57,8 +57,8 @@ def feature_distance_loss(
     check_same_shape(reference_features, features, name="reference_features", reference_name="features")
     if valid is not None:
         check_mask_like(valid, features, reference_name="features")
-    difference = guard(upcast(features), valid) - upcast(reference_features.detach())
-    return reduce_pixels(lengths(difference).squeeze(1), valid, reduction=reduction)
+    difference = upcast(features) - upcast(reference_features.detach())
+    return reduce_pixels(lengths(difference, valid).squeeze(1), valid, reduction=reduction)
 
 
 class FeatureDistanceLoss(nn.Module):

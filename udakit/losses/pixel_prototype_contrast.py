@@ -105,10 +105,12 @@ def pixel_prototype_contrast_loss(
     ids = torch.where(inside, ids, 0)
     valid = inside & seen[ids]
     # Of a pixel that is ignored, be it NaN, nothing enters the products, whose gradients sum over pixels.
-    x = select(valid.unsqueeze(1), upcast(features))
+    x = upcast(features)
     bank = upcast(prototypes).to(x.dtype)
     if normalize:
-        x, bank = unit_vectors(x), unit_vectors(bank)
+        x, bank = unit_vectors(x, valid), unit_vectors(bank)
+    else:
+        x = select(valid.unsqueeze(1), x)
     logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
     # Finite, so that a pixel with no candidate at all (ignored then) has no NaN to hide.
     logits = torch.where(seen.view(-1, *[1] * (logits.ndim - 2)), logits, torch.finfo(logits.dtype).min / 4)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from udakit._checks import check_flag, check_ignore_index, check_integer, check_labels_like, check_maps
 from udakit._reduce import class_ids, full_precision, plain, upcast
-from udakit.prototypes._distances import in_pieces, pieces
 
 __all__ = ["class_means"]
 
@@ -72,10 +71,10 @@ def class_means(
 
 
 def class_sums(features: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Sums (N, C, D) and counts (N, C). The one-hot matrix product reads the features once, whatever C is."""
+    """Sums (N, C, D) and counts (N, C)."""
     features, labels = plain(features), plain(labels)
     ids = class_ids(labels, num_classes, ignore_index).flatten(1)
-    counts = ids.new_zeros(len(ids), num_classes + 1).scatter_add(1, ids, torch.ones_like(ids))
+    counts = ids.new_zeros(len(ids), num_classes + 1).scatter_add_(1, ids, torch.ones_like(ids))
     sums: Tensor = _SumMembers.apply(features.flatten(2), ids, num_classes)
     return sums, counts[:, :num_classes]
 
@@ -83,19 +82,16 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int, ignore_index:
 class _SumMembers(torch.autograd.Function):
     """Sums (N, C, D) of the pixels (N, D, P) of each class, in float32 at least; `ids` (N, P) are C for no class.
 
-    What is in no class is set to 0 before the product: 0 times a NaN would poison every class. Written out for its
-    backward: it stays in full precision under autocast, and keeps ids instead of their one-hot map.
+    Written out for its backward: it stays in full precision under autocast, and keeps ids instead of a one-hot map.
     """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
         ctx.save_for_backward(ids)
-        ctx.num_classes, ctx.dtype = num_classes, values.dtype
-        with full_precision(values):
-            if in_pieces(values):
-                return _sums_in_pieces(values, ids, num_classes)
-            members = torch.where((ids < num_classes).unsqueeze(1), upcast(values), 0)
-            return torch.bmm(_one_hot(ids, num_classes, members.dtype), members.transpose(1, 2))[:, :num_classes]
+        ctx.dtype = values.dtype
+        by_pixel = values.shape[2] >= LANES * 128 and values.device.type == "cpu" and not torch.compiler.is_compiling()
+        sums = _sums_by_pixel if by_pixel else _sums_by_product
+        return sums(upcast(values), ids, num_classes)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -104,21 +100,31 @@ class _SumMembers(torch.autograd.Function):
         return rows.gather(2, ids.unsqueeze(1).expand(-1, rows.shape[1], -1)), None, None
 
 
-def _sums_in_pieces(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
-    """The masked copy of a piece stays in a CPU's cache, so that masking reads no map twice."""
-    n, d, _ = values.shape
-    step, parts = pieces(values)
-    members = torch.empty(d, step, dtype=upcast(values[:0]).dtype, device=values.device)
-    sums = members.new_zeros(n, num_classes + 1, d)
-    bits = torch.int64 if members.dtype == torch.float64 else torch.int32
-    ones = (ids < num_classes).to(bits).neg_()  # -1 has all bits set
-    rows = _one_hot(ids, num_classes, members.dtype)
-    for k, at in parts:
-        x, own = values[k, :, at], members[:, : at.stop - at.start]
-        x = x if x.dtype == own.dtype else own.copy_(x)
-        torch.bitwise_and(x.view(bits), ones[k, at], out=own.view(bits))
-        sums[k].addmm_(rows[k, :, at], own.T)
-    return sums[:, :num_classes]
+LANES, LENGTH = 8, 1024  # sums side by side, and numbers that a sum of one lane has at most, but for odd ones
+
+
+def _sums_by_pixel(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
+    """One addition a number, for the CPU: what is in no class, be it NaN, has a sum of its own.
+
+    Neighbours are of one class as a rule, and an addition would wait for the one before it: pixels take turns among
+    `lanes` sums of a class. Short sums are exact ones, too: less is lost than by the matrix product.
+    """
+    n, d, pixels = values.shape
+    lanes = max(LANES, 1 << (pixels // LENGTH - 1).bit_length())
+    places = ids + torch.arange(pixels, device=ids.device) % lanes * (num_classes + 1)
+    sums = values.new_zeros(n, d, lanes * (num_classes + 1))
+    sums.scatter_add_(2, places.unsqueeze(1).expand(-1, d, -1), values)
+    return sums.view(n, d, lanes, num_classes + 1).sum(2)[:, :, :num_classes].transpose(1, 2)
+
+
+def _sums_by_product(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
+    """The one-hot matrix product reads the features once, whatever C is.
+
+    What is in no class is set to 0 before: 0 times a NaN would poison every class.
+    """
+    members = torch.where((ids < num_classes).unsqueeze(1), values, 0)
+    with full_precision(values):
+        return torch.bmm(_one_hot(ids, num_classes, values.dtype), members.transpose(1, 2))[:, :num_classes]
 
 
 def _one_hot(ids: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:

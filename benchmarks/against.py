@@ -1,0 +1,166 @@
+"""Processor time of every operation of this checkout, against that of another one.
+
+    git worktree add /tmp/before e77caa7
+    python benchmarks/against.py /tmp/before                    # rows that the JSON does not have yet, then the table
+    python benchmarks/against.py /tmp/before --ops kd_loss --again
+    python benchmarks/against.py --table                        # measures nothing, writes docs/performance/against.md
+
+Two processes hold one checkout each and are called in turns. Both run the calls of the other checkout's own registry,
+so that what is compared is what could be called there. The time is that of the processor, which a busy machine hardly
+changes, and a ratio is the median over pairs of neighbouring runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MODES = ("forward", "forward+backward")
+MEASURED = ("tiny", "medium")
+PAIRS, SECONDS = 15, 0.05  # runs of each, and how long one should take at least
+ALLOWED = 1.05
+
+
+# --- the worker: one package, the calls of the older registry -------------------------------------------------------
+
+
+def work(package: str, calls: str) -> None:
+    """Answer lines of JSON: `{"row": [operation, size, mode]}` makes a row, `{"calls": k}` runs it k times."""
+    sys.path[0] = package
+    import udakit  # noqa: F401  # of `package`; what follows is of `calls`
+
+    sys.path[0] = calls
+    from benchmarks.harness import settle_memory
+    from benchmarks.workloads import NotThere, build_case, workloads
+
+    settle_memory()
+    known = {workload.name: workload for workload in workloads()}
+    step = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer: Any
+        if "row" in asked:
+            name, size, mode = asked["row"]
+            try:
+                case = build_case(known[name], size, backward=mode == MODES[1], rivals=False)
+                step = case.contestants["udakit"]
+                answer = "ready"
+            except NotThere:
+                answer = "no such row"
+        elif "calls" in asked:
+            assert step is not None
+            begin = time.process_time()
+            for _ in range(asked["calls"]):
+                step()
+            answer = time.process_time() - begin
+        else:
+            answer = list(known)
+        print(json.dumps(answer), flush=True)
+
+
+class Worker:
+    """A process that works, and how to ask it."""
+
+    def __init__(self, package: Path, calls: Path) -> None:
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import against; "
+        code += f"against.work({str(package)!r}, {str(calls)!r})"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes)  # type: ignore[call-overload]
+
+    def ask(self, **question: Any) -> Any:
+        self.process.stdin.write(json.dumps(question) + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"The process ended at {question}.")
+        return json.loads(answer)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# --- the rows ---------------------------------------------------------------------------------------------------------
+
+
+def measure(before: Worker, now: Worker, row: tuple[str, str, str], pairs: int = PAIRS) -> dict[str, Any] | None:
+    """Seconds a call of both, the ratio of neighbouring runs and its quartiles; None where there is no such row."""
+    both = (before, now)
+    if any(worker.ask(row=row) != "ready" for worker in both):
+        return None
+    first = max(worker.ask(calls=1) for worker in both)  # a second call, to know how long it takes
+    calls = max(1, round(SECONDS / max(first, 1e-7)))
+    times: list[list[float]] = [[], []]
+    for i in range(pairs + 1):
+        for which in (0, 1) if i % 2 else (1, 0):
+            times[which].append(both[which].ask(calls=calls) / calls)
+    ratios = [b / a for a, b in zip(*times, strict=True)][1:]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    seconds = {name: statistics.median(t) for name, t in zip(("before", "now"), times, strict=True)}
+    return {**seconds, "ratio": median, "low": low, "high": high, "pairs": pairs, "calls": calls}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """The median ratio, and every row by size; in bold what is slower by more than the spread and 5 %."""
+    from benchmarks.harness import markdown_table
+
+    ratios = [row["ratio"] for row in rows.values()]
+    slower = [key for key, row in rows.items() if row["low"] > ALLOWED]
+    text = (
+        f"{len(rows)} rows. The median ratio is {statistics.median(ratios):.2f}. {len(slower)} are slower by more than "
+        f"{ALLOWED - 1:.0%} beyond the quartiles of their runs.\n\n"
+    )
+    lines = []
+    for key, row in rows.items():
+        name, size, mode = key.split("/")
+        spread = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        times = [f"{1000 * row[when]:.3g}" for when in ("before", "now")]
+        lines.append([f"`{name}`, {size}, {mode}", *times, f"**{spread}**" if key in slower else spread])
+    return text + markdown_table(["operation, size, mode", "ms before", "ms now", "ratio (quartiles)"], lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    sys.path.insert(0, str(ROOT))
+    from benchmarks.harness import PAGES, Results, parser_for, write_section
+
+    parser = parser_for(__doc__, "against.json", page=PAGES / "against.md")
+    parser.add_argument("before", type=Path, nargs="?", help="the other checkout")
+    parser.add_argument("--ops", nargs="+", help="operations, all by default")
+    parser.add_argument("--sizes", nargs="+", default=list(MEASURED))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    options = parser.parse_args(arguments)
+    results = Results(options.results)
+    if not options.table:
+        if options.before is None:
+            parser.error("the other checkout is needed to measure")
+        with Worker(options.before, options.before) as before, Worker(ROOT, options.before) as now:
+            for name in options.ops or before.ask():
+                for size in options.sizes:
+                    for mode in options.modes:
+                        key = f"{name}/{size}/{mode}"
+                        if key in results and not options.again:
+                            continue
+                        row = measure(before, now, (name, size, mode), options.pairs)
+                        if row is not None:
+                            results.add(key, row)
+                            spread = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+                            print(f"{key:60s} {1000 * row['before']:9.3f} ms  {spread}", flush=True)
+    if not options.no_table:
+        write_section("against", table(results.rows), options.page)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""Lengths and directions in pieces of a CPU's cache, against the formula on the whole map."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from udakit._reduce import LARGE
+from udakit.losses import _unit
+
+SHAPES = [(2, 96, 40, 60), (1, 700, 2000), (2, 3, 20, 40, 60)]
+
+
+def _example(shape: tuple[int, ...], layout: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Vectors of any size, a zero vector, NaN and infinities where nothing counts; weights for the gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    assert x.numel() >= LARGE
+    valid = torch.rand((shape[0], *shape[2:]), generator=generator) < 0.7
+    x = x * 10 ** torch.randint(-12, 12, valid.shape, generator=generator).unsqueeze(1)
+    x[0, :, 0] = 0
+    spoilt = torch.tensor([float("nan"), float("inf"), -float("inf")])[torch.randint(3, shape, generator=generator)]
+    x = torch.where(valid.unsqueeze(1), x, spoilt)
+    if layout == "last" and x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, valid, torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _both(x: Tensor, valid: Tensor | None, weights: Tensor) -> list[Tensor]:
+    found = []
+    for function in (_unit.lengths, _unit.unit_vectors):
+        leaf = x.clone().requires_grad_()
+        out = function(leaf, valid)
+        kept = out if valid is None else torch.where(valid.unsqueeze(1), out, 0)
+        (kept * weights[:, : out.shape[1]]).sum().backward()
+        assert leaf.grad is not None
+        found += [kept.detach(), leaf.grad]
+    return found
+
+
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pieces_equal_the_formula(shape: tuple[int, ...], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, valid, weights = _example(shape, layout)
+    pieces = _both(x, valid, weights)
+    inside = torch.where(valid.unsqueeze(1), x, 0)
+    length = inside.norm(dim=1, keepdim=True)
+    unit = inside / torch.where(length > 0, length, 1)
+    torch.testing.assert_close(pieces[0], length)
+    torch.testing.assert_close(pieces[2], unit)
+    assert all(bool((g.isfinite() & (valid.unsqueeze(1) | (g == 0))).all()) for g in pieces[1::2])
+    monkeypatch.setattr(_unit, "_in_pieces", lambda x: False)
+    for a, b in zip(pieces, _both(x, valid, weights), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
+
+
+def test_second_derivatives_of_large_maps() -> None:
+    """They are made on the whole map; a piece of it must agree with a map of that piece alone."""
+    x = torch.randn(1, 8, 150, 150, dtype=torch.float64)
+    found = []
+    for part in (x, x[:, :, :2, :2].clone()):
+        leaf = part.clone().requires_grad_()
+        for function in (_unit.lengths, _unit.unit_vectors):
+            (first,) = torch.autograd.grad(function(leaf).pow(3).sum(), leaf, create_graph=True)
+            (second,) = torch.autograd.grad(first.pow(2).sum(), leaf)
+            found.append(second[:, :, :2, :2])
+    torch.testing.assert_close(found[:2], found[2:])
