@@ -31,7 +31,7 @@ from benchmarks.step_overhead import NETS, REST, ROWS, Clock, Step, clocks
 from gta2cs.files import write_json
 from gta2cs.recipes import Draws
 
-COUNTED = ("dacs", "diga_warmup", "diga", "ehtdi", "duda_pre", "duda")
+COUNTED = ("dacs", "diga_warmup", "diga", "ehtdi", "duda_pre", "duda", "combined")
 WANTED = {"dacs": 400}  # kernels outside the nets
 
 
@@ -152,12 +152,17 @@ def measure(name: str) -> dict[str, Any]:
     return {"size": ROWS[name].size, "batch": 2, "parts": found}
 
 
+def outside_nets(row: dict[str, Any]) -> int:
+    """Kernels of a step that are not the nets'."""
+    return sum(c["kernels"] for part, c in row["parts"].items() if part != NETS)
+
+
 def table(rows: dict[str, Any], card: Card) -> str:
     """Markdown: kernels and gigabytes outside the nets, then kernels by part."""
     outside = {name: {p: c for p, c in row["parts"].items() if p != NETS} for name, row in rows.items()}
     lines = []
     for name, parts in outside.items():
-        kernels, wanted = sum(c["kernels"] for c in parts.values()), WANTED.get(name)
+        kernels, wanted = outside_nets(rows[name]), WANTED.get(name)
         lines.append(
             [
                 f"{name}, {rows[name]['size']} × {rows[name]['size']}",
@@ -188,8 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows: dict[str, Any] = json.loads(options.results.read_text()) if options.results.is_file() else {}
     for name in options.rows if not options.table else []:
         rows[name] = measure(name)
-        outside = sum(c["kernels"] for p, c in rows[name]["parts"].items() if p != NETS)
-        print(f"{name:16} {outside} kernels outside the nets", flush=True)
+        print(f"{name:16} {outside_nets(rows[name])} kernels outside the nets", flush=True)
         write_json(options.results, {k: rows[k] for k in COUNTED if k in rows})
     if not options.no_table:
         write_section("gpu step", table(rows, Card.parse(CARD)), options.page)

@@ -47,7 +47,7 @@ from benchmarks.harness import PAGES, SEED, Results, markdown_table, parser_for,
 from gta2cs import nets
 from gta2cs.loading import Batch
 from gta2cs.nets import SegNet, build_net, param_groups
-from gta2cs.recipes import RECIPES, Draws, Recipe
+from gta2cs.recipes import RECIPES, Combined, Draws, Recipe
 from gta2cs.recipes.ehtdi import Ehtdi
 from gta2cs.recipes.self_training import TargetStyled
 
@@ -112,6 +112,7 @@ ROWS = {
     "ehtdi": Row("ehtdi", net=LITE0, wanted=0.25),
     "duda_pre": Row("duda_pre", net=LITE0, options={"large": {"encoder": "tu-tf_efficientnet_lite2"}}),
     "duda": Row("duda", net=LITE0),
+    "combined": Row("combined", net=LITE0),
     "dacs-1024": Row("dacs", 1024, net=LITE0),
     "dacs-segformer": Row("dacs", net=MIT_B0, wanted=0.15),
 }
@@ -243,6 +244,8 @@ class Step:
             previous = RECIPES["duda_pre"].build(make_net(), classes, {}, make_net)
         student = make_net()
         self.recipe: Recipe = RECIPES[row.recipe].build(student, classes, row.options, make_net, previous)
+        if isinstance(self.recipe, Combined):
+            self.recipe.trial_steps = 10**9  # a step of the trial, of the first candidate
         self.recipe = self.recipe.to(memory_format=torch.channels_last).train()
         for module in self.recipe.modules():
             if isinstance(module, udakit.ClassPrototypes):
