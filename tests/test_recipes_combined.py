@@ -119,7 +119,7 @@ def test_candidates_take_turns_and_start_from_the_same_net():
     turns = []
     for recipe.done in range(6):
         turns.append(next(name for name, c in recipe.candidates.items() if c is recipe.active))
-    assert turns == 2 * list(CANDIDATES)
+    assert turns == 3 * list(CANDIDATES)
     assert len(recipe.extra_param_groups(1e-3)) >= len(CANDIDATES) - 1
 
 

@@ -1,10 +1,11 @@
-"""Try several settings of self-training for a share of the steps, keep the one that contradicts itself least.
+"""Match the scale of target, try self-training with and without target's colours, keep what contradicts itself least.
 
-Ours; no paper has it. No fixed setting serves every pair of domains: class-balanced selection that trebles the IoU of a
-class on one pair ruins it on the next, and falling losses show neither. What tells them apart without a target label is
-how far a net contradicts itself on the mirror image (docs/families/validation.md). So the candidates take turns, a step
-each, on nets of their own; then the score keeps one, which takes all steps that are left: mirror consistency times
-confidence, on target crops. The trial counts into the steps of the stage.
+Ours; no paper has it. No fixed setting serves every pair of domains, and falling losses do not show which one does.
+What tells them apart without a target label is how far a net contradicts itself on the mirror image
+(docs/families/validation.md). First the loop finds by it how much larger things are in target, and scales source
+images so (gta2cs/matching.py). Then the candidates take turns, a step each, on nets of their own, and the score keeps
+one, which takes all steps that are left: mirror consistency times confidence, on target crops. The trial counts into
+the steps of the stage.
 """
 
 from __future__ import annotations
@@ -26,13 +27,19 @@ from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.dacs import Dacs
 from udakit.validation import ConsistencyScore, LabelFreeScores
 
-# What the candidates differ in, and what all of them have (benchmarks/adaptation.py).
+# What the candidates differ in, and what all of them have (benchmarks/adaptation.py). A look of target that comes from
+# whole images carries the shares of its classes along: a help on one pair, and harm on the next.
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "balanced": {"selector": "class_quantile", "share": 0.6},
-    "plain": {},
-    "running": {"teacher_mode": "eval", "buffers": "ema"},
+    "styled": {"translate": "color", "translate_share": 0.7},
+    "unstyled": {"translate": "none"},
 }
-SHARED: dict[str, Any] = {"jitter": 0.5, "translate": "color", "translate_share": 0.7}
+SHARED: dict[str, Any] = {
+    "jitter": 0.5,
+    "selector": "class_quantile",
+    "share": 0.6,
+    "teacher_mode": "eval",  # by running statistics of source alone: where images of two domains share
+    "record_mixed": False,  # them, they fit neither
+}
 
 
 class Combined(Recipe):
@@ -47,7 +54,7 @@ class Combined(Recipe):
 
         candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CANDIDATES))
         shared: dict[str, Any] = field(default_factory=lambda: dict(SHARED))  # options of dacs, of all candidates
-        trial: float = 0.5  # share of the steps in which the candidates take turns
+        trial: float = 0.4  # share of the steps in which the candidates take turns
         images: int = 24  # target crops that the score looks at
 
     candidates: nn.ModuleDict
