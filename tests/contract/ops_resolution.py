@@ -19,7 +19,8 @@ def _model(images: Tensor) -> Tensor:
 
 
 def _sliding(s: Sample) -> Call:
-    return Call((_model, s.images(), (5, 6), (3, 4)))
+    window, stride = (5 * s.h // 8, 6 * s.w // 8), (3 * s.h // 8, 4 * s.w // 8)  # a few windows at any size
+    return Call((_model, s.images(), window, stride))
 
 
 def _draw_box(s: Sample) -> Call:
