@@ -61,11 +61,15 @@ def test_after_deployment_says_what_each_way_gains() -> None:
         rows = {name: 50.0 + shift + 2 * i for i, name in enumerate(after_deployment.ROWS)}
         return rows | {"statistics_information" + after_deployment.KEPT: 47.0 + shift}
 
-    results = {f"nuclei/{s}": {"pair": "nuclei", "seed": s, "miou": found(s)} for s in (0, 1)}
+    agreement = {name: float(name == "entropy") for name in after_deployment.ROWS}
+    picks = {"agreement": agreement, "expected_accuracy": {**agreement, "source_only": 2.0}}
+    results = {f"nuclei/{s}": {"pair": "nuclei", "seed": s, "miou": found(s), **picks} for s in (0, 1)}
     text = after_deployment.table(results)
     assert "| | nuclei |" in text
     assert "| source-only | 50.5 ± 0.7 [2] |" in text
     assert "| BatchNorm's statistics | 52.5 ± 0.7 [2] (+2.0) |" in text
+    assert "agree with most | 54.5 ± 0.7 [2] (+4.0) |" in text
+    assert "expected accuracy | 50.5 ± 0.7 [2] (+0.0) |" in text
     assert "in its place | 47.5 ± 0.7 [2] (−3.0) |" in text
     assert after_deployment.table({}) == "Not measured yet.\n"
 
