@@ -17,7 +17,9 @@ from udakit._reduce import guard
 NAN = float("nan")
 
 
-def test_guard_lets_no_gradient_back_from_invalid_pixels() -> None:
+@pytest.mark.parametrize("large", [0, 10_000])
+def test_guard_lets_no_gradient_back_from_invalid_pixels(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("udakit._reduce.LARGE", large)
     x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     valid = torch.rand(2, 4, generator=torch.Generator().manual_seed(1)) < 0.5
     spoilt = x.where(valid.unsqueeze(1), NAN).requires_grad_()
@@ -33,7 +35,9 @@ def test_guard_lets_no_gradient_back_from_invalid_pixels() -> None:
         assert (found.isfinite()).all()
 
 
-def test_guard_of_an_expanded_gradient() -> None:
+@pytest.mark.parametrize("large", [0, 10_000])
+def test_guard_of_an_expanded_gradient(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("udakit._reduce.LARGE", large)
     x, valid = torch.zeros(1, 2, 3, requires_grad=True), torch.tensor([[True, False, True]])
     guard(x, valid).sum(dim=1).sum().backward()
     assert x.grad is not None
@@ -41,7 +45,9 @@ def test_guard_of_an_expanded_gradient() -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_cross_entropy_has_second_derivatives(weighted: bool) -> None:
+@pytest.mark.parametrize("large", [0, 10_000])
+def test_cross_entropy_has_second_derivatives(weighted: bool, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["udakit.losses.cross_entropy"], "LARGE", large)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 5, dtype=torch.float64, generator=g, requires_grad=True)
     labels = torch.tensor([[0, 1, 2, 255, 1], [255, 2, 0, 0, 1]])
@@ -50,6 +56,7 @@ def test_cross_entropy_has_second_derivatives(weighted: bool) -> None:
 
 
 def test_cross_entropy_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["udakit.losses.cross_entropy"], "LARGE", 0)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=g, requires_grad=True)
     labels = torch.where(torch.rand(2, 4, 5, generator=g) < 0.3, 255, torch.randint(3, (2, 4, 5), generator=g))

@@ -8,35 +8,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import BLOCK, exp_, first_derivative_only, plain, upcast
+from udakit._reduce import BLOCK, exp_, first_derivative_only, plain, upcast, zero_where_not_
 
 
-def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """`kd_loss` of logits at each pixel, (N, *space); it cannot be differentiated twice."""
+def soft_cross_entropy(
+    student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None, *, kl: bool = False
+) -> Tensor:
+    """`kd_loss` of logits at each pixel, (N, *space); it cannot be differentiated twice.
+
+    No gradient comes back from pixels that are not `valid`: their values, NaN or not, are for the caller to hide.
+    """
+    valid = None if valid is None else plain(valid)
     student, teacher = plain(upcast(student)), plain(upcast(teacher.detach()).to(upcast(student).dtype))
     keep = student.requires_grad and torch.is_grad_enabled()
-    loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep)[0]
+    loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep, valid, kl)[0]
     return loss
 
 
-def _forward(student: Tensor, teacher: Tensor, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
-    """T^2 H(softmax(t / T), softmax(s / T)) per pixel, and softmax(s / T) - softmax(t / T), its gradient / T."""
+def _forward(
+    student: Tensor, teacher: Tensor, temperature: float, keep: bool, valid: Tensor | None = None, kl: bool = False
+) -> tuple[Tensor, Tensor]:
+    """T^2 H(softmax(t / T), softmax(s / T)) per pixel, and softmax(s / T) - softmax(t / T), its gradient / T.
+
+    With `kl` the entropy of the first is taken off, which no gradient sees.
+    """
     s, t = student.flatten(2), teacher.flatten(2)
+    mask = None if valid is None else valid.flatten(1).unsqueeze(1)
     n, c, size = s.shape
     loss = s.new_empty((n, size))
     kept = torch.empty_like(s, memory_format=torch.contiguous_format) if keep else s.new_empty((0,))
     # A GPU takes the batch at once; the CPU takes pieces of an image, so that the steps between stay in its cache.
     images, pixels = (1, max(BLOCK // max(c, 1), 1)) if s.device.type == "cpu" else (max(n, 1), max(size, 1))
-    buffers = s.new_empty((3, images * c * min(pixels, size)))  # fresh memory a block would cost more than the sums
+    # Fresh memory a block would cost more than the sums.
+    buffers = s.new_empty((4 if kl else 3, images * c * min(pixels, size)))
     for i in range(0, n, images):
         for j in range(0, size, pixels):
             at = slice(i, i + images), slice(None), slice(j, j + pixels)
-            x, q, log_p = buffers[:, : s[at].numel()].view(3, *s[at].shape)
-            torch.softmax(_divided(t[at], temperature, x), dim=1, out=q)
+            x, q, log_p, *rest = buffers[:, : s[at].numel()].view(-1, *s[at].shape)
+            if kl:
+                torch.log_softmax(_divided(t[at], temperature, x), dim=1, out=rest[0])
+                exp_(q.copy_(rest[0]))
+                rest[0].clamp_min_(torch.finfo(s.dtype).min)  # 0 log 0 is 0
+            else:
+                torch.softmax(_divided(t[at], temperature, x), dim=1, out=q)
             torch.log_softmax(_divided(s[at], temperature, x), dim=1, out=log_p)
-            torch.sum(torch.mul(log_p, q, out=x), dim=1, out=loss[at[0], at[2]])
+            ratio = torch.sub(log_p, rest[0], out=rest[0]) if kl else log_p
+            torch.sum(torch.mul(ratio, q, out=x), dim=1, out=loss[at[0], at[2]])
             if keep:
                 torch.sub(exp_(log_p), q, out=kept[at])
+                if mask is not None:
+                    zero_where_not_(mask[at], kept[at])
     return loss.view(n, *student.shape[2:]).mul_(-(temperature**2)), kept
 
 
@@ -45,7 +66,9 @@ def _divided(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     return logits if temperature == 1 else torch.div(logits, temperature, out=out)
 
 
-def _fake(student: Tensor, teacher: Tensor, temperature: float, keep: bool) -> tuple[Tensor, Tensor]:
+def _fake(
+    student: Tensor, teacher: Tensor, temperature: float, keep: bool, valid: Tensor | None = None, kl: bool = False
+) -> tuple[Tensor, Tensor]:
     n, c, *space = student.shape
     return student.new_empty((n, *space)), student.new_empty((n, c, math.prod(space)) if keep else (0,))
 
@@ -57,19 +80,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 @first_derivative_only
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, *tuple[None, ...]]:
     if grad is None:
-        return None, None, None, None
+        return None, None, None, None, None, None
     (kept,) = ctx.saved_tensors
     grad = grad * ctx.temperature if ctx.temperature != 1 else grad
-    return (kept * grad.flatten(1).unsqueeze(1)).unflatten(2, grad.shape[1:]), None, None, None
+    return (kept * grad.flatten(1).unsqueeze(1)).unflatten(2, grad.shape[1:]), None, None, None, None, None
 
 
 _op = torch.library.custom_op(
     "udakit::soft_cross_entropy",
     _forward,
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, float temperature, bool keep) -> (Tensor, Tensor)",
+    schema="(Tensor student, Tensor teacher, float temperature, bool keep, Tensor? valid=None, bool kl=False)"
+    " -> (Tensor, Tensor)",
 )
 _op.register_fake(_fake)
 _op.register_autograd(_backward, setup_context=_setup_context)

@@ -58,8 +58,8 @@ def kd_loss(
     `teacher_kind="probabilities"` the softmax of the teacher is skipped, or for T != 1 replaced by the normalised
     power p^(1/T), which is what softmax(log p / T) is.
 
-    **Cost.** On the CPU large maps are worked on block by block where both are logits and the divergence is the
-    cross-entropy; that form cannot be differentiated twice.
+    **Cost.** On the CPU large maps of logits are worked on block by block;
+    that form cannot be differentiated twice.
 
     **Source.** Hinton et al. 2015 for T^2; DiGA's released code uses the soft cross-entropy at T = 1 over all pixels.
 
@@ -96,10 +96,10 @@ def kd_loss(
     if pixel_weight is not None:
         check_weight_like(pixel_weight, student, reference_name="student_logits")
 
-    student = guard(student, valid)
-    if divergence == "cross_entropy" and teacher_kind == "logits" and _in_blocks(student):
-        loss = soft_cross_entropy(student, teacher, temperature)
+    if teacher_kind == "logits" and _in_blocks(student):
+        loss = soft_cross_entropy(student, teacher, temperature, valid, kl=divergence == "kl")
         return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+    student = guard(student, valid)
     target = soften(teacher, temperature, teacher_kind).to(student.dtype)
     student = student if temperature == 1 else student / temperature
     loss = -(target * F.log_softmax(student, dim=1)).sum(dim=1)

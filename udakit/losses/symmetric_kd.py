@@ -77,8 +77,8 @@ def symmetric_kd_loss(
         check_same_shape(x, student_clean, name=name, reference_name="student_clean")
     if valid is not None:
         check_mask_like(valid, student_clean, reference_name="student_clean")
-    forward = _soft_cross_entropy(guard(student_mixed, valid), teacher_clean, temperature)
-    reverse = _soft_cross_entropy(guard(student_clean, valid), teacher_mixed, temperature)
+    forward = _soft_cross_entropy(student_mixed, teacher_clean, temperature, valid)
+    reverse = _soft_cross_entropy(student_clean, teacher_mixed, temperature, valid)
     return reduce_pixels(forward + reverse_weight * reverse, valid, reduction=reduction)
 
 
@@ -88,11 +88,11 @@ def _check_options(reverse_weight: float, temperature: float, reduction: str) ->
     check_reduction(reduction)
 
 
-def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
     """`kd_loss` at each pixel, (N, *space)."""
     if torch.compiler.is_compiling() and student.device.type != "cpu":
-        return kd_loss(student, teacher, temperature=temperature, reduction="none")
-    return soft_cross_entropy(student, teacher, temperature)
+        return kd_loss(guard(student, valid), teacher, temperature=temperature, reduction="none")
+    return soft_cross_entropy(student, teacher, temperature, valid)
 
 
 class SymmetricKDLoss(nn.Module):
