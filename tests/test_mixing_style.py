@@ -1,6 +1,7 @@
 """Stylings against textbook versions: a full complex spectrum, kornia's Lab, sorting."""
 
 import math
+from typing import Any
 
 import kornia
 import pytest
@@ -306,3 +307,22 @@ def test_a_single_image_is_said_to_be_a_batch_of_signals():
     image = torch.rand(3, 64, 72)
     with pytest.warns(UserWarning, match=r"`content` is \(3, 64, 72\), which is a batch of signals .*unsqueeze"):
         udakit.fourier_transfer(image, image)
+
+
+@pytest.mark.parametrize("transfer", [udakit.fourier_transfer, udakit.histogram_transfer, udakit.color_transfer])
+def test_a_nan_in_the_style_stays_with_its_image_and_is_not_hidden(transfer: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    content, style = torch.rand(2, 2, 3, 8, 8, generator=generator)
+    clean = transfer(content, style)
+    spoilt = style.clone()
+    spoilt[0, 1, 2, 3] = float("nan")
+    found = transfer(content, spoilt)
+    assert torch.equal(found[1], clean[1])
+    assert bool(found[0, 1].isnan().all())
+    others = found[0, [0, 2]]
+    if transfer is udakit.color_transfer:  # the channels of Lab are made of all three
+        assert bool(others.isnan().all())
+    else:
+        torch.testing.assert_close(others, clean[0, [0, 2]])
+    with pytest.raises(ValueError, match="not a number"):
+        udakit.check_images(spoilt)

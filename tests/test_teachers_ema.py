@@ -614,3 +614,32 @@ def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match=r"`mode` to be one of .*, but got True"):
         EMATeacher(net, mode=True)  # type: ignore[arg-type]
     assert "decay=0.5" in repr(EMATeacher(net, decay=0.5))
+
+
+@pytest.mark.parametrize("mode", ["batch_statistics", "train", "eval"])
+@pytest.mark.parametrize("buffers", ["copy", "ema", "keep"])
+def test_update_bn_of_norms_that_average_cumulatively(mode: str, buffers: str) -> None:
+    """`momentum=None` in the net itself: what is emptied is filled again, and an ordinary pass leaves it alone."""
+    net, reference = make_net(), make_net()
+    loader = [torch.rand(8, 3, 4, 4) * 5 + 10 for _ in range(3)]
+    for model in (net, reference):
+        model[1].momentum = None
+    teacher = EMATeacher(net, mode=mode, buffers=buffers)
+    torch.optim.swa_utils.update_bn(loader, reference)
+    for one in (teacher, copy.deepcopy(teacher), EMATeacher(teacher.module, mode=mode, buffers=buffers)):
+        one.train()
+        torch.optim.swa_utils.update_bn(loader, one)
+        for name, x in reference[1].named_buffers():
+            torch.testing.assert_close(one.module[1].get_buffer(name), x, msg=name)
+        assert one.module[1].momentum is None
+        before = state(one.module)
+        one(loader[0] + 1)
+        if buffers != "keep":
+            assert all(torch.equal(x, before[name]) for name, x in one.module.state_dict().items())
+    torch.optim.swa_utils.update_bn(loader, teacher.module)  # nor does one past the teacher make it record
+    teacher.train()
+    before = state(teacher.module)
+    teacher(loader[0] + 1)
+    if buffers != "keep":
+        assert all(torch.equal(x, before[name]) for name, x in teacher.module.state_dict().items())
+    assert not net[1].__dict__.get("reset_running_stats"), "the student stays as it was"

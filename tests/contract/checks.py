@@ -613,9 +613,15 @@ def one_channel(op: Operation) -> None:
     if not scores:
         pytest.skip("takes no logits")
     wrong = ex.map(lambda x, role: x[:, :1] if role in SCORES else x)
-    message = _refusal(wrong, None)
-    assert message is not None, "one channel: no error"
-    assert re.search(r"udakit\.binary_(logits|probabilities)", message), f"does not name the way out: {message}"
+    messages = [_refusal(wrong, None)]
+    public = getattr(udakit, op.name.partition("[")[0], None)
+    for made in [public] if inspect.isclass(public) else []:
+        options = _constructor_options(op, made, ex.call())
+        if options is not None and "num_classes" in options:  # refused when it is made, not at the first batch
+            messages.append(_error_of(lambda made=made, o=options: made(**{**o, "num_classes": 1})))  # type: ignore[misc]
+    for message in messages:
+        assert message is not None, "one channel: no error"
+        assert re.search(r"udakit\.binary_(logits|probabilities)", message), f"does not name the way out: {message}"
 
 
 def nan_outside(op: Operation) -> None:
@@ -770,13 +776,31 @@ def wrong_options(op: Operation) -> None:
     if inspect.isfunction(public):
         given = Call((), {}, base.options) if op.makes else base
         refused += _refuse_options(op, _option_names(public), given, lambda call: call.run(public))
-    if op.module is not None and ("module" not in op.exempt or public is op.module):
-        options = op.module_options(ex.call()) if op.module_options else ex.call().options
-        accepted = {k: v for k, v in options.items() if k in inspect.signature(op.module.__init__).parameters}
-        made = Call((), {}, accepted)
-        refused += _refuse_options(op, _option_names(op.module.__init__), made, lambda call: op.module(**call.options))  # type: ignore[misc]
+    for module in _modules(op):
+        options = _constructor_options(op, module, base)
+        if options is not None:
+            made = Call((), {}, options)
+            use = lambda call, module=module: module(**call.options)  # noqa: E731
+            refused += _refuse_options(op, _option_names(module.__init__), made, use)
     if not refused:
         pytest.skip("has no option")
+
+
+def _modules(op: Operation) -> list[type[nn.Module]]:
+    """The Modules that an entry stands for, whose constructors must refuse what their functions do."""
+    public = getattr(udakit, op.name.partition("[")[0], None)
+    known = [public, op.module if "module" not in op.exempt else None, *(getattr(udakit, name) for name in op.covers)]
+    return list(dict.fromkeys(m for m in known if inspect.isclass(m) and issubclass(m, nn.Module)))
+
+
+def _constructor_options(op: Operation, module: type[nn.Module], call: Call) -> dict[str, Any] | None:
+    """Options of the example that the constructor takes; None where it needs more than those."""
+    options = op.module_options(call) if op.module_options and module is op.module else call.options
+    parameters = inspect.signature(module.__init__).parameters
+    accepted = {name: value for name, value in options.items() if name in parameters}
+    plain = [p for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "self"]
+    needed = [p.name for p in plain if p.default is p.empty]
+    return accepted if set(needed) <= set(accepted) else None
 
 
 def _option_names(function: Any) -> list[str]:

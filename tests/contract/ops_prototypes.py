@@ -7,6 +7,7 @@ from torch import Tensor
 
 import udakit
 from contract.registry import Call, Operation, Sample
+from contract.wrong_options import SHARE
 
 
 def _means(**options: Any) -> Callable[[Sample], Call]:
@@ -74,6 +75,8 @@ METHODS = {
     "shape_errors.axes": "without its last axis a map to ask about is a signal, and no label map goes with it",
 }
 
+MOMENTUM = {"momentum": SHARE}  # of the new vector: 1 takes it alone
+
 OPERATIONS = [
     Operation(
         "class_means",
@@ -96,9 +99,10 @@ OPERATIONS = [
         _prototypes("ema"),
         _update,
         **STATE,
+        wrong=MOMENTUM,
         exempt={**METHODS, "batch_permutation": "the images of a batch are averaged in their order"},
     ),
-    Operation("ClassPrototypes[mean]", _prototypes("mean"), _update, **STATE, exempt=METHODS),
+    Operation("ClassPrototypes[mean]", _prototypes("mean"), _update, **STATE, wrong=MOMENTUM, exempt=METHODS),
     *(
         Operation(
             name,
@@ -108,6 +112,7 @@ OPERATIONS = [
             grad=(),
             output=("class_vectors", "class_vectors", "class_values"),
             build=_build_distributions,
+            wrong={"momentum": (-0.1, 1.5, float("nan"), float("inf"), "0.5")},  # None is the exact statistics
             exempt={"module": "it has no forward: update is a method, and the buffers are the result"},
         )
         for name, momentum in (("ClassDistributions", None), ("ClassDistributions[momentum]", 0.3))

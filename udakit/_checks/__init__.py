@@ -21,6 +21,7 @@ from udakit._checks.maps import (
 from udakit._checks.nets import net_logits
 from udakit._checks.options import (
     check_callable,
+    check_classes,
     check_flag,
     check_ignore_index,
     check_integer,
@@ -36,6 +37,7 @@ __all__ = [
     "as_device",
     "axis_hint",
     "check_callable",
+    "check_classes",
     "check_confidence",
     "check_device",
     "check_flag",

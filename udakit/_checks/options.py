@@ -82,6 +82,16 @@ def check_integer(name: str, value: int, low: int = 1) -> None:
     check_range(name, value, low)
 
 
+def check_classes(num_classes: int) -> None:
+    """Raise unless `num_classes` is an integer of 2 at least, as logits have them."""
+    check_integer("num_classes", num_classes)
+    if num_classes == 1:
+        raise ValueError(
+            "Expected `num_classes` to be at least 2, but got 1. One logit a pixel becomes two classes by "
+            "udakit.binary_logits, one probability by udakit.binary_probabilities."
+        )
+
+
 def check_ignore_index(ignore_index: int, num_classes: int | None = None) -> None:
     """Raise unless `ignore_index` is an integer; with `num_classes`, warn once where 255 is one of more classes.
 

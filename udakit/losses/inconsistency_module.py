@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_flag, check_integer, check_mask_like, check_range, shape_of
+from udakit._checks import check_classes, check_device, check_flag, check_mask_like, check_range, shape_of
 from udakit._reduce import Kind, Reduction, top_class
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.losses.inconsistency import (
@@ -71,7 +71,7 @@ class InconsistencyLoss(FullPrecisionState):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        check_integer("num_classes", num_classes)
+        check_classes(num_classes)
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
         check_flag("sync", sync)
         check_options(weight_range, weight_temperature, temperature, weight_fn, teacher_kind, resize, reduction)

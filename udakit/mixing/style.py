@@ -62,7 +62,8 @@ def fourier_transfer(
 
     **Convention.** Any number of channels, each by itself; signals and volumes have one or three frequencies instead of
     two. Images are taken as they are, normalised or not; the result is not clamped. `style` is detached.
-    Float32 inside at least. beta = 0 still swaps the mean.
+    Float32 inside at least. beta = 0 still swaps the mean. A NaN makes NaN of its channel of its image, and of no
+    other: nothing hides it, and `check_images` finds it.
 
     **Source.** FDA (Yang and Soatto, CVPR 2020): the centred square of 2b + 1 frequencies a side, as its numpy code
     swaps it. Its torch code swaps the frequencies -b to b - 1, which is not symmetric.
@@ -133,10 +134,10 @@ def color_transfer(
     $$\text{Lab}' = \frac{\sigma_s}{\sigma_c} (\text{Lab}_c - \mu_c) + \mu_s$$
 
     **Convention.** For colour images, (N, 3, H, W), in [0, 1] once denormalised: what lies outside is clamped first
-    (`check_images` looks for it). Statistics over the pixels of each image. A channel without contrast takes the mean
-    of the style: below a deviation of 0.01 in L, 0.05 in a and 0.02 in b, far under what an eye sees and far above what
-    rounding makes of a grey image, the factor falls to 0. The result is clamped to displayable colours. `style` is
-    detached. Float32 inside at least.
+    (`check_images` looks for it). Statistics over the pixels of each image: a NaN makes NaN of its image, and of no
+    other. A channel without contrast takes the mean of the style: below a deviation of 0.01 in L, 0.05 in a and 0.02 in
+    b, far under what an eye sees and far above what rounding makes of a grey image, the factor falls to 0. The result
+    is clamped to displayable colours. `style` is detached. Float32 inside at least.
 
     **Source.** Reinhard et al. 2001, in CIE Lab (D65) instead of their l-alpha-beta.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from udakit._checks import (
     check_device,
     check_float,
+    check_ignore_index,
     check_integer,
     check_labels_like,
     check_maps,
@@ -72,6 +73,7 @@ class ClassDistributions(FullPrecisionState):
         super().__init__()
         check_integer("num_classes", num_classes)
         check_integer("dim", dim)
+        check_ignore_index(ignore_index, num_classes)
         if momentum is not None:
             check_range("momentum", momentum, 0.0, 1.0)
         self.num_classes, self.dim, self.momentum, self.ignore_index = num_classes, dim, momentum, ignore_index

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from udakit._checks import (
+    check_classes,
     check_device,
     check_flag,
-    check_integer,
     check_option,
     check_range,
     check_scores,
@@ -102,7 +102,7 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
         exclude: Sequence[int] = (),
     ) -> None:
         super().__init__(ignore_index=ignore_index, exclude=exclude)
-        check_integer("num_classes", num_classes)
+        check_classes(num_classes)
         check_not_all(self.exclude, num_classes)
         check_range("momentum", momentum, 0.0, 1.0)
         check_range("max_threshold", max_threshold, 0.0, 1.0)

@@ -9,7 +9,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_flag, check_integer, check_range, check_scores, shape_of, space_form
+from udakit._checks import (
+    check_classes,
+    check_device,
+    check_flag,
+    check_integer,
+    check_range,
+    check_scores,
+    shape_of,
+    space_form,
+)
 from udakit._reduce import Kind, count_ids
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.pseudo_labels.selection import PseudoLabels, Selector
@@ -69,7 +78,7 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         exclude: Sequence[int] = (),
     ) -> None:
         super().__init__(ignore_index=ignore_index, exclude=exclude)
-        check_integer("num_classes", num_classes)
+        check_classes(num_classes)
         check_range("share", share, 0.0, 1.0, open_low=True)
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
         check_flag("sync", sync)

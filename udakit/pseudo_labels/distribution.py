@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from udakit._checks import (
+    check_classes,
     check_device,
     check_flag,
     check_float,
     check_ignore_index,
-    check_integer,
     check_option,
     check_per_class,
     check_range,
@@ -129,7 +129,7 @@ class DistributionAlignment(FullPrecisionState):
         ignore_index: int = 255,
     ) -> None:
         super().__init__()
-        check_integer("num_classes", num_classes)
+        check_classes(num_classes)
         check_range("momentum", momentum, 0.0, 1.0, open_high=True)
         check_flag("sync", sync)
         check_ignore_index(ignore_index, num_classes)

@@ -14,7 +14,7 @@ from udakit._checks import as_device, check_flag, check_integer, check_option, c
 from udakit._state import FullPrecisionState
 from udakit.teachers._matching import check_apart, check_match, local, shards
 from udakit.teachers.copying import computed_buffers, copy_sharing
-from udakit.teachers.statistics import recording, set_recording
+from udakit.teachers.statistics import Emptied, recording, set_recording
 from udakit.teachers.unwrap import Average, named_state, unwrap_model
 
 __all__ = ["EMATeacher"]
@@ -49,8 +49,7 @@ class EMATeacher(Average):
     Running statistics follow the student ("copy", "ema") and the teacher's own passes never touch them; with "keep"
     they belong to the teacher: its passes in training mode move them and the student never does. Buffers that weights
     are computed from (`spectral_norm`, `prune`) follow the student whatever `buffers` says.
-    `torch.optim.swa_utils.update_bn(loader, teacher)` estimates the statistics anew in any `mode`; for a net with
-    layers of `momentum=None` call it on `teacher.module`.
+    `torch.optim.swa_utils.update_bn(loader, teacher)` estimates the statistics anew in any `mode`.
 
     **Source.** Tarvainen and Valpola 2017. DACS, DAFormer and DiGA average parameters only: `buffers="keep"`.
 
@@ -124,8 +123,14 @@ class EMATeacher(Average):
         _own_when_loaded(self.module, self._shared)
         self._apart = device is not None
         self._computed = dict.fromkeys(computed_buffers(self.module))
-        # Where no layer averages cumulatively by itself, one that does is being estimated anew (`update_bn`).
-        self._cumulative = any(norm.momentum is None for norm in self._norms())
+        # Where no layer averages cumulatively by itself, one that does is being estimated anew (`update_bn`). One that
+        # does by itself tells when it is emptied.
+        self._cumulative = False
+        for norm in self._norms():
+            if norm.momentum is None and norm.num_batches_tracked is not None:
+                self._cumulative = True
+                norm.reset_running_stats = Emptied(norm)  # type: ignore[method-assign]
+        self._anew = False
         first = next(self.module.parameters(), torch.empty(0))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=first.device))
         self.masters = FullPrecisionState()
@@ -182,7 +187,8 @@ class EMATeacher(Average):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged net without gradients."""
         norms = recording(self.module)
-        anew = [] if self._cumulative or not self.training else [n for n in norms if n.momentum is None]
+        estimated = self.training and (self._anew or not self._cumulative)
+        anew = [n for n in norms if n.momentum is None] if estimated else []
         modes = [norm.training for norm in anew]
         quiet = [] if anew or self.buffers_policy == "keep" else norms
         try:
@@ -200,6 +206,9 @@ class EMATeacher(Average):
         """Put the teacher in its training `mode` (see the class), or in evaluation."""
         super().train(mode)
         self.module.train(mode and self.mode == "train")
+        # `update_bn` empties, trains, calls, and trains again: by then there are statistics.
+        resets = (norm.__dict__.get("reset_running_stats") for norm in self._norms() if self._cumulative)
+        self._anew = mode and any(isinstance(reset, Emptied) and reset.still for reset in resets)
         if mode and self.mode == "batch_statistics":
             for norm in self._norms():
                 norm.train()

@@ -39,6 +39,30 @@ def keep_statistics(model: nn.Module) -> Iterator[None]:
         set_recording(norms, True)
 
 
+class Emptied:
+    """The `reset_running_stats` of a layer, which tells whether the layer is empty still.
+
+    By the version of its counter, which every batch raises: reading the counter would make a GPU wait.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        self.norm = norm
+        self.version: int | None = None
+
+    def __call__(self) -> None:
+        type(self.norm).reset_running_stats(self.norm)
+        self.version = self._now()
+
+    @property
+    def still(self) -> bool:
+        """Whether it was emptied, and has recorded nothing since."""
+        return self.version is not None and self.version == self._now()
+
+    def _now(self) -> int | None:
+        counter = self.norm.num_batches_tracked
+        return None if counter is None or counter.is_inference() else counter._version
+
+
 def recording(model: nn.Module) -> list[_BatchNorm]:
     """BatchNorm layers that record statistics when they are trained."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]

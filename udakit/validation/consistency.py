@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from udakit._checks import (
+    check_classes,
     check_device,
     check_integer,
     check_mask_like,
@@ -107,7 +108,7 @@ class ConsistencyScore(FullPrecisionState):
 
     def __init__(self, num_classes: int, *, background: int | None = None, scope: Scope = "image") -> None:
         super().__init__()
-        check_integer("num_classes", num_classes, 2)
+        check_classes(num_classes)
         check_option("scope", scope, SCOPES)
         _check_background(background, num_classes)
         self.num_classes, self.background = num_classes, background

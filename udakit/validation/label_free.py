@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from udakit._checks import (
+    check_classes,
     check_device,
     check_generator,
     check_integer,
@@ -95,9 +96,10 @@ class LabelFreeScores(FullPrecisionState):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_integer("num_classes", num_classes, 2)
+        check_classes(num_classes)
         check_option("kind", kind, KINDS)
         check_integer("samples", samples, 0)
+        check_generator(generator, getattr(generator, "device", torch.device("cpu")))
         self.num_classes, self.samples, self.generator = num_classes, samples, generator
         self.kind: Kind = kind
         for name in ("pixels", "images"):
