@@ -162,8 +162,8 @@ class Comparison:
                 label = f"{run.folder.name}, {name}"
                 axis.plot([n["step"] for n in nets], [n["scores"][self.score] for n in nets], label=label, **line)
             if run.start:
-                axis.plot(0, run.start["scores"][self.score], "*", color=color, ms=9)
-        finish(figure, axis, "step", named, folder / "score.png")
+                axis.plot(run.start["step"], run.start["scores"][self.score], "*", color=color, ms=9)
+        finish(figure, axis, "step, over all stages", named, folder / "score.png")
         if all(net["truth_miou"] is None for _, net in self.all_nets):
             return
         figure, axis = plt.subplots(figsize=(8, 4))
@@ -190,8 +190,10 @@ def finish(figure: Any, axis: Any, x: str, y: str, path: Path) -> None:
 
 
 def title(net: dict[str, Any]) -> str:
-    """A net as a table names it."""
-    return "source-only net" if net["net"] == "source_only" else f"{net['net']} of step {net['step']}"
+    """A net as a table and the run's own report name it: a step counts within its stage."""
+    if net["net"] == "source_only":
+        return "source-only net"
+    return f"{net['stage']}, {net['net']} of step {net['stage_step']}"
 
 
 def number(value: float | None, digits: int) -> str:

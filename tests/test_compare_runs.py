@@ -9,6 +9,7 @@ import yaml
 
 import compare_runs
 import train_gta2cs
+from gta2cs.histories import read_run
 
 
 def net(value):
@@ -44,7 +45,7 @@ def test_the_best_net_of_the_best_run_and_how_right_that_was(tmp_path, capsys):
     page = tmp_path / "page.html"
     assert compare_runs.main([*map(str, runs), "--page", str(page)]) == 0
     printed = capsys.readouterr().out
-    assert "Use the student of step 20 of" in printed
+    assert "Use the dacs, student of step 20 of" in printed
     assert [line.split(":")[0] for line in printed.splitlines()[:3]] == ["1. b", "2. a", "3. c"]
     assert "3. c: source-only net, confident consistency 0.500" in printed
     text = page.read_text()
@@ -52,6 +53,24 @@ def test_the_best_net_of_the_best_run_and_how_right_that_was(tmp_path, capsys):
     assert "45.7 in the mean" in text  # of the last students: 55, 62, 20
     assert text.count("data:image/png;base64,") == 2
     assert "<script" not in text
+
+
+def test_a_step_counts_within_its_stage(tmp_path, capsys):
+    folder = write_run(tmp_path / "a", [0.6, 0.7], [60.0, 61.0])
+    saved = json.loads((folder / "history.json").read_text())
+    (stage,) = saved["stages"]
+    source = {"name": "source_only", "steps": 100, "scores": [], "label_free": []}
+    saved["stages"] = [source, stage, source, {**stage, "name": "diga"}, {**stage, "name": "diga", "steps": 30}]
+    (folder / "history.json").write_text(json.dumps(saved))
+    run = read_run(folder)
+    assert [(n["step"], n["stage"], n["stage_step"]) for n in run.checkpoints] == [
+        (110, "dacs", 10), (120, "dacs", 20), (230, "diga", 10), (240, "diga", 20),
+        (250, "diga (stage 5)", 10), (260, "diga (stage 5)", 20),
+    ]  # fmt: skip
+    assert run.start["step"] == 100
+    assert run.last["stage"] == "diga (stage 5)"
+    assert compare_runs.main([str(folder), "--page", str(tmp_path / "page.html")]) == 0
+    assert "Use the dacs, student of step 20 of" in capsys.readouterr().out
 
 
 def test_without_labels(tmp_path):

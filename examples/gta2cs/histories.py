@@ -12,7 +12,11 @@ from gta2cs.checkpoints import load_checkpoint
 
 @dataclass
 class RunNets:
-    """The source-only net and the nets of every evaluation of the stages that adapt."""
+    """The source-only net and the nets of every evaluation of the stages that adapt.
+
+    A net's `step` counts over all stages of the run, its `stage_step` within its stage, as the report and the names of
+    checkpoints do.
+    """
 
     folder: Path
     pair: str
@@ -63,15 +67,18 @@ def read_run(folder: Path) -> RunNets:
         config, choice = json.loads(opened[-1]["config"]), None
         stages = [json.loads(value["history"]) for value in opened]
     adapting = [i for i, stage in enumerate(stages) if stage["name"] != "source_only"] or [len(stages) - 1]
-    checkpoints, before = [], sum(stages[i]["steps"] for i in range(adapting[0]))
+    names = [stage["name"] for stage in stages]
+    checkpoints = []
     for i in adapting:
+        before = sum(stage["steps"] for stage in stages[:i])
+        name = f"{names[i]} (stage {i + 1})" if names[i] in names[:i] else names[i]  # as the report has it
         truth = {entry["step"]: entry["nets"] for entry in stages[i]["scores"]}
         for entry in stages[i].get("label_free", []):
-            for name, found in entry["nets"].items():
-                if not name.startswith("large "):
-                    known = truth.get(entry["step"], {}).get(name)
-                    checkpoints.append(_net(before + entry["step"], name, found, known))
-        before += stages[i]["steps"]
+            for net, found in entry["nets"].items():
+                if not net.startswith("large "):
+                    known = truth.get(entry["step"], {}).get(net)
+                    place = {"stage": name, "stage_step": entry["step"]}
+                    checkpoints.append(_net(before + entry["step"], net, found, known) | place)
     if not checkpoints:
         raise ValueError(f"Expected {folder} to have label-free scores, but it has none: it is of an earlier version.")
     first = stages[adapting[0]]
@@ -80,7 +87,8 @@ def read_run(folder: Path) -> RunNets:
         known = first.get("source_only_truth")
         if known is None and adapting[0] > 0 and stages[adapting[0] - 1]["scores"]:
             known = next(iter(stages[adapting[0] - 1]["scores"][-1]["nets"].values()))
-        start = _net(0, "source_only", first["source_only"], known)
+        before = sum(stage["steps"] for stage in stages[: adapting[0]])
+        start = _net(before, "source_only", first["source_only"], known)
     recipe = " → ".join(stages[i]["name"] for i in adapting)
     return RunNets(folder, config["data"]["pair"], recipe, config["seed"], start, checkpoints, choice)
 
