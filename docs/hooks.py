@@ -11,6 +11,7 @@ import ast
 import posixpath
 import re
 import textwrap
+import tomllib
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -34,10 +35,20 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".md": "markdown", ".ipynb": "jso
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Show the version beside the name."""
+    """Show the version beside the name and, where pyproject.toml has it, the repository with "edit this page"."""
     version = re.search(r'__version__ = "(.+)"', (ROOT / "udakit" / "__init__.py").read_text(encoding="utf-8"))
     assert version is not None
     config.site_name = f"{config.site_name} {version[1]}"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    link_repository(config, project.get("urls", {}).get("Repository"))
+
+
+def link_repository(config: MkDocsConfig, url: str | None) -> None:
+    """Set all that the theme needs for a link in the header and a pencil on each page."""
+    if url:
+        config.repo_url, config.repo_name = url.rstrip("/"), "/".join(url.rstrip("/").split("/")[-2:])
+        config.edit_uri = "edit/main/docs/"
+        config.theme["features"] = [*config.theme["features"], "content.action.edit"]
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> None:

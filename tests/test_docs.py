@@ -90,6 +90,26 @@ def test_the_core_of_every_integration_is_shown() -> None:
         assert not core.startswith(" "), script
 
 
+def test_a_repository_in_pyproject_is_linked() -> None:
+    """One line there gives the header's link and "edit this page" on every page of docs/."""
+    pages = pytest.importorskip("mkdocs.structure.pages", reason="mkdocs is not installed: pip install -e '.[docs]'")
+    from mkdocs.config.base import load_config
+    from mkdocs.structure.files import File
+
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    config = load_config(str(ROOT / "mkdocs.yml"), plugins=[])
+    hooks.link_repository(config, None)
+    assert not config.repo_url
+    hooks.link_repository(config, "https://example.org/some/kit/")
+    assert (config.repo_url, config.repo_name) == ("https://example.org/some/kit", "some/kit")
+    assert "content.action.edit" in config.theme["features"]
+    file = File("families/losses.md", str(ROOT / "docs"), str(ROOT / "site"), use_directory_urls=True)
+    page = pages.Page(None, file, config)
+    assert page.edit_url == "https://example.org/some/kit/edit/main/docs/families/losses.md"
+
+
 def test_every_table_of_options_has_a_line_an_option() -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install -e '.[docs]'")
     spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
