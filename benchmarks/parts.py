@@ -37,6 +37,8 @@ PAGE = ROOT / "docs" / "results" / "parts.md"
 SUMMARY = ROOT / "docs" / "methods" / "which_brings_what.md"
 STEPS = {"nuclei": 200, "nuclei_backwards": 200, "toy": 200, "carla2camvid": 800}
 BASE = "dacs"
+POLICY = f"dacs_{next(iter(adaptation.SETTINGS))}"  # the row of benchmarks/adaptation.py
+SELECTION = {"selector": "confident_ratio"}
 # Name, title, options of the recipe beside those of the policy.
 PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     BASE: ("DACS alone", {}),
@@ -53,7 +55,7 @@ PARTS: dict[str, tuple[str, dict[str, Any]]] = {
     "distribution_contrast": ("distribution contrast (SePiCo)", {"contrast": 1.0}),
     "prototype_contrast": ("pixel against prototype contrast", {"prototype_contrast": 0.1}),
     "mirror_teacher": ("teacher's mean over mirror images", {"mirror_teacher": True}),
-    "class_quantile": ("class quantiles", {"selector": "class_quantile", "share": 0.6}),
+    "class_quantile": ("class quantiles, the policy's selection", {"selector": "class_quantile"}),
 }
 
 # What the papers' ablations say of a part on GTA5 -> Cityscapes: docs/methods/which_brings_what.md has the sources.
@@ -66,10 +68,10 @@ PUBLISHED = {
 
 
 def configure(pair: str, part: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
-    """The run of a part: that of plain DACS in benchmarks/adaptation.py, but for its own options and the steps."""
-    config = adaptation.configure(pair, "dacs_plain", seed, data_root, cache)
+    """The run of a part: the policy's first setting of DACS, with DACS' own selection in place of the policy's."""
+    config = adaptation.configure(pair, POLICY, seed, data_root, cache)
     (stage,) = config.stages
-    options = {**stage.options, **PARTS[part][1]}
+    options = {**stage.options, **SELECTION, **PARTS[part][1]}
     return dataclasses.replace(
         config,
         stages=[dataclasses.replace(stage, steps=STEPS[pair], options=options)],

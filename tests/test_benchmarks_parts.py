@@ -33,7 +33,10 @@ def test_a_part_changes_its_own_options_alone(part: str) -> None:
     assert {k: v for k, v in stage.options.items() if plain.options.get(k, object()) != v} == own
     assert dataclasses.replace(config, stages=base.stages, out=base.out) == base
     assert config.init == adaptation.warm_start("nuclei", 0, Path("cache"))
-    assert base.stages[0].options == adaptation.configure("nuclei", "dacs_plain", 0, None, Path()).stages[0].options
+    policy = adaptation.configure("nuclei", parts.POLICY, 0, None, Path("cache"))
+    assert base.stages[0].options == {**policy.stages[0].options, "selector": "confident_ratio"}
+    assert base.data == policy.data
+    assert base.init == policy.init
 
 
 def test_gains_are_over_dacs_of_the_same_seed() -> None:
