@@ -21,18 +21,18 @@ from gta2cs.evaluation import Score, evaluate, evaluating, with_bn_statistics
 from gta2cs.recipes import RECIPES, Draws
 from gta2cs.report import markdown_table
 from gta2cs.samples import ClassSet
-from tiny import small_pair
+from tiny import ARGUMENTS, small_pair, tiny_net
 from udakit import draw_classes
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "train_gta2cs.py"
-TINY = ["--net.weights=random", "--data.crop=[64,64]", "--batch_size=2", "--log_every=1", "--score_images=2"]
+TINY = [*ARGUMENTS, "--data.crop=[64,64]", "--batch_size=2", "--log_every=1", "--score_images=2"]
 
 
 def tiny_config(out: Path, *stages: train_gta2cs.Stage, **changes) -> train_gta2cs.Config:
     return train_gta2cs.Config(
         data=train_gta2cs.DataConfig(crop=(64, 64)),
-        net=train_gta2cs.NetConfig(weights="random"),
+        net=tiny_net(),
         stages=list(stages),
         batch_size=2,
         log_every=1,
@@ -213,7 +213,8 @@ def test_two_processes_train_one_net(tmp_path):
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)),
-            *("--dry-run", *TINY, f"--out={tmp_path}", '--stages=[{"recipe": "diga", "steps": 2}]'),
+            *("--dry-run", "--net.weights=random", *TINY[len(ARGUMENTS) :], f"--out={tmp_path}"),
+            '--stages=[{"recipe": "diga", "steps": 2}]',
         ],
         env=environment,
         capture_output=True,

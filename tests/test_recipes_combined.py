@@ -14,6 +14,7 @@ from gta2cs.datasets import build_pair
 from gta2cs.evaluation import evaluating
 from gta2cs.recipes import Combined
 from gta2cs.recipes.combined import CANDIDATES
+from tiny import tiny_net
 
 TWO = {"a": {}, "b": {"selector": "argmax"}}
 
@@ -22,7 +23,7 @@ def config_of(out: Path, steps: int = 6, **changes) -> train_gta2cs.Config:
     options = {"candidates": TWO, "trial": 0.67, "images": 4, "shared": {}, **changes.pop("options", {})}
     return train_gta2cs.Config(
         data=train_gta2cs.DataConfig(crop=(64, 64)),
-        net=train_gta2cs.NetConfig(weights="random"),
+        net=tiny_net(),
         stages=[train_gta2cs.Stage("combined", steps=steps, lr=1e-3, options=options)],
         batch_size=2,
         score_images=2,
@@ -73,7 +74,7 @@ def test_a_resumed_trial_is_bit_identical_and_the_winner_is_deployed(tmp_path, m
     assert torch.equal(saved["student.head.weight"], saved[f"candidates.{name}.student.head.weight"])
     other = saved[f"candidates.{list(TWO)[1 - kept]}.student.head.weight"]
     assert not torch.equal(saved["student.head.weight"], other)
-    net = train_gta2cs.NetConfig(weights="random").build(len(build_pair("toy").classes.names))
+    net = tiny_net().build(len(build_pair("toy").classes.names))
     load_net(net, tmp_path / "whole" / "stage1_combined" / "last.pt")  # as predict.py does
 
 

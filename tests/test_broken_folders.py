@@ -1,0 +1,170 @@
+"""Every kind of broken folder: training ends in one line that names the file, and --check-data has it as a row.
+
+`predict.py` reads by the same reader: `test_predict.py` has it look at the same odd images.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import odd_files
+import train_gta2cs
+from odd_files import Odd, noise, save, save_turned
+from tiny import ARGUMENTS
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What is done to a good pair, and what is said of it."""
+
+    name: str
+    spoil: Callable[[Path], object]
+    said: str  # by training
+    options: tuple[str, ...] = ()
+    row: str = ""  # of the check, where it says something else
+    channels: int = 3
+
+
+def good(root: Path, channels: int = 3) -> Path:
+    """Two images of each domain, one of target with a label for validation."""
+    for side in ("source", "target"):
+        for name in "ab":
+            save(root / side / "images" / f"{name}.png", noise(3) if channels == 3 else noise())
+            save(root / side / "labels" / f"{name}.png", noise(high=2))
+        (root / side / "train.txt").write_text("a\n")
+    (root / "target" / "val.txt").write_text("b\n")
+    (root / "classes.yaml").write_text("names: [thing, stuff]\n")
+    return root
+
+
+def put(part: str, odd: Odd) -> Callable[[Path], object]:
+    """An odd file in the place of the image or label that the first step reads."""
+
+    def spoil(root: Path) -> None:
+        (root / "source" / part / "a.png").unlink()
+        odd.write((root / "source" / part / "a").with_suffix(Path(odd.name).suffix))
+
+    return spoil
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    return lambda root: (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def folder_for(name: str) -> Callable[[Path], object]:
+    return lambda root: ((root / name).unlink(), (root / name).mkdir())
+
+
+def labels(a: np.ndarray, b: np.ndarray) -> Callable[[Path], object]:
+    def spoil(root: Path) -> None:
+        for name, ids in (("a", a), ("b", b)):
+            save(root / "source" / "labels" / f"{name}.png", ids.astype(np.uint8))
+        (root / "source" / "train.txt").write_text("a\nb\n")
+
+    return spoil
+
+
+def image_options(odd: Odd) -> tuple[str, ...]:
+    stated = () if odd.value_range is None else (f"--data.source_range={list(odd.value_range)}",)
+    return (f"--data.channels={odd.channels}", *stated)
+
+
+HALF = noise(high=2)
+OTHER_IDS = r"unexpected ids: source train: .*labels/a\.png holds \["
+CASES = [
+    *(
+        Broken(f"image {odd.name}", put("images", odd), str(odd.value), image_options(odd), channels=odd.channels)
+        for odd in odd_files.REFUSED
+    ),
+    *(
+        Broken(f"label {odd.name}", put("labels", odd), odd.value, row=OTHER_IDS if " ids " in odd.value else "")
+        for odd in odd_files.LABELS
+        if isinstance(odd.value, str)
+    ),
+    Broken("masks", labels(HALF * 255, HALF * 255), "only 0 and 255, and 255 is ignored: masks"),
+    Broken("masks in part", labels(HALF, HALF * 255), r"agree on what 255 means, but 1 of 2 .*labels/b\.png"),
+    Broken(
+        "label of another size",
+        lambda root: save(root / "source" / "labels" / "a.png", np.zeros((9, 9), np.uint8)),
+        r"image and label 'a' to have one size, but got \(5, 7\) and \(9, 9\)",
+        row=r"size differs: source train: .*images/a\.png is 7x5, .*labels/a\.png is 9x9",
+    ),
+    Broken(
+        "image alone turned",
+        lambda root: save_turned(root / "source" / "images" / "a.png", noise(3), 6),
+        r"image and label 'a' to have one size, but got \(7, 5\) and \(5, 7\)",
+        row="before its EXIF orientation turns it: turn the label, too",
+    ),
+    Broken(
+        "no label",
+        lambda root: (root / "source" / "labels" / "a.png").unlink(),
+        r"all 1 images of .* to have labels, but 1 do not: a",
+        row=r"missing: source train: .*images/a\.png: no label .*labels/a\.png",
+    ),
+    Broken(
+        "two images of a name",
+        lambda root: (save(root / "source" / "images" / "a.jpg", noise(3)), (root / "source" / "train.txt").unlink()),
+        r"a\.jpg and .*a\.png: which one is 'a'",
+    ),
+    Broken(
+        "a name twice",
+        write("source/train.txt", "a\na.png\n"),
+        r"train\.txt to name each image once",
+        row=r"a\.png is named more than once",
+    ),
+    Broken("no such name", write("target/train.txt", "gone\n"), r"1 are missing: gone", row="gone: no such image"),
+    Broken("an empty list", write("source/train.txt", "\n \n"), r"train\.txt to name one image .*, but it is empty"),
+    Broken("UTF-16", write("target/train.txt", "a".encode("utf-16")), r"train\.txt to be UTF-8 text, but it is UTF-16"),
+    Broken("Latin-1", write("target/val.txt", "straße".encode("latin-1")), r"val\.txt to be UTF-8 text, but line 1"),
+    *(
+        Broken(f"a folder for {name}", folder_for(name), rf"{name} to be a text file, but it is a folder")
+        for name in ("source/train.txt", "target/val.txt", "classes.yaml")
+    ),
+    Broken("one name for classes", write("classes.yaml", "names: road"), r"at least two classes .*classes\.yaml"),
+    Broken("a class twice", write("classes.yaml", "names: [a, a]"), r"`names` to differ in .*classes\.yaml"),
+    Broken("no classes", lambda root: (root / "classes.yaml").unlink(), "a classes.yaml with `names`"),
+    Broken(
+        "an id that the table lacks",
+        write("classes.yaml", "names: [a, b]\nids: {0: 0}"),
+        r"labels/a\.png also holds 1\. Map them with `ids`",
+        row=OTHER_IDS,
+    ),
+    Broken("no source", lambda root: (root / "source").rename(root / "other"), "Expected a folder .*source"),
+    Broken("no option", lambda root: None, "Expected `select` to be one of", ("--select=unknown",)),
+    Broken("a range that is none", lambda root: None, r"low < high, but got \(5", ("--data.source_range=[5,5]",)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_training_ends_in_a_line_and_the_check_in_a_row(
+    case: Broken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = good(tmp_path / "pair", case.channels), tmp_path / "out"
+    case.spoil(root)
+    arguments = [*ARGUMENTS, "--data.pair=folder", f"--data.data_root={root}", "--data.crop=[64,64]", f"--out={out}"]
+    stages = ['--stages=[{"recipe": "source_only", "steps": 2}]', "--batch_size=1", *case.options]
+
+    monkeypatch.setattr(sys, "argv", ["train", *arguments, *stages])
+    assert train_gta2cs.command() == 2
+    said = capsys.readouterr().err
+    assert said.startswith(("Expected", "Cannot"))
+    assert re.search(case.said, said), said
+    assert not list(out.rglob("*.pt"))
+
+    report = train_gta2cs.checked(train_gta2cs.parse([*arguments, *stages, "--check_data=true"]))
+    lines = report.lines(limit=1000)
+    assert any(re.search(case.row or case.said, line) for line in lines), lines
+    assert not report.ok
+
+
+def test_a_good_pair_is_good(tmp_path: Path) -> None:
+    arguments = ["--data.pair=folder", f"--data.data_root={good(tmp_path)}", "--check_data=true"]
+    report = train_gta2cs.checked(train_gta2cs.parse(arguments))
+    assert report.ok, report.lines()
