@@ -1,0 +1,111 @@
+"""Does a net contradict itself least at the scale of target at which it is right? Score and true mIoU, scale by scale.
+
+    UDAKIT_DATA=/data python benchmarks/scales.py      # whatever is not in the JSON yet: about two minutes a pair
+    python benchmarks/scales.py --table                # measures nothing, writes the table
+
+The nets are the source-only starts of benchmarks/adaptation.py. Unlabelled target training images give the score, the
+target validation set the truth, both enlarged or shrunk before the net sees them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+from gta2cs.threads import considerate_threads
+
+considerate_threads()  # before torch is imported
+
+import train_gta2cs
+from benchmarks import adaptation
+from benchmarks.harness import markdown_table, write_section
+from gta2cs.evaluation import evaluate
+from gta2cs.label_free import DEFAULT, measure
+from gta2cs.matching import MARGIN, REACH, STEP, Rescaled
+from gta2cs.pretrained import load_init
+
+RESULTS = ROOT / "benchmarks" / "results" / "scales.json"
+PAGE = ROOT / "docs" / "methods" / "combined.md"
+
+
+def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> list[dict[str, Any]]:
+    """Score and truth of a pair's source-only net at every scale."""
+    if not (cache / pair_name / f"seed{seed}" / "warm" / "results.json").is_file():
+        train_gta2cs.main(adaptation.configure(pair_name, "warm", seed, data_root, cache))
+    config = adaptation.configure(pair_name, "warm", seed, data_root, cache)
+    pair = train_gta2cs.open_pair(config)
+    assert pair.target_val is not None
+    net = config.net.build(len(pair.classes.names))
+    load_init(net, adaptation.warm_start(pair_name, seed, cache))
+    known = measure(net, pair.target_train, pair.classes).shares
+    found = []
+    for position in range(-REACH, REACH + 1):
+        seen = Rescaled(net, STEP**position)
+        unlabelled = measure(seen, pair.target_train, pair.classes, known=known)
+        truth = evaluate(seen, pair.target_val, pair.classes)
+        found.append(
+            {
+                "position": position,
+                "score": unlabelled.scores[DEFAULT],
+                "miou": truth.means[adaptation.headline(truth.means)],
+            }
+        )
+        print(f"{pair_name}: {found[-1]}", flush=True)
+    return found
+
+
+def climbed(found: list[dict[str, Any]]) -> int:
+    """Position that `match_scale` comes to: uphill from 1, and 1 where the gain is no more than a hundredth."""
+    score = {entry["position"]: entry["score"] for entry in found}
+    way = max((-1, 1), key=score.__getitem__)
+    best = 0
+    while score.get(best + way, -1.0) > score[best]:
+        best += way
+    return best if score[best] >= score[0] + MARGIN else 0
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: a line a pair, a column a scale; score / true mIoU, the scale that is taken in bold."""
+    positions = range(-REACH, REACH + 1)
+    rows = []
+    for key, found in results.items():
+        pair, seed = key.split("/")
+        taken = climbed(found)
+        cells = {e["position"]: f"{100 * e['score']:.0f} / {e['miou']:.1f}" for e in found}
+        cells[taken] = f"**{cells[taken]}**"
+        rows.append([f"{adaptation.NAMES[pair]}, seed {seed}", *(cells[k] for k in positions)])
+    if not rows:
+        return "Not measured yet.\n"
+    return markdown_table(["target enlarged by", *(f"{STEP**k:.2g}" for k in positions)], rows) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("UDAKIT_DATA"))
+    parser.add_argument("--pairs", nargs="+", choices=list(adaptation.PAIRS), default=list(adaptation.PAIRS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "adaptation")
+    parser.add_argument("--table", action="store_true", help=f"measure nothing, write the table of {PAGE.name}")
+    options = parser.parse_args()
+    if options.table:
+        write_section("scales", table(adaptation.load(options.results)), PAGE)
+        return
+    root = Path(options.data_root) if options.data_root else None
+    for seed in options.seeds:
+        for pair in options.pairs:
+            if (key := f"{pair}/{seed}") in adaptation.load(options.results):
+                continue
+            if pair != "toy" and (root is None or not root.is_dir()):
+                print(f"skipped {key}: no --data-root and no UDAKIT_DATA")
+                continue
+            adaptation.add(options.results, key, run(pair, seed, root, options.cache))
+
+
+if __name__ == "__main__":
+    main()
