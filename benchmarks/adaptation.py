@@ -65,8 +65,8 @@ NAMES = {
 }
 TITLES = {
     "source_only": "source-only",
-    "dacs_styled": "DACS, source in colours of target",
-    "dacs_unstyled": "DACS, source as it is",
+    "dacs_batch": "DACS, labels by statistics of target batches",
+    "dacs_running": "DACS, labels by running statistics of source",
     "diga": "DiGA",
     "ehtdi": "EHTDI",
     "combined": "combined",

@@ -10,6 +10,7 @@ target validation set the truth, both enlarged or shrunk before the net sees the
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,12 +22,14 @@ from gta2cs.threads import considerate_threads
 
 considerate_threads()  # before torch is imported
 
+from torch import nn
+
 import train_gta2cs
 from benchmarks import adaptation
 from benchmarks.harness import markdown_table, write_section
 from gta2cs.evaluation import evaluate
-from gta2cs.label_free import DEFAULT, measure
-from gta2cs.matching import MARGIN, REACH, STEP, Rescaled
+from gta2cs.label_free import DEFAULT, LabelFree, measure
+from gta2cs.matching import REACH, STEP, Rescaled, match_scale
 from gta2cs.pretrained import load_init
 
 RESULTS = ROOT / "benchmarks" / "results" / "scales.json"
@@ -60,13 +63,13 @@ def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> list[
 
 
 def climbed(found: list[dict[str, Any]]) -> int:
-    """Position that `match_scale` comes to: uphill from 1, and 1 where the gain is no more than a hundredth."""
+    """Position that `match_scale` comes to."""
     score = {entry["position"]: entry["score"] for entry in found}
-    way = max((-1, 1), key=score.__getitem__)
-    best = 0
-    while score.get(best + way, -1.0) > score[best]:
-        best += way
-    return best if score[best] >= score[0] + MARGIN else 0
+
+    def known(net: nn.Module) -> LabelFree:
+        return LabelFree({DEFAULT: score[round(math.log(getattr(net, "factor", 1.0), STEP))]}, [])
+
+    return round(math.log(match_scale(known, nn.Identity())[0], STEP))
 
 
 def table(results: dict[str, Any]) -> str:

@@ -184,13 +184,16 @@ def match_source_scale(state: StageState) -> None:
 def stage_data(state: StageState, sampler: Any) -> StepData:
     """Crops of both domains as a map from step to batch."""
     run, data = state.run, state.run.config.data
+    scale = data.source_scale
+    if run.source_factor is not None:
+        scale = (data.target_scale[0] * run.source_factor, data.target_scale[1] * run.source_factor)
     return StepData(
         run.pair.source_train,
         run.pair.target_train,
         batch_size=run.config.batch_size,
         crop=data.crop,
         seed=state.seed,
-        source_scale=(data.source_scale[0] * run.source_factor, data.source_scale[1] * run.source_factor),
+        source_scale=scale,
         target_scale=data.target_scale,
         sampler=sampler,
         rare_class_pixels=data.rare_class_pixels,

@@ -36,19 +36,19 @@ def results_of(runs: list[dict]) -> dict[str, dict]:
 def test_a_setting_is_chosen_on_pairs_that_share_no_images():
     runs = [run_of(pair, "source_only", 0, 50.0) for pair in adaptation.PAIRS]
     best = {
-        "toy": "styled",
-        "nuclei": "styled",
-        "nuclei_backwards": "styled",
-        "camvid": "unstyled",
-        "carla2camvid": "unstyled",
+        "toy": "batch",
+        "nuclei": "batch",
+        "nuclei_backwards": "batch",
+        "camvid": "running",
+        "carla2camvid": "running",
     }
     for pair, wanted in best.items():
         runs += [run_of(pair, f"dacs_{name}", 0, 70.0 if name == wanted else 51.0) for name in adaptation.SETTINGS]
     results = results_of(runs)
-    assert adaptation.choose("toy", results) in ("styled", "unstyled")  # two pairs each
+    assert adaptation.choose("toy", results) in ("batch", "running")  # two pairs each
     for pair in ("camvid", "carla2camvid"):  # they share the day images: both are left out
-        assert adaptation.choose(pair, results) == "styled"
-    assert adaptation.gains_elsewhere("toy", {}) == {"styled": [], "unstyled": []}
+        assert adaptation.choose(pair, results) == "batch"
+    assert adaptation.gains_elsewhere("toy", {}) == {"batch": [], "running": []}
 
 
 def test_the_guard_and_the_choice_look_at_scores_alone():

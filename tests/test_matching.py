@@ -50,6 +50,12 @@ def test_a_hundredth_changes_nothing():
         assert match_scale(score, Mean())[0] == pytest.approx(expected)
 
 
+def test_a_score_that_rises_in_both_directions_says_something_else():
+    score, asked = score_of(lambda x: 0.5 + 0.05 * abs(x))
+    assert match_scale(score, Mean())[0] == 1
+    assert len(asked) == 3
+
+
 def test_a_rescaled_net_answers_at_the_size_that_came():
     images = torch.rand(2, 3, 31, 48)
     for factor in (0.35, 1 / math.sqrt(2), 2.8):
@@ -72,7 +78,7 @@ def test_source_crops_are_scaled_by_it_in_every_later_stage_and_after_a_resume(t
 
     def config(resume=False, **data):
         return train_gta2cs.Config(
-            data=train_gta2cs.DataConfig(crop=(64, 64), source_scale=(0.5, 1.5), **data),
+            data=train_gta2cs.DataConfig(crop=(64, 64), source_scale=(0.5, 1.5), target_scale=(0.9, 1.2), **data),
             net=train_gta2cs.NetConfig(weights="random"),
             stages=[train_gta2cs.Stage(r, 1, options=o) for r, o in STAGES],
             batch_size=1,
@@ -87,7 +93,7 @@ def test_source_crops_are_scaled_by_it_in_every_later_stage_and_after_a_resume(t
     assert seen == [(0.5, 1.5)] * 3  # dacs does not ask for it by itself
     seen.clear()
     train_gta2cs.main(config(match_scale=True))
-    assert seen == [(0.5, 1.5), (1.0, 3.0), (1.0, 3.0)]
+    assert seen == [(0.5, 1.5), (1.8, 2.4), (1.8, 2.4)]
     history = load_checkpoint(tmp_path / "run" / "stage2_dacs" / "last.pt")["history"]
     assert '"source_factor": 2.0' in history
     assert '"scale_scores": {"0.50": 0.9, "1.00": 0.7}' in history
@@ -98,17 +104,17 @@ def test_source_crops_are_scaled_by_it_in_every_later_stage_and_after_a_resume(t
         train_gta2cs, "match_scale", lambda score, net: pytest.fail("a resumed run does not look again")
     )
     train_gta2cs.main(config(resume=True, match_scale=True))
-    assert seen[-1] == (1.0, 3.0)
+    assert seen[-1] == (1.8, 2.4)
 
 
 def test_a_net_that_has_learned_nothing_is_not_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gta2cs, "match_scale", lambda score, net: pytest.fail("there is no trained net"))
     state = SimpleNamespace(
-        run=SimpleNamespace(config=train_gta2cs.Config(stages=[train_gta2cs.Stage("combined", 1)]), source_factor=1.0),
+        run=SimpleNamespace(config=train_gta2cs.Config(stages=[train_gta2cs.Stage("combined", 1)]), source_factor=None),
         recipe=SimpleNamespace(MATCH_SCALE=True, student=None),
         index=0,
         stage=train_gta2cs.Stage("combined", 1),
         history={},
     )
     train_gta2cs.match_source_scale(state)
-    assert state.history == {"source_factor": 1.0}
+    assert state.history == {"source_factor": None}

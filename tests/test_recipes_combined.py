@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import train_gta2cs
 from gta2cs.checkpoints import load_checkpoint, load_net
 from gta2cs.datasets import build_pair
 from gta2cs.evaluation import evaluating
-from gta2cs.recipes import Combined
+from gta2cs.recipes import Combined, Preparation
 from gta2cs.recipes.combined import CANDIDATES
 from tiny import tiny_net
 
@@ -85,7 +86,7 @@ def _any_score():
 
 
 def test_the_candidate_that_contradicts_itself_least_is_kept_and_a_lost_class_counts_as_zero():
-    recipe = build(candidates=TWO, shared={})
+    recipe = build(candidates=TWO, shared={}, trial=0.5)
     recipe.images = torch.randn(5, 3, 64, 64)
     first, second = (candidate.student for candidate in recipe.candidates.values())
     torch.nn.init.normal_(first.head.weight, std=3.0)  # several classes
@@ -112,7 +113,7 @@ def test_the_candidate_that_contradicts_itself_least_is_kept_and_a_lost_class_co
 
 
 def test_candidates_take_turns_and_start_from_the_same_net():
-    recipe = build()
+    recipe = build(trial=0.5)
     assert list(recipe.candidates) == list(CANDIDATES)
     first = recipe.student.state_dict()
     for candidate in recipe.candidates.values():
@@ -122,6 +123,29 @@ def test_candidates_take_turns_and_start_from_the_same_net():
         turns.append(next(name for name, c in recipe.candidates.items() if c is recipe.active))
     assert turns == 3 * list(CANDIDATES)
     assert len(recipe.extra_param_groups(1e-3)) >= len(CANDIDATES) - 1
+
+
+def test_without_a_trial_the_labels_that_teachers_would_begin_with_decide():
+    recipe = build()
+    one, other = recipe.candidates.values()
+    assert one.student is other.student is recipe.student
+    recipe.images = torch.randn(4, 3, 64, 64) + 1
+    by_batch, running = (recipe.scores_of({"a": {"teacher": c.teacher}})["a"] for c in (one, other))
+    assert by_batch != running  # the statistics are not the same: each labels in its own way
+    assert recipe.extra_param_groups(1e-3) == []
+    batch = SimpleNamespace(target_images=torch.randn(4, 3, 64, 64))
+    for wanted in CANDIDATES:
+        for name, candidate in recipe.candidates.items():
+            sure = 50.0 if name == wanted else 0.0  # one class everywhere: consistent, and as sure as its logits say
+            bias = torch.zeros(8)
+            bias[0] = sure
+            torch.nn.init.zeros_(candidate.teacher.module.head.weight)
+            candidate.teacher.module.head.bias.data = bias
+        recipe.prepare(Preparation(lambda start, stop: [batch] * (stop - start), steps=10))
+        assert list(recipe.candidates)[recipe.kept] == wanted
+        assert recipe.progress.tolist() == [0, 0, recipe.kept]
+        assert recipe.scores[wanted] == pytest.approx(1, abs=1e-4)
+        assert recipe.active is recipe.candidates[wanted]
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ class DataConfig:
     target_scale: tuple[float, float] = (1.0, 1.0)
     """Range of the random rescaling of target images before the crop."""
     match_scale: bool | None = None
-    """Find without labels how much larger things are in target, and scale source images to it, on top of source_scale.
-    The default does so for the recipe combined."""
+    """Before adaptation find without labels how much larger things are in target, and scale source images by that and
+    by a draw of target_scale, in place of source_scale. The default does so for the recipe combined."""
     rare_class_temperature: float | None = None
     """Draw source images with rare classes more often; lower is more often (DAFormer: 0.01). The default does not."""
     rare_class_pixels: int = 50

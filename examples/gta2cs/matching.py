@@ -45,7 +45,8 @@ def match_scale(score: Callable[[nn.Module], LabelFree], net: nn.Module) -> tupl
         net: the net that adaptation starts from, trained on source.
 
     Returns:
-        The scale, 1 where no other is better by `MARGIN`, and the score at each scale that was tried.
+        The scale, 1 where no other is better by `MARGIN` or both a smaller and a larger one are better than 1 (then the
+        score says something else), and the score at each scale that was tried.
     """
     found: dict[int, float] = {}
 
@@ -57,10 +58,10 @@ def match_scale(score: Callable[[nn.Module], LabelFree], net: nn.Module) -> tupl
 
     best = 0
     way = max((-1, 1), key=at)
-    for position in range(way, way * (REACH + 1), way):
-        if at(position) <= at(best):
-            break
-        best = position
+    if at(-way) > at(0):
+        way = 0
+    while way and abs(best) < REACH and at(best + way) > at(best):
+        best += way
     if at(best) < at(0) + MARGIN:
         best = 0
     return STEP**best, {STEP**position: found[position] for position in sorted(found)}

@@ -32,7 +32,7 @@ class Run:
     source_only: Any = None  # label-free scores of the net that the first adapting stage starts from
     choice: Any = None  # which net is deployed so far (`choosing.Choice`)
     finished: int = 0  # stages
-    source_factor: float = 1.0  # by which source images are enlarged, so that things are as large as in target
+    source_factor: float | None = None  # by which source images are enlarged to match target; None: not looked for
 
     @property
     def device(self) -> torch.device:
@@ -145,7 +145,7 @@ class StageState:
         self.done = self.saved = saved["step"]
         self.history = {**self.history, **json.loads(saved["history"])}
         self.began = time.perf_counter() - self.history["seconds"]
-        self.run.source_factor = self.history.get("source_factor", 1.0)
+        self.run.source_factor = self.history.get("source_factor")
         return True
 
     def save(self) -> None:

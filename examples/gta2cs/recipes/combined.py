@@ -1,17 +1,18 @@
-"""Match the scale of target, try self-training with and without target's colours, keep what contradicts itself least.
+"""Decide by the label-free score, not by hand: the scale of source, how the teacher labels, which candidate goes on.
 
 Ours; no paper has it. No fixed setting serves every pair of domains, and falling losses do not show which one does.
-What tells them apart without a target label is how far a net contradicts itself on the mirror image
-(docs/families/validation.md). First the loop finds by it how much larger things are in target, and scales source
-images so (gta2cs/matching.py). Then the candidates take turns, a step each, on nets of their own, and the score keeps
-one, which takes all steps that are left: mirror consistency times confidence, on target crops. The trial counts into
-the steps of the stage.
+What tells them apart without a target label is how far a net contradicts itself on the mirror image, times how sure it
+is (docs/families/validation.md). So before the first step the loop finds how much larger things are in target, and
+scales source images to it (gta2cs/matching.py). Then candidates are compared on target crops: with `trial` 0 by the
+labels that their teachers would begin with, which costs no step; otherwise they take turns for that share of the steps,
+a step each, on nets of their own. One goes on. A trial counts into the steps of the stage.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,20 +26,22 @@ from gta2cs.loading import Batch
 from gta2cs.nets import param_groups
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.dacs import Dacs
+from udakit import EMATeacher
 from udakit.validation import ConsistencyScore, LabelFreeScores
 
-# What the candidates differ in, and what all of them have (benchmarks/adaptation.py). A look of target that comes from
-# whole images carries the shares of its classes along: a help on one pair, and harm on the next.
+# What the candidates differ in, and what all of them have (benchmarks/adaptation.py). Statistics of target batches help
+# where the images differ in look, and mislead where they differ in what they show; running statistics are source's own
+# only while no mixed image enters them.
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "styled": {"translate": "color", "translate_share": 0.7},
-    "unstyled": {"translate": "none"},
+    "batch": {"teacher_mode": "batch_statistics"},
+    "running": {"teacher_mode": "eval", "record_mixed": False},
 }
 SHARED: dict[str, Any] = {
     "jitter": 0.5,
     "selector": "class_quantile",
     "share": 0.6,
-    "teacher_mode": "eval",  # by running statistics of source alone: where images of two domains share
-    "record_mixed": False,  # them, they fit neither
+    "translate": "color",
+    "translate_share": 0.7,
 }
 
 
@@ -54,7 +57,7 @@ class Combined(Recipe):
 
         candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CANDIDATES))
         shared: dict[str, Any] = field(default_factory=lambda: dict(SHARED))  # options of dacs, of all candidates
-        trial: float = 0.4  # share of the steps in which the candidates take turns
+        trial: float = 0.0  # share of the steps in which the candidates take turns; 0: compared before the first step
         images: int = 24  # target crops that the score looks at
 
     candidates: nn.ModuleDict
@@ -88,8 +91,8 @@ class Combined(Recipe):
             raise ValueError(f"Expected `trial` to be a share in [0, 1), but got {parsed.trial}.")
         candidates = {}
         for name, own in parsed.candidates.items():
-            net = student
-            if candidates:
+            net = student  # also of the others where nothing is trained before one is kept
+            if candidates and parsed.trial > 0:
                 net = make_net(weights="random")
                 net.load_state_dict(student.state_dict())
             candidates[name] = Dacs.build(net, num_classes, {**parsed.shared, **own}, make_net, previous)
@@ -106,10 +109,12 @@ class Combined(Recipe):
         self.images = torch.stack(crops[: self.options.images])
         count = len(self.candidates)
         self.trial_steps = count * round(self.options.trial * data.steps / count) if count > 1 else 0
-        self.progress = self.progress.new_tensor([0, self.trial_steps, 0 if self.trial_steps == 0 else -1])
-        self.kept = int(self.progress[2])
+        self.kept = 0 if count == 1 else -1
+        self.progress = self.progress.new_tensor([0, self.trial_steps, self.kept])
         for candidate in self.candidates.values():
             candidate.prepare(data)
+        if self.kept < 0 and self.trial_steps == 0:
+            self.decide()
 
     @property
     def active(self) -> Dacs:
@@ -126,17 +131,26 @@ class Combined(Recipe):
         self.active.after_step()
         self.done += 1
         if self.kept < 0 and self.done >= self.trial_steps:
-            self.scores = self.scores_of({name: c.nets() for name, c in self.candidates.items()})  # type: ignore[operator]
-            self.keep(self.agree(max(range(len(self.scores)), key=list(self.scores.values()).__getitem__)))
-            if self.console is not None:
-                found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
-                kept = list(self.candidates)[self.kept]
-                self.console.print(f"step {self.done}: consistency {found}; '{kept}' goes on", markup=False)
+            self.decide()
         self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
+
+    def decide(self) -> None:
+        """Score the candidates, teachers as they label, students once they differ, and keep the best."""
+        nets = {
+            name: {"teacher": c.teacher, **({"student": c.student} if self.trial_steps else {})}
+            for name, c in self.candidates.items()
+        }
+        self.scores = self.scores_of(nets)  # type: ignore[arg-type]
+        self.keep(self.agree(max(range(len(self.scores)), key=list(self.scores.values()).__getitem__)))
+        self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
+        if self.console is not None:
+            found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
+            kept = list(self.candidates)[self.kept]
+            self.console.print(f"step {self.done}: consistency {found}; '{kept}' goes on", markup=False)
 
     @torch.no_grad()
     def scores_of(self, candidates: dict[str, dict[str, nn.Module]]) -> dict[str, float]:
-        """Mirror consistency times confidence on the kept target crops, a mean over a candidate's student and teacher.
+        """Mirror consistency times confidence on the kept target crops, a mean over a candidate's nets.
 
         The consistency is an IoU, a mean over the classes that any net of any candidate predicts: a class that a net
         has lost counts as 0 for it, since one class everywhere never contradicts itself.
@@ -153,7 +167,7 @@ class Combined(Recipe):
         """IoU of each class between a prediction and that of the mirror image (NaN: none predicted), and confidence."""
         metric = ConsistencyScore(self.num_classes).to(self.images.device)
         scores = LabelFreeScores(self.num_classes).to(self.images.device)
-        with evaluating(net):
+        with nullcontext() if isinstance(net, EMATeacher) else evaluating(net):  # a teacher knows how it labels
             for images in self.images.split(8):
                 logits = net(images).logits
                 metric(logits, net(images.flip(-1)).logits.flip(-1))
@@ -178,11 +192,12 @@ class Combined(Recipe):
         return list(self.candidates.values())[max(0, self.kept)].nets()  # type: ignore[operator, no-any-return]
 
     def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """The other candidates' students learn like the first."""
+        """The other candidates' students learn like the first, where they are nets of their own."""
         first, *others = self.candidates.values()
         groups = first.extra_param_groups(lr, head_multiplier)  # type: ignore[operator]
         for candidate in others:
-            groups += param_groups(candidate.student, lr=lr, head_multiplier=head_multiplier)  # type: ignore[arg-type]
+            if candidate.student is not first.student:
+                groups += param_groups(candidate.student, lr=lr, head_multiplier=head_multiplier)  # type: ignore[arg-type]
             groups += candidate.extra_param_groups(lr, head_multiplier)  # type: ignore[operator]
         return groups  # type: ignore[no-any-return]
 
