@@ -1,11 +1,12 @@
 """What a GPU has to do for every public operation, counted on fake tensors: no card is needed and no clock is read.
 
-    python benchmarks/gpu_cost.py                        # every operation, then the table
+    python benchmarks/gpu_cost.py                        # what is missing in the JSON, then the table
+    python benchmarks/gpu_cost.py --again                # every operation; stopped, it goes on without --again
     python benchmarks/gpu_cost.py --ops kd_loss --show   # one, with the kernels by name, written nowhere
     python benchmarks/gpu_cost.py --table --card "H100, 3350 GB/s, 67 TFLOP/s, 5 us"
 
 The rows are those of `operators.py` at its large size, and a few calls with default options (`DEFAULTS`). The rules of
-the count are in `kernels.py`.
+the count are in `kernels.py`. After a wanted change of an operation: --ops NAME --again.
 """
 
 from __future__ import annotations
@@ -226,10 +227,13 @@ def together(kernels: list[tuple[int, int, int]]) -> str:
 def run(options: argparse.Namespace) -> None:
     found, unknown = Counts(options.results), []
     began = time.perf_counter()
-    for workload in rows():
-        if options.ops and workload.name.removesuffix(MARK) not in options.ops:
-            continue
-        for mode in MODES[: 1 + bool(workload.grad)]:
+    every = [(w, mode) for w in rows() for mode in MODES[: 1 + bool(w.grad)]]
+    asked = [(w, m) for w, m in every if not options.ops or w.name.removesuffix(MARK) in options.ops]
+    if not options.show:
+        found.keep({row_key(w.name, mode) for w, mode in every})
+        found.forget({row_key(w.name, mode) for w, mode in asked} if options.again else set())
+    for workload, mode in asked:
+        if options.show or not found.is_there(row_key(workload.name, mode)):
             try:
                 row = measure(workload, mode)
             except NotImplementedError as error:
@@ -253,6 +257,20 @@ class Counts:
         content = json.loads(path.read_text()) if path.is_file() else {}
         self.torch: str = content.get("torch", torch.__version__)
         self.rows: dict[str, dict[str, Any]] = content.get("rows", {})
+
+    def is_there(self, key: str) -> bool:
+        """Whether a row need not be counted."""
+        return key in self.rows and not self.rows[key].get("old", False)
+
+    def keep(self, keys: set[str]) -> None:
+        """Drop the rows of operations that are gone."""
+        self.rows = {key: row for key, row in self.rows.items() if key in keys}
+
+    def forget(self, keys: set[str]) -> None:
+        """Mark rows to be counted again. They stay until they are, and a run that was stopped knows what is left."""
+        for key in keys & set(self.rows):
+            self.rows[key]["old"] = True
+        self.save()
 
     def save(self) -> None:
         for row in self.rows.values():

@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import timeit
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -164,6 +164,16 @@ class Results:
 
     def __contains__(self, key: str) -> bool:
         return key in self.rows
+
+    def is_there(self, key: str) -> bool:
+        """Whether a row need not be measured."""
+        return key in self.rows and not self.rows[key].get("old", False)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Mark rows to be measured again. They stay until they are, and a run that was stopped knows what is left."""
+        for key in set(keys) & set(self.rows):
+            self.rows[key]["old"] = True
+        write_json(self.path, {"environments": self.environments, "rows": self.rows})
 
     def here(self) -> int:
         """Number of the environment of this process; its copy bandwidth is measured once."""

@@ -556,7 +556,8 @@ def backward(
     `around(node)` is entered while a node works, and while gradients that arrive at it are added.
     """
     around = (lambda node: nullcontext()) if around is None else around
-    leaves = {id(torch.autograd.graph.get_gradient_edge(x).node): i for i, x in enumerate(inputs)}
+    ends = [torch.autograd.graph.get_gradient_edge(x).node for x in inputs]  # kept, or their ids would be given again
+    leaves = {id(node): i for i, node in enumerate(ends)}
     waiting: dict[int, int] = {}
     nodes: dict[int, Any] = {}
     pending: dict[int, list[Tensor | None]] = {}

@@ -1,6 +1,7 @@
 """Time and memory of every public operation, against its textbook version, its peers and the memory traffic.
 
     python benchmarks/operators.py                       # whatever is not in the JSON yet, then the tables
+    python benchmarks/operators.py --again               # every row anew; stopped, it goes on without --again
     python benchmarks/operators.py --ops kd_loss --again
     python benchmarks/operators.py --quick --results /tmp/quick.json --no-table
     python benchmarks/operators.py --table               # measures nothing, rewrites docs/performance/operators.md
@@ -105,9 +106,14 @@ def run(options: argparse.Namespace) -> None:
     results = Results(options.results)
     began = time.perf_counter()
     timing = {"min_run_time": 0.01, "min_runs": 2, "max_time": 0.1} if options.quick else TIMING
-    for workload, size, dtype, mode, compiled in plan(options):
-        key = row_key(workload.name, size, dtype, mode, compiled)
-        if key in results and not options.again:
+    planned = [
+        (row_key(w.name, size, dtype, mode, how), (w, size, dtype, mode, how))
+        for w, size, dtype, mode, how in plan(options)
+    ]
+    if options.again:
+        results.forget(key for key, _ in planned)
+    for key, (workload, size, dtype, mode, compiled) in planned:
+        if results.is_there(key):
             continue
         try:
             row = measure(workload, size, dtype, mode, compiled=compiled, **timing)

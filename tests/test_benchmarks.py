@@ -201,6 +201,18 @@ def test_schema(tmp_path: Path, quick_bandwidth: float) -> None:
     assert list(last["skipped"]) == ["textbook"]
 
 
+def test_rows_to_measure_again_stay_until_they_are(tmp_path: Path, quick_bandwidth: float) -> None:
+    """A run with --again that was stopped knows what is left, and the table has its old rows meanwhile."""
+    results = harness.Results(tmp_path / "rows.json")
+    for key in "ab":
+        results.add(key, {"seconds": 1})
+    results.forget(["a", "b", "c"])
+    results.add("a", {"seconds": 2})
+    read = harness.Results(results.path)
+    assert [read.is_there(key) for key in "abc"] == [True, False, False]
+    assert [read.rows[key]["seconds"] for key in "ab"] == [2, 1]
+
+
 def test_resumes(tmp_path: Path, quick_bandwidth: float, monkeypatch: pytest.MonkeyPatch) -> None:
     first = quick(tmp_path)
     missing = "paste/tiny/bfloat16/forward/eager"

@@ -86,6 +86,14 @@ def test_the_backward_walk_is_that_of_autograd(reduction: str) -> None:
         torch.testing.assert_close(a, e)
 
 
+def test_the_backward_walk_knows_idle_leaves() -> None:
+    """A leaf that the graph does not reach has no gradient, whatever memory its node had."""
+    leaves = [torch.randn(3, requires_grad=True) for _ in range(200)]
+    out = (leaves[7] * leaves[150]).sum()
+    found = kernels.backward([out], [torch.ones_like(out)], leaves)
+    assert [i for i, grad in enumerate(found) if grad is not None] == [7, 150]
+
+
 def test_backward_adds_what_arrives_twice() -> None:
     cost = counted(lambda x: (x.exp() + x.sin()).sum(), grad=True)
     assert cost.names == ["exp", "sin", "add", "sum", "mul", "cos", "mul", "add"] or "add" in cost.names[4:]
@@ -180,7 +188,7 @@ def test_the_json_holds_no_row_that_is_gone() -> None:
 
 @pytest.mark.parametrize(("name", "mode"), KEYS)
 def test_no_operation_does_more_than_before(name: str, mode: str) -> None:
-    """Kernels and bytes of an eager call, against the JSON: `python benchmarks/gpu_cost.py` after a wanted change."""
+    """Kernels and bytes of an eager call, against the JSON: `gpu_cost.py --ops NAME --again` after a wanted change."""
     row = COUNTED.rows.get(gpu_cost.row_key(name, mode))
     if row is None:
         pytest.skip("not in the JSON: it waits for the device, or python benchmarks/gpu_cost.py has not counted it yet")

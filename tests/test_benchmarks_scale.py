@@ -7,10 +7,34 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-from benchmarks import data_path, distributed, growth, highres, loss_costs, operators, step_cost, step_overhead
+from benchmarks import (
+    data_path,
+    decoding,
+    distributed,
+    fresh_processes,
+    growth,
+    harness,
+    highres,
+    loss_costs,
+    operators,
+    step_cost,
+    step_overhead,
+)
 
-SCRIPTS = [data_path, distributed, growth, highres, loss_costs, operators, step_cost, step_overhead]
+SCRIPTS = [
+    data_path,
+    decoding,
+    distributed,
+    fresh_processes,
+    growth,
+    highres,
+    loss_costs,
+    operators,
+    step_cost,
+    step_overhead,
+]
 
 
 def page(folder: Path, name: str) -> Path:
@@ -78,3 +102,30 @@ def test_another_number_of_bytes_is_seen() -> None:
 def test_bytes_follow_the_formula_and_states_are_those_of_one_process(world_size: int) -> None:
     rows = distributed.measure(world_size)
     assert set(rows) == set(distributed.FORMULAS)
+
+
+def test_every_way_of_decoding_gives_the_same_pixels(tmp_path: Path) -> None:
+    ways = {name: way for name, way in decoding.WAYS.items() if name != "Albumentations"}
+    row = decoding.measure(count=2, rounds=1, shrink=16, ways=ways)
+    assert set(row["seconds"]) == set(ways)
+    path, where = tmp_path / "rows.json", page(tmp_path, "decoding")
+    path.write_text(json.dumps({"environments": [], "rows": {"decoding": row}}))
+    decoding.main(["--table", "--results", str(path), "--page", str(where)])
+    assert "| udakit's loop |" in where.read_text()
+    with pytest.raises(AssertionError, match="other returned other pixels"):
+        decoding.measure(count=1, rounds=0, shrink=16, ways={**ways, "other": lambda *_, crop: torch.zeros(3, *crop)})
+
+
+def test_processes_that_ran_are_kept_and_the_spread_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, where = tmp_path / "rows.json", page(tmp_path, "fresh processes")
+    kept = {name: {"size": "tiny", "seconds": [0.5]} for name in fresh_processes.NAMES}
+    path.write_text(json.dumps({"environments": [], "rows": kept}))
+    monkeypatch.setattr(fresh_processes, "seconds_in_a_fresh_process", lambda name, size: 1.0)
+    monkeypatch.setattr(harness.Results, "here", lambda self: 0)
+    fresh_processes.main(["--processes", "2", "--results", str(path), "--page", str(where)])
+    assert where.read_text().count("| 2 | 500.0 | 750.0 | 1000.0 | **2.00** |") == len(fresh_processes.NAMES)
+
+
+@pytest.mark.parametrize("name", fresh_processes.NAMES)
+def test_one_process_times_a_call(name: str) -> None:
+    assert fresh_processes.seconds_here(name, "tiny") > 0

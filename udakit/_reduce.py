@@ -105,8 +105,10 @@ def top_by_blocks(scores: Tensor, *, confidence: bool) -> tuple[Tensor, Tensor]:
 
 def count_ids(ids: Tensor, bins: int) -> Tensor:
     """How often each of 0..bins-1 occurs, int64 (`bincount` would make a GPU wait); other ids are an error."""
-    one = torch.ones((), dtype=torch.int64, device=ids.device)  # expanded: a map of ones is a pass over memory
     counts = torch.zeros(bins, dtype=torch.int64, device=ids.device)
+    if ids.device.type != "cpu" and not torch.compiler.is_compiling():
+        return counts.scatter_(0, ids.flatten(), 1, reduce="add")  # a launch less
+    one = torch.ones((), dtype=torch.int64, device=ids.device)  # expanded: a map of ones is a pass over memory
     return counts.scatter_add_(0, ids.flatten(), one.expand(ids.numel()))
 
 

@@ -119,7 +119,7 @@ def draw_classes(
     check_generators(generator, len(labels), labels.device)
     columns = num_classes + 1
     present = torch.zeros(labels.shape[0], columns, dtype=torch.bool, device=labels.device)
-    present = present.scatter(1, class_ids(labels, num_classes, ignore_index).flatten(1), True)
+    present.scatter_(1, class_ids(labels, num_classes, ignore_index).flatten(1), True)
     if candidates is not None:
         allowed = candidate_mask(candidates, num_classes, labels.device)
         check_device("candidates", allowed, labels, "labels")
@@ -132,10 +132,11 @@ def draw_classes(
 
     # Present classes get a random place, absent ones stand behind them; the first `count` places are drawn.
     keys = uniform(present.shape, generator, labels.device)
-    place = torch.where(present, keys, 2.0).argsort(dim=1).argsort(dim=1)
-    share = fraction * present.sum(dim=1, keepdim=True)
+    place = torch.add(keys, present, alpha=-2).argsort(dim=1).argsort(dim=1)
     # 0.1 * 30 is 3.0000000000000004: a product within rounding of a whole number is that number.
-    count = (share - 1e-4).ceil() if rounding == "up" else (share + 1e-4).floor()
+    shift = -1e-4 if rounding == "up" else 1e-4
+    share = torch.rsub(present.sum(dim=1, keepdim=True, dtype=torch.float32), shift, alpha=-fraction)
+    count = share.ceil() if rounding == "up" else share.floor()
     return present & (place < count)
 
 
