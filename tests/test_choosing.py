@@ -16,6 +16,7 @@ from gta2cs.checkpoints import load_checkpoint
 from gta2cs.inference import Trained
 from gta2cs.label_free import LabelFree, measure
 from gta2cs.samples import ClassSet, Unlabelled
+from tiny import tiny_net
 
 CLASSES = ClassSet(("a", "b", "c"), torch.zeros(3, 3, dtype=torch.uint8).numpy())
 IMAGES = Unlabelled(
@@ -162,7 +163,7 @@ def test_the_source_only_net_stays_where_nothing_is_better(tmp_path, select):
 def tiny(out, **changes):
     return train_gta2cs.Config(
         data=train_gta2cs.DataConfig(crop=(64, 64)),
-        net=train_gta2cs.NetConfig(weights="random"),
+        net=tiny_net(),
         stages=[train_gta2cs.Stage("source_only", steps=2), train_gta2cs.Stage("dacs", steps=2)],
         batch_size=2,
         log_every=1,

@@ -16,6 +16,7 @@ from gta2cs import report
 from gta2cs.evaluation import Score
 from gta2cs.html import render
 from gta2cs.samples import ClassSet
+from tiny import tiny_net
 
 NAMES = (
     *("lane [/solid]", "a|b", "$x_{$", "<b>bold", "`code`", "**strong**", "back\\slash", "[link](http://x)"),
@@ -63,7 +64,7 @@ def test_a_run_with_such_names_whose_report_fails_keeps_its_results(tmp_path: Pa
     monkeypatch.setattr("gta2cs.report.save_panels", fail)
     config = train_gta2cs.Config(
         data=train_gta2cs.DataConfig(crop=(64, 64)),
-        net=train_gta2cs.NetConfig(weights="random"),
+        net=tiny_net(),
         stages=[train_gta2cs.Stage("dacs")],
         batch_size=1,
         log_every=1,

@@ -16,6 +16,7 @@ import predict
 import train_gta2cs
 from gta2cs import config as options
 from gta2cs.tracking import flat
+from tiny import tiny_net
 
 
 def help_of(capsys: pytest.CaptureFixture[str], script, *arguments: str) -> str:
@@ -55,7 +56,7 @@ def tiny(out: Path, **changes: object) -> train_gta2cs.Config:
     stages = [train_gta2cs.Stage("source_only"), train_gta2cs.Stage("dacs")]
     settings = {
         "data": train_gta2cs.DataConfig(crop=(64, 64)),
-        "net": train_gta2cs.NetConfig(weights="random"),
+        "net": tiny_net(),
         "stages": stages,
         "batch_size": 2,
         "log_every": 1,

@@ -27,6 +27,7 @@ from gta2cs.loading import normalise
 from gta2cs.nets import build_net
 from gta2cs.reading import read_ids, read_image
 from gta2cs.toy import CLASSES
+from tiny import tiny_net
 
 SCRIPT = Path(predict.__file__)
 
@@ -262,7 +263,7 @@ def test_evaluate_prints_the_table_of_training(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(predict.console, "width", 200)
     config = train_gta2cs.Config(
         data=train_gta2cs.DataConfig(crop=(64, 64)),
-        net=train_gta2cs.NetConfig(weights="random"),
+        net=tiny_net(),
         stages=[train_gta2cs.Stage("dacs", steps=1)],
         batch_size=1,
         out=tmp_path,
