@@ -1,9 +1,9 @@
 """Processor time of every operation of this checkout, against that of another one.
 
     git worktree add /tmp/before e77caa7
-    python benchmarks/against.py /tmp/before                    # rows that the JSON does not have yet, then the table
-    python benchmarks/against.py /tmp/before --ops kd_loss --again
-    python benchmarks/against.py --table                        # measures nothing, writes docs/performance/against.md
+    python benchmarks/against.py /tmp/before --results rows.json             # rows that the JSON does not have yet
+    python benchmarks/against.py /tmp/before --results rows.json --ops kd_loss --again
+    python benchmarks/against.py --results rows.json                         # measures nothing, prints the table
 
 Two processes hold one checkout each and are called in turns. Both run the calls of the other checkout's own registry,
 so that what is compared is what could be called there. The time is that of the processor, which a busy machine hardly
@@ -12,6 +12,7 @@ changes, and a ratio is the median over pairs of neighbouring runs.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -133,19 +134,20 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     sys.path.insert(0, str(ROOT))
-    from benchmarks.harness import PAGES, Results, parser_for, write_section
+    from benchmarks.harness import Results
 
-    parser = parser_for(__doc__, "against.json", page=PAGES / "against.md")
-    parser.add_argument("before", type=Path, nargs="?", help="the other checkout")
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("before", type=Path, nargs="?", help="the other checkout; without it nothing is measured")
+    parser.add_argument("--results", type=Path, required=True, help="the JSON")
+    parser.add_argument("--again", action="store_true", help="measure also what is in the JSON")
     parser.add_argument("--ops", nargs="+", help="operations, all by default")
     parser.add_argument("--sizes", nargs="+", default=list(MEASURED))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--pairs", type=int, default=PAIRS)
     options = parser.parse_args(arguments)
     results = Results(options.results)
-    if not options.table:
-        if options.before is None:
-            parser.error("the other checkout is needed to measure")
+    if options.before is not None:
         with Worker(options.before, options.before) as before, Worker(ROOT, options.before) as now:
             for name in options.ops or before.ask():
                 for size in options.sizes:
@@ -158,8 +160,7 @@ def main(arguments: list[str] | None = None) -> None:
                             results.add(key, row)
                             spread = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
                             print(f"{key:60s} {1000 * row['before']:9.3f} ms  {spread}", flush=True)
-    if not options.no_table:
-        write_section("against", table(results.rows), options.page)
+    print(table(results.rows))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from unittest import mock
 
 import kornia
 import pytest
@@ -126,6 +127,7 @@ def test_color_transfer_of_grey_is_as_in_float64():
 
 def test_stripes_change_nothing(monkeypatch):
     """On the CPU large images are worked on in stripes: the statistics are put together again."""
+    monkeypatch.setattr("udakit.mixing.histogram.EXACT", 0)
     content, style = pair(5, 13, 17)
     whole = [transfer(content, style) for transfer in (udakit.color_transfer, udakit.histogram_transfer)]
     for block in (1, 300):
@@ -152,24 +154,26 @@ def textbook_histogram(content: Tensor, style: Tensor) -> Tensor:
 
 @given(
     seed=st.integers(0, 2**31), levels=st.sampled_from([1, 3, 256]), channels=st.sampled_from([1, 2, 4, 13]),
-    size=st.sampled_from([(30,), (5, 6), (2, 3, 5)]),
+    size=st.sampled_from([(30,), (5, 6), (2, 3, 5)]), exact=st.sampled_from([0, 2048]),
 )  # fmt: skip
-def test_histogram_transfer(seed, levels, channels, size):
+def test_histogram_transfer(seed, levels, channels, size, exact):
     content, style = pair(seed, *size, channels=channels)
     content = (content * levels).floor() / levels
     style = style[:, :, :4]
-    got = udakit.histogram_transfer(content, style, bins=100_000)
+    with mock.patch("udakit.mixing.histogram.EXACT", exact):
+        got = udakit.histogram_transfer(content, style, bins=100_000)
     for i in range(2):
         for k in range(channels):
             expected = textbook_histogram(content[i, k].flatten(), style[i, k].flatten())
-            torch.testing.assert_close(got[i, k].flatten(), expected, atol=1e-4, rtol=0)
+            torch.testing.assert_close(got[i, k].flatten(), expected, atol=0 if exact else 1e-4, rtol=1e-6)
 
 
 @given(seed=st.integers(0, 2**31), scale=st.sampled_from([1e-6, 1.0, 3e4]), shift=st.sampled_from([-2.0, 0.0, 5.0]))
 def test_histogram_transfer_at_any_scale(seed, scale, shift):
     """Bins follow the values: of either sign, of any size, exact ranks to a bin."""
     content, style = (scale * (x - 0.5 + shift) for x in pair(seed, 6, 7))
-    got = udakit.histogram_transfer(content, style, bins=100_000)
+    with mock.patch("udakit.mixing.histogram.EXACT", 0):
+        got = udakit.histogram_transfer(content, style, bins=100_000)
     for i in range(2):
         for k in range(3):
             expected = textbook_histogram(content[i, k].flatten(), style[i, k].flatten())
@@ -183,8 +187,10 @@ def test_histogram_transfer_of_images_without_pixels(sizes):
 
 
 @pytest.mark.parametrize("outlier", [-32767.0, 65535.0, 1e30])
-def test_one_pixel_far_away_moves_no_other(outlier):
+@pytest.mark.parametrize("exact", [0, 2048])
+def test_one_pixel_far_away_moves_no_other(outlier, exact, monkeypatch):
     """A pixel without data (-32767) in style or content used to take all bins for itself: the median went to -15."""
+    monkeypatch.setattr("udakit.mixing.histogram.EXACT", exact)
     content, style = pair(3, 40, 50)
     plain = udakit.histogram_transfer(content, style)
     spoilt_style = style.clone()
@@ -309,8 +315,12 @@ def test_a_single_image_is_said_to_be_a_batch_of_signals():
         udakit.fourier_transfer(image, image)
 
 
+@pytest.mark.parametrize("exact", [0, 2048])
 @pytest.mark.parametrize("transfer", [udakit.fourier_transfer, udakit.histogram_transfer, udakit.color_transfer])
-def test_a_nan_in_the_style_stays_with_its_image_and_is_not_hidden(transfer: Any) -> None:
+def test_a_nan_in_the_style_stays_with_its_image_and_is_not_hidden(
+    transfer: Any, exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("udakit.mixing.histogram.EXACT", exact)
     generator = torch.Generator().manual_seed(0)
     content, style = torch.rand(2, 2, 3, 8, 8, generator=generator)
     clean = transfer(content, style)

@@ -789,7 +789,11 @@ def wrong_options(op: Operation) -> None:
 def _modules(op: Operation) -> list[type[nn.Module]]:
     """The Modules that an entry stands for, whose constructors must refuse what their functions do."""
     public = getattr(udakit, op.name.partition("[")[0], None)
-    known = [public, op.module if "module" not in op.exempt else None, *(getattr(udakit, name) for name in op.covers)]
+    known = [
+        public,
+        op.module if "module" not in op.exempt else None,
+        *(getattr(udakit, name, None) for name in op.covers),
+    ]
     return list(dict.fromkeys(m for m in known if inspect.isclass(m) and issubclass(m, nn.Module)))
 
 

@@ -80,7 +80,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 @first_derivative_only
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, *tuple[None, ...]]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
     if grad is None:
         return None, None, None, None, None, None
     (kept,) = ctx.saved_tensors
