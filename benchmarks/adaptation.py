@@ -70,7 +70,9 @@ TITLES = {
     "diga": "DiGA",
     "ehtdi": "EHTDI",
     "combined": "combined",
-    "combined_mirror": "combined, an earlier version: trial of a third, mirror consistency alone",
+    "ablation_unmatched": "combined, scale not matched, labels by statistics of target batches",
+    "ablation_plain": "combined, labels not class-balanced",
+    "ablation_unstyled": "combined, source in its own colours",
     "oracle": "oracle",
 }
 WARM_UP = 20  # steps of linear warm-up of the learning rate, in every stage
@@ -91,6 +93,15 @@ EHTDI = {
     "pixel_contrast": 0.1,
     "prototype_contrast": 0.1,
 }
+ABLATION: dict[str, dict[str, Any]] = {
+    "ablation_unmatched": {"recipes": ["dacs"], "options": SETTINGS["batch"], "data": {"match_scale": False}},
+    "ablation_plain": {
+        "recipes": ["combined"],
+        "options": {"shared": {**SHARED, "selector": "confident_ratio"}},
+        "own": True,
+    },
+    "ablation_unstyled": {"recipes": ["combined"], "options": {"shared": {**SHARED, "translate": "none"}}, "own": True},
+}
 BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of the scores
     "bad_argmax": {"selector": "argmax", "jitter": 0.2},
     "bad_threshold": {"selector": "threshold", "threshold": 0.99, "jitter": 0.2},
@@ -107,12 +118,14 @@ def rows_of() -> dict[str, dict[str, Any]]:
         "ehtdi": {"recipes": ["ehtdi"], "options": EHTDI},
         "oracle": {"recipes": ["source_only"], "data": {"oracle": True}},
     }
+    rows |= ABLATION
     return rows | {name: {"recipes": ["dacs"], "options": o, "bad": True} for name, o in BAD.items()}
 
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "main": ("source_only", *(f"dacs_{name}" for name in SETTINGS), "combined", "oracle"),
     "methods": ("diga", "ehtdi"),
+    "ablation": tuple(ABLATION),
     "bad": tuple(BAD),
 }
 
