@@ -167,9 +167,7 @@ def verdict(results: dict[str, Any]) -> str:
         if method in RIVALS and (rival := RIVALS[method]) in METHODS:
             against_rival = {name_of(p): d for p in pairs if (d := differences(results, p, method, rival))}
             if against_rival:
-                words.append(
-                    f"Against {METHODS[rival]} it {judged(against_rival, 'is ahead', 'is behind', 'is level')}."
-                )
+                words.append(f"Against {METHODS[rival]}: {judged(against_rival, 'ahead', 'behind', 'level')}.")
         lines.append(" ".join([*words, REMARKS.get(method, "")]).strip())
     found = {}
     for run in results.values():
