@@ -124,7 +124,7 @@ def test_metadata(metadata):
     needed = [r for r in metadata.requires_dist if r.marker is None or "extra" not in str(r.marker)]
     assert sorted(r.name for r in needed) == ["einops", "jaxtyping", "kornia", "numpy", "torch"]
     assert all(str(r.specifier).startswith(">=") for r in needed), "a bound from above keeps users from updating"
-    assert set(metadata.provides_extra) == {"bench", "docs", "examples", "export", "monai", "test", "track"}
+    assert set(metadata.provides_extra) == {"bench", "docs", "examples", "export", "lora", "monai", "test", "track"}
 
 
 def test_long_description_is_the_readme(metadata):

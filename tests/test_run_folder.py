@@ -157,9 +157,15 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- whole runs
 
 
+def hear_interrupts() -> None:
+    """In the child: SIGINT as at a terminal, since a suite that runs in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(out: Path, *arguments: str, **options: object) -> subprocess.Popen[str]:
     stages = json.dumps([{"recipe": "source_only", "steps": 10_000}])
     command = [sys.executable, str(SCRIPT), *TINY, f"--stages={stages}", f"--out={out}", *arguments]
+    options.setdefault("preexec_fn", hear_interrupts)
     return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=environment(), **options)  # type: ignore[call-overload, no-any-return]
 
 

@@ -120,7 +120,8 @@ def _without_default_colours(draw: StrongAugmentDraw, images: Tensor) -> StrongA
     for name in ("saturation", "hue", "greyscale"):
         if getattr(draw, name) is not None and name not in draw.default_colours:
             check_rgb("images", images, f"`{name}`")
-    return StrongAugmentDraw(*draw[:3], None, None, *draw[5:])  # without saturation and hue
+    # Without saturation and hue; not by `_replace`, which torch.compile of torch 2.5 cannot follow.
+    return StrongAugmentDraw(*draw[:3], None, None, *draw[5:])  # type: ignore[arg-type]
 
 
 def _touched(draw: StrongAugmentDraw) -> Tensor:
