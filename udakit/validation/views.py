@@ -145,7 +145,7 @@ def mirror_consistency(
 
     $$\operatorname{mIoU}\left(\arg\max f(x),\ \operatorname{flip} \arg\max f(\operatorname{flip} x)\right)$$
 
-    Higher is better. Of the label-free scores tried on three pairs this one kept its sign on all of them.
+    Higher is better. It kept its sign on the five pairs of our study.
 
     **Convention.** [`view_consistency`][udakit.validation.view_consistency] of `mirror_view(axis)`. For one number of a
     data set add up intersections and unions with [`ConsistencyScore`][udakit.validation.ConsistencyScore].
