@@ -346,11 +346,12 @@ def check_stages(config: Config) -> None:
         if stage.recipe not in RECIPES:
             raise ValueError(f"Expected `recipe` to be one of {sorted(RECIPES)}, but got {stage.recipe!r}.")
         options = RECIPES[stage.recipe].parse(stage.options)
-        if config.data.channels != 3 and asks_for(options, "translate", LEARNED):
-            raise ValueError(
-                f"Expected `translate` of {stage.recipe} to be color, fourier, histogram or none for `data.channels` "
-                f"{config.data.channels}, but got {LEARNED!r}: the learned translator takes images of three channels."
-            )
+        for style in (LEARNED, "color"):
+            if config.data.channels != 3 and asks_for(options, "translate", style):
+                raise ValueError(
+                    f"Expected `translate` of {stage.recipe} to be fourier, histogram or none for `data.channels` "
+                    f"{config.data.channels}, but got {style!r}, which takes images of three channels."
+                )
     check_select(config)
 
 
