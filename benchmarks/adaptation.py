@@ -307,7 +307,7 @@ def table(results: dict[str, Any]) -> str:
     picks = [
         f"{NAMES[pair]}: {choose(pair, results)}" for pair in pairs if any(gains_elsewhere(pair, results).values())
     ]
-    text = ", ".join(picks) or "not measured yet, no pair has all three"
+    text = ", ".join(picks) or "not measured yet, no pair has both"
     return "\n".join(lines) + f"\n\nSetting of DACS that the other pairs choose: {text}.\n"
 
 

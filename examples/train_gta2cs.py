@@ -163,7 +163,7 @@ def match_source_scale(state: StageState) -> None:
     """Before the first step of adaptation: find the scale of target, by a net that has learned source."""
     run, data = state.run, state.run.config.data
     wanted = state.recipe.MATCH_SCALE if data.match_scale is None else data.match_scale
-    trained = state.index > 0 or run.config.init is not None
+    trained = state.index > 0 or (run.config.init is not None and run.config.net.take == "all")
     if wanted and trained and state.index == first_adapting(run.config):
         score = partial(score_without_labels, run, whose=f"the net that {state.stage.recipe} starts from")
         scale, found = match_scale(score, state.recipe.student)
@@ -172,7 +172,7 @@ def match_source_scale(state: StageState) -> None:
         listed = ", ".join(f"{tried:.2g}: {100 * score:.1f}" for tried, score in found.items())
         run.console.print(
             f"scale of target images by {DEFAULT.replace('_', ' ')}, %: {listed}; "
-            f"source images are scaled by {run.source_factor:.2g}"
+            f"source images are scaled by {run.source_factor:.2g} and by a draw of data.target_scale"
         )
     state.history["source_factor"] = run.source_factor
 

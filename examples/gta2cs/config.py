@@ -95,7 +95,7 @@ class Stage:
     """One recipe for a number of steps, from the student of the stage before."""
 
     recipe: str = "dacs"
-    """source_only, dacs, diga_warmup, diga, ehtdi, duda_pre or duda."""
+    """source_only, combined, dacs, diga_warmup, diga, ehtdi, duda_pre or duda."""
     steps: int = 400
     """Optimiser steps."""
     lr: float = 1e-4

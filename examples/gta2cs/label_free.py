@@ -49,9 +49,8 @@ DIRECTIONS = {
 DEFAULT = "confident_consistency"  # what `select` and the recipe `combined` look at
 # What is known of a score, in words, for the verdict.
 RELIABILITY = {
-    "confident_consistency": "On five pairs, one seed, it told the adapted from the source-only net in all 26 runs; "
-    "its rank correlation with the true mIoU was 0.38 to 0.95 (docs/results/scores.md). Differences of a hundredth say "
-    "nothing.",
+    "confident_consistency": "On five pairs, one seed, its rank correlation with the true mIoU was 0.38 to 0.95 "
+    "(docs/results/scores.md). Differences of a hundredth say nothing.",
     "mirror_consistency": "On five pairs, one seed, its rank correlation with the true mIoU was 0.33 to 0.95: it never "
     "pointed the wrong way, and it is no proof.",
 }

@@ -108,7 +108,7 @@ class Combined(Recipe):
                 break
         self.images = torch.stack(crops[: self.options.images])
         count = len(self.candidates)
-        self.trial_steps = count * round(self.options.trial * data.steps / count) if count > 1 else 0
+        self.trial_steps = count * int(self.options.trial * data.steps / count) if count > 1 else 0
         self.kept = 0 if count == 1 else -1
         self.progress = self.progress.new_tensor([0, self.trial_steps, self.kept])
         for candidate in self.candidates.values():
