@@ -46,7 +46,7 @@ SHARED: dict[str, Any] = {
 
 
 class Combined(Recipe):
-    """Candidates of DACS in turn, then the one that the label-free score keeps."""
+    """DACS, with the candidate that the label-free score keeps."""
 
     IDLE_PARAMETERS = True
     MATCH_SCALE = True
