@@ -160,3 +160,17 @@ def test_a_browser_shows_the_pictures(report, tmp_path):
     browse(tmp_path / "profile", "--window-size=900,900", f"--screenshot={shot}", page.as_uri())
     pixels = np.asarray(Image.open(shot).convert("RGB")).reshape(-1, 3)
     assert len(np.unique(pixels, axis=0)) > 10_000, "the noise of the pictures is not on the screenshot"
+
+
+def test_the_scale_of_the_losses_is_numbers(tmp_path, monkeypatch):
+    from gta2cs import report
+
+    kept = {}
+    monkeypatch.setattr(report, "_save", lambda figure, path: kept.update(figure=figure))
+    losses = [{"step": k, "terms": {"source": 2.0 / k}} for k in range(1, 20)]
+    report.save_curves(tmp_path / "curves.png", [{"name": "dacs", "steps": 20, "losses": losses, "scores": []}])
+    axis = kept["figure"].axes[0]
+    kept["figure"].canvas.draw()
+    labels = [t.get_text() for t in (*axis.get_yticklabels(), *axis.get_yticklabels(minor=True)) if t.get_text()]
+    assert labels
+    assert all(float(label.replace("\N{MINUS SIGN}", "-")) > 0 for label in labels)

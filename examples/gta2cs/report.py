@@ -11,6 +11,7 @@ import numpy as np
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogFormatter
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called "a$b"
 from rich.console import Console
@@ -179,6 +180,8 @@ def save_curves(path: Path, stages: list[dict[str, Any]], classes: ClassSet | No
         else:  # a line a class: below, where it covers none of them
             axis.legend(fontsize=7, frameon=False, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     left.set_yscale("log")
+    left.yaxis.set_major_formatter("{x:g}")  # the default one writes formulas, and they are off: see above
+    left.yaxis.set_minor_formatter(LogFormatter())
     figure.tight_layout()
     _save(figure, path)
 
