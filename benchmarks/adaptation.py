@@ -22,7 +22,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ EVERY = 100  # steps between scores
 SCALES = {"source_scale": (0.6, 1.7), "target_scale": (0.8, 1.25)}
 AUGMENT: dict[str, Any] = {"jitter": SHARED["jitter"]}
 MATCH = {"match_scale": True}  # of every row that adapts
-# ... and how DACS labels and selects. `combined` tries all of them itself.
+# ... and how DACS labels and selects. `combined` decides between them itself.
 SETTINGS: dict[str, dict[str, Any]] = {name: {**SHARED, **own} for name, own in CANDIDATES.items()}
 EHTDI = {
     "labels_from": "teacher",
@@ -189,10 +189,18 @@ def warm_start(pair: str, seed: int, cache: Path) -> Path:
     return cache / pair / f"seed{seed}" / "warm" / "stage1_source_only" / "last.pt"
 
 
+def warmed(pair: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
+    """Configuration of a seed's source-only net, which is trained first where it is missing."""
+    config = configure(pair, "warm", seed, data_root, cache)
+    if not (config.out / "results.json").is_file():
+        train_gta2cs.main(config)
+    return config
+
+
 def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, Any]:
     """Train a row, its warm start first where that is missing, and return what the JSON keeps of it."""
-    if row != "warm" and not (cache / pair / f"seed{seed}" / "warm" / "results.json").is_file():
-        train_gta2cs.main(configure(pair, "warm", seed, data_root, cache))
+    if row != "warm":
+        warmed(pair, seed, data_root, cache)
     config = configure(pair, row, seed, data_root, cache)
     began = time.perf_counter()
     rows = train_gta2cs.main(config)
@@ -256,7 +264,7 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def add(path: Path, key: str, result: dict[str, Any]) -> None:
+def add(path: Path, key: str, result: dict[str, Any] | list[Any]) -> None:
     """Add a result to the JSON, also beside another process that does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
@@ -345,16 +353,39 @@ def study(results: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def parser_of_runs(
+    description: str, *, results: Path, page: Path, pairs: Sequence[str], of: Sequence[str], seeds: Sequence[int]
+) -> argparse.ArgumentParser:
+    """The options of every script whose runs are (pair, ..., seed): by default `pairs`, of those in `of`."""
+    parser = argparse.ArgumentParser(description=description.split("\n\n")[0])
     parser.add_argument("--data-root", type=Path, default=os.environ.get("UDAKIT_DATA"))
-    parser.add_argument("--group", default="main", choices=list(GROUPS))
-    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
-    parser.add_argument("--rows", nargs="+", help="default: all of the group")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--pairs", nargs="+", choices=list(of), default=list(pairs))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(seeds))
+    parser.add_argument("--results", type=Path, default=results)
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "adaptation")
-    parser.add_argument("--table", action="store_true", help=f"train nothing, rewrite the table of {PAGE.name}")
+    parser.add_argument("--table", action="store_true", help=f"run nothing, rewrite the table of {page.name}")
+    return parser
+
+
+def run_missing(
+    runs: Iterable[tuple[Any, ...]], run: Callable[..., dict[str, Any] | list[Any]], options: argparse.Namespace
+) -> None:
+    """Add `run(*key, data_root, cache)` to the JSON for every key (pair, ..., seed) that it lacks."""
+    root = Path(options.data_root) if options.data_root else None
+    for case in runs:
+        if (key := "/".join(map(str, case))) in load(options.results):
+            continue
+        if case[0] != "toy" and (root is None or not root.is_dir()):
+            print(f"skipped {key}: no --data-root and no UDAKIT_DATA")
+            continue
+        print(f"== {key}", flush=True)
+        add(options.results, key, run(*case, root, options.cache))
+
+
+def main() -> None:
+    parser = parser_of_runs(__doc__, results=RESULTS, page=PAGE, pairs=[*PAIRS], of=[*PAIRS], seeds=[0, 1, 2])
+    parser.add_argument("--group", default="main", choices=list(GROUPS))
+    parser.add_argument("--rows", nargs="+", help="default: all of the group")
     parser.add_argument("--study", type=Path, help="train nothing, write the runs for benchmarks/selection.py here")
     parser.add_argument("--choose", action="store_true", help="train nothing, say which setting each pair's row uses")
     options = parser.parse_args()
@@ -369,15 +400,9 @@ def main() -> None:
         if options.study:
             write_json(options.study, study(results))
         return
-    root = Path(options.data_root) if options.data_root else None
-    for seed, row, pair in itertools.product(options.seeds, options.rows or GROUPS[options.group], options.pairs):
-        if (key := f"{pair}/{row}/{seed}") in load(options.results):
-            continue
-        if pair != "toy" and (root is None or not root.is_dir()):
-            print(f"skipped {key}: no --data-root and no UDAKIT_DATA")
-            continue
-        print(f"== {key}", flush=True)
-        add(options.results, key, run(pair, row, seed, root, options.cache))
+    rows = options.rows or GROUPS[options.group]
+    cases = itertools.product(options.seeds, rows, options.pairs)
+    run_missing([(pair, row, seed) for seed, row, pair in cases], run, options)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ nets: the agreement with their mean, and the accuracy that confidence lets expec
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import itertools
-import os
 import sys
 import time
 from pathlib import Path
@@ -85,9 +83,7 @@ class Logits(nn.Module):
 
 def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, Any]:
     """Adapt the source-only net of a seed in every way, and score each."""
-    config = adaptation.configure(pair_name, "warm", seed, data_root, cache)
-    if not (config.out / "results.json").is_file():
-        train_gta2cs.main(config)
+    config = adaptation.warmed(pair_name, seed, data_root, cache)
     pair = train_gta2cs.open_pair(config)
     net = config.net.build(len(pair.classes.names))
     load_init(net, adaptation.warm_start(pair_name, seed, cache))
@@ -188,28 +184,15 @@ def line(title: str, name: str, columns: list[list[dict[str, Any]]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("UDAKIT_DATA"))
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "adaptation")
-    parser.add_argument("--table", action="store_true", help=f"adapt nothing, rewrite the table of {PAGE.name}")
+    parser = adaptation.parser_of_runs(__doc__, results=RESULTS, page=PAGE, pairs=PAIRS, of=PAIRS, seeds=[0, 1])
     options = parser.parse_args(arguments)
     if options.table:
         results = adaptation.load(options.results)
         write_json(RESULTS, results)
         write_section("after_deployment", table(results), PAGE)
         return
-    root = Path(options.data_root) if options.data_root else None
-    for seed, pair in itertools.product(options.seeds, options.pairs):
-        if (key := f"{pair}/{seed}") in adaptation.load(options.results):
-            continue
-        if root is None or not root.is_dir():
-            print(f"skipped {key}: no --data-root and no UDAKIT_DATA")
-            continue
-        print(f"== {key}", flush=True)
-        adaptation.add(options.results, key, run(pair, seed, root, options.cache))
+    cases = itertools.product(options.seeds, options.pairs)
+    adaptation.run_missing([(pair, seed) for seed, pair in cases], run, options)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ pixels and a few hundred steps. The last student counts.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
-import os
 import statistics
 import sys
 import time
@@ -82,8 +80,7 @@ def configure(pair: str, part: str, seed: int, data_root: Path | None, cache: Pa
 
 def run(pair: str, part: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, Any]:
     """Train a part, its source-only start first where that is missing, and return what the JSON keeps of it."""
-    if not (cache / pair / f"seed{seed}" / "warm" / "results.json").is_file():
-        train_gta2cs.main(adaptation.configure(pair, "warm", seed, data_root, cache))
+    adaptation.warmed(pair, seed, data_root, cache)
     config = configure(pair, part, seed, data_root, cache)
     began = time.process_time()
     train_gta2cs.main(config)
@@ -158,14 +155,10 @@ def signed(values: list[float]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("UDAKIT_DATA"))
-    parser.add_argument("--pairs", nargs="+", choices=list(STEPS), default=["nuclei", "toy"])
+    parser = adaptation.parser_of_runs(
+        __doc__, results=RESULTS, page=PAGE, pairs=["nuclei", "toy"], of=[*STEPS], seeds=[0, 1]
+    )
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "adaptation")
-    parser.add_argument("--table", action="store_true", help=f"train nothing, rewrite the table of {PAGE.name}")
     options = parser.parse_args(arguments)
     if options.table:
         results = adaptation.load(options.results)
@@ -173,15 +166,8 @@ def main(arguments: list[str] | None = None) -> None:
         write_section("parts", table(results), PAGE)
         write_section("parts_published", published(results), SUMMARY)
         return
-    root = Path(options.data_root) if options.data_root else None
-    for seed, pair, part in itertools.product(options.seeds, options.pairs, options.parts):
-        if (key := f"{pair}/{part}/{seed}") in adaptation.load(options.results):
-            continue
-        if pair != "toy" and (root is None or not root.is_dir()):
-            print(f"skipped {key}: no --data-root and no UDAKIT_DATA")
-            continue
-        print(f"== {key}", flush=True)
-        adaptation.add(options.results, key, run(pair, part, seed, root, options.cache))
+    cases = itertools.product(options.seeds, options.pairs, options.parts)
+    adaptation.run_missing([(pair, part, seed) for seed, pair, part in cases], run, options)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ target validation set the truth, both enlarged or shrunk before the net sees the
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,7 @@ PAGE = ROOT / "docs" / "methods" / "combined.md"
 
 def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> list[dict[str, Any]]:
     """Score and truth of a pair's source-only net at every scale."""
-    if not (cache / pair_name / f"seed{seed}" / "warm" / "results.json").is_file():
-        train_gta2cs.main(adaptation.configure(pair_name, "warm", seed, data_root, cache))
-    config = adaptation.configure(pair_name, "warm", seed, data_root, cache)
+    config = adaptation.warmed(pair_name, seed, data_root, cache)
     pair = train_gta2cs.open_pair(config)
     assert pair.target_val is not None
     net = config.net.build(len(pair.classes.names))
@@ -87,26 +84,15 @@ def table(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--data-root", type=Path, default=os.environ.get("UDAKIT_DATA"))
-    parser.add_argument("--pairs", nargs="+", choices=list(adaptation.PAIRS), default=list(adaptation.PAIRS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "adaptation")
-    parser.add_argument("--table", action="store_true", help=f"measure nothing, write the table of {PAGE.name}")
+    parser = adaptation.parser_of_runs(
+        __doc__, results=RESULTS, page=PAGE, pairs=[*adaptation.PAIRS], of=[*adaptation.PAIRS], seeds=[0]
+    )
     options = parser.parse_args()
     if options.table:
         write_section("scales", table(adaptation.load(options.results)), PAGE)
         return
-    root = Path(options.data_root) if options.data_root else None
-    for seed in options.seeds:
-        for pair in options.pairs:
-            if (key := f"{pair}/{seed}") in adaptation.load(options.results):
-                continue
-            if pair != "toy" and (root is None or not root.is_dir()):
-                print(f"skipped {key}: no --data-root and no UDAKIT_DATA")
-                continue
-            adaptation.add(options.results, key, run(pair, seed, root, options.cache))
+    cases = itertools.product(options.seeds, options.pairs)
+    adaptation.run_missing([(pair, seed) for seed, pair in cases], run, options)
 
 
 if __name__ == "__main__":
