@@ -41,12 +41,18 @@ ce, kd, mix = u.cross_entropy, u.kd_loss, u.class_mix
 MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
     "losses": [
         (lambda: ce(LABELS, LOGITS), r"`logits` .* a float tensor, but got torch.int64 \(2, 8, 8\)\. .* swapped\?"),
-        (lambda: ce(LOGITS, WEIGHT), r"`labels` .* int64 or uint8 tensor, but got torch.float32 .*\. .* by \.long\(\)"),
+        (
+            lambda: ce(LOGITS, WEIGHT),
+            r"`labels` .* int64 or uint8 tensor, but got torch.float32 .*\. .* with \.long\(\)",
+        ),
         (
             lambda: ce(LOGITS, LOGITS),
             r"`labels` .* but got torch.float32 \(2, 5, 8, 8\)\. .* swapped\? .*\.argmax\(1\)",
         ),
-        (lambda: ce(LOGITS, LABELS.int()), r"`labels` .* but got torch.int32 \(2, 8, 8\)\. Class ids .* \.long\(\)"),
+        (
+            lambda: ce(LOGITS, LABELS.int()),
+            r"`labels` .* but got torch.int32 \(2, 8, 8\)\. Convert class ids .* \.long\(\)",
+        ),
         (
             lambda: ce(LOGITS, LABELS[:, None]),
             r"`labels` to be \(N, H, W\) .* but got \(2, 1, 8, 8\)\. .*\.squeeze\(1\)",
@@ -61,36 +67,39 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         ),
         (
             lambda: ce(LOGITS.movedim(1, -1), LABELS),
-            r"`labels` .* `logits` \(2, 8, 8, 5\), but got \(2, 8, 8\)\. .*channels last: \.movedim\(-1, 1\) .*",
+            r"`labels` .* `logits` \(2, 8, 8, 5\), but got \(2, 8, 8\)\. .*`logits` are last: .* \.movedim\(-1, 1\)",
         ),
         (
             lambda: ce(WEIGHT, LABELS),
-            r"`labels` .* `logits` \(2, 8, 8\), but got \(2, 8, 8\)\. .*unsqueeze\(1\) .*udakit\.binary_logits .*",
+            r"`labels` .* `logits` \(2, 8, 8\), but got \(2, 8, 8\)\. .*unsqueeze\(1\) .*udakit\.binary_logits",
         ),
         (
             lambda: kd(LOGITS, LOGITS.movedim(1, -1)),
-            r"`teacher_logits` .* but got \(2, 8, 8, 5\)\. It has its channels last: \.movedim\(-1, 1\) .*",
+            r"`teacher_logits` .* but got \(2, 8, 8, 5\)\. Its channels are last: .* \.movedim\(-1, 1\)",
         ),
         (
             lambda: ce(LOGITS[:, :1], LABELS),
-            r"`logits` to be \(N, C, H, W\) with C of 2 at least, but got \(2, 1, 8, 8\)\. .* udakit\.binary_logits",
+            r"`logits` to be \(N, C, H, W\) with C of at least 2, but got \(2, 1, 8, 8\)\. Use udakit\.binary_logits.*",
         ),
         (
             lambda: u.max_square_loss(LOGITS[:, :1], kind="probabilities"),
-            r"`logits` .* One probability a pixel becomes two classes by udakit\.binary_probabilities",
+            r"`logits` .* Use udakit\.binary_probabilities to turn one probability per pixel into two classes",
         ),
         (
             lambda: kd(LOGITS, LOGITS, valid=WEIGHT[:, None]),
-            r"`valid` .* torch.float32 \(2, 1, 8, 8\)\. .*> 0\.5\. The channel axis goes by .*squeeze\(1\)",
+            r"`valid` .* torch.float32 \(2, 1, 8, 8\)\. .*> 0\.5\. Remove the channel axis with .*squeeze\(1\)",
         ),
-        (lambda: ce(LOGITS, WEIGHT[:, None]), r"`labels` .* \.long\(\)\. The channel axis goes by \.squeeze\(1\)"),
-        (lambda: ce(LOGITS, LABELS, ignore_index=None), "`ignore_index` to be an integer, but got None. -100, or .*"),
+        (lambda: ce(LOGITS, WEIGHT[:, None]), r"`labels` .* \.long\(\)\. Remove the channel axis with \.squeeze\(1\)"),
+        (
+            lambda: ce(LOGITS, LABELS, ignore_index=None),
+            "`ignore_index` to be an integer, but got None. To ignore nothing, pass -100 .*",
+        ),
         (lambda: ce(LOGITS, LABELS, ignore_index="255"), "`ignore_index` to be an integer, but got '255'"),
         (lambda: kd(LOGITS, LOGITS, temperature=float("inf")), "`temperature` to be finite and above 0, but got inf"),
         (lambda: u.EntropyLoss(normalize="no"), "`normalize` to be True or False, but got 'no'"),
         (
             lambda: u.upsampled_cross_entropy(LOGITS.flatten(2), LABELS.flatten(1)),
-            r"`logits` to be \(N, C, H, W\), since .* two-dimensional, but got \(2, 5, 64\)\. F\.interpolate .*",
+            r"`logits` to be \(N, C, H, W\), since .* two-dimensional, but got \(2, 5, 64\)\. .* F\.interpolate .*",
         ),
         (lambda: ce(LOGITS, LABELS[:1]), r"`labels` .* matching `logits` \(2, 5, 8, 8\), but got \(1, 8, 8\)"),
         (lambda: ce(LOGITS.numpy(), LABELS), r"`logits` .* but got ndarray\. .* torch\.as_tensor"),
@@ -137,7 +146,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         ),
         (
             lambda: u.prototype_contrast_loss(SMALL, SMALL, LABELS, num_classes=C),
-            r"`labels` to be .* matching `view_a` .* but got \(2, 8, 8\)\. .* by udakit\.downscale_labels or .*",
+            r"`labels` to be .* matching `view_a` .* but got \(2, 8, 8\)\. .* with udakit\.downscale_labels or .*",
         ),
         (
             lambda: u.pixel_prototype_contrast_loss(FEATURES, LABELS, PROTOTYPES.T),
@@ -149,13 +158,16 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         ),
         (
             lambda: u.supervised_pixel_contrast_loss(FEATURES, LABELS, num_classes=C, generator=0),
-            r"`generator` to be a torch\.Generator or None, but got 0\. .*manual_seed\(seed\) makes one of a seed",
+            r"`generator` to be a torch\.Generator or None, but got 0\. Make one with .*manual_seed\(seed\)",
         ),
         (
             lambda: u.feature_distance_loss(FEATURES.flatten(2), FEATURES),
-            r"`reference_features` .* `features` \(2, 6, 64\), but got \(2, 6, 8, 8\)\. Tokens .* become a map by .*",
+            r"`reference_features` .* `features` \(2, 6, 64\), but got \(2, 6, 8, 8\)\. Turn tokens .* into a map .*",
         ),
-        (lambda: u.feature_distance_loss(FEATURES, SMALL_FEATURES), "`reference_features` .* F.interpolate brings .*"),
+        (
+            lambda: u.feature_distance_loss(FEATURES, SMALL_FEATURES),
+            "`reference_features` .* Resize .* with F.interpolate",
+        ),
         (lambda: u.ProjectedFeatureLoss(4, D)(FEATURES, FEATURES), r"`features` to have 4 channels, the `dim` .*"),
     ],
     "mixing": [
@@ -233,7 +245,10 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
     ],
     "pseudo_labels": [
         (lambda: u.ArgmaxSelector()((LOGITS, FEATURES)), r"`logits` .* but got tuple\. Pass the tensor .*"),
-        (lambda: u.ThresholdSelector(95), r"`threshold` to be in \[0, 1\], but got 95\. It is a share: 95 % is 0\.95"),
+        (
+            lambda: u.ThresholdSelector(95),
+            r"`threshold` to be in \[0, 1\], but got 95\. It is a fraction: 95 % is 0\.95",
+        ),
         (lambda: u.ThresholdSelector(0.9)(LABELS), r"`logits` .* but got torch.int64 \(2, 8, 8\)\. .*"),
         (lambda: u.ThresholdSelector(0.9)(LOGITS, kind="softmax"), "`kind` to be one of .* but got 'softmax'"),
         (
@@ -265,7 +280,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
             r"`labels` .* matching `features` .*downscale.*",
         ),
         (lambda: u.class_means(FEATURES, LABELS, num_classes=0), "`num_classes` to be at least 1, but got 0"),
-        (lambda: prototypes(momentum=99), r"`momentum` .* but got 99\. It is a share: 99 % is 0\.99"),
+        (lambda: prototypes(momentum=99), r"`momentum` .* but got 99\. It is a fraction: 99 % is 0\.99"),
         (lambda: prototypes().update(LOGITS, LABELS), r"`features` to be .* with D = 6, but got \(2, 5, 8, 8\)"),
         (lambda: prototypes().set_(PROTOTYPES, [1] * C), r"`counts` to be an integer tensor, but got list\. .*"),
     ],
@@ -316,7 +331,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         ),
         (
             lambda: u.teacher_agreement([LOGITS[:, :1], LOGITS[:, :1]]),
-            r"`logits\[0\]` .* but got \(2, 1, 8, 8\)\. One logit .* udakit\.binary_logits",
+            r"`logits\[0\]` .* but got \(2, 1, 8, 8\)\. Use udakit\.binary_logits to turn one logit .*",
         ),
         (lambda: u.resize_labels(LABELS, 16), r"`size` to be \(height, width\), .* but got 16\. .* \(16, 16\)"),
         (

@@ -153,7 +153,7 @@ def test_no_space_and_four_axes_of_it_are_refused(shape: tuple[int, ...]) -> Non
 
 
 def test_unlike_dimensions_are_refused() -> None:
-    with pytest.raises(ValueError, match="and as many axes"):
+    with pytest.raises(ValueError, match="and the same number of axes"):
         udakit.kd_loss(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4), resize="student")
     with pytest.raises(ValueError, match="the batch and size of `features`"):
         udakit.ProjectedFeatureLoss(3, 3, resize="student")(torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4))

@@ -182,7 +182,7 @@ def test_errors_of_views() -> None:
         udakit.view_consistency(ramp, images, lambda x: x[..., :2], lambda x: x)
     with pytest.raises(TypeError, match=r"`inverse` to return logits or \(logits, valid\), but got None"):
         udakit.view_consistency(ramp, images, lambda x: x, lambda x: None)  # type: ignore[arg-type, return-value]
-    with pytest.raises(ValueError, match=r"`model\(images\)` to be .* with C of 2 at least"):
+    with pytest.raises(ValueError, match=r"`model\(images\)` to be .* with C of at least 2"):
         udakit.mirror_consistency(lambda x: x[:, :1], images)
 
 

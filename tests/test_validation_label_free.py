@@ -212,7 +212,7 @@ def test_errors() -> None:
         module.compute()
     with pytest.raises(ValueError, match=r"`logits` to have 3 classes, but got \(1, 4, 4\)"):
         module.update(torch.rand(1, 4, 4))
-    with pytest.raises(ValueError, match=r"C of 2 at least, but got \(1, 1, 4\)\. .* udakit\.binary_logits"):
+    with pytest.raises(ValueError, match=r"C of at least 2, but got \(1, 1, 4\)\. .*udakit\.binary_logits"):
         module.update(torch.rand(1, 1, 4))
     with pytest.raises(ValueError, match="`num_classes` to be at least 2, but got 1"):
         udakit.LabelFreeScores(1)

@@ -1,6 +1,6 @@
 """Argument checks: one message form, static facts only (shapes, dtypes, devices, options), never a tensor's values.
 
-"Expected `name` to be ..., but got ....", and a sentence that says what to do where the usual cause is known.
+"Expected `name` to be ..., but got ...." Where the usual cause is known, another sentence says what to do.
 """
 
 from udakit._checks.devices import as_device, check_device, check_generator, draw_device

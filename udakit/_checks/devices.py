@@ -13,12 +13,12 @@ def check_device(name: str, x: Tensor, reference: Tensor, reference_name: str) -
     if x.device != reference.device:
         raise ValueError(
             f"Expected `{name}` to be on the device of `{reference_name}` '{reference.device}', but got one on "
-            f"'{x.device}'. Move it with .to('{reference.device}'); a Module moves its buffers likewise."
+            f"'{x.device}'. Move it with .to('{reference.device}'); .to also moves the buffers of a Module."
         )
 
 
 def as_device(device: object) -> torch.device:
-    """The device that an option names; raise where it names none."""
+    """The device that an option names; raise if it does not name one."""
     try:
         if isinstance(device, (str, int, torch.device)) and not isinstance(device, bool):
             return torch.device(device)
@@ -28,7 +28,7 @@ def as_device(device: object) -> torch.device:
 
 
 def draw_device(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device:
-    """Where random numbers are drawn: on `device`, by default that of the generator, else the CPU."""
+    """The device to draw random numbers on: `device`, or else the generator's, or else the CPU."""
     if device is None:
         device = torch.device("cpu") if generator is None else generator.device
     device = as_device(device)
@@ -37,13 +37,13 @@ def draw_device(generator: torch.Generator | None, device: torch.device | str | 
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    """Raise unless `generator` draws on `device` (an index-less "cuda" generator fits any card)."""
+    """Raise unless `generator` draws on `device` (a "cuda" generator without an index fits any GPU)."""
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
         raise TypeError(
             f"Expected `generator` to be a torch.Generator or None, but got {kind_of(generator)}. "
-            f"torch.Generator('{device}').manual_seed(seed) makes one of a seed."
+            f"Make one with torch.Generator('{device}').manual_seed(seed)."
         )
     own = generator.device
     if own.type != device.type or (own.index is not None and device.index is not None and own.index != device.index):

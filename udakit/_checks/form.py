@@ -18,7 +18,7 @@ def shape_of(x: Tensor) -> str:
 
 
 def kind_of(x: object) -> str:
-    """What was given, in place of the tensor that was expected: `torch.int64 (2, 64, 64)`, `ndarray`, `0.5`."""
+    """What was given instead of the expected tensor: `torch.int64 (2, 64, 64)`, `ndarray`, `0.5`."""
     if isinstance(x, Tensor):
         return f"{x.dtype} {shape_of(x)}"
     if isinstance(x, type):
@@ -27,7 +27,7 @@ def kind_of(x: object) -> str:
 
 
 def brief(value: object) -> str:
-    """A wrong option: as it is, unless it is large."""
+    """A wrong option as it was given, unless it is large."""
     return repr(value) if is_sequence(value) else kind_of(value)
 
 
@@ -37,24 +37,24 @@ def space_form(first: str, spatial: int | None) -> str:
 
 
 def is_integer(value: object) -> bool:
-    """Whether `value` is a Python, NumPy or symbolic integer; True and False are none."""
+    """Whether `value` is a Python, NumPy or symbolic integer; True and False are not."""
     return isinstance(value, (int, numbers.Integral, torch.SymInt)) and not isinstance(value, bool)
 
 
 def is_sequence(value: object) -> bool:
-    """Whether `value` is a list, a tuple or like one; a string is not."""
+    """Whether `value` is a list, a tuple or another sequence; a string is not."""
     return isinstance(value, (tuple, list)) or (isinstance(value, Sequence) and not isinstance(value, str))
 
 
 def unwrap_hint(x: object) -> str:
-    """How to get at the tensor in what was given instead of one."""
+    """How to get the tensor out of what was given."""
     if isinstance(x, (np.ndarray, np.generic)):
-        return " An array becomes one by torch.as_tensor."
+        return " Convert arrays with torch.as_tensor."
     if hasattr(x, "prototypes"):
         return " Pass its .prototypes."
     if isinstance(x, Mapping) or hasattr(x, "logits"):
         return ' Pass the tensor in it: net(images).logits or net(images)["out"] for the output of a net.'
     if isinstance(x, (list, tuple)):
         numbers_only = len(x) > 0 and all(isinstance(entry, (int, float)) for entry in x)
-        return " Numbers become one by torch.tensor." if numbers_only else " Pass the tensor in it, for example [0]."
+        return " Convert numbers with torch.tensor." if numbers_only else " Pass the tensor in it, for example [0]."
     return ""

@@ -15,11 +15,11 @@ def check_maps(name: str, x: Tensor, first: str = "N, C", *, hint: str = "") -> 
     check_tensor(name, x, "a float tensor")
     if not x.is_floating_point():
         if not hint:
-            hint = " Integers and masks become one by .float()."
+            hint = " Convert integers and masks with .float()."
             if x.ndim == 3:
                 hint = " It looks like a label map: are two arguments swapped?"
             elif x.dtype == torch.uint8:
-                hint = " Images of bytes become one by .float() / 255."
+                hint = " Convert byte images with .float() / 255."
         raise TypeError(f"Expected `{name}` to be a float tensor, but got {kind_of(x)}.{hint}")
     if not 3 <= x.ndim <= 5:
         form = f"{space_form(first, None)} with one to three spatial axes, such as {space_form(first, 2)}"
@@ -27,18 +27,18 @@ def check_maps(name: str, x: Tensor, first: str = "N, C", *, hint: str = "") -> 
 
 
 def check_scores(name: str, x: Tensor, kind: str = "logits") -> None:
-    """Raise unless `x` is a float map (N, C, *space) of two classes at least: logits, or probabilities by `kind`."""
+    """Raise unless `x` is a float map (N, C, *space) of at least two classes: logits or probabilities, see `kind`."""
     check_maps(name, x)
     if x.shape[1] < 2:
         one = "logit" if kind == "logits" else "probability"
         raise ValueError(
-            f"Expected `{name}` to be {space_form('N, C', x.ndim - 2)} with C of 2 at least, but got {shape_of(x)}. "
-            f"One {one} a pixel becomes two classes by udakit.binary_{kind}."
+            f"Expected `{name}` to be {space_form('N, C', x.ndim - 2)} with C of at least 2, but got {shape_of(x)}. "
+            f"Use udakit.binary_{kind} to turn one {one} per pixel into two classes."
         )
 
 
 def check_two_dimensional(name: str, x: Tensor, what: str, first: str = "N, C", *, hint: str = "") -> None:
-    """Raise unless a map, checked already, has two spatial axes; `what` is two-dimensional by nature."""
+    """Raise unless a map that has been checked has two spatial axes; `what` is the two-dimensional operation."""
     axes = len(first.split(","))
     if x.ndim != axes + 2:
         raise ValueError(
@@ -54,11 +54,11 @@ def check_labels_like(
     _check_label_dtype(labels, name)
     hint = ""
     if "logits" in reference_name:
-        hint = f" Bring logits to the size of the labels by F.interpolate({reference_name}, {name}.shape[1:], ...)."
+        hint = f" Resize logits to the size of the labels with F.interpolate({reference_name}, {name}.shape[1:], ...)."
     elif "images" not in reference_name:
-        hint = " Bring labels to the size of features by udakit.downscale_labels or udakit.resize_labels."
+        hint = " Resize labels to the size of features with udakit.downscale_labels or udakit.resize_labels."
     else:
-        hint = " Labels change size by udakit.resize_labels; for pseudo-labels, upsample the logits before selecting."
+        hint = " Resize labels with udakit.resize_labels; for pseudo-labels, upsample the logits before selecting."
     _check_map(labels, reference, name, reference_name, hint)
 
 
@@ -89,10 +89,10 @@ def check_mask_like(
 ) -> None:
     """Raise unless `mask` is a bool (N, *space) map over the pixels of `reference`.
 
-    The reference is (N, C, *space), or (N, *space) with `channels=False`; None takes either.
+    The reference is (N, C, *space), or (N, *space) with `channels=False`; `channels=None` accepts both.
     """
     _check_bool(mask, name)
-    hint = " F.interpolate(mask[:, None].float(), size)[:, 0] > 0.5 resizes."
+    hint = " Resize masks with F.interpolate(mask[:, None].float(), size)[:, 0] > 0.5."
     _check_map(mask, reference, name, reference_name, hint, channels)
 
 
@@ -107,9 +107,9 @@ def check_weight_like(
     """Raise unless `weight` is a float (N, *space) map over the pixels of `reference`, as for `check_mask_like`."""
     check_tensor(name, weight, "a float tensor")
     if not weight.is_floating_point():
-        hint = f" Integers and masks become one by .float().{_channel_hint(weight)}"
+        hint = f" Convert integers and masks with .float().{_channel_hint(weight)}"
         raise TypeError(f"Expected `{name}` to be a float tensor, but got {kind_of(weight)}.{hint}")
-    hint = " F.interpolate(weight[:, None], size)[:, 0] resizes."
+    hint = " Resize weights with F.interpolate(weight[:, None], size)[:, 0]."
     _check_map(weight, reference, name, reference_name, hint, channels)
 
 
@@ -127,12 +127,12 @@ def check_spatial(name: str, x: Tensor) -> None:
 
 
 def axis_hint(x: Tensor) -> str:
-    """How a map with an axis too many or too few becomes (N, *space)."""
+    """How to turn a map with one axis too many or too few into (N, *space)."""
     if x.ndim > 2 and x.shape[1] == 1:
         return _channel_hint(x)
     if x.ndim > 3 and x.is_floating_point():
-        return " Logits become a confidence by .softmax(1).amax(1)."
-    return " A single one becomes a batch by .unsqueeze(0)." if x.ndim in (1, 2) else ""
+        return " Turn logits into a confidence with .softmax(1).amax(1)."
+    return " If it is a single item, add the batch axis with .unsqueeze(0)." if x.ndim in (1, 2) else ""
 
 
 def _check_bool(mask: Tensor, name: str) -> None:
@@ -140,21 +140,23 @@ def _check_bool(mask: Tensor, name: str) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(
             f"Expected `{name}` to be a bool tensor, but got {kind_of(mask)}. "
-            f"A comparison makes one, for example weight > 0.5.{_channel_hint(mask)}"
+            f"A comparison gives one, for example weight > 0.5.{_channel_hint(mask)}"
         )
 
 
 def _check_label_dtype(labels: Tensor, name: str) -> None:
     check_tensor(name, labels, "an int64 or uint8 tensor")
     if labels.dtype not in (torch.int64, torch.uint8):
-        hint = f" Class ids become int64 by .long().{_channel_hint(labels)}"
+        hint = f" Convert class ids to int64 with .long().{_channel_hint(labels)}"
         if labels.is_floating_point() and labels.ndim >= 4 and labels.shape[1] != 1:
-            hint = " It looks like logits or images: are two arguments swapped? Logits become labels by .argmax(1)."
+            hint = (
+                " It looks like logits or images: are two arguments swapped? Turn logits into labels with .argmax(1)."
+            )
         raise TypeError(f"Expected `{name}` to be an int64 or uint8 tensor, but got {kind_of(labels)}.{hint}")
 
 
 def _channel_hint(x: Tensor) -> str:
-    return " The channel axis goes by .squeeze(1)." if x.ndim >= 3 and x.shape[1] == 1 else ""
+    return " Remove the channel axis with .squeeze(1)." if x.ndim >= 3 and x.shape[1] == 1 else ""
 
 
 def _check_map(
@@ -179,14 +181,18 @@ def _map_hint(
     x: Tensor, reference: Tensor, shape: tuple[int, ...], reference_name: str, size_hint: str, channels: bool
 ) -> str:
     if channels and x.ndim == reference.ndim - 1 and x.shape == reference.shape[:-1]:
-        return f" `{reference_name}` has its channels last: .movedim(-1, 1) brings them to axis 1."
+        return f" The channels of `{reference_name}` are last: move them to axis 1 with .movedim(-1, 1)."
     if channels and x.shape == reference.shape:
-        one = " and udakit.binary_logits makes two classes of them" if "logits" in reference_name else ""
-        return f" The channel axis of `{reference_name}` comes by .unsqueeze(1){one}."
+        one = (
+            " and turn one logit per pixel into two classes with udakit.binary_logits"
+            if "logits" in reference_name
+            else ""
+        )
+        return f" Add the channel axis of `{reference_name}` with .unsqueeze(1){one}."
     if (channels and x.ndim < 5 and x.shape[1:] == reference.shape[1:]) or x.shape == reference.shape[1:]:
-        return f" One image's `{reference_name}` becomes a batch by .unsqueeze(0)."
+        return f" If `{reference_name}` is of a single image, add the batch axis with .unsqueeze(0)."
     if x.ndim == len(shape) and x.shape[0] == shape[0]:
         return size_hint
     if x.ndim == len(shape) - 1:
-        return " A single one becomes a batch by .unsqueeze(0)."
+        return " If it is a single item, add the batch axis with .unsqueeze(0)."
     return axis_hint(x) if x.ndim > len(shape) else ""

@@ -1,4 +1,4 @@
-"""What a net returns, whatever library it comes from."""
+"""How to read the output of a net, whatever library it comes from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of options: Python values, given at construction or at the call."""
+"""Checks of options, which are Python values given at construction or in a call."""
 
 from __future__ import annotations
 
@@ -48,15 +48,17 @@ def check_range(
     open_high: bool = False,
     finite: bool = True,
 ) -> None:
-    """Raise unless the Python number `value` lies in [low, high], ends open where asked.
+    """Raise unless the Python number `value` is in [low, high]; `open_low` and `open_high` exclude the ends.
 
-    NaN never passes; an infinite one does with `finite=False` alone.
+    NaN never passes. An infinite value passes only with `finite=False`.
     """
-    if type(value) in _PLAIN and low < value < high:  # what nearly every call passes: a check costs it next to nothing
+    if type(value) in _PLAIN and low < value < high:  # the common case, made cheap
         return
     if isinstance(value, Tensor) and (value.requires_grad or value.device.type != "cpu"):
-        why = "requires a gradient, of which none would reach it" if value.requires_grad else f"is on '{value.device}'"
-        raise TypeError(f"Expected `{name}` to be a number, but got a tensor that {why}. float({name}) makes one.")
+        why = "requires a gradient, which it would not get" if value.requires_grad else f"is on '{value.device}'"
+        raise TypeError(
+            f"Expected `{name}` to be a number, but got a tensor that {why}. Convert it with float({name})."
+        )
     real = isinstance(value, (float, numbers.Real, torch.SymInt, torch.SymFloat)) and not isinstance(value, bool)
     if not real and not (isinstance(value, Tensor) and value.numel() == 1):
         raise TypeError(f"Expected `{name}` to be a number, but got {brief(value)}.")
@@ -69,12 +71,12 @@ def check_range(
             wanted = f"finite and {wanted}" if endless else wanted
         else:
             wanted = f"in {'(' if open_low else '['}{low:g}, {high:g}{')' if open_high else ']'}"
-        share = f" It is a share: {value:g} % is {value / 100:g}." if high == 1 and 10 <= value <= 100 else ""
+        share = f" It is a fraction: {value:g} % is {value / 100:g}." if high == 1 and 10 <= value <= 100 else ""
         raise ValueError(f"Expected `{name}` to be {wanted}, but got {value!r}.{share}")
 
 
 def check_integer(name: str, value: int, low: int = 1) -> None:
-    """Raise unless `value` is an integer, `low` at least."""
+    """Raise unless `value` is an integer of at least `low`."""
     if type(value) is int and value >= low:
         return
     if not is_integer(value):
@@ -83,25 +85,25 @@ def check_integer(name: str, value: int, low: int = 1) -> None:
 
 
 def check_classes(num_classes: int) -> None:
-    """Raise unless `num_classes` is an integer of 2 at least, as logits have them."""
+    """Raise unless `num_classes` is an integer of at least 2, the number of classes of logits."""
     check_integer("num_classes", num_classes)
     if num_classes == 1:
         raise ValueError(
-            "Expected `num_classes` to be at least 2, but got 1. One logit a pixel becomes two classes by "
-            "udakit.binary_logits, one probability by udakit.binary_probabilities."
+            "Expected `num_classes` to be at least 2, but got 1. To turn one logit per pixel into two classes, use "
+            "udakit.binary_logits; for one probability, use udakit.binary_probabilities."
         )
 
 
 def check_ignore_index(ignore_index: int, num_classes: int | None = None) -> None:
-    """Raise unless `ignore_index` is an integer; with `num_classes`, warn once where 255 is one of more classes.
+    """Raise unless `ignore_index` is an integer; with `num_classes`, warn once if the ignored 255 is also a class.
 
-    Below 256 classes nobody meets the default. Above it is a class like any other, and would silently go unlearned.
+    With more than 255 classes, the default of 255 would silently keep class 255 from being learned.
     """
     if not is_integer(ignore_index):
-        none = " -100, or any id that no pixel has, ignores nothing." if ignore_index is None else ""
+        none = " To ignore nothing, pass -100 or another id that no pixel has." if ignore_index is None else ""
         raise TypeError(f"Expected `ignore_index` to be an integer, but got {brief(ignore_index)}.{none}")
     if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"Expected `ignore_index` to be an int64, but got {ignore_index}.")
+        raise ValueError(f"Expected `ignore_index` to fit an int64, but got {ignore_index}.")
     if num_classes is not None and not torch.compiler.is_compiling() and num_classes > 255 and ignore_index == 255:
         _warn_of_class_255()
 
@@ -109,15 +111,15 @@ def check_ignore_index(ignore_index: int, num_classes: int | None = None) -> Non
 @cache
 def _warn_of_class_255() -> None:
     warnings.warn(
-        "There are more than 255 classes, and `ignore_index` is 255: pixels of class 255 take no part. Pass another, "
-        "for example ignore_index=-100, unless class 255 is the one to ignore. (This is said once.)",
+        "There are more than 255 classes and `ignore_index` is 255, so pixels of class 255 are ignored. Pass another "
+        "one, for example ignore_index=-100, unless class 255 is the one to ignore. (This warning is shown once.)",
         UserWarning,
         stacklevel=2,
     )
 
 
 def check_pair(name: str, value: Any, form: str, *, finite: bool = True) -> None:
-    """Raise unless `value` is a sequence of two numbers; `form` says which."""
+    """Raise unless `value` is a sequence of two numbers; `form` describes them in the message."""
     if not is_sequence(value) or len(value) != 2:
         raise ValueError(f"Expected `{name}` to be {form}, but got {brief(value)}.")
     for end in value:
@@ -125,7 +127,7 @@ def check_pair(name: str, value: Any, form: str, *, finite: bool = True) -> None
 
 
 def check_numbers(name: str, values: Any, count: int, form: str, *, low: float = float("-inf"), **ends: bool) -> None:
-    """Raise unless `values` is a sequence of `count` numbers, each as `check_range` wants it; `form` says which."""
+    """Raise unless `values` is a sequence of `count` numbers that pass `check_range`; `form` describes them."""
     if not is_sequence(values) or len(values) != count:
         raise ValueError(f"Expected `{name}` to be {form}, but got {brief(values)}.")
     for value in values:
@@ -133,18 +135,18 @@ def check_numbers(name: str, values: Any, count: int, form: str, *, low: float =
 
 
 def check_size(name: str, size: Any, spatial: int = 2, *, of: str = "", hint: str = "") -> None:
-    """Raise unless `size` has a positive integer for each spatial axis, as (height, width); `of` says whose."""
+    """Raise unless `size` has a positive integer for each spatial axis, as (height, width); `of` names its owner."""
     form, numbers_of = _SIZES[spatial]
     if not is_sequence(size) or len(size) != spatial or not all(is_integer(side) and side >= 1 for side in size):
         if is_integer(size) and size >= 1:
-            hint = f" One side for all axes is {(size,) * spatial}." if spatial != 2 else ""
-            hint = hint or f" A square of that side is ({size}, {size})."
+            hint = f" For equal sides, pass {(size,) * spatial}." if spatial != 2 else ""
+            hint = hint or f" For a square, pass ({size}, {size})."
         elif isinstance(size, torch.Size) and not hint:
-            hint = " The last two of a shape are .shape[-2:]." if spatial == 2 else " A map's are .shape[2:]."
+            hint = f" Take the spatial part of a shape with {'.shape[-2:]' if spatial == 2 else '.shape[2:]'}."
         raise ValueError(f"Expected `{name}` to be {form}, {numbers_of}{of}, but got {brief(size)}.{hint}")
 
 
 def check_callable(name: str, value: object, form: str) -> None:
-    """Raise unless `value` can be called; `form` is how it is going to be."""
+    """Raise unless `value` can be called; `form` shows the call."""
     if not callable(value):
         raise TypeError(f"Expected `{name}` to be callable as {form}, but got {kind_of(value)}.")

@@ -1,4 +1,4 @@
-"""Losses on tensors: a function and a Module each."""
+"""Losses on tensors, each as a function and as a Module."""
 
 from udakit.losses.cross_entropy import CrossEntropyLoss, cross_entropy
 from udakit.losses.distribution_contrast import DistributionContrastLoss, distribution_contrast_loss

@@ -1,7 +1,7 @@
-"""Blockwise InfoNCE of rows against each other, as an operator pair that compilers and fake tensors see as one node.
+"""Blockwise InfoNCE between rows, as a pair of operators that compilers and fake tensors treat as one node.
 
 The similarity matrix S = z' z / temperature is symmetric, so each block above the diagonal serves its rows and its
-columns. The forward pass keeps the log-sum-exp of each row; the backward pass computes the blocks again:
+columns. The forward pass keeps the log-sum-exp of each row, and the backward pass recomputes the blocks:
 dL/dS_ij = g_i (exp(S_ij - lse_i) - [j is i's partner]), and dL/dz = z (dL/dS + its transpose) / temperature.
 S and its log-sum-exps are kept in units of log 2, for exp2.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from udakit._reduce import LOG_2, full_precision, plain
 
-BLOCK = {"cpu": 1024, "other": 4096}  # pixels on a side of a block: 4 MiB stay in a cache, 64 MiB keep launches few
+BLOCK = {"cpu": 1024, "other": 4096}  # pixels per side of a block: 4 MiB fit a CPU cache, 64 MiB keep launches few
 
 
 def infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int | None) -> Tensor:
@@ -58,7 +58,7 @@ def _infonce_backward(
         for k in range(n):
             g = grad[k]
             for rows, cols, s, weight in _blocks(z[k], None if valid is None else valid[k], temperature, block):
-                # A product computed twice may differ by a rounding, which is a lot at 1e30: no share is above 1.
+                # Computing a product twice may round differently, which matters at 1e30. No share can exceed 1.
                 torch.sub(s, lse[k, rows, None], out=weight).clamp_max_(0).exp2_().mul_(g[rows, None])
                 weight += s.sub_(lse[k, cols]).clamp_max_(0).exp2_().mul_(g[cols])
                 if cols.start == rows.start + count // 2:
@@ -74,7 +74,7 @@ def _blocks(
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """Blocks of S on and above the diagonal, -inf where a pair does not count: (rows, columns, S, scratch of its size).
 
-    Both views are cut alike, so that the partners of a block's rows are on the diagonal of one other block.
+    Both views are cut the same way, so the partners of a block's rows are on the diagonal of one other block.
     """
     m = z.shape[1] // 2
     block = min(block, max(m, 1))

@@ -1,4 +1,4 @@
-"""Soft cross-entropy in blocks, as an operator that compilers and fake tensors see as one node."""
+"""Soft cross-entropy in blocks, as an operator that compilers and fake tensors treat as one node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def soft_cross_entropy(
 ) -> Tensor:
     """`kd_loss` of logits at each pixel, (N, *space); it cannot be differentiated twice.
 
-    No gradient comes back from pixels that are not `valid`: their values, NaN or not, are for the caller to hide.
+    Pixels that are not `valid` get no gradient. Their loss may be NaN: the caller has to mask it.
     """
     valid = None if valid is None else plain(valid)
     student, teacher = plain(upcast(student)), plain(upcast(teacher.detach()).to(upcast(student).dtype))
@@ -30,16 +30,16 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """T^2 H(softmax(t / T), softmax(s / T)) per pixel, and softmax(s / T) - softmax(t / T), its gradient / T.
 
-    With `kl` the entropy of the first is taken off, which no gradient sees.
+    With `kl`, the entropy of the first is subtracted, which does not change the gradient.
     """
     s, t = student.flatten(2), teacher.flatten(2)
     mask = None if valid is None else valid.flatten(1).unsqueeze(1)
     n, c, size = s.shape
     loss = s.new_empty((n, size))
     kept = torch.empty_like(s, memory_format=torch.contiguous_format) if keep else s.new_empty((0,))
-    # A GPU takes the batch at once; the CPU takes pieces of an image, so that the steps between stay in its cache.
+    # A GPU takes the whole batch. The CPU takes pieces of an image, so that intermediate values stay in its cache.
     images, pixels = (1, max(BLOCK // max(c, 1), 1)) if s.device.type == "cpu" else (max(n, 1), max(size, 1))
-    # Fresh memory a block would cost more than the sums.
+    # Allocating memory for every block would cost more than the sums.
     buffers = s.new_empty((4 if kl else 3, images * c * min(pixels, size)))
     for i in range(0, n, images):
         for j in range(0, size, pixels):

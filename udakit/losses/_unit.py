@@ -1,7 +1,7 @@
 """Lengths and directions of embeddings of any magnitude: in float32 1e-23 squared is 0 and 1e20 squared inf.
 
-Written out with their gradients: one map is kept for the backward pass, where the formula's own graph keeps three. On
-the CPU large maps are worked on in pieces that stay in the cache.
+The gradients are written by hand, so one map is kept for the backward pass, where autograd would keep three. On the
+CPU, large maps are processed in pieces that stay in the cache.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ BLOCK = 2**20  # numbers of a piece: fewer would make short rows
 
 
 def lengths(x: Tensor, valid: Tensor | None = None) -> Tensor:
-    """|x| over axis 1, which stays; the zero vector has gradient 0, and so has a pixel that is not `valid`."""
+    """|x| over axis 1, which is kept. Zero vectors and pixels that are not `valid` have gradient 0."""
     length: Tensor = _Lengths.apply(x, valid)
     return length
 
 
 def unit_vectors(x: Tensor, valid: Tensor | None = None) -> Tensor:
-    """X / |x| over axis 1; 0 with zero gradient for the zero vector and at a pixel that is not `valid`, NaN or not."""
+    """X / |x| over axis 1. Zero vectors and pixels that are not `valid`, even NaN ones, give 0 with zero gradient."""
     unit: Tensor = _UnitVectors.apply(x, valid)[0]
     return unit
 
 
 def _scale(magnitude: Tensor) -> Tensor:
-    """The largest of axis 1, 1 where all is 0: what to divide by before squaring."""
+    """The largest entry of axis 1, or 1 where all are 0: the divisor before squaring."""
     largest = magnitude.amax(1, keepdim=True)
     return torch.where(largest == 0, 1, largest)
 

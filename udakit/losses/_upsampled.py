@@ -1,8 +1,8 @@
-"""Losses of bilinearly upsampled logits, a band of rows at a time, as an operator pair that compilers see as one node.
+"""Losses of bilinearly upsampled logits, one band of rows at a time, as operators that compilers treat as one node.
 
 A band is `F.interpolate` of those rows alone: bilinear upsampling is separable, so the few rows below the band are
-widened to W columns and then mixed. The backward pass makes the bands again and applies the transpose. On a GPU a map
-that is a single band is left to `F.interpolate` itself, one launch in place of some thirty.
+widened to W columns and then mixed. The backward pass recomputes the bands and applies the transpose. On a GPU, a map
+that fits a single band is left to `F.interpolate` itself: one launch instead of some thirty.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _upsampled_loss_backward(
                 counts = label != ignore_index
                 label = label.clamp(0, p.shape[1] - 1)  # an ignored pixel may have any class
                 p.scatter_(1, label, p.gather(1, label) - 1).mul_(g)
-            # Of a pixel whose loss does not count, be it NaN, nothing comes back: 0 times NaN is NaN.
+            # A pixel whose loss does not count must get no gradient, even where it is NaN: 0 times NaN is NaN.
             result = student.add_transposed(result, zero_where_not_(counts, p), start, stop)
     if result is None:  # no rows
         result = torch.zeros_like(logits)
@@ -130,7 +130,7 @@ class _Upsampling:
         return self._tables
 
     def band(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop of the upsampled map, in memory of their own."""
+        """Rows start..stop of the upsampled map, in new memory."""
         if self.identity:
             return self.x[:, :, start:stop].to(self.dtype, copy=True)
         if self.at_once and stop - start == self.height:
@@ -148,7 +148,7 @@ class _Upsampling:
         return x.mul_(1 - weight).addcmul_(above, weight)
 
     def add_transposed(self, result: Tensor | None, grad: Tensor, start: int, stop: int) -> Tensor:
-        """Add what the gradient of rows start..stop is for x; the first band begins with None."""
+        """Add the gradient of x that comes from rows start..stop. For the first band `result` is None."""
         whole = stop - start == self.height
         if self.identity and whole:
             return grad
@@ -173,7 +173,7 @@ class _Upsampling:
         return result
 
     def _neighbours(self, count: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the output pixels of one axis: the input pixels before and after, and the weight of the latter."""
+        """For the output pixels of one axis, the input pixels before and after, and the weight of the latter."""
         at = torch.arange(size, dtype=self.dtype, device=self.x.device)
         scale = _scale(count, size, self.align_corners)
         source = at * scale if self.align_corners else ((at + 0.5) * scale - 0.5).clamp_(min=0)
@@ -189,9 +189,9 @@ class _Upsampling:
 
 
 def _at_once(x: Tensor) -> bool:
-    """Whether `F.interpolate` takes a whole map: on the CPU it is the slower one, and its transpose sums in any order.
+    """Whether `F.interpolate` takes a whole map. On a CPU it is slower than bands; its transpose sums in any order.
 
-    Where someone asks for deterministic algorithms, that transpose is an error on a GPU.
+    With deterministic algorithms turned on, that transpose is an error on a GPU.
     """
     return x.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
 

@@ -1,4 +1,4 @@
-"""Cross-entropy with the denominators that the field's codes use."""
+"""Cross-entropy, averaged over the labelled pixels or, as some published code does, over all pixels."""
 
 from __future__ import annotations
 
@@ -44,27 +44,29 @@ def cross_entropy(
 
     $$\ell_p = -\,w_p\,w_{y_p} \log \operatorname{softmax}(z_p)_{y_p}$$
 
-    **Convention.** Ignored pixels give 0 and no gradient. "mean" divides by the number of labelled pixels of the batch,
-    "mean_all" by all pixels. Weights enter the numerator only: a pixel of weight 0 still counts, and unlike
-    `F.cross_entropy(weight=...)` the sum of class weights is not divided by. Everything ignored gives 0, not NaN.
+    **Convention.** Ignored pixels have loss 0 and get no gradient. "mean" divides by the number of labelled pixels in
+    the batch, "mean_all" by the number of all pixels. Weights do not change this divisor: a pixel of weight 0 still
+    counts, and the loss is not divided by the sum of the class weights as in `F.cross_entropy(weight=...)`. If all
+    pixels are ignored, the loss is 0, not NaN.
 
-    **Source.** DACS, DAFormer and DiGA divide by all pixels, ignored ones too: `reduction="mean_all"` is their value.
+    **Source.** DACS, DAFormer and DiGA divide by the number of all pixels, including ignored ones;
+    `reduction="mean_all"` gives their value.
 
     Args:
-        logits: class scores before the softmax, any float dtype.
-        labels: class ids 0..C-1 or `ignore_index`, int64 or uint8. Other ids are an error (on CUDA a
-            device-side assertion): `udakit.labels.check_labels` finds them by name.
-        pixel_weight: factor of each pixel's loss, for example a pseudo-label's confidence weight.
-        class_weight: factor of each class.
-        ignore_index: the label that takes no part.
+        logits: class scores before the softmax, in any float dtype.
+        labels: class ids 0..C-1 or `ignore_index`, int64 or uint8. Any other id is an error (on CUDA, a device-side
+            assertion); `udakit.labels.check_labels` lists such ids.
+        pixel_weight: weight of each pixel's loss, for example the confidence weight of a pseudo-label.
+        class_weight: weight of each class.
+        ignore_index: the label of the pixels to ignore.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
         A float32 scalar (float64 for float64 logits), or (N, *space) for "none".
 
     Raises:
-        TypeError: an integer `logits`, or `labels` that are neither int64 nor uint8.
-        ValueError: shapes that do not match, ids that are no class, or an unknown `reduction`.
+        TypeError: `logits` is not a float tensor, or `labels` is neither int64 nor uint8.
+        ValueError: the shapes do not match, an id is not a class, or `reduction` is unknown.
 
     Example:
         >>> import torch
@@ -90,7 +92,7 @@ def cross_entropy(
 
 
 def check_class_weight(class_weight: Tensor, logits: Tensor) -> None:
-    """Raise unless there is a weight of each class of `logits`."""
+    """Raise unless there is one weight for each class of `logits`."""
     check_per_class("class_weight", class_weight, logits.shape[1], reference=logits, reference_name="logits")
 
 
@@ -102,10 +104,10 @@ def labelled_cross_entropy(
     *,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """`F.cross_entropy` at each pixel, with our message where the CPU meets an id that is no class.
+    """`F.cross_entropy` at each pixel, with our error message for an id that is not a class (on the CPU).
 
-    It is exactly 0 where a pixel is ignored, whatever the logits are. `valid` is `labels != ignore_index` where that is
-    known already.
+    The loss of an ignored pixel is exactly 0, whatever its logits are. `valid` is `labels != ignore_index`, if the
+    caller has computed it already.
     """
     weight = None if class_weight is None else class_weight.detach().to(logits.dtype)
     grows = logits.requires_grad and torch.is_grad_enabled()
@@ -124,14 +126,14 @@ def labelled_cross_entropy(
 
 
 def _in_blocks(logits: Tensor) -> bool:
-    """Whether blocks pay: not for the calls of a small map, the launches of a GPU, or where a compiler fuses."""
+    """Whether blocks are faster. They are not for small maps, on a GPU (launches), or under a compiler that fuses."""
     return logits.device.type == "cpu" and logits.numel() >= LARGE and not torch.compiler.is_compiling()
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy` whose gradient is made block by block, in the cache: exactly 0 where a pixel is ignored.
+    """`F.cross_entropy` with a gradient computed block by block, in the cache, and exactly 0 at ignored pixels.
 
-    Its own backward pass writes a map of zeros first, and gives NaN where the logits of an ignored pixel are.
+    The backward pass of `F.cross_entropy` writes a map of zeros first, and gives NaN where ignored logits are NaN.
     """
 
     @staticmethod
@@ -162,7 +164,7 @@ class _CrossEntropy(torch.autograd.Function):
         return result, None, None, None
 
 
-BLOCK = 2**18  # elements of a class map worked on at once: they stay in the cache
+BLOCK = 2**18  # elements of a class map processed at once: they fit the cache
 
 
 def _fill(result: Tensor, log_p: Tensor, ids: Tensor, grad: Tensor, valid: Tensor) -> None:
@@ -186,7 +188,7 @@ def reduce_labelled(
     ignore_index: int,
     reduction: Reduction,
 ) -> Tensor:
-    """Weights, then the mean, of a loss at labelled pixels that is 0 at the ignored ones."""
+    """Weight and reduce a per-pixel loss that is 0 at ignored pixels."""
     labels = labels.long()  # uint8 would wrap an `ignore_index` of -100
     valid = labels != ignore_index
     if class_weight is not None:
@@ -195,7 +197,7 @@ def reduce_labelled(
 
 
 class CrossEntropyLoss(nn.Module):
-    """Module of [`cross_entropy`][udakit.losses.cross_entropy]; `class_weight` is a buffer.
+    """Module version of [`cross_entropy`][udakit.losses.cross_entropy]; `class_weight` is a buffer.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Contrast of feature pixels against the distribution of each class (SePiCo)."""
+"""Contrast between feature pixels and the distribution of each class (SePiCo)."""
 
 from __future__ import annotations
 
@@ -48,39 +48,40 @@ def distribution_contrast_loss(
     s_c = \frac{\lambda}{T}\, \sigma_c^2, \quad
     \ell = -\log \frac{\exp z_y}{\sum_c \exp z_c} + \frac{1}{2T} f^2 \cdot s_y$$
 
-    with $f^2$ taken channel by channel.
+    where $f^2$ is taken channel by channel.
 
-    **Convention.** `normalize` takes unit vectors of the features; means and variances stay as they are, statistics of
-    unit vectors. T divides the variance twice, as the moment generating function of the Gaussian has it. A class never
-    seen is no candidate, and its pixels are ignored like those of `ignore_index` and of ids outside 0..C-1. "mean"
-    divides by the number of pixels that count, "mean_all" by all. Gradients flow to the features, and to means and
-    variances if they require them (a buffer does not). With `normalize=False` nothing is promised beyond |f| <= 1e3.
+    **Convention.** `normalize` scales the features to unit length. Means and variances are used as given and should be
+    statistics of unit vectors. The variance is divided by T twice, as in the moment-generating function of the
+    Gaussian. A class that has not been seen is not a candidate, and its pixels are ignored, like pixels with
+    `ignore_index` or with an id outside 0..C-1. "mean" divides by the number of pixels that count, "mean_all" by the
+    number of all pixels. Gradients flow to the features, and to means and variances if they require gradients (buffers
+    do not). With `normalize=False`, finite values are guaranteed only for |f| <= 1e3.
 
-    **Source.** SePiCo (Xie et al., TPAMI 2023), DistCL. Its T is 100, so that unit features give nearly equal logits
-    and gradients of the order of 1/100: give the loss a weight, or a temperature of 0.1. There, unseen classes compete
-    with statistics of 0. Its regulariser is added with the sign that rewards one class for all pixels, and is not
-    offered.
+    **Source.** SePiCo (Xie et al., TPAMI 2023), DistCL. Its T is 100. With unit features this makes the logits nearly
+    equal and the gradients of the order of 1/100, so give the loss a large weight or a temperature of 0.1. In SePiCo,
+    unseen classes compete with statistics of 0. Its regulariser is not included here: the sign with which it is added
+    rewards predicting one class everywhere.
 
     Args:
-        features: embeddings, any stride.
+        features: embeddings, at any stride.
         labels: class ids at the size of the features (`udakit.downscale_labels`), or `ignore_index`.
-        means: (C, D), such as `ClassDistributions.means`.
-        variances: (C, D), such as `ClassDistributions.variances`.
-        temperature: T > 0, a divisor.
-        ratio: lambda >= 0, weight of the variances; 0 contrasts with the means alone.
-        normalize: take unit vectors of the features; a zero vector stays zero.
-        seen: classes that have statistics, such as `ClassDistributions.seen`; None means the rows of `means` that are
-            not all zero.
-        pixel_weight: factor of each pixel's loss.
-        ignore_index: the label that takes no part.
+        means: mean feature of each class, (C, D), for example `ClassDistributions.means`.
+        variances: variance of each channel and class, (C, D), for example `ClassDistributions.variances`.
+        temperature: T > 0.
+        ratio: lambda >= 0, the weight of the variances; 0 contrasts with the means alone.
+        normalize: scale the features to unit length; a zero vector stays zero.
+        seen: classes that have statistics, for example `ClassDistributions.seen`; None means the rows of `means` that
+            are not all zero.
+        pixel_weight: weight of each pixel's loss; the divisor does not include it.
+        ignore_index: the label of the pixels to ignore.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
         A float32 scalar (float64 for float64 features), or (N, *space) for "none".
 
     Raises:
-        TypeError: a tensor of the wrong kind.
-        ValueError: unlike shapes, or an option out of range.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: the shapes do not match, or an option is out of range.
 
     Example:
         >>> import torch
@@ -115,13 +116,13 @@ def distribution_contrast_loss(
     inside = ids < c
     ids = torch.where(inside, ids, 0)
     valid = inside & seen[ids]
-    # Of a pixel that is ignored, be it NaN, nothing enters the products, whose gradients sum over pixels.
+    # Ignored pixels must not enter the products, since a NaN there would reach the gradient's sum over pixels.
     counted, x = valid.view(n, *space), upcast(features)
     x = (unit_vectors(x, counted) if normalize else select(counted.unsqueeze(1), x)).flatten(2)
     mean, spread = upcast(means).to(x.dtype), upcast(variances).to(x.dtype) * (ratio / (2 * temperature))
     linear = matmul((mean / temperature).expand(n, -1, -1), x)
     square = matmul((spread / temperature).expand(n, -1, -1), x.square())
-    # Finite, so that a pixel with no candidate at all (ignored then) has no NaN to hide.
+    # Finite, because a pixel without any candidate would otherwise give NaN. Such a pixel is ignored.
     logits = torch.where(seen.view(-1, 1), linear + square, torch.finfo(x.dtype).min / 4)
     loss = F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")
     loss = loss + square.gather(1, ids.unsqueeze(1)).squeeze(1)
@@ -137,9 +138,9 @@ def _check_options(temperature: float, ratio: float, normalize: bool, ignore_ind
 
 
 class DistributionContrastLoss(nn.Module):
-    """Module of [`distribution_contrast_loss`][udakit.losses.distribution_contrast_loss].
+    """Module version of [`distribution_contrast_loss`][udakit.losses.distribution_contrast_loss].
 
-    The statistics are an argument, so that they stay in one place, a `ClassDistributions`.
+    The statistics are arguments of the call, because a `ClassDistributions` holds them.
 
     Example:
         >>> import torch

@@ -23,30 +23,30 @@ def entropy_loss(
     pixel_weight: Float[Tensor, "n *space"] | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
-    r"""Shannon entropy of each pixel's class probabilities, as a share of the largest possible one.
+    r"""Shannon entropy of each pixel's class probabilities, as a fraction of its maximum.
 
     $$\ell_p = -\frac{1}{\log C} \sum_c p_c \log p_c, \qquad p = \operatorname{softmax}(z_p)$$
 
-    **Convention.** Divided by log C, so a uniform pixel gives 1 for any number of classes (and any base of the
-    logarithm); `normalize=False` leaves nats. "mean" divides by the number of `valid` pixels, "mean_all" by all. One
-    class gives 0. Nothing is detached: this is the loss to minimise on target images.
+    **Convention.** The entropy is divided by log C, so a uniform pixel gives 1 for any number of classes.
+    `normalize=False` returns nats. "mean" divides by the number of `valid` pixels, "mean_all" by the number of all
+    pixels. Nothing is detached: minimise this loss on target images.
 
-    **Source.** AdvEnt (Vu et al. 2019), direct entropy minimisation; its code adds 1e-30 inside the logarithm.
+    **Source.** Direct entropy minimisation of AdvEnt (Vu et al. 2019), whose code adds 1e-30 inside the logarithm.
 
     Args:
-        logits: class scores, or probabilities over the class axis by `kind`.
+        logits: class scores before the softmax, or class probabilities with `kind="probabilities"`.
         normalize: divide by log C.
         kind: "logits" | "probabilities".
         valid: True where a pixel counts.
-        pixel_weight: factor of each pixel's loss, numerator only.
+        pixel_weight: weight of each pixel's loss; the divisor does not include it.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
         A float32 scalar (float64 for float64 input), or (N, *space) for "none".
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
-        ValueError: unlike shapes, or an unknown option.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, or an option is unknown.
 
     Example:
         >>> import torch
@@ -80,7 +80,7 @@ def _check_options(normalize: bool, kind: str, reduction: str) -> None:
 
 
 class EntropyLoss(nn.Module):
-    """Module of [`entropy_loss`][udakit.losses.entropy_loss].
+    """Module version of [`entropy_loss`][udakit.losses.entropy_loss].
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Feature distance: keep a net's features near those of a reference net."""
+"""Feature distance: keep a net's features close to those of a reference net."""
 
 from __future__ import annotations
 
@@ -19,20 +19,22 @@ def feature_distance_loss(
     valid: Bool[Tensor, "n *space"] | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
-    r"""L2 distance over the channels of two feature maps, at each feature pixel.
+    r"""L2 distance between two feature maps at each pixel, over the channels.
 
     $$\ell_p = \lVert f_p - r_p \rVert_2$$
 
-    **Convention.** Not squared, nothing normalised; the reference is detached. "mean" divides by the number of `valid`
-    feature pixels of the batch, "mean_all" by all. The gradient is the unit vector of the difference, and exactly 0
-    where the features are equal. No valid pixel gives 0, not NaN.
+    **Convention.** The distance is not squared and the features are not normalised. The reference is detached. "mean"
+    divides by the number of `valid` feature pixels in the batch, "mean_all" by the number of all feature pixels. The
+    gradient is the unit vector of the difference, and exactly 0 where the features are equal. Without any valid pixel
+    the loss is 0, not NaN.
 
-    **Source.** DAFormer (Hoyer et al. 2022) against frozen ImageNet features, on the pixels whose majority label
-    (`udakit.downscale_labels`, ratio 0.75) is a thing class; its released code is NaN when no pixel is selected.
+    **Source.** DAFormer (Hoyer et al. 2022). It compares with frozen ImageNet features at the pixels whose majority
+    label (`udakit.downscale_labels`, ratio 0.75) is a thing class. Its released code returns NaN when no pixel is
+    selected.
 
     Args:
-        features: of the net that learns, any stride.
-        reference_features: of the reference net, the same shape.
+        features: features of the net that learns, at any stride.
+        reference_features: features of the reference net, of the same shape.
         valid: True where a feature pixel counts, at the size of the features.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
@@ -40,8 +42,8 @@ def feature_distance_loss(
         A float32 scalar (float64 for float64 features), or (N, *space) for "none".
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
-        ValueError: unlike shapes, or an unknown `reduction`.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, or `reduction` is unknown.
 
     Example:
         >>> import torch
@@ -62,7 +64,7 @@ def feature_distance_loss(
 
 
 class FeatureDistanceLoss(nn.Module):
-    """Module of [`feature_distance_loss`][udakit.losses.feature_distance_loss].
+    """Module version of [`feature_distance_loss`][udakit.losses.feature_distance_loss].
 
     Example:
         >>> import torch

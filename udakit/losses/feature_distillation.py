@@ -25,19 +25,20 @@ def feature_distillation_loss(
 
     $$\ell_p = (1 - w)\, \frac{1}{D} \sum_d \text{smooth L1}(f_{pd} - r_{pd}) + w\, (1 - \cos(f_p, r_p))$$
 
-    with a smooth L1 that is quadratic below 1.
+    where smooth L1 is quadratic for differences below 1.
 
-    **Convention.** The reference is detached. "mean" divides by the number of `valid` feature pixels of the batch,
-    "mean_all" by all. A zero vector has cosine 0 to everything, and no gradient through it.
+    **Convention.** The reference is detached. "mean" divides by the number of `valid` feature pixels in the batch,
+    "mean_all" by the number of all feature pixels. A zero vector has cosine 0 with every vector, and gets no gradient
+    from the cosine.
 
-    **Source.** VFM-UDA++ (Englert et al., 2025): w = 0.9, on all pixels of source and of target, weight 0.1 each,
-    against a frozen DINOv2-L at 406 px; the student's features come through a 1x1 projection and are enlarged to the
-    reference's grid. It takes the place of DAFormer's feature distance, which harms a foundation model.
+    **Source.** VFM-UDA++ (Englert et al., 2025), with w = 0.9 and a weight of 0.1 for source and for target, over all
+    pixels. The reference is a frozen DINOv2-L at 406 px. The student's features pass a 1x1 projection and are enlarged
+    to the reference's grid. This loss replaces DAFormer's feature distance, which harms a foundation model.
 
     Args:
-        features: of the net that learns, projected and resized to the reference.
-        reference: of the frozen net, the same shape.
-        cosine_weight: w in [0, 1].
+        features: features of the net that learns, projected and resized to the shape of the reference.
+        reference: features of the frozen net, of the same shape.
+        cosine_weight: w in [0, 1], the weight of the cosine distance.
         valid: True where a feature pixel counts.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
@@ -45,8 +46,8 @@ def feature_distillation_loss(
         A float32 scalar (float64 for float64 features), or (N, *space) for "none".
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
-        ValueError: unlike shapes, or an option out of range.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, or an option is out of range.
 
     Example:
         >>> import torch
@@ -75,7 +76,7 @@ def _check_options(cosine_weight: float, reduction: str) -> None:
 
 
 class FeatureDistillationLoss(nn.Module):
-    """Module of [`feature_distillation_loss`][udakit.losses.feature_distillation_loss].
+    """Module version of [`feature_distillation_loss`][udakit.losses.feature_distillation_loss].
 
     Example:
         >>> import torch

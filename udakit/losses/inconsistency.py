@@ -1,4 +1,4 @@
-"""Class inconsistency between a student and a teacher, and distillation weighted by it (after DUDA)."""
+"""Class inconsistency between a student and a teacher, and distillation that is weighted by it (after DUDA)."""
 
 from __future__ import annotations
 
@@ -36,22 +36,24 @@ def class_inconsistency(
 
     $$d_c = 1 - \frac{|\{\arg\max s = c\} \cap \{\arg\max t = c\}|}{|\{\arg\max s = c\} \cup \{\arg\max t = c\}|}$$
 
-    **Convention.** Counted over the `valid` pixels of the whole batch; 0 for a class that neither map has. No gradient.
+    **Convention.** Pixels are counted over the whole batch, `valid` ones only. A class that is in neither map gets 0.
+    There is no gradient.
 
-    **Source.** Our reading of DUDA (WACV 2026), whose exact definition is not public to us.
+    **Source.** Our reading of DUDA (WACV 2026). Its exact definition was not available to us.
 
     Args:
-        student_logits: logits or probabilities; only the arg-max matters.
-        teacher_logits: likewise, of the teacher.
-        resize: whose size both take, linearly, when they differ: "student", "teacher", or "error" to refuse.
+        student_logits: the student's logits or probabilities; only their arg-max matters.
+        teacher_logits: the teacher's logits or probabilities.
+        resize: what to do when the sizes differ: "error" raises, "student" or "teacher" resizes the other map to that
+            net's size by linear interpolation.
         valid: True where a pixel counts, at the size after `resize`.
 
     Returns:
-        (C,) in [0, 1], float32.
+        The inconsistency of each class, (C,), in [0, 1], float32.
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
-        ValueError: unlike shapes, or an unknown `resize`.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, or `resize` is unknown.
 
     Example:
         >>> import torch
@@ -70,7 +72,7 @@ def class_inconsistency(
 
 def class_overlap(ours: Tensor, theirs: Tensor, valid: Tensor | None, c: int) -> Tensor:
     """Pixels of each class in the intersection and in the union of two label maps, and in the second: (3, C) int64."""
-    # A pixel counts for its pair of classes, or for one bin more; integers, so the order of the sum is no matter.
+    # A pixel counts for its pair of classes, or for one extra bin. Integers make the sum independent of the order.
     pairs = torch.add(theirs, ours, alpha=c)
     if valid is not None:
         pairs = torch.where(valid, pairs, c * c)
@@ -80,7 +82,7 @@ def class_overlap(ours: Tensor, theirs: Tensor, valid: Tensor | None, c: int) ->
 
 
 def inconsistency_of(intersection: Tensor, union: Tensor) -> Tensor:
-    """1 - IoU of each class, (C,), of pixel counts or their averages."""
+    """1 - IoU of each class, (C,), from pixel counts or their averages."""
     return (union - intersection) / union.clamp_min(torch.finfo(union.dtype).tiny)  # 0 where there is neither
 
 
@@ -98,29 +100,31 @@ def inconsistency_loss(
     valid: Bool[Tensor, "n *space"] | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
-    r"""Distillation in which a pixel weighs by the inconsistency of the teacher's class there.
+    r"""Distillation that weights each pixel by the inconsistency of the class that the teacher predicts there.
 
     $$\ell_p = \frac{w_{k(p)}}{\bar w}\, \mathrm{kd}_p, \qquad
     w = \operatorname{clip}\!\left(C \operatorname{softmax}(d / \tau),\ \text{weight range}\right), \qquad
     k(p) = \arg\max_c t_p$$
 
-    **Convention.** `kd_loss` with a pixel weight of mean 1 over the valid pixels of the batch: equal inconsistency
-    everywhere gives plain `kd_loss`, and so does a batch whose classes the
-    formula gives no weight. Weights and teacher are detached. "mean" divides by the number of `valid` pixels.
+    **Convention.** This is `kd_loss` with pixel weights that average 1 over the valid pixels of the batch. If all
+    classes are equally inconsistent, or if the formula gives weight 0 to every class in the batch, it equals plain
+    `kd_loss`. Weights and teacher are detached. "mean" divides by the number of `valid` pixels.
 
-    **Source.** The idea is DUDA's (WACV 2026): stress the classes that the small net adapts worst. The formula is
-    ours, since the paper's is not public to us; `weight_fn` replaces it.
+    **Source.** The idea is from DUDA (WACV 2026): give more weight to the classes that the small net adapts worst. The
+    formula is ours, because the paper's was not available to us; `weight_fn` replaces it.
 
     Args:
-        student_logits: the net that learns, before the softmax.
-        teacher_logits: the net that teaches: logits, or probabilities by `teacher_kind`.
-        inconsistency: d of each class, from `class_inconsistency` or its moving average.
-        weight_range: lowest and highest w before it is divided by its mean.
-        weight_temperature: tau > 0; a small one tells the classes further apart.
+        student_logits: the student's logits, before the softmax.
+        teacher_logits: the teacher's logits, or its probabilities with `teacher_kind="probabilities"`.
+        inconsistency: d of each class, (C,), from `class_inconsistency` or its moving average.
+        weight_range: lowest and highest w, before it is divided by its mean.
+        weight_temperature: tau > 0; a smaller value makes the weights more different.
         temperature: T of `kd_loss`.
-        weight_fn: d (C,) -> w (C,), finite and not negative, in place of the formula; divided by its mean likewise.
+        weight_fn: function that replaces the formula: it takes d (C,) and returns w (C,), finite and not negative. Its
+            result is divided by its mean, too.
         teacher_kind: "logits" | "probabilities".
-        resize: whose size both take, linearly, when they differ: "student", "teacher", or "error" to refuse.
+        resize: what to do when the sizes differ: "error" raises, "student" or "teacher" resizes the other map to that
+            net's size by linear interpolation.
         valid: True where a pixel counts, at the size after `resize`.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
@@ -128,8 +132,8 @@ def inconsistency_loss(
         A float32 scalar (float64 for float64 input), or (N, *space) for "none".
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
-        ValueError: unlike shapes, or an option out of range.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, or an option is out of range.
 
     Example:
         >>> import torch
@@ -177,22 +181,22 @@ def count_teacher_classes(labels: Tensor, valid: Tensor | None, c: int) -> Tenso
 def normalised_weight(
     labels: Tensor, counts: Tensor, inconsistency: Tensor, weigh: WeightFn, *, keep_zero: bool, whole: bool
 ) -> Tensor:
-    """The weight of the teacher's class at each pixel, of mean 1 over the pixels of `counts` (C,), all if `whole`.
+    """The weight of the teacher's class at each pixel, with mean 1 over the pixels in `counts` (C,), all if `whole`.
 
-    All of it is arithmetic on C numbers, and one look-up at the end.
+    This is arithmetic on C numbers and one look-up at the end.
     """
     d = upcast(inconsistency.detach())
     w = weigh(d)
     if not isinstance(w, Tensor) or w.shape != d.shape:
         raise ValueError(f"Expected `weight_fn` to return a tensor (C,) = {shape_of(d)}, but got {kind_of(w)}.")
-    w = w.detach() * (counts > 0)  # or a weight that no valid pixel has would overflow below
-    # By the largest first: what is left of a class after a sharp softmax may be too small to divide by.
+    w = w.detach() * (counts > 0)  # a weight that no valid pixel has would overflow below
+    # Divide by the largest first: after a sharp softmax, what is left of a class may be too small to divide by.
     tiny = torch.finfo(w.dtype).tiny
     largest = w.amax()
     w = w / largest.clamp_min(tiny)
     mean = (w * counts).sum() / (max(labels.numel(), 1) if whole else counts.sum().clamp_min(1))
     w = w / mean.clamp_min(tiny)
-    if not keep_zero:  # where the formula leaves no valid pixel a weight all weigh alike; a `weight_fn` may mean it
+    if not keep_zero:  # if the formula gives every valid pixel weight 0, use 1; a `weight_fn` may mean 0
         w = torch.where(largest > tiny, w, 1)
     return w[labels]
 

@@ -1,4 +1,4 @@
-"""Distillation weighted by an inconsistency that is measured on the way (after DUDA)."""
+"""Distillation weighted by a class inconsistency that is measured during training (after DUDA)."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _FADED = 1e-20  # average pixels of a class
 
 
 class InconsistencyLoss(FullPrecisionState):
-    """[`inconsistency_loss`][udakit.losses.inconsistency_loss] that measures the inconsistency itself.
+    """[`inconsistency_loss`][udakit.losses.inconsistency_loss] that measures the inconsistency during training.
 
-    **Convention.** In training mode every call first moves `intersection` and `union` (C,), moving averages of the
-    pixel counts of the batches, and then weighs by their ratio; in eval mode it weighs only. Both averages start at 0,
-    which their ratio does not see. A class that no batch has keeps its inconsistency.
+    **Convention.** In training mode, every call first updates `intersection` and `union` (C,), which are moving
+    averages of pixel counts, and then weights the pixels by their ratio. In eval mode nothing is updated. Both averages
+    start at 0, which cancels in their ratio. A class that is missing from a batch keeps its inconsistency.
 
     Args:
         num_classes: C.
-        momentum: share of the old average that is kept at each call, in [0, 1).
-        sync: add the ranks' pixel counts, as integers; every rank must make the call.
-        weight_range: as in the function, like all further options.
+        momentum: fraction of the old average that is kept at each call, in [0, 1).
+        sync: add up the (integer) pixel counts of all ranks; every rank must make the call.
+        weight_range: lowest and highest weight of a class; this and the options below are those of the function.
         weight_temperature: tau.
         temperature: T.
-        weight_fn: in place of the formula of the weight.
+        weight_fn: function that replaces the formula of the weight.
         teacher_kind: "logits" | "probabilities".
         resize: "error" | "student" | "teacher".
         reduction: "mean" | "mean_all" | "sum" | "none".
@@ -89,12 +89,12 @@ class InconsistencyLoss(FullPrecisionState):
 
     @property
     def inconsistency(self) -> Float[Tensor, "c"]:
-        """The inconsistency of each class so far, in [0, 1]."""
+        """The current inconsistency of each class, (C,), in [0, 1]."""
         return inconsistency_of(self.intersection, self.union)
 
     @property
     def class_weight(self) -> Float[Tensor, "c"]:
-        """The weight w of each class so far, before it is divided by its mean over the pixels of a batch."""
+        """The current weight w of each class, (C,), before it is divided by its mean over the pixels of a batch."""
         weigh = self.weight_fn or default_weight(self.weight_range, self.weight_temperature)
         return weigh(self.inconsistency).detach()
 
@@ -106,7 +106,7 @@ class InconsistencyLoss(FullPrecisionState):
         *,
         valid: Bool[Tensor, "n *space"] | None = None,
     ) -> None:
-        """Move the averages by one batch; training mode does it at every call."""
+        """Update the averages with one batch. In training mode every call of the Module does this."""
         student, teacher = match_logits(student_logits, teacher_logits, self.resize, self.teacher_kind)
         self._check(student_logits, student, valid)
         self._move(top_class(student), top_class(teacher), valid)
@@ -122,12 +122,12 @@ class InconsistencyLoss(FullPrecisionState):
         check_device("union", self.union, student, "student_logits")
 
     def _move(self, ours: Tensor, theirs: Tensor, valid: Tensor | None) -> Tensor:
-        """Move the averages by two label maps; return the pixels of each class in the second, of this rank."""
+        """Update the averages with two label maps; return this rank's pixel count of each class in the second."""
         counts = class_overlap(ours, theirs, valid, self.union.shape[0])
         theirs = counts[2]
         if self.sync:
             counts = sum_ranks(counts[:2])
-        # A class that stays away fades in both averages, which their ratio does not see, but not until they underflow.
+        # The averages of an absent class shrink together, so their ratio stays. Stop before they underflow.
         moved = ((self.union >= _FADED) | (counts[1] > 0)) * (1 - self.momentum)
         both, union = counts[:2].to(self.union.dtype)
         self.intersection.lerp_(both, moved)
@@ -141,7 +141,7 @@ class InconsistencyLoss(FullPrecisionState):
         *,
         valid: Bool[Tensor, "n *space"] | None = None,
     ) -> Tensor:
-        """Move the averages (training mode), then apply the function with them."""
+        """Update the averages (in training mode only), then apply the function with them."""
         student, teacher = match_logits(student_logits, teacher_logits, self.resize, self.teacher_kind)
         self._check(student_logits, student, valid)
         labels = top_class(teacher)

@@ -1,4 +1,4 @@
-"""Knowledge distillation between segmentation nets, alike or unlike."""
+"""Knowledge distillation between segmentation nets of the same or of different architectures."""
 
 from __future__ import annotations
 
@@ -53,33 +53,34 @@ def kd_loss(
     $$\ell_p = T^2\, H\!\left(\operatorname{softmax}(t_p / T),\ \operatorname{softmax}(s_p / T)\right),
     \qquad H(q, p) = -\sum_c q_c \log p_c$$
 
-    **Convention.** The teacher is detached. "mean" divides by the number of `valid` pixels (all without a mask),
-    "mean_all" by all. `divergence="kl"` subtracts the teacher's entropy: another value, the same gradient. With
-    `teacher_kind="probabilities"` the softmax of the teacher is skipped, or for T != 1 replaced by the normalised
-    power p^(1/T), which is what softmax(log p / T) is.
+    **Convention.** The teacher is detached. "mean" divides by the number of `valid` pixels (all pixels if there is no
+    mask), "mean_all" by the number of all pixels. `divergence="kl"` subtracts the teacher's entropy, which changes the
+    value but not the gradient. With `teacher_kind="probabilities"` the teacher's softmax is skipped; for T != 1 it is
+    replaced by the normalised power p^(1/T), which equals softmax(log p / T).
 
-    **Cost.** On the CPU large maps of logits are worked on block by block;
-    that form cannot be differentiated twice.
+    **Cost.** On the CPU, large maps of logits are processed block by block. That form cannot be differentiated twice.
 
-    **Source.** Hinton et al. 2015 for T^2; DiGA's released code uses the soft cross-entropy at T = 1 over all pixels.
+    **Source.** Hinton et al. 2015 for the factor T^2. DiGA's released code uses the soft cross-entropy with T = 1 over
+    all pixels.
 
     Args:
-        student_logits: the net that learns, before the softmax.
-        teacher_logits: the net that teaches: logits, or probabilities by `teacher_kind`. C must agree.
+        student_logits: the student's logits, before the softmax.
+        teacher_logits: the teacher's logits, or its probabilities with `teacher_kind="probabilities"`; C must agree.
         temperature: T > 0.
         divergence: "cross_entropy" | "kl".
         teacher_kind: "logits" | "probabilities".
-        resize: whose size both take, linearly, when they differ: "student", "teacher", or "error" to refuse.
+        resize: what to do when the sizes differ: "error" raises, "student" or "teacher" resizes the other map to that
+            net's size by linear interpolation.
         valid: True where a pixel counts, at the size after `resize`.
-        pixel_weight: factor of each pixel's loss, numerator only, at the size after `resize`.
+        pixel_weight: weight of each pixel's loss, at the size after `resize`; the divisor does not include it.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
         A float32 scalar (float64 for float64 input), or (N, *space) for "none".
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
-        ValueError: unlike shapes, or an unknown option.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, or an option is unknown.
 
     Example:
         >>> import torch
@@ -110,14 +111,14 @@ def kd_loss(
 
 
 def _in_blocks(student: Tensor) -> bool:
-    """Whether blocks pay: not where a GPU has to be launched for each, nor where a compiler fuses the formula."""
+    """Whether blocks are faster. They are not on a GPU, where each is a launch, or if a compiler fuses the formula."""
     return student.device.type == "cpu" and student.numel() >= LARGE and not torch.compiler.is_compiling()
 
 
 def match_logits(
     student_logits: Tensor, teacher_logits: Tensor, resize: str, teacher_kind: str = "logits"
 ) -> tuple[Tensor, Tensor]:
-    """Both maps in float32 at least, checked and of one size, the teacher detached."""
+    """Both maps, checked, in at least float32 and of one size; the teacher is detached."""
     check_logits_pair(student_logits, teacher_logits, teacher_kind)
     student, teacher = upcast(student_logits), upcast(teacher_logits.detach())
     if student.shape[2:] == teacher.shape[2:]:
@@ -133,34 +134,34 @@ def match_logits(
 
 
 def check_logits_pair(student_logits: Tensor, teacher_logits: Tensor, teacher_kind: str = "logits") -> None:
-    """Raise unless both are logits of one N and C; their sizes are not compared."""
+    """Raise unless both are logits with the same N and C; their sizes are not compared."""
     check_scores("student_logits", student_logits)
     check_scores("teacher_logits", teacher_logits, teacher_kind)
     if student_logits.ndim != teacher_logits.ndim or student_logits.shape[:2] != teacher_logits.shape[:2]:
         hint = ""
         if teacher_logits.movedim(-1, 1).shape[:2] == student_logits.shape[:2]:
-            hint = " It has its channels last: .movedim(-1, 1) brings them to axis 1."
+            hint = " Its channels are last: move them to axis 1 with .movedim(-1, 1)."
         raise ValueError(
             f"Expected `teacher_logits` to have the N and C of `student_logits` {shape_of(student_logits)}, "
-            f"and as many axes, but got {shape_of(teacher_logits)}.{hint}"
+            f"and the same number of axes, but got {shape_of(teacher_logits)}.{hint}"
         )
     check_device("teacher_logits", teacher_logits, student_logits, "student_logits")
 
 
 def soften(teacher: Tensor, temperature: float, kind: str) -> Tensor:
-    """Class probabilities at a temperature, of logits or probabilities."""
+    """Class probabilities at a temperature, from logits or probabilities."""
     if kind == "logits":
         return F.softmax(teacher if temperature == 1 else teacher / temperature, dim=1)
     if temperature == 1.0:
         return teacher
     teacher = teacher.clamp_min(0)
     top = teacher.amax(dim=1, keepdim=True).clamp_min(torch.finfo(teacher.dtype).tiny)
-    power = (teacher / top) ** (1 / temperature)  # of 1 / C at a low temperature nothing would be left
+    power = (teacher / top) ** (1 / temperature)  # 1 / C alone would underflow at a low temperature
     return power / power.sum(dim=1, keepdim=True).clamp_min(torch.finfo(power.dtype).tiny)
 
 
 class KDLoss(nn.Module):
-    """Module of [`kd_loss`][udakit.losses.kd_loss].
+    """Module version of [`kd_loss`][udakit.losses.kd_loss].
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Maximum squares: entropy minimisation whose gradient does not vanish into the easy pixels."""
+"""Maximum squares: like entropy minimisation, but easy pixels do not dominate the gradient."""
 
 from __future__ import annotations
 
@@ -26,29 +26,30 @@ def max_square_loss(
 
     $$\ell_p = -\tfrac12\, b_p \sum_c p_c^2, \qquad b_p = \left(N / N_{k(p)}\right)^{\alpha}$$
 
-    N is the number of valid pixels of the image, N_k of those with the same arg-max k(p), and alpha = `balance`.
+    N is the number of valid pixels of the image, N_k the number of those with the arg-max k(p), and alpha is `balance`.
 
-    **Convention.** A value in [-1/2, -1/(2C)] per pixel while `balance` is 0. "mean" divides by the number of `valid`
-    pixels, "mean_all" by all. The balancing factor is detached and enters the numerator only.
+    **Convention.** With `balance=0` the value of a pixel is in [-1/2, -1/(2C)]. "mean" divides by the number of `valid`
+    pixels, "mean_all" by the number of all pixels. The balancing factor is detached and does not change the divisor.
 
-    **Source.** MaxSquare (Chen et al. 2019): alpha = 0 is its plain, alpha = 0.2 its image-wise class-balanced loss.
-    The released plain loss averages over the classes too (this value / C), the released balanced one divides by C and
-    leaves the half out (this value * 2 / C).
+    **Source.** MaxSquare (Chen et al. 2019): alpha = 0 is its plain loss and alpha = 0.2 its loss balanced by the
+    classes of each image. The released plain loss also averages over the classes (this value / C). The released
+    balanced loss divides by C and omits the factor 1/2 (this value * 2 / C).
 
     Args:
-        logits: class scores, or probabilities over the class axis by `kind`.
-        balance: alpha in [0, 1]; 0 treats all pixels alike, 1 all predicted classes of an image.
+        logits: class scores before the softmax, or class probabilities with `kind="probabilities"`.
+        balance: alpha in [0, 1]; 0 gives all pixels the same weight, 1 gives all predicted classes of an image the same
+            weight.
         kind: "logits" | "probabilities".
         valid: True where a pixel counts.
-        pixel_weight: factor of each pixel's loss, numerator only.
+        pixel_weight: weight of each pixel's loss; the divisor does not include it.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
         A float32 scalar (float64 for float64 input), or (N, *space) for "none".
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
-        ValueError: unlike shapes, or an unknown option.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, or an option is unknown.
 
     Example:
         >>> import torch
@@ -73,13 +74,13 @@ def max_square_loss(
 
 
 def _balancing(scores: Tensor, valid: Tensor | None, balance: float) -> Tensor:
-    """(N / N_k)^alpha per pixel: integer counts per image, no data-dependent shape."""
+    """(N / N_k)^alpha at each pixel, from integer counts of each image; no shape depends on the data."""
     n, c = scores.shape[:2]
     predicted = top_class(scores).flatten(1)
     counted = torch.ones_like(predicted) if valid is None else valid.flatten(1).long()
     counts = torch.zeros(n, c, dtype=torch.int64, device=scores.device).scatter_add(1, predicted, counted)
     share = counts.to(scores.dtype) / counts.sum(dim=1, keepdim=True).clamp_min(1)
-    # An invalid pixel's class may have no valid pixel: any finite factor does, the reduction drops it.
+    # The class of an invalid pixel may have no valid pixel. Any finite factor will do: the reduction drops it.
     factor = torch.where(counts > 0, share, 1) ** -balance
     return factor.gather(1, predicted).view(n, *scores.shape[2:])
 
@@ -91,7 +92,7 @@ def _check_options(balance: float, kind: str, reduction: str) -> None:
 
 
 class MaxSquareLoss(nn.Module):
-    """Module of [`max_square_loss`][udakit.losses.max_square_loss].
+    """Module version of [`max_square_loss`][udakit.losses.max_square_loss].
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Pixel contrast between two views of an image (EHTDI): exact InfoNCE without the matrix of all pairs."""
+"""Pixel contrast between two views of an image (EHTDI): exact InfoNCE that never holds the matrix of all pairs."""
 
 from __future__ import annotations
 
@@ -26,34 +26,36 @@ def pixel_contrast_loss(
 
     $$\ell_i = -\log \frac{\exp(z_i \cdot z_{i'} / \tau)}{\sum_{j \ne i} \exp(z_i \cdot z_j / \tau)}$$
 
-    i and j run over the 2hw pixels of both views of one image, i' is pixel i in the other view.
+    Here i and j run over the 2hw pixels of both views of one image, and i' is pixel i in the other view.
 
-    **Convention.** Dot products of the embeddings as given: nothing is normalised. `valid` serves both views: an
-    invalid pixel is neither anchor nor negative. "mean" divides by the number of valid anchors of the batch (two a
-    valid pixel), "mean_all" by all. Both views get gradients: detach one to teach the other only.
+    **Convention.** The dot products use the embeddings as given; nothing is normalised. `valid` applies to both views:
+    an invalid pixel is neither an anchor nor a negative. "mean" divides by the number of valid anchors in the batch
+    (two for each valid pixel), "mean_all" by the number of all anchors. Both views get gradients; detach one of them to
+    train only the other.
 
-    **Source.** EHTDI (Li et al. 2022) on class probabilities, with 1/tau = 20; pixels of the same class are negatives
-    there, too. Its released code divides the sum over the images by the batch size, which is this mean.
+    **Source.** EHTDI (Li et al. 2022), which uses class probabilities and 1/tau = 20. There too, pixels of the same
+    class are negatives. Its released code divides the sum over the images by the batch size, which gives this mean.
 
-    **Cost.** Time (2hw)^2 (D + a few) for each image. Memory beyond a few copies of the embeddings: two blocks of
-    `chunk_size`^2 numbers, by default 8 MiB in float32 and at most 128 MiB on a GPU, where the dense formula takes
-    several times 16 (hw)^2 bytes. The backward pass computes the blocks again from the log-sum-exps that were kept. It
+    **Cost.** Each image takes about (2hw)^2 D operations. Besides a few copies of the embeddings, memory is needed for
+    two blocks of `chunk_size`^2 numbers: by default 8 MiB in float32, and at most 128 MiB on a GPU. The dense formula
+    needs several times 16 (hw)^2 bytes. The backward pass recomputes the blocks from the stored log-sum-exps. The loss
     cannot be differentiated twice.
 
     Args:
-        view_a: embeddings of one view, any D, any stride, |value| up to 1e15 in float32.
-        view_b: embeddings of the other view with the same geometry.
-        temperature: tau > 0, a divisor.
+        view_a: embeddings of one view, with any D and any stride; absolute values up to 1e15 in float32.
+        view_b: embeddings of the other view, with the same geometry.
+        temperature: tau > 0; the dot products are divided by it.
         valid: True where a pixel counts, at the size of the embeddings.
-        chunk_size: pixels on a side of a block; None means 1024, on a GPU 4096.
+        chunk_size: number of pixels along each side of a block; None means 1024 on the CPU and 4096 on a GPU.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 input), or (N, 2, *space) for "none": the two views' anchors.
+        A float32 scalar (float64 for float64 input), or (N, 2, *space) for "none", where axis 1 is the view of the
+        anchor.
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
-        ValueError: unlike shapes, or an option out of range.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, or an option is out of range.
 
     Example:
         >>> import torch
@@ -70,7 +72,7 @@ def pixel_contrast_loss(
         check_mask_like(valid, view_a, reference_name="view_a")
     z = torch.cat([upcast(view_a).flatten(2), upcast(view_b).flatten(2)], dim=2)
     both = None if valid is None else valid.flatten(1).repeat(1, 2)
-    # Of an invalid pixel, be it NaN, nothing enters the products.
+    # Invalid pixels must not enter the products, even where they are NaN.
     z = z if both is None else select(both.unsqueeze(1), z)
     loss = infonce(z, both, temperature, chunk_size).view(len(z), 2, *view_a.shape[2:])
     return reduce_pixels(loss, None if valid is None else valid.unsqueeze(1), reduction=reduction)
@@ -84,7 +86,7 @@ def _check_options(temperature: float, chunk_size: int | None, reduction: str) -
 
 
 class PixelContrastLoss(nn.Module):
-    """Module of [`pixel_contrast_loss`][udakit.losses.pixel_contrast_loss].
+    """Module version of [`pixel_contrast_loss`][udakit.losses.pixel_contrast_loss].
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Contrast of feature pixels against a bank of class prototypes."""
+"""Contrast between feature pixels and a bank of class prototypes."""
 
 from __future__ import annotations
 
@@ -41,35 +41,37 @@ def pixel_prototype_contrast_loss(
     ignore_index: int = 255,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
-    r"""Cross-entropy of each feature pixel over its similarities to the prototypes of the classes seen so far.
+    r"""Cross-entropy over the similarities of each feature pixel to the prototypes of the classes seen so far.
 
     $$\ell_p = -w_p\, w_{y_p} \log
     \frac{\exp(f_p \cdot \eta_{y_p} / \tau)}{\sum_{c\ \text{seen}} \exp(f_p \cdot \eta_c / \tau)}$$
 
-    **Convention.** A class never seen is no candidate, and its pixels are ignored like those of `ignore_index` and of
-    ids outside 0..C-1. "mean" divides by the number of pixels that count, "mean_all" by all; weights enter the
-    numerator only. Gradients flow to the features, and to `prototypes` if they require them (a buffer does not).
+    **Convention.** A class that has not been seen is not a candidate, and its pixels are ignored, like pixels with
+    `ignore_index` or with an id outside 0..C-1. "mean" divides by the number of pixels that count, "mean_all" by the
+    number of all pixels; weights do not change the divisor. Gradients flow to the features, and to `prototypes` if they
+    require gradients (a buffer does not).
 
-    **Source.** The pixel-to-prototype term that ProDA, SePiCo and ContrastiveSeg's successors share, as InfoNCE.
+    **Source.** The pixel-to-prototype term of ProDA, SePiCo and the successors of ContrastiveSeg, in InfoNCE form.
 
     Args:
-        features: embeddings, any stride.
+        features: embeddings, at any stride.
         labels: class ids at the size of the features (`udakit.downscale_labels`), or `ignore_index`.
-        prototypes: one row a class, such as `ClassPrototypes.prototypes`.
-        temperature: tau > 0, a divisor.
-        normalize: take unit vectors of features and prototypes; a zero vector stays zero.
-        seen: classes that have a prototype, such as `ClassPrototypes.seen`; None means the rows that are not all zero.
-        class_weight: factor of each class.
-        pixel_weight: factor of each pixel's loss.
-        ignore_index: the label that takes no part.
+        prototypes: one row for each class, for example `ClassPrototypes.prototypes`.
+        temperature: tau > 0; the similarities are divided by it.
+        normalize: scale features and prototypes to unit length; a zero vector stays zero.
+        seen: classes that have a prototype, for example `ClassPrototypes.seen`; None means the rows that are not all
+            zero.
+        class_weight: weight of each class.
+        pixel_weight: weight of each pixel's loss; the divisor does not include it.
+        ignore_index: the label of the pixels to ignore.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
         A float32 scalar (float64 for float64 features), or (N, *space) for "none".
 
     Raises:
-        TypeError: a tensor of the wrong kind.
-        ValueError: unlike shapes, or an option out of range.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: the shapes do not match, or an option is out of range.
 
     Example:
         >>> import torch
@@ -104,7 +106,7 @@ def pixel_prototype_contrast_loss(
     inside = ids < c
     ids = torch.where(inside, ids, 0)
     valid = inside & seen[ids]
-    # Of a pixel that is ignored, be it NaN, nothing enters the products, whose gradients sum over pixels.
+    # Ignored pixels must not enter the products, since a NaN there would reach the gradient's sum over pixels.
     x = upcast(features)
     bank = upcast(prototypes).to(x.dtype)
     if normalize:
@@ -112,7 +114,7 @@ def pixel_prototype_contrast_loss(
     else:
         x = select(valid.unsqueeze(1), x)
     logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
-    # Finite, so that a pixel with no candidate at all (ignored then) has no NaN to hide.
+    # Finite, because a pixel without any candidate would otherwise give NaN. Such a pixel is ignored.
     logits = torch.where(seen.view(-1, *[1] * (logits.ndim - 2)), logits, torch.finfo(logits.dtype).min / 4)
     loss = F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")
     if class_weight is not None:
@@ -128,9 +130,9 @@ def _check_options(temperature: float, normalize: bool, ignore_index: int, reduc
 
 
 class PixelPrototypeContrastLoss(nn.Module):
-    """Module of [`pixel_prototype_contrast_loss`][udakit.losses.pixel_prototype_contrast_loss].
+    """Module version of [`pixel_prototype_contrast_loss`][udakit.losses.pixel_prototype_contrast_loss].
 
-    `class_weight` is a buffer; the prototypes are an argument, so that their bank stays in one place.
+    `class_weight` is a buffer. The prototypes are an argument of the call, because a `ClassPrototypes` holds them.
 
     Example:
         >>> import torch

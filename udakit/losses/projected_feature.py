@@ -1,4 +1,4 @@
-"""Feature distillation between nets of unlike widths."""
+"""Feature distillation between nets with different numbers of channels."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from udakit.losses.kd import Resize
 
 
 class ProjectedFeatureLoss(nn.Module):
-    r"""Distance of a small net's features, through a learned 1x1 projection, to those of a large one.
+    r"""Distance between a small net's features, after a learned 1x1 projection, and those of a large net.
 
     $$\ell_p = \lVert u(W f_p + b) - u(r_p) \rVert_2, \qquad u(x) = x / \lVert x \rVert \text{ or } x$$
 
-    **Convention.** As `feature_distance_loss`: not squared, teacher detached, "mean" over the `valid` feature pixels.
-    Unit vectors by default, so that the loss is at most 2 whatever the teacher's feature scale. The projection is a
-    parameter: give the Module to the optimiser, too; it is thrown away after training.
+    **Convention.** As in `feature_distance_loss`, the distance is not squared, the teacher is detached, and "mean" is
+    over the `valid` feature pixels. By default unit vectors are compared, so the loss is at most 2 whatever the scale
+    of the teacher's features. The projection has parameters: pass those of this Module to the optimiser, too. It is not
+    needed after training.
 
-    **Source.** FitNets (Romero et al. 2015) for the projection; an option beside DUDA's distillation of logits.
+    **Source.** FitNets (Romero et al. 2015) for the projection. It can be added to DUDA's distillation of logits.
 
     Args:
-        dim: channels of the student's features.
-        reference_dim: channels of the teacher's features.
-        normalize: compare unit vectors.
-        resize: whose size both take, linearly, when they differ: "student", "teacher", or "error" to refuse.
+        dim: number of channels of the student's features.
+        reference_dim: number of channels of the teacher's features.
+        normalize: whether to compare unit vectors.
+        resize: what to do when the sizes differ: "error" raises, "student" or "teacher" resizes the other map to that
+            net's size by linear interpolation.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Example:
@@ -69,19 +71,19 @@ class ProjectedFeatureLoss(nn.Module):
         *,
         valid: Bool[Tensor, "n *space"] | None = None,
     ) -> Tensor:
-        """Project the student's features and compare.
+        """Project the student's features and compare them with the teacher's.
 
         Args:
-            features: of the net that learns.
-            reference_features: of the net that teaches.
+            features: features of the student.
+            reference_features: features of the teacher.
             valid: True where a feature pixel counts, at the size after `resize`.
 
         Returns:
             A float32 scalar (float64 for float64 features), or (N, *space) for "none".
 
         Raises:
-            TypeError: tensors that are not float, or a `valid` that is not bool.
-            ValueError: unlike shapes.
+            TypeError: a map is not a float tensor, or `valid` is not bool.
+            ValueError: the shapes do not match.
         """
         self._check("features", features, "dim", self.projection.in_channels)
         self._check("reference_features", reference_features, "reference_dim", self.projection.out_channels)
@@ -90,10 +92,10 @@ class ProjectedFeatureLoss(nn.Module):
         x, reference = upcast(features), upcast(reference_features.detach())
         if valid is not None and self.resize != "teacher":
             check_mask_like(valid, features, reference_name="features")
-            x = select(valid.unsqueeze(1), x)  # or a NaN outside would enter the gradient of the projection
+            x = select(valid.unsqueeze(1), x)  # a NaN outside would enter the gradient of the projection
         weight, bias = upcast(self.projection.weight).to(x.dtype), self.projection.bias
         with full_precision(x):
-            # As a map of one column where there are not two spatial axes: the projection looks at single pixels.
+            # Without two spatial axes, use a map of one column: the projection works on single pixels.
             flat = x if x.ndim == 4 else x.flatten(2).unsqueeze(3)
             flat = F.conv2d(flat, weight, None if bias is None else bias.to(x.dtype))
             x = flat if x.ndim == 4 else flat.view(*flat.shape[:2], *x.shape[2:])

@@ -31,35 +31,36 @@ def prototype_contrast_loss(
     ignore_index: int = 255,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n"]:
-    r"""InfoNCE between the mean predictions of each class in two views of one image.
+    r"""InfoNCE between the mean predictions of each class in two views of an image.
 
     $$q_c = \operatorname{softmax}\!\Big(\frac{1}{|P_c|} \sum_{p \in P_c} z_p\Big), \qquad \ell = -\frac{1}{2K}
     \sum_{i=1}^{2K} \log \frac{\exp(q_i \cdot q_{i'} / \tau)}{\sum_{j \ne i} \exp(q_i \cdot q_j / \tau)}$$
 
-    i and j run over the 2K rows (two views, K classes that the labels have in the image), i' is the row of the same
-    class in the other view.
+    Here i and j run over 2K rows (two views, and the K classes that the labels of the image contain), and i' is the row
+    of the same class in the other view.
 
-    **Convention.** "mean" is over the images that have a class, "mean_all" over all images. An image of one class
-    gives 0 and counts. Ignored pixels and ids outside 0..C-1 are in no mean. Both views get gradients.
+    **Convention.** "mean" is over the images that have at least one class, "mean_all" over all images. An image with a
+    single class gives 0 and counts. Ignored pixels and ids outside 0..C-1 are left out of the class means. Both views
+    get gradients.
 
-    **Source.** EHTDI (Li et al. 2022), 1/tau = 7, over confident or pasted pixels. Its released code computes this for
-    the first image of the batch only and divides by the batch size; here all images count.
+    **Source.** EHTDI (Li et al. 2022), with 1/tau = 7, over confident or pasted pixels. Its released code uses only the
+    first image of the batch and divides by the batch size. Here all images count.
 
     Args:
         view_a: logits of one view (D is usually C).
-        view_b: logits of the other view with the same geometry.
-        labels: (pseudo-)labels at the size of the logits, or `ignore_index`.
-        num_classes: C.
-        temperature: tau > 0, a divisor.
-        ignore_index: the label that takes no part.
+        view_b: logits of the other view, with the same geometry.
+        labels: labels or pseudo-labels at the size of the logits; `ignore_index` where there is none.
+        num_classes: C, the number of classes in `labels`.
+        temperature: tau > 0; the similarities are divided by it.
+        ignore_index: the label of the pixels to ignore.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
         A float32 scalar (float64 for float64 input), or (N,) for "none".
 
     Raises:
-        TypeError: views that are not float, or `labels` that are neither int64 nor uint8.
-        ValueError: unlike shapes, or an option out of range.
+        TypeError: a view is not a float tensor, or `labels` is neither int64 nor uint8.
+        ValueError: the shapes do not match, or an option is out of range.
 
     Example:
         >>> import torch
@@ -80,7 +81,7 @@ def prototype_contrast_loss(
     similarity = matmul(q, q.mT) / temperature
     present = (counts > 0).repeat(1, 2)
     candidates = present.unsqueeze(1) & ~torch.eye(2 * num_classes, dtype=torch.bool, device=q.device)
-    # Rows of absent classes become 0 before the log-sum-exp: over -inf alone its gradient would be NaN.
+    # Rows of absent classes are set to 0 before the log-sum-exp, which would have a NaN gradient over -inf alone.
     similarity = torch.where(present.unsqueeze(2), similarity.where(candidates, float("-inf")), 0)
     partner = torch.cat([similarity.diagonal(num_classes, 1, 2), similarity.diagonal(-num_classes, 1, 2)], dim=1)
     rows = torch.where(present, similarity.logsumexp(dim=2) - partner, 0)
@@ -96,7 +97,7 @@ def _check_options(num_classes: int, temperature: float, ignore_index: int, redu
 
 
 class PrototypeContrastLoss(nn.Module):
-    """Module of [`prototype_contrast_loss`][udakit.losses.prototype_contrast_loss].
+    """Module version of [`prototype_contrast_loss`][udakit.losses.prototype_contrast_loss].
 
     Example:
         >>> import torch

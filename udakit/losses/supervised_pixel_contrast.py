@@ -1,4 +1,4 @@
-"""Supervised contrast between labelled feature pixels, on a sample of fixed size."""
+"""Supervised contrast between labelled feature pixels, computed on a sample of fixed size."""
 
 from __future__ import annotations
 
@@ -48,43 +48,45 @@ def supervised_pixel_contrast_loss(
     reduction: Reduction = "mean",
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""] | Float[Tensor, "c max_anchors"]:
-    r"""Pull sampled pixels of one class together, push those of other classes apart.
+    r"""Pull sampled pixels of the same class together and push pixels of different classes apart.
 
     $$\ell_i = \frac{1}{|P_i|} \sum_{j \in P_i} -\log \frac{\exp(f_i \cdot f_j / \tau)}{\exp(f_i \cdot f_j / \tau) +
     \sum_{k \in N_i} \exp(f_i \cdot f_k / \tau)}$$
 
-    P_i: the other sampled pixels of i's class, N_i: the sampled pixels of other classes, over the whole batch.
-    `denominator="all"` sums over all sampled pixels but i instead, which is SupCon.
+    P_i are the other sampled pixels of i's class and N_i the sampled pixels of other classes, over the whole batch.
+    With `denominator="all"` the sum runs over all sampled pixels except i, which is SupCon.
 
-    **Convention.** Of every class `max_anchors` pixels of the batch (all, if it has fewer) are drawn, each subset alike
-    likely; they are anchors, positives and negatives. "mean" is over the anchors that have a positive; one class alone
-    gives 0 with "negatives". Ignored pixels and ids outside 0..C-1 take no part. Gradients flow through both sides.
+    **Convention.** `max_anchors` pixels of each class in the batch are drawn uniformly (all of them if there are
+    fewer). They serve as anchors, positives and negatives. "mean" is over the anchors that have a positive. With
+    "negatives", a batch with a single class gives 0. Ignored pixels and ids outside 0..C-1 are left out. Gradients flow
+    through both sides.
 
-    **Source.** ContrastiveSeg (Wang et al. 2021), whose code caps anchors per image and class, picks half of them from
-    wrongly predicted pixels, and multiplies by temperature / 0.07. "all": SupCon (Khosla et al. 2020).
+    **Source.** ContrastiveSeg (Wang et al. 2021). Its code limits the anchors per image and class, picks half of them
+    from wrongly predicted pixels, and multiplies the loss by temperature / 0.07. "all" is SupCon (Khosla et al. 2020).
 
-    **Cost.** With A = `max_anchors`, whatever the size of the features: at most 5 (C A)^2 numbers at a time beyond the
-    inputs and their gradient, plus 8 numbers a feature pixel for the draw. C = 19, A = 64: 28 MiB in float32. It cannot
-    be differentiated twice.
+    **Cost.** With A = `max_anchors`, the loss needs at most 5 (C A)^2 numbers at a time beyond the inputs and their
+    gradient: 28 MiB in float32 for C = 19 and A = 64, whatever the size of the features. The draw needs another 8
+    numbers for each feature pixel. The loss cannot be differentiated twice.
 
     Args:
-        features: embeddings, any stride.
+        features: embeddings, at any stride.
         labels: class ids at the size of the features (`udakit.downscale_labels`), or `ignore_index`.
-        num_classes: C.
-        temperature: tau > 0, a divisor.
-        max_anchors: pixels drawn of each class.
-        denominator: "negatives" | "all".
-        normalize: take unit vectors; a zero vector stays zero.
-        ignore_index: the label that takes no part.
+        num_classes: C, the number of classes in `labels`.
+        temperature: tau > 0; the similarities are divided by it.
+        max_anchors: number of pixels drawn from each class.
+        denominator: "negatives" | "all", the pixels in the sum below the fraction bar.
+        normalize: scale the features to unit length; a zero vector stays zero.
+        ignore_index: the label of the pixels to ignore.
         reduction: "mean" | "mean_all" | "sum" | "none".
-        generator: on the device of `features`.
+        generator: generator of the draw, on the device of `features`.
 
     Returns:
-        A float32 scalar (float64 for float64 features), or (C, max_anchors) for "none", 0 where no anchor is.
+        A float32 scalar (float64 for float64 features), or (C, max_anchors) for "none", with 0 where there is no
+        anchor.
 
     Raises:
-        TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
-        ValueError: unlike shapes, an option out of range, or a generator on another device.
+        TypeError: `features` is not a float tensor, or `labels` is neither int64 nor uint8.
+        ValueError: the shapes do not match, an option is out of range, or the generator is on another device.
 
     Example:
         >>> import torch
@@ -100,9 +102,9 @@ def supervised_pixel_contrast_loss(
         return reduce_pixels(features.sum() * upcast(features).new_zeros(num_classes, max_anchors), reduction=reduction)
     pixels, classes, rank, drawn = _draw_anchors(labels, num_classes, max_anchors, ignore_index, generator)
     size = labels[0].numel()
-    # Indexed before anything else touches the features: the rest costs the sample, not the map.
+    # Index first, so that the rest works on the sample and not on the whole map.
     z = upcast(features.flatten(2)[pixels // size, :, pixels % size])
-    z = torch.where(drawn.unsqueeze(1), z, 0)  # a row that is not drawn holds some other pixel, be it NaN
+    z = torch.where(drawn.unsqueeze(1), z, 0)  # a row that is not drawn holds another pixel, perhaps NaN
     if normalize:
         z = unit_vectors(z)
     others = drawn & ~torch.eye(len(drawn), dtype=torch.bool, device=z.device)
@@ -130,7 +132,7 @@ def _draw_anchors(
     Rows are sorted by class, then by rank: A of each class, or all pixels if those are fewer.
     """
     ids = class_ids(labels, num_classes, ignore_index).flatten()
-    # A random order, sorted by class without disturbing it: the first A of each class are a uniform subset.
+    # A random order, then a stable sort by class: the first A of each class are a uniform subset.
     order = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float32).argsort()
     order = order[ids[order].argsort(stable=True)]
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=ids.device)
@@ -156,7 +158,7 @@ def _own_columns(classes: Tensor, rank: Tensor, drawn: Tensor, max_anchors: int)
 class _Spread(torch.autograd.Function):
     """Log-sum-exp of z z' / temperature over each row's `others`, minus the entries of its `own` columns: (rows, A).
 
-    The formula's own graph keeps four matrices of all pairs, and multiplies twice for a gradient that is symmetric.
+    Autograd would keep four matrices of all pairs, and multiply twice although the gradient is symmetric.
     """
 
     @staticmethod
@@ -167,7 +169,7 @@ class _Spread(torch.autograd.Function):
         top = similarity.masked_fill(~others, torch.finfo(z.dtype).min).amax(dim=1, keepdim=True)
         share = similarity.sub_(top).clamp_max_(0).exp2_().mul_(others)
         total = share.sum(dim=1, keepdim=True)
-        share.div_(total.clamp_min(torch.finfo(z.dtype).tiny))  # a row without others has none to share
+        share.div_(total.clamp_min(torch.finfo(z.dtype).tiny))  # a row without others
         ctx.save_for_backward(z, share, own)
         ctx.temperature = temperature
         return (total.log2_().add_(top) - entries).mul_(LOG_2)
@@ -200,7 +202,7 @@ def _check_options(
 
 
 class SupervisedPixelContrastLoss(nn.Module):
-    """Module of [`supervised_pixel_contrast_loss`][udakit.losses.supervised_pixel_contrast_loss].
+    """Module version of [`supervised_pixel_contrast_loss`][udakit.losses.supervised_pixel_contrast_loss].
 
     Example:
         >>> import torch
@@ -238,7 +240,7 @@ class SupervisedPixelContrastLoss(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Draw anchors and apply the function with the configuration given at construction."""
+        """Draw anchors, then apply the function with the configuration given at construction."""
         return supervised_pixel_contrast_loss(
             features,
             labels,

@@ -27,33 +27,34 @@ def symmetric_cross_entropy(
     ignore_index: int = 255,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
-    r"""Cross-entropy plus reverse cross-entropy, in which labels and predictions change places.
+    r"""Cross-entropy plus reverse cross-entropy, which swaps the roles of labels and predictions.
 
     $$\ell_p = -\alpha \log p_y \;-\; \beta \sum_c \max(p_c, \epsilon_p)\, \log \max(\mathbb{1}[c = y], \epsilon_y)$$
 
-    **Convention.** Ignored pixels give 0 and no gradient. "mean" divides by the number of labelled pixels of the batch,
-    "mean_all" by all pixels. The reverse term is bounded by -log(`min_label`), so a wrong label pulls only so far.
+    **Convention.** Ignored pixels have loss 0 and get no gradient. "mean" divides by the number of labelled pixels in
+    the batch, "mean_all" by the number of all pixels. The reverse term is bounded by -log(`min_label`), which limits
+    the effect of a wrong label.
 
-    **Source.** Wang et al. 2019; weights and clamps as in ProDA's released code, which ignores label 250 and edits
-    the label map in place.
+    **Source.** Wang et al. 2019, with the weights and clamps of ProDA's released code, which ignores label 250 and
+    modifies the label map in place.
 
     Args:
         logits: class scores before the softmax.
         labels: class ids 0..C-1 or `ignore_index`, int64 or uint8.
-        ce_weight: alpha, of the cross-entropy.
-        rce_weight: beta, of the reverse cross-entropy.
-        min_probability: what a predicted probability is at least in the reverse term.
-        min_label: what a one-hot label's 0 counts as under the logarithm.
-        pixel_weight: factor of each pixel's loss, numerator only.
-        ignore_index: the label that takes no part.
+        ce_weight: alpha, the weight of the cross-entropy.
+        rce_weight: beta, the weight of the reverse cross-entropy.
+        min_probability: lower bound of a predicted probability in the reverse term.
+        min_label: value that replaces the zeros of the one-hot label under the logarithm.
+        pixel_weight: weight of each pixel's loss; the divisor does not include it.
+        ignore_index: the label of the pixels to ignore.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
         A float32 scalar (float64 for float64 logits), or (N, *space) for "none".
 
     Raises:
-        TypeError: an integer `logits`, or `labels` that are neither int64 nor uint8.
-        ValueError: unlike shapes, a clamp outside (0, 1], or an unknown `reduction`.
+        TypeError: `logits` is not a float tensor, or `labels` is neither int64 nor uint8.
+        ValueError: the shapes do not match, a lower bound is outside (0, 1], or `reduction` is unknown.
 
     Example:
         >>> import torch
@@ -73,8 +74,8 @@ def symmetric_cross_entropy(
     valid = labels != ignore_index
     x = guard(upcast(logits), valid)
     ce = labelled_cross_entropy(x, labels, ignore_index)
-    # log of the label is 0 at the labelled class: what remains is the probability of all the others, summed as such
-    # (1 - p_y would lose it to rounding).
+    # The log of the label is 0 at the labelled class. What remains is the probability of all other classes. It is
+    # summed directly, because 1 - p_y would lose it to rounding.
     other = torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (x.ndim - 2)) != labels.unsqueeze(1)
     rce = -math.log(min_label) * (F.softmax(x, dim=1).clamp(min=min_probability) * other).sum(dim=1)
     return reduce_pixels(ce_weight * ce + rce_weight * rce, valid, pixel_weight=pixel_weight, reduction=reduction)
@@ -92,7 +93,7 @@ def _check_options(
 
 
 class SymmetricCrossEntropyLoss(nn.Module):
-    """Module of [`symmetric_cross_entropy`][udakit.losses.symmetric_cross_entropy].
+    """Module version of [`symmetric_cross_entropy`][udakit.losses.symmetric_cross_entropy].
 
     Example:
         >>> import torch

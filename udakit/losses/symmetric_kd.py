@@ -25,28 +25,29 @@ def symmetric_kd_loss(
     valid: Bool[Tensor, "n *space"] | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n *space"]:
-    r"""Distil the teacher's view of one rendering into the student's view of the other, both ways.
+    r"""Distil the teacher's prediction on one rendering into the student's prediction on the other, both ways.
 
     $$\ell_p = T^2 H(t^{\text{clean}}_p, s^{\text{mixed}}_p) + \lambda T^2 H(t^{\text{mixed}}_p, s^{\text{clean}}_p)$$
 
     where H(t, s) is the cross-entropy of softmax(t / T) and softmax(s / T), as in `kd_loss`.
 
-    **Convention.** The teacher is detached. "mean" divides by the number of `valid` pixels (all without a mask),
-    "mean_all" by all. Both renderings share one layout, so one `valid` serves both terms.
+    **Convention.** The teacher is detached. "mean" divides by the number of `valid` pixels (all pixels if there is no
+    mask), "mean_all" by the number of all pixels. Both renderings have the same layout, so one `valid` applies to both
+    terms.
 
-    **Source.** DiGA (Shen et al. 2023). Its released code has T = 1, all pixels, lambda = 0.5 (GTA5) or 0.25 (SYNTHIA)
-    on the term whose teacher saw the mixed rendering, and this sum times 0.5 or 0.25 in the total loss.
+    **Source.** DiGA (Shen et al. 2023). Its released code uses T = 1 and all pixels. The term in which the teacher saw
+    the mixed rendering has lambda = 0.5 (GTA5) or 0.25 (SYNTHIA). The sum has the weight 0.5 or 0.25 in the total loss.
 
-    **Cost.** Each term is computed block by block and keeps one class map for the backward pass, where the
-    textbook keeps two; it cannot be differentiated twice. On the CPU `torch.compile` keeps these blocks; elsewhere it
-    gets the textbook formula to fuse.
+    **Cost.** Each term is computed block by block and keeps one class map for the backward pass; the plain formula
+    keeps two. The loss cannot be differentiated twice. Under `torch.compile`, the CPU keeps these blocks and other
+    devices fuse the plain formula.
 
     Args:
         student_clean: the student's logits on the clean rendering.
         student_mixed: the student's logits on the mixed (augmented or target-styled) rendering.
         teacher_clean: the teacher's logits on the clean rendering.
         teacher_mixed: the teacher's logits on the mixed rendering.
-        reverse_weight: lambda, of the term that teaches the clean view.
+        reverse_weight: lambda, the weight of the term that trains the student on the clean rendering.
         temperature: T > 0.
         valid: True where a pixel counts.
         reduction: "mean" | "mean_all" | "sum" | "none".
@@ -55,8 +56,8 @@ def symmetric_kd_loss(
         A float32 scalar (float64 for float64 input), or (N, *space) for "none".
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
-        ValueError: unlike shapes, or an option out of range.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, or an option is out of range.
 
     Example:
         >>> import torch
@@ -96,7 +97,7 @@ def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float, va
 
 
 class SymmetricKDLoss(nn.Module):
-    """Module of [`symmetric_kd_loss`][udakit.losses.symmetric_kd_loss].
+    """Module version of [`symmetric_kd_loss`][udakit.losses.symmetric_kd_loss].
 
     Example:
         >>> import torch

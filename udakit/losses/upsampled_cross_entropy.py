@@ -1,4 +1,4 @@
-"""Cross-entropy at label size from logits of a lower resolution, without the upsampled logits."""
+"""Cross-entropy at label size from low-resolution logits, without storing the upsampled logits."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from udakit._reduce import Reduction, check_reduction
 from udakit.losses._upsampled import upsampled_loss
 from udakit.losses.cross_entropy import check_class_weight, reduce_labelled
 
-# Signals and volumes: the same value, with the whole map in memory.
-ELSEWHERE = " F.interpolate followed by udakit.cross_entropy does it in any number of dimensions."
+# For signals and volumes: the same value, with the whole map in memory.
+ELSEWHERE = " For other numbers of dimensions, use F.interpolate and then udakit.cross_entropy."
 
 
 def upsampled_cross_entropy(
@@ -38,38 +38,40 @@ def upsampled_cross_entropy(
     chunk_rows: int | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n h2 w2"]:
-    r"""`cross_entropy` of the logits bilinearly upsampled to the labels, a band of rows at a time.
+    r"""`cross_entropy` of logits that are bilinearly upsampled to the labels, one band of rows at a time.
 
     $$\ell_p = -\,w_p\,w_{y_p} \log \operatorname{softmax}\big((U z)_p\big)_{y_p}, \qquad
     U \text{ bilinear, to } (H, W)$$
 
-    **Convention.** Value and gradient of `F.interpolate(logits, labels.shape[1:], mode="bilinear")` followed by
-    [`cross_entropy`][udakit.losses.cross_entropy], with its weights, means and ignored pixels.
+    **Convention.** Value and gradient equal those of `F.interpolate(logits, labels.shape[1:], mode="bilinear")`
+    followed by [`cross_entropy`][udakit.losses.cross_entropy], including its weights, means and ignored pixels.
 
-    **Source.** Nets whose head has a quarter or an eighth of the input's resolution are trained so.
+    **Source.** Nets that predict at a quarter or an eighth of the input's resolution are usually trained in this way.
 
-    **Two-dimensional** by nature: the bands are rows of (N, C, H, W).
+    **Two-dimensional maps only**: the bands are rows of (N, C, H, W).
 
-    **Cost.** Beyond the inputs, their gradient and a few (N, H, W) maps: a few bands of N C `chunk_rows` W numbers,
-    where the plain path holds several of N C H W. The backward pass makes the bands again from the logits: nothing
-    else is kept. It cannot be differentiated twice. With the logits at label size it is `cross_entropy` in bands.
+    **Cost.** Besides the inputs, their gradient and a few (N, H, W) maps, it holds a few bands of N C `chunk_rows` W
+    numbers. The plain way holds several maps of N C H W numbers. The backward pass recomputes the bands from the
+    logits, so nothing else is stored. The loss cannot be differentiated twice. If the logits already have the size of
+    the labels, this is `cross_entropy` in bands.
 
     Args:
-        logits: class scores before the softmax, any float dtype, of any size.
+        logits: class scores before the softmax, in any float dtype and of any size.
         labels: class ids 0..C-1 or `ignore_index`, int64 or uint8, at the size of the loss.
-        pixel_weight: factor of each pixel's loss, at the labels' size.
-        class_weight: factor of each class.
-        ignore_index: the label that takes no part.
-        align_corners: of the upsampling, as in `F.interpolate`.
-        chunk_rows: rows of a band, at the labels' size; None takes as many as 2 MiB of float32 hold (64 MiB on a GPU).
+        pixel_weight: weight of each pixel's loss, at the size of the labels.
+        class_weight: weight of each class.
+        ignore_index: the label of the pixels to ignore.
+        align_corners: option of the upsampling, as in `F.interpolate`.
+        chunk_rows: number of rows in a band, at the size of the labels; None takes as many rows as fit in 2 MiB of
+            float32 (64 MiB on a GPU).
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
-        A float32 scalar (float64 for float64 logits), or (N, H, W) of the labels' size for "none".
+        A float32 scalar (float64 for float64 logits), or (N, H, W) at the size of the labels for "none".
 
     Raises:
-        TypeError: an integer `logits`, or `labels` that are neither int64 nor uint8.
-        ValueError: shapes that do not match, ids that are no class, or an option out of range.
+        TypeError: `logits` is not a float tensor, or `labels` is neither int64 nor uint8.
+        ValueError: the shapes do not match, an id is not a class, or an option is out of range.
 
     Example:
         >>> import torch
@@ -112,7 +114,7 @@ def _check_options(ignore_index: int, align_corners: bool, chunk_rows: int | Non
 
 
 class UpsampledCrossEntropyLoss(nn.Module):
-    """Module of [`upsampled_cross_entropy`][udakit.losses.upsampled_cross_entropy]; `class_weight` is a buffer.
+    """Module version of [`upsampled_cross_entropy`][udakit.losses.upsampled_cross_entropy]; `class_weight` is a buffer.
 
     Example:
         >>> import torch

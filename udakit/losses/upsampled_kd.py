@@ -1,4 +1,4 @@
-"""Knowledge distillation at full size from logits of a lower resolution, without the upsampled logits."""
+"""Knowledge distillation at full size from low-resolution logits, without storing the upsampled logits."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from udakit.losses._upsampled import upsampled_loss
 from udakit.losses.kd import Divergence, check_logits_pair
 from udakit.losses.kd import check_options as check_kd_options
 
-# Signals and volumes: the same value, with the whole maps in memory.
-ELSEWHERE = " udakit.kd_loss with `resize=` does it in any number of dimensions."
+# For signals and volumes: the same value, with the whole maps in memory.
+ELSEWHERE = " For other numbers of dimensions, use udakit.kd_loss with `resize=`."
 
 
 def upsampled_kd_loss(
@@ -38,42 +38,45 @@ def upsampled_kd_loss(
     chunk_rows: int | None = None,
     reduction: Reduction = "mean",
 ) -> Float[Tensor, ""] | Float[Tensor, "n h3 w3"]:
-    r"""`kd_loss` of both nets' logits bilinearly upsampled to one size, a band of rows at a time.
+    r"""`kd_loss` of two nets' logits that are bilinearly upsampled to one size, one band of rows at a time.
 
     $$\ell_p = T^2\, H\big(\operatorname{softmax}((U t)_p / T),\ \operatorname{softmax}((U s)_p / T)\big), \qquad
     U \text{ bilinear, to } (H, W)$$
 
-    **Convention.** Value and gradient of `F.interpolate(..., size, mode="bilinear")` of both maps followed by
-    [`kd_loss`][udakit.losses.kd_loss]: the teacher is detached, "mean" divides by the number of `valid` pixels. Logits
-    are upsampled before the softmax; with `teacher_kind="probabilities"` the probabilities are.
+    **Convention.** Value and gradient equal those of `F.interpolate(..., size, mode="bilinear")` of both maps followed
+    by [`kd_loss`][udakit.losses.kd_loss]. The teacher is detached, and "mean" divides by the number of `valid` pixels.
+    Logits are upsampled before the softmax; with `teacher_kind="probabilities"`, the teacher's probabilities are
+    upsampled.
 
-    **Source.** As `kd_loss`.
+    **Source.** The same as `kd_loss`.
 
-    **Two-dimensional** by nature: the bands are rows of (N, C, H, W).
+    **Two-dimensional maps only**: the bands are rows of (N, C, H, W).
 
-    **Cost.** Beyond the inputs, the student's gradient and a few (N, H, W) maps: a few bands of N C `chunk_rows` W
-    numbers, where the plain path holds several of N C H W. The backward pass makes the bands again from the inputs:
-    nothing else is kept. It cannot be differentiated twice.
+    **Cost.** Besides the inputs, the student's gradient and a few (N, H, W) maps, it holds a few bands of N C
+    `chunk_rows` W numbers. The plain way holds several maps of N C H W numbers. The backward pass recomputes the bands
+    from the inputs, so nothing else is stored. The loss cannot be differentiated twice.
 
     Args:
-        student_logits: the net that learns, before the softmax, of any size.
-        teacher_logits: the net that teaches, of any size: logits, or probabilities by `teacher_kind`. C must agree.
-        size: (H, W) of the loss; None takes the teacher's, which is then not resampled.
+        student_logits: the student's logits, before the softmax, of any size.
+        teacher_logits: the teacher's logits, or its probabilities with `teacher_kind="probabilities"`, of any size; C
+            must agree.
+        size: (H, W) of the loss; None takes the size of the teacher's map, which is then not resampled.
         temperature: T > 0.
         divergence: "cross_entropy" | "kl".
         teacher_kind: "logits" | "probabilities".
-        align_corners: of the upsampling, as in `F.interpolate`.
+        align_corners: option of the upsampling, as in `F.interpolate`.
         valid: True where a pixel counts, at `size`.
-        pixel_weight: factor of each pixel's loss, numerator only, at `size`.
-        chunk_rows: rows of a band, at `size`; None takes as many as 2 MiB of float32 hold (64 MiB on a GPU).
+        pixel_weight: weight of each pixel's loss, at `size`; the divisor does not include it.
+        chunk_rows: number of rows in a band, at `size`; None takes as many rows as fit in 2 MiB of float32 (64 MiB on a
+            GPU).
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:
         A float32 scalar (float64 for float64 input), or (N, H, W) for "none".
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
-        ValueError: unlike shapes, or an option out of range.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, or an option is out of range.
 
     Example:
         >>> import torch
@@ -123,7 +126,7 @@ def _check_options(
 
 
 class UpsampledKDLoss(nn.Module):
-    """Module of [`upsampled_kd_loss`][udakit.losses.upsampled_kd_loss].
+    """Module version of [`upsampled_kd_loss`][udakit.losses.upsampled_kd_loss].
 
     Example:
         >>> import torch

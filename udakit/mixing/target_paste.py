@@ -63,7 +63,7 @@ def target_paste(
 
 
 class TargetPaste(nn.Module):
-    """Module of [`target_paste`][udakit.mixing.target_paste].
+    """Module version of [`target_paste`][udakit.mixing.target_paste].
 
     Example:
         >>> import torch

@@ -80,7 +80,7 @@ def mask_tokens(
         The tokens, some of them replaced.
 
     Raises:
-        TypeError: a tensor of the wrong kind.
+        TypeError: a tensor has the wrong dtype.
         ValueError: shapes that do not match.
 
     Example:

@@ -54,7 +54,7 @@ class ClassDistributions(FullPrecisionState):
         num_classes: C.
         dim: D.
         momentum: in [0, 1], weight of a new batch; None for the exact statistics.
-        ignore_index: the label that takes no part.
+        ignore_index: the label of the pixels to ignore.
 
     Example:
         >>> import torch

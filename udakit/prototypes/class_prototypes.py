@@ -64,7 +64,7 @@ class ClassPrototypes(FullPrecisionState):
         mode: "ema" | "mean". May be changed at any time: after a pass in "mean", set `mode = "ema"`.
         per_image: a vector per image and class, or per batch and class.
         min_pixels: pixels that a vector needs.
-        ignore_index: the label that takes no part.
+        ignore_index: the label of the pixels to ignore.
 
     Example:
         >>> import torch

@@ -41,7 +41,7 @@ def class_means(
         num_classes: C.
         per_image: one mean per image and class instead of one over the batch.
         min_pixels: pixels that a mean needs.
-        ignore_index: the label that takes no part.
+        ignore_index: the label of the pixels to ignore.
 
     Returns:
         Means (C, D) and counts (C,), or (N, C, D) and (N, C) per image.

@@ -46,7 +46,7 @@ class ConfidenceThreshold(FullPrecisionState):
         kind: "logits" | "probabilities".
         temperature: T > 0 of a calibrated confidence (`fit_temperature`); for logits only.
         bins: of the histogram.
-        ignore_index: the label that takes no part.
+        ignore_index: the label of the pixels to ignore.
 
     Example:
         >>> import torch
@@ -193,7 +193,7 @@ def fit_temperature(
         logits: (N, C, *space) of labelled source images that the net was not trained on.
         labels: class ids or `ignore_index`; other ids are ignored, too.
         temperature_range: (lowest, highest) T.
-        ignore_index: the label that takes no part.
+        ignore_index: the label of the pixels to ignore.
 
     Returns:
         () float32.

@@ -60,7 +60,7 @@ def consistency_score(
         In [0, 1], higher is more consistent: (N,) float32 for "image", () for "batch".
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
         ValueError: unlike shapes, an unknown `scope`, or a `background` that is no class.
 
     Example:

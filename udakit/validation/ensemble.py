@@ -51,7 +51,7 @@ def ensemble_agreement(
         (K,) float32 in [0, 1]; higher is closer to the ensemble.
 
     Raises:
-        TypeError: tensors that are not float, or a `valid` that is not bool.
+        TypeError: a map is not a float tensor, or `valid` is not bool.
         ValueError: no candidate, unlike shapes, or an unknown `kind`.
 
     Example:
