@@ -1,7 +1,7 @@
 """Whether an operation has one speed: the parts that work in pieces, each in ten fresh processes.
 
     python benchmarks/fresh_processes.py            # what is missing, then the table; stopped, it goes on
-    python benchmarks/fresh_processes.py --again    # all processes anew
+    python benchmarks/fresh_processes.py --again    # all processes anew, about 6 minutes on an idle core
 
 By what a process freed before, the C library decides whether a freed block comes back as fresh pages. A part whose
 pieces are of about a megabyte then has two speeds, and which one is chance. The figure of a process is the median of
@@ -90,9 +90,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     results = Results(options.results)
     if options.again and not options.table:
-        results.rows.clear()
+        results.forget(NAMES)
     for name in NAMES if not options.table else ():
-        found: list[float] = list(results.rows[name]["seconds"]) if name in results else []
+        found: list[float] = list(results.rows[name]["seconds"]) if results.is_there(name) else []
         while len(found) < options.processes:
             found.append(seconds_in_a_fresh_process(name, options.size))
             results.add(name, {"size": options.size, "seconds": found})

@@ -77,13 +77,16 @@ def run(options: argparse.Namespace) -> None:
     if options.quick:
         timing = {"min_run_time": 0.005, "min_runs": 2, "max_time": 0.05}
     began = time.perf_counter()
-    for workload in (w for w in workloads() if w.name in (options.ops or MAIN)):
-        for axis in MAIN[workload.name]:
-            for value in AXES[axis][:3] if options.quick else AXES[axis]:
-                key = f"{workload.name}/{axis}/{value}"
-                if key not in results or options.again:
-                    results.add(key, point(workload, axis, value, **timing))
-        print(f"{time.perf_counter() - began:6.0f} s  {workload.name}", flush=True)
+    plan = {
+        f"{workload.name}/{axis}/{value}": (workload, axis, value)
+        for workload in workloads()
+        if workload.name in (options.ops or MAIN)
+        for axis in MAIN[workload.name]
+        for value in (AXES[axis][:3] if options.quick else AXES[axis])
+    }
+    for key in results.waiting(plan, again=options.again):
+        results.add(key, point(*plan[key], **timing))
+        print(f"{time.perf_counter() - began:6.0f} s  {key}", flush=True)
     for name, by_axis in slopes(results).items():
         for axis, fitted in by_axis.items():
             results.add(f"{name}/{axis}/slope", {"operation": name, "axis": axis, **fitted})

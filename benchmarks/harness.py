@@ -14,7 +14,7 @@ import platform
 import re
 import sys
 import timeit
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,16 @@ class Results:
             self.rows[key]["old"] = True
         write_json(self.path, {"environments": self.environments, "rows": self.rows})
 
+    def waiting(self, keys: Iterable[str], *, again: bool = False) -> Iterator[str]:
+        """Those of the keys that are to be measured, in order: what is missing, or all of them `again`.
+
+        A run that was stopped goes on without `again`.
+        """
+        keys = list(keys)
+        if again:
+            self.forget(keys)
+        return (key for key in keys if not self.is_there(key))
+
     def here(self) -> int:
         """Number of the environment of this process; its copy bandwidth is measured once."""
         mine = environment()
@@ -216,7 +226,7 @@ def parser_for(description: str, results: str, *, page: Path) -> argparse.Argume
     """The options that every script has; it adds its own. `description` is its docstring, `results` its JSON's name."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--again", action="store_true", help="measure also what is in the JSON")
+    parser.add_argument("--again", action="store_true", help="measure all anew; stopped, go on without it")
     parser.add_argument("--table", action="store_true", help="measure nothing, write the page")
     parser.add_argument("--no-table", action="store_true", help="leave the page alone")
     parser.add_argument("--results", type=Path, default=RESULTS / results, help="the JSON")

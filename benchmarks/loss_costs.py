@@ -308,10 +308,9 @@ def run(options: argparse.Namespace, results: Results) -> None:
     )
     plan = {f"{size}/{name}": (name, partial(measure_loss, size, name)) for size in sizes for name in step_losses(size)}
     plan |= {c.key: (c.key, partial(measure_comparison, c)) for c in comparisons}
-    for key, (name, measure) in plan.items():
-        if (options.rows and name not in options.rows) or (key in results and not options.again):
-            continue
-        results.add(key, measure(timing))
+    asked = [key for key, (name, _) in plan.items() if not options.rows or name in options.rows]
+    for key in results.waiting(asked, again=options.again):
+        results.add(key, plan[key][1](timing))
         print(key, flush=True)
 
 

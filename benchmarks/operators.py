@@ -6,9 +6,9 @@
     python benchmarks/operators.py --quick --results /tmp/quick.json --no-table
     python benchmarks/operators.py --table               # measures nothing, rewrites docs/performance/operators.md
 
-The rules are on docs/performance/rules.md. The operations are those of the registry that the contract checks
-(`tests/contract`), the textbook versions those of `tests/textbook.py`, which a test holds to the operations in value
-and gradient.
+All of it takes about 20 minutes on an idle core. The rules are on docs/performance/rules.md. The operations are those
+of the registry that the contract checks (`tests/contract`), the textbook versions those of `tests/textbook.py`, which a
+test holds to the operations in value and gradient.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ COMPILED = (
 # What two CPU cores should reach at medium size in float32, as time divided by the textbook's.
 WANTED = (
     ("symmetric_kd_loss", "eager", 0.85),
-    ("symmetric_kd_loss", "compiled", 0.5),
+    ("symmetric_kd_loss", "compiled", 0.6),
     ("pixel_contrast_loss", "eager", 0.35),
-    ("class_means", "eager", 0.3),
-    ("ClassPrototypes.distances", "eager", 0.12),
+    ("class_means", "eager", 0.25),
+    ("ClassPrototypes.distances", "eager", 0.2),
     ("ClassMix", "eager", 0.8),
 )
 TIMING = {"min_run_time": 0.15, "min_runs": 5, "max_time": 0.6}
@@ -106,15 +106,9 @@ def run(options: argparse.Namespace) -> None:
     results = Results(options.results)
     began = time.perf_counter()
     timing = {"min_run_time": 0.01, "min_runs": 2, "max_time": 0.1} if options.quick else TIMING
-    planned = [
-        (row_key(w.name, size, dtype, mode, how), (w, size, dtype, mode, how))
-        for w, size, dtype, mode, how in plan(options)
-    ]
-    if options.again:
-        results.forget(key for key, _ in planned)
-    for key, (workload, size, dtype, mode, compiled) in planned:
-        if results.is_there(key):
-            continue
+    by_key = {row_key(w.name, *what): (w, *what) for w, *what in plan(options)}
+    for key in results.waiting(by_key, again=options.again):
+        workload, size, dtype, mode, compiled = by_key[key]
         try:
             row = measure(workload, size, dtype, mode, compiled=compiled, **timing)
         except NotThere:

@@ -1,6 +1,6 @@
 """Processor time and memory that a part adds to a step of DACS.
 
-    python benchmarks/parts_cost.py            # whatever is not in the JSON yet, then the table
+    python benchmarks/parts_cost.py            # whatever is not in the JSON yet, then the table; all: 3 minutes
     python benchmarks/parts_cost.py --parts mic_random hrda --again
     python benchmarks/parts_cost.py --table    # measures nothing, writes what is there
 
@@ -128,9 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     results = Results(options.results)
-    for name in options.parts if not options.table else []:
-        if name in results and not options.again:
-            continue
+    for name in results.waiting(options.parts if not options.table else (), again=options.again):
         results.add(name, measure(name, options.turns))
         row = results.rows[name]
         print(f"{name:22} {row['ratio']:.2f} of a step, {row['bytes'] / 1e6:.0f} MB", flush=True)

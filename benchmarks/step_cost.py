@@ -134,9 +134,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(json.dumps(measure(options.one, options.steps)))
         return
     results = Results(options.results)
-    for name in options.rows if not options.table else []:
-        if name in results and not options.again:
-            continue
+    for name in results.waiting(options.rows if not options.table else (), again=options.again):
         command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         row = json.loads(done.stdout.splitlines()[-1])

@@ -1,6 +1,6 @@
 """The share of a training step that is spent outside the networks, for each recipe of the reference loop.
 
-    python benchmarks/step_overhead.py            # whatever is not in the JSON yet, then the table
+    python benchmarks/step_overhead.py            # whatever is not in the JSON yet, then the table; all: 12 minutes
     python benchmarks/step_overhead.py --rows dacs dacs-1024 --again
     python benchmarks/step_overhead.py --table    # measures nothing, writes what is there
 
@@ -392,9 +392,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3)
     options = parser.parse_args(arguments)
     results = Results(options.results)
-    for name in options.rows if not options.table else []:
-        if name in results and not options.again:
-            continue
+    for name in results.waiting(options.rows if not options.table else (), again=options.again):
         row = measure(ROWS[name], steps=options.steps)
         results.add(name, row)
         print(f"{name:16} {row['seconds']:6.2f} s a step, {outside(row):.1%} outside the nets", flush=True)
