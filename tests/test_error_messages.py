@@ -194,7 +194,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         ),
         (
             lambda: mix(BATCH, (IMAGES,), VALID),
-            r"`target` to be a SegBatch or .* but got tuple of 1\. SegBatch.* makes one; .*",
+            r"`target` to be a SegBatch or .* but got tuple of 1\. Make one with SegBatch.*",
         ),
         (
             lambda: mix(BATCH, (IMAGES[..., ::2], LABELS[..., ::2]), VALID),
@@ -209,7 +209,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: u.target_paste(BATCH, BATCH, LOGITS), r"`confidence` .* but got \(2, 5, 8, 8\)\. .*amax\(1\)"),
         (
             lambda: u.paste(VALID, IMAGES, LABELS),
-            r"`background` to be float or integer .* got torch.int64\. Paste images onto images, labels onto labels",
+            r"`background` to be float or integer .* got torch.int64\. Paste images onto images and labels onto labels",
         ),
         (
             lambda: u.paste(VALID, IMAGES, IMAGES[..., ::2]),
@@ -237,7 +237,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: u.color_transfer(IMAGES, IMAGES, mean=0.5), r"`mean` to be three numbers, .* but got 0\.5"),
         (lambda: u.draw_strong_augment(N, blur_sigma=1.0), r"`blur_sigma` to be \(low, high\) .* but got 1\.0"),
         (lambda: u.draw_strong_augment(IMAGES), r"`n` to be an integer, but got torch.float32 \(2, 3, 8, 8\)"),
-        (lambda: u.strong_augment(IMAGES, {}, mean=None, std=None), r"`draw` .* but got dict\. draw_strong_augment .*"),
+        (lambda: u.strong_augment(IMAGES, {}, mean=None, std=None), r"`draw` .* but got dict\. .* draw_strong_augment"),
         (
             lambda: u.StrongAugment(mean=(0.5,) * 3, std=None)(IMAGES[0]),
             r"`mean` to be 8 numbers, .*\. `images` is \(3, 8, 8\): .*unsqueeze\(0\)",

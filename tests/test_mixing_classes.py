@@ -332,7 +332,9 @@ def test_messages_that_used_to_mislead():
         udakit.ClassMix(5)(source, small)
     with pytest.raises(TypeError, match=r"Expected `mask` to be a bool tensor, .* comparison .* with \.squeeze\(1\)"):
         udakit.class_mix(source, target, torch.rand(2, 1, 4, 8))
-    with pytest.raises(TypeError, match=r"Expected `background` to be float .* Paste images onto images, labels onto"):
+    with pytest.raises(
+        TypeError, match=r"Expected `background` to be float .* Paste images onto images and labels onto"
+    ):
         udakit.paste(torch.ones(2, 4, 8, dtype=torch.bool), source.images, target.labels)
 
 

@@ -252,7 +252,7 @@ def test_styles_of_any_size():
 @pytest.mark.parametrize("size", [(2, 1, 6, 7), (2, 4, 6, 7), (2, 3, 6), (2, 3, 4, 6, 7)])
 def test_color_transfer_is_about_colour(size):
     with pytest.raises(
-        ValueError, match=r"Expected `content` to be \(N, 3, H, W\), .* `color_transfer` is about colour"
+        ValueError, match=r"Expected `content` to be \(N, 3, H, W\), .* `color_transfer` works on colour"
     ):
         udakit.color_transfer(torch.rand(size), torch.rand(size))
 
@@ -277,16 +277,16 @@ def test_check_images():
         (
             255 * images,
             {},
-            r"Expected `images` to lie in \[0, 1\], but got .*\. Bytes become such by \.float\(\) / 255\.",
+            r"Expected `images` to be in \[0, 1\], but got .*\. Convert byte images with \.float\(\) / 255\.",
         ),
         (normalised, {}, "If they are normalised, pass the `mean` and `std`"),
         (
             9 * images,
             {"mean": mean, "std": std, "name": "a.png"},
-            "Expected `a.png` to lie in .* by `mean` and `std`, but",
+            "Expected `a.png` to be in .* by `mean` and `std`, but",
         ),
         (1.05 * images / images.max(), {}, "If they are normalised"),
-        (images.log().log(), {}, "not a number"),
+        (images.log().log(), {}, "contain NaN"),
     ):
         with pytest.raises(ValueError, match=message):
             udakit.check_images(wrong, **options)
@@ -311,7 +311,9 @@ def test_style_follows_its_input(transfer, axes):
 
 def test_a_single_image_is_said_to_be_a_batch_of_signals():
     image = torch.rand(3, 64, 72)
-    with pytest.warns(UserWarning, match=r"`content` is \(3, 64, 72\), which is a batch of signals .*unsqueeze"):
+    with pytest.warns(
+        UserWarning, match=r"`content` is \(3, 64, 72\), which is treated as a batch of signals .*unsqueeze"
+    ):
         udakit.fourier_transfer(image, image)
 
 
@@ -334,5 +336,5 @@ def test_a_nan_in_the_style_stays_with_its_image_and_is_not_hidden(
         assert bool(others.isnan().all())
     else:
         torch.testing.assert_close(others, clean[0, [0, 2]])
-    with pytest.raises(ValueError, match="not a number"):
+    with pytest.raises(ValueError, match="contain NaN"):
         udakit.check_images(spoilt)

@@ -1,4 +1,4 @@
-"""Masks, pasting, class mix, style transfer and strong augmentation on batches. True in a mask takes the first side."""
+"""Masks, pasting, class mix, style transfer and strong augmentation of batches. True in a mask takes the first side."""
 
 from udakit.mixing.augment_draw import StrongAugmentDraw, draw_strong_augment
 from udakit.mixing.batch import SegBatch, paste

@@ -1,4 +1,4 @@
-"""Colour arithmetic on RGB images: Rec. 601 luma, HSV saturation and hue, CIE Lab. No constant comes from the host."""
+"""Colour arithmetic on RGB images: Rec. 601 luma, HSV saturation and hue, CIE Lab. No constant is copied to a GPU."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def luma(rgb: Tensor) -> Tensor:
 
 
 def saturate_and_turn(x: Tensor, saturation: Tensor | None, hue: Tensor | None) -> Tensor:
-    """Multiply the HSV saturation by (N,), none below 0, add (N,) to the hue: vectorised passes, no sextant to choose.
+    """Multiply the HSV saturation by (N,), not below 0, and add (N,) to the hue, without choosing a sextant.
 
-    With the smallest channel at 0 and the largest at 1, the distance of the hue from red is 1 + g + b - r sextants, on
-    the side of the larger of g and b; and a channel is a trapezoid over its own distance.
+    If the smallest channel is 0 and the largest is 1, the hue is 1 + g + b - r sextants away from red, on the side of
+    the larger of g and b. Each channel is a trapezoid over its own distance.
     """
     r, g, b = x.unbind(1)
     value, low = x.amax(1), x.amin(1)
@@ -67,14 +67,14 @@ def _transform(x: Tensor, columns: tuple[Tensor, ...]) -> Tensor:
 
 
 class Opponent:
-    """The way from images to y, x - y and y - z of CIE Lab, each (N, H, W): L / 116, a / 500 and b / 200.
+    """Convert images to y, x - y and y - z of CIE Lab, each (N, H, W): L / 116, a / 500 and b / 200.
 
-    Images are sRGB, clamped to [0, 1] once denormalised by `mean` and `std`, as `per_channel` makes them. The numbers
-    of the way are made once, for the content, the style and all their stripes.
+    Images are sRGB, denormalised by `mean` and `std` (from `per_channel`) and clamped to [0, 1]. The constants are
+    computed once, for the content, the style and all their stripes.
 
-    Both curves are the sum of their two pieces, each clamped to its side of the knee: powers see safe values only, so
-    that black has a gradient. What a piece is at the knee is too much in the sum, and is taken off in the end: each row
-    of the matrix has the sum 1.
+    Both curves are the sum of two pieces, each clamped to its side of the knee. Powers then get safe values only, and
+    black has a gradient. The value at the knee is counted twice in the sum and is subtracted at the end, because each
+    row of the matrix sums to 1.
     """
 
     def __init__(self, mean: Tensor | None, std: Tensor | None, like: Tensor) -> None:
@@ -95,7 +95,7 @@ class Opponent:
 
 
 class Rgb:
-    """The way back of `Opponent`: clamped to [0, 1], normalised by `mean` and `std`."""
+    """The inverse of `Opponent`: images clamped to [0, 1] and normalised by `mean` and `std`."""
 
     def __init__(self, mean: Tensor | None, std: Tensor | None, like: Tensor) -> None:
         self.bounded = mean is None and std is None

@@ -1,4 +1,4 @@
-"""What strong augmentation does to the values of (N, K, *space) images in [0, 1], each image by its own numbers."""
+"""The operations of strong augmentation on (N, K, *space) images in [0, 1], with parameters for each image."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def per_image(x: Tensor, like: Tensor) -> Tensor:
 
 
 class Colours:
-    """What is done to each pixel by itself, from normalised images to [0, 1]: jitter and greyscale.
+    """The operations on single pixels, jitter and greyscale, from normalised images to [0, 1].
 
-    `mean` and `std` as `per_channel` makes them. The numbers of each image are made once, for all its stripes.
+    `mean` and `std` come from `per_channel`. The parameters of each image are computed once, for all its stripes.
 
-    Denormalising, brightness and contrast are one straight line between two bounds for each image and channel, and an
-    image that is not jittered has factors that change nothing: fewer passes than an operation at a time.
+    Denormalising, brightness and contrast are one straight line between two bounds for each image and channel. An image
+    that is not jittered gets factors that change nothing. This takes fewer passes than one operation at a time.
     """
 
     def __init__(self, draw: StrongAugmentDraw, mean: Tensor | None, std: Tensor | None, like: Tensor) -> None:
@@ -104,18 +104,18 @@ def sharpen(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, applied: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
-    """Separable convolution with a kernel for each image; where nothing is blurred the kernel is a single 1."""
+    """Separable convolution with a kernel for each image; an image that is not blurred gets a kernel of a single 1."""
     n, channels, *size = x.shape
     reach = math.ceil(4 * max_sigma)
     distance = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
-    # Where nothing is blurred, a sigma so small that the exponential is 0 everywhere but in the middle.
+    # For an image that is not blurred, use a sigma so small that only the middle of the kernel is not 0.
     sigma = torch.where(applied, sigma, 1e-2).to(x.dtype).unsqueeze(1)
     kernel = torch.exp(-0.5 * (distance / sigma).square()).unsqueeze(1)
     weight = kernel.repeat_interleave(channels, dim=0)
     y = x.reshape(1, n * channels, *size)
-    if x.device.type == "cpu" and x.ndim == 4:  # depthwise convolution is several times faster with channels innermost
+    if x.device.type == "cpu" and x.ndim == 4:  # depthwise convolution is several times faster in channels_last
         y = y.contiguous(memory_format=torch.channels_last)
-    # The share of the kernel that lies in the image, along each axis: zero padding, divided out again.
+    # Divide by the part of the kernel inside the image along each axis, because the padding is 0.
     shares: dict[int, Tensor] = {}
     covered: Tensor | None = None
     for axis, length in reversed(list(enumerate(size))):
@@ -133,10 +133,10 @@ def blur(x: Tensor, applied: Tensor, sigma: Tensor, max_sigma: float) -> Tensor:
 
 
 def gaussian_noise(like: Tensor, seed: Tensor) -> Tensor:
-    """Standard normal values for images (N, K, *space), a function of each image's seed and of the place alone.
+    """Standard normal values for images (N, K, *space) that depend only on the seed of the image and on the position.
 
-    One draw so serves several renderings of an image, on any device. Two rounds of an integer hash (32 bits, in int64)
-    make 16 + 16 random bits, of which the Box-Muller transform makes two values.
+    One draw therefore gives the same noise to several renderings of an image, on any device. Two rounds of an integer
+    hash (32 bits, in int64) give 16 + 16 random bits, and the Box-Muller transform turns them into two values.
     """
     n, count = like.shape[0], like[0].numel()
     place = torch.arange((count + 1) // 2, device=like.device)

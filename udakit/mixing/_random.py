@@ -1,4 +1,4 @@
-"""Random numbers from one generator, or from a generator for each image."""
+"""Random numbers from a single generator, or from one generator for each image."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def check_generators(generator: Generators | None, n: int, device: torch.device)
     assert isinstance(generator, Sequence)
     if len(generator) != n:
         raise ValueError(
-            f"Expected `generator` to be one or a list of {n}, one for each image, but got {len(generator)}."
+            f"Expected `generator` to be one generator or a list of {n}, one for each image, but got {len(generator)}."
         )
     for one in generator:
         check_generator(one, device)
 
 
 def device_of_draw(generator: Generators | None, n: int, device: torch.device | str | None) -> torch.device:
-    """Where random numbers are drawn: on `device`, by default that of the generator, else the CPU."""
+    """The device to draw random numbers on: `device`, or else the generator's, or else the CPU."""
     if not is_sequence(generator):
         return draw_device(generator, device)  # type: ignore[arg-type]
     assert isinstance(generator, Sequence)
@@ -39,7 +39,7 @@ def device_of_draw(generator: Generators | None, n: int, device: torch.device | 
 
 
 def uniform(shape: Sequence[int], generator: Generators | None, device: torch.device, *, axis: int = 0) -> Tensor:
-    """Float32 numbers in [0, 1); of several generators each fills its entry of `axis`."""
+    """Float32 numbers in [0, 1). With several generators, each fills its entry of `axis`."""
     if isinstance(generator, torch.Generator) or not generator:
         one = generator if isinstance(generator, torch.Generator) else None
         return torch.rand(tuple(shape), generator=one, device=device, dtype=torch.float32)

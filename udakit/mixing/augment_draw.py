@@ -1,4 +1,4 @@
-"""What a strong augmentation does to each image, drawn apart from the images themselves."""
+"""Draw the parameters of a strong augmentation, separately from applying it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from torch import Tensor
 from udakit._checks import check_integer, check_pair, check_range
 from udakit.mixing._random import Generators, device_of_draw, uniform
 
-COLOUR = 0.2  # strength of saturation and hue where the user gave none
+COLOUR = 0.2  # strength of saturation and hue if the user gives none
 
 
 class StrongAugmentDraw(NamedTuple):
-    """What to do to each image, as (N,) tensors; None for an operation that is switched off for all.
+    """The parameters of a strong augmentation, as one (N,) tensor for each; None for an operation that is switched off.
 
     Attributes:
-        jitter: bool, whether the factors of colour below are applied.
-        brightness: added to the values.
+        jitter: bool, whether brightness, contrast, saturation, hue and gamma are applied.
+        brightness: number that is added to the values.
         contrast: factor of the values.
         saturation: factor of the HSV saturation.
-        hue: angle in radians.
-        greyscale: bool.
-        sharpness: factor, 1 keeps, 0 blurs, 2 sharpens; 1 where it was not drawn.
-        blur: bool.
+        hue: angle in radians that is added to the hue.
+        greyscale: bool, whether the image becomes grey.
+        sharpness: factor; 0 blurs, 1 keeps and 2 sharpens the image. It is 1 where nothing was drawn.
+        blur: bool, whether the image is blurred.
         sigma: standard deviation of the blur in pixels.
-        max_sigma: the largest that could have been drawn: a Python number, it sizes the kernel.
+        max_sigma: largest sigma that could have been drawn, a Python number; it determines the size of the kernel.
         gamma: exponent of the values.
-        noise: standard deviation of the noise; 0 where it was not drawn.
-        noise_seed: int64, what the noise of each image is computed from.
-        default_colours: names of the operations on colour that nobody asked for: images that are no RGB go without.
+        noise: standard deviation of the noise. It is 0 where nothing was drawn.
+        noise_seed: int64, the seed of the noise of each image.
+        default_colours: names of the colour operations that are on by default; images that are not RGB skip them.
     """
 
     jitter: Bool[Tensor, "n"] | None = None
@@ -84,41 +84,43 @@ def draw_strong_augment(
     generator: Generators | None = None,
     device: torch.device | str | None = None,
 ) -> StrongAugmentDraw:
-    r"""Draw the parameters of a strong augmentation for each of `n` images, all uniform (gamma in its logarithm).
+    r"""Draw the parameters of a strong augmentation for each of `n` images, uniformly (gamma in its logarithm).
 
     $$b \sim U(-s, s), \quad c \sim U(1 - s, 1 + s), \quad h \sim 2\pi\,U(-s, s), \quad
     \log\gamma \sim U(\log\gamma_{\min}, \log\gamma_{\max}), \quad \sigma \sim U(\sigma_{\min}, \sigma_{\max})$$
 
-    **Convention.** Each image has its own draw. The order of random numbers is fixed, whatever is switched off; gamma
-    and noise draw theirs behind all others, and only where they are on. Saturation and hue are for RGB images: of None
-    they have the strength 0.2 there and are off for other images; asked for by a number, they refuse those.
+    **Convention.** Each image has its own draw. The order of the random numbers is fixed, whatever is switched off;
+    gamma and noise draw theirs last, and only if they are on. Saturation and hue need RGB images. With None, they have
+    the strength 0.2 on RGB images and are off on others. With a number, images that are not RGB raise an error.
 
-    **Source.** DAFormer: strength 0.2 in 80 % of the cases, blur in 50 % with sigma 0.15..1.15, one draw for the whole
-    batch; DACS: strength 0.25.
+    **Source.** DAFormer uses strength 0.2 in 80 % of the cases, a blur with sigma 0.15..1.15 in 50 %, and one draw for
+    the whole batch. DACS uses strength 0.25.
 
     Args:
         n: number of images.
-        brightness: s of the added brightness.
-        contrast: s of the contrast factor.
-        saturation: s of the saturation factor; None: 0.2 where images are RGB.
-        hue: s of the hue, as a share of the full circle, at most 0.5; None: 0.2 where images are RGB.
-        jitter_probability: share of images whose colours are jittered: brightness, contrast, gamma, saturation, hue.
-        greyscale_probability: share of images that lose their colour.
-        sharpness: s of the sharpness factor.
-        sharpness_probability: share of images whose sharpness changes.
-        blur_probability: share of images that are blurred.
+        brightness: strength s of the added brightness.
+        contrast: strength s of the contrast factor.
+        saturation: strength s of the saturation factor; None means 0.2 for RGB images and off for others.
+        hue: strength s of the hue as a fraction of the full circle, at most 0.5; None means 0.2 for RGB images and off
+            for others.
+        jitter_probability: fraction of images with jittered brightness, contrast, gamma, saturation and hue.
+        greyscale_probability: fraction of images that lose their colour.
+        sharpness: strength s of the sharpness factor.
+        sharpness_probability: fraction of images with a changed sharpness.
+        blur_probability: fraction of images that are blurred.
         blur_sigma: lowest and highest standard deviation of the blur, in pixels.
-        gamma: lowest and highest exponent of the values: below 1 brighter, above darker; (0.5, 2.0) is wide.
-        noise: largest standard deviation of the Gaussian noise, as a share of [0, 1].
-        noise_probability: share of images that get noise.
-        generator: random numbers are drawn on `device`; a list has one for each image.
-        device: of the draw; by default that of the generator, else the CPU.
+        gamma: lowest and highest exponent of the values. Exponents below 1 brighten and those above 1 darken; (0.5,
+            2.0) is a wide range.
+        noise: largest standard deviation of the Gaussian noise, for values in [0, 1].
+        noise_probability: fraction of images that get noise.
+        generator: generator of the draw, on `device`; or a list with one generator for each image.
+        device: device of the draw; by default that of the generator, or the CPU without one.
 
     Returns:
-        A `StrongAugmentDraw`; operations of probability 0 are None in it.
+        A `StrongAugmentDraw`, in which operations of probability 0 are None.
 
     Raises:
-        ValueError: an option out of range, or a generator on another device.
+        ValueError: an option is out of range, or the generator is on another device.
 
     Example:
         >>> draw = draw_strong_augment(4, blur_probability=0)
@@ -152,7 +154,7 @@ def draw_strong_augment(
     low, high = blur_sigma
     jitter = jitter_probability > 0
     bent = jitter and tuple(gamma) != (1, 1)
-    # Drawn only where it is used, so that a seed without gamma and noise draws the same as before there were such.
+    # Drawn only if used, so that a seed gives the same draw as in versions without gamma and noise.
     more = uniform((4, n), generator, device, axis=1) if bent or noise_probability else u
     dark, bright = math.log(gamma[0]), math.log(gamma[1])
     return StrongAugmentDraw(

@@ -1,4 +1,4 @@
-"""A labelled batch and the paste that mixes two of them: the one place where pixels change sides."""
+"""A labelled batch, and the paste that mixes two of them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ RESIZE_HINT = " Crop or resize them to one size before mixing."
 
 
 class SegBatch(NamedTuple):
-    """Images, their labels and, optionally, a weight for each pixel's loss.
+    """Images, their labels and, optionally, a weight of each pixel's loss.
 
-    A missing weight counts as 1 wherever the batch is mixed with one that has weights.
+    A missing weight counts as 1 when the batch is mixed with one that has weights.
 
     Attributes:
         images: (N, K, *space) float.
-        labels: (N, *space) int64 or uint8, true or pseudo.
+        labels: (N, *space) int64 or uint8, true labels or pseudo-labels.
         weight: (N, *space) float, or None.
 
     Example:
@@ -51,21 +51,21 @@ def paste(
 ) -> Num[Tensor, "n *channels_and_space"]:
     """Take `foreground` where the mask is True and `background` elsewhere.
 
-    **Convention.** One mask serves images (N, K, *space), labels (N, *space) and weights (N, *space) alike. Labels
+    **Convention.** The same mask works for images (N, K, *space), labels (N, *space) and weights (N, *space). Labels
     never pass through float: the result is int64, or uint8 when both sides are. Gradients flow to the side that was
     taken.
 
     Args:
-        mask: True takes the foreground.
-        foreground: what is pasted.
-        background: what it is pasted onto, of the same shape.
+        mask: True where the foreground is taken.
+        foreground: the tensor that is pasted.
+        background: the tensor that it is pasted onto, of the same shape.
 
     Returns:
-        A tensor of their shape. Two float dtypes give the wider one.
+        A tensor of the same shape. Two different float dtypes give the wider one.
 
     Raises:
-        TypeError: a mask that is not bool, or a float side with an integer one.
-        ValueError: unequal sizes. Nothing is resized silently.
+        TypeError: `mask` is not bool, or one side is float and the other integer.
+        ValueError: the sizes differ. Nothing is resized silently.
 
     Example:
         >>> import torch
@@ -83,8 +83,8 @@ def paste(
         raise ValueError(f"Expected `foreground` to be (N, K, *space) or (N, *space), but got {shape_of(foreground)}.")
     if foreground.is_floating_point() != background.is_floating_point():
         raise TypeError(
-            "Expected `background` to be float or integer as `foreground` is "
-            f"({foreground.dtype}), but got {background.dtype}. Paste images onto images, labels onto labels."
+            "Expected `background` to be float or integer like `foreground` "
+            f"({foreground.dtype}), but got {background.dtype}. Paste images onto images and labels onto labels."
         )
     check_same_shape(background, foreground, name="background", reference_name="foreground", hint=RESIZE_HINT)
     check_mask_like(mask, foreground, name="mask", reference_name="foreground", channels=None)
@@ -112,7 +112,7 @@ def mix(mask: Tensor, foreground: SegBatch, background: SegBatch) -> SegBatch:
 def check_batches(
     source: SegBatch | tuple[Tensor, ...], target: SegBatch | tuple[Tensor, ...]
 ) -> tuple[SegBatch, SegBatch]:
-    """Both as SegBatch (plain tuples are welcome), of one size, or an error that names the field."""
+    """Both as SegBatch (plain tuples are accepted) of the same size, or an error that names the field."""
     pair = _as_batch("source", source), _as_batch("target", target)
     for name, batch in zip(("source", "target"), pair, strict=True):
         images = f"{name}.images"
@@ -131,6 +131,6 @@ def _as_batch(name: str, batch: object) -> SegBatch:
         found = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, (tuple, list)) else kind_of(batch)
         raise TypeError(
             f"Expected `{name}` to be a SegBatch or (images, labels[, weight]), but got {found}. "
-            "SegBatch(images, labels) makes one; target labels are a selector's."
+            "Make one with SegBatch(images, labels); the labels of target images are pseudo-labels from a selector."
         )
     return SegBatch(*batch)

@@ -17,22 +17,22 @@ from udakit.mixing.classes import Rounding, Scope, candidate_mask, check_draw, c
 def class_mix(
     source: SegBatch | tuple[Tensor, ...], target: SegBatch | tuple[Tensor, ...], mask: Bool[Tensor, "n *space"]
 ) -> SegBatch:
-    """Paste `source` onto `target` where the mask is True: images, labels and weights alike.
+    """Paste the images, labels and weights of `source` onto `target` where the mask is True.
 
-    **Convention.** A missing weight counts as 1 when the other side has one; with neither the result has none. Any pair
-    of batches will do: source onto target, target onto source, target onto target.
+    **Convention.** A missing weight counts as 1 if the other side has one; if neither has one, the result has none. Any
+    two batches can be mixed: source onto target, target onto source, or target onto target.
 
     Args:
-        source: what the mask takes where it is True; a plain tuple (images, labels[, weight]) is welcome.
-        target: what stays elsewhere, of the same size.
-        mask: bool (N, *space), from `class_mask` or any other source.
+        source: batch that is taken where the mask is True; a plain tuple (images, labels[, weight]) is accepted.
+        target: batch that is kept elsewhere, of the same size.
+        mask: bool (N, *space), for example from `class_mask`.
 
     Returns:
-        The mixed batch; labels int64, or uint8 when both sides are.
+        The mixed batch. Its labels are int64, or uint8 when both sides are.
 
     Raises:
-        TypeError: labels that are neither int64 nor uint8, images or weights that are not float, a mask not bool.
-        ValueError: unequal sizes.
+        TypeError: labels are neither int64 nor uint8, images or weights are not float, or `mask` is not bool.
+        ValueError: the sizes differ.
 
     Example:
         >>> import torch
@@ -48,11 +48,12 @@ def class_mix(
 
 
 class ClassMix(nn.Module):
-    """Draw classes of the source labels and paste their pixels onto target: `draw_classes`, `class_mask`, `class_mix`.
+    """Draw classes of the source labels and paste their pixels onto the target batch.
 
-    Options as in [`draw_classes`][udakit.mixing.draw_classes] and [`class_mask`][udakit.mixing.class_mask]; DACS is
-    `ClassMix(19, include_ignore=True)`, DAFormer adds `scope="batch"`, DiGA's self-training is
-    `ClassMix(19, rounding="down", include_ignore=True, paste_ignore=True)`.
+    It calls `draw_classes`, `class_mask` and `class_mix`. The options are those of
+    [`draw_classes`][udakit.mixing.draw_classes] and [`class_mask`][udakit.mixing.class_mask]. DACS is `ClassMix(19,
+    include_ignore=True)`, and DAFormer adds `scope="batch"`. DiGA's self-training is `ClassMix(19, rounding="down",
+    include_ignore=True, paste_ignore=True)`.
 
     Example:
         >>> import torch
@@ -93,7 +94,7 @@ class ClassMix(nn.Module):
     def draw_mask(
         self, labels: Integer[Tensor, "n *space"], *, generator: Generators | None = None
     ) -> Bool[Tensor, "n *space"]:
-        """Draw classes of `labels` and mark their pixels, to use one mask in several places."""
+        """Draw classes of `labels` and mark their pixels. Use this if several mixes need the same mask."""
         chosen = draw_classes(
             labels,
             num_classes=self.num_classes,

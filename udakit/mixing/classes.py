@@ -34,7 +34,7 @@ SCOPES = get_args(Scope)
 def check_draw(
     num_classes: int, fraction: float, rounding: str, scope: str, include_ignore: bool, ignore_index: int
 ) -> None:
-    """Raise unless the options of a draw are what they must be."""
+    """Raise unless the options of a draw are valid."""
     check_integer("num_classes", num_classes)
     check_range("fraction", fraction, 0.0, 1.0)
     check_option("rounding", rounding, ROUNDINGS)
@@ -44,18 +44,18 @@ def check_draw(
 
 
 def candidate_mask(candidates: Sequence[int] | Tensor, num_classes: int, device: torch.device | None) -> Tensor:
-    """Bool (C,): the classes that may be drawn. Ids are filled in one by one, which copies nothing from the host."""
+    """The classes that may be drawn, bool (C,). Ids are filled in one by one, which copies nothing to a GPU."""
     if isinstance(candidates, Tensor):
         if candidates.dtype != torch.bool or candidates.shape != (num_classes,):
             raise ValueError(
                 f"Expected `candidates` to be class ids or a bool tensor ({num_classes},), "
-                f"but got {kind_of(candidates)}. Ids are a list, for example [6, 7]."
+                f"but got {kind_of(candidates)}. Pass ids as a list, for example [6, 7]."
             )
         return candidates
     if not isinstance(candidates, (tuple, list)):
         candidates = list(candidates) if isinstance(candidates, Iterable) else [candidates]
     if not all(is_integer(c) and 0 <= c < num_classes for c in candidates):
-        hint = " A mask is a bool tensor." if any(isinstance(c, bool) for c in candidates) else ""
+        hint = " Pass a mask as a bool tensor." if any(isinstance(c, bool) for c in candidates) else ""
         raise ValueError(
             f"Expected `candidates` to be class ids in [0, {num_classes}), but got {list(candidates)}.{hint}"
         )
@@ -77,36 +77,36 @@ def draw_classes(
     ignore_index: int = 255,
     generator: Generators | None = None,
 ) -> Bool[Tensor, "n columns"]:
-    r"""Draw a share of the classes that are present, for each image.
+    r"""Draw a fraction of the classes that are present, for each image.
 
     $$K_i \subset P_i = \text{present} \cap \text{candidates}, \qquad
     |K_i| = \lceil f\,|P_i| \rceil \text{ or } \lfloor f\,|P_i| \rfloor$$
 
-    **Convention.** Each image draws from its own classes, and by `scope="batch"` from all that occur in the batch
-    (the draws stay independent). Ids that are no class count as ignored. A class that is absent is never drawn, except
-    under `scope="batch"`, where it may be absent from the image.
+    **Convention.** Each image draws from its own classes, or with `scope="batch"` from all classes in the batch. In
+    both cases the images draw independently. With `scope="image"`, a class that is absent from the image is never
+    drawn. Ids that are not a class count as ignored.
 
-    **Source.** ClassMix (Olsson et al. 2021) and DiGA round down; DACS rounds up and counts the ignored pixels as one
-    more class: `include_ignore=True`; DAFormer draws from the whole batch: `scope="batch"`. EHTDI's released draw can
-    never pick the largest present id; that slip is not reproduced.
+    **Source.** ClassMix (Olsson et al. 2021) and DiGA round down. DACS rounds up and counts the ignored pixels as one
+    more class (`include_ignore=True`). DAFormer draws from the whole batch (`scope="batch"`). EHTDI's released code can
+    never draw the largest id that is present; this bug is not reproduced.
 
     Args:
         labels: (N, *space), int64 or uint8.
-        num_classes: C.
-        fraction: share in [0, 1] of the present candidates.
-        rounding: "up" | "down".
-        scope: "image" | "batch".
-        candidates: ids, or bool (C,), of the classes that may be drawn; None for all.
-        include_ignore: count the ignored pixels as one more class, which may be drawn.
-        ignore_index: the label that is no class.
-        generator: on the device of `labels`; a list has one for each image.
+        num_classes: C, the number of classes.
+        fraction: fraction of the present candidates to draw, in [0, 1].
+        rounding: "up" | "down", for the number of classes to draw.
+        scope: "image" | "batch", whose classes each image draws from.
+        candidates: the classes that may be drawn, as ids or as bool (C,); None for all.
+        include_ignore: whether the ignored pixels count as one more class, which may be drawn.
+        ignore_index: the label of ignored pixels.
+        generator: generator of the draw, on the device of `labels`; or a list with one generator for each image.
 
     Returns:
-        Bool (N, C), or (N, C + 1) with `include_ignore`: True for the classes drawn.
+        Bool (N, C), or (N, C + 1) with `include_ignore`: True for the drawn classes.
 
     Raises:
-        TypeError: labels that are neither int64 nor uint8.
-        ValueError: an unknown option, an id outside [0, C), or a generator on another device.
+        TypeError: `labels` is neither int64 nor uint8.
+        ValueError: an option is unknown, a candidate is outside [0, C), or the generator is on another device.
 
     Example:
         >>> import torch
@@ -130,10 +130,10 @@ def draw_classes(
     if scope == "batch":
         present = present.any(dim=0, keepdim=True).expand(labels.shape[0], -1)
 
-    # Present classes get a random place, absent ones stand behind them; the first `count` places are drawn.
+    # Present classes get a random rank, and absent ones rank behind them. The first `count` ranks are drawn.
     keys = uniform(present.shape, generator, labels.device)
     place = torch.add(keys, present, alpha=-2).argsort(dim=1).argsort(dim=1)
-    # 0.1 * 30 is 3.0000000000000004: a product within rounding of a whole number is that number.
+    # 0.1 * 30 is 3.0000000000000004: treat a product within rounding of a whole number as that number.
     shift = -1e-4 if rounding == "up" else 1e-4
     share = torch.rsub(present.sum(dim=1, keepdim=True, dtype=torch.float32), shift, alpha=-fraction)
     count = share.ceil() if rounding == "up" else share.floor()
@@ -150,23 +150,24 @@ def class_mask(
 ) -> Bool[Tensor, "n *space"]:
     r"""Mark the pixels of the chosen classes: $M_p = [y_p \in K]$.
 
-    **Convention.** With (N, C) columns ignored pixels are False; with (N, C + 1), as `draw_classes` returns them under
-    `include_ignore=True`, the last column decides about them. The two are told apart by `num_classes`; without it every
-    column is a class. An id that is no class counts as ignored. `paste_ignore=True` makes ignored pixels True always.
+    **Convention.** If `chosen` is (N, C), ignored pixels are False. If it is (N, C + 1), as `draw_classes` returns it
+    with `include_ignore=True`, the last column decides about the ignored pixels. `num_classes` tells the two cases
+    apart; without it, every column is a class. An id that is not a class counts as ignored. With `paste_ignore=True`,
+    ignored pixels are always True.
 
     Args:
         labels: (N, *space), int64 or uint8.
         chosen: bool (N, C) or (N, C + 1), from `draw_classes`.
-        num_classes: C, needed when `chosen` has C + 1 columns.
-        paste_ignore: ignored pixels are always True (DiGA).
-        ignore_index: the label that is no class.
+        num_classes: C, required if `chosen` has C + 1 columns.
+        paste_ignore: whether ignored pixels are always True (as in DiGA).
+        ignore_index: the label of ignored pixels.
 
     Returns:
         Bool (N, *space).
 
     Raises:
-        TypeError: labels that are neither int64 nor uint8, or a `chosen` that is not bool.
-        ValueError: shapes that do not match.
+        TypeError: `labels` is neither int64 nor uint8, or `chosen` is not bool.
+        ValueError: the shapes do not match.
 
     Example:
         >>> import torch
@@ -185,7 +186,7 @@ def class_mask(
     if chosen.dtype != torch.bool:
         raise TypeError(
             f"Expected `chosen` to be a bool tensor, but got {kind_of(chosen)}. "
-            "It has a column for each class: draw_classes makes one."
+            "It has one column for each class; draw_classes returns one."
         )
     wanted = "C" if num_classes is None else f"{num_classes} or {num_classes + 1}"
     columns = num_classes if num_classes is not None or chosen.ndim != 2 else chosen.shape[1]

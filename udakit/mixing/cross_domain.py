@@ -1,4 +1,4 @@
-"""CrDoMix: two renderings of one source image, mixed by classes; the layout, and so the label, stays."""
+"""CrDoMix: mix two renderings of a source image by classes. The layout stays, so the label stays valid."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ def cross_domain_mix(
 
     $$x' = M \odot x^a + (1 - M) \odot x^{s \to t}$$
 
-    **Convention.** True takes the augmented side. Both show the same scene, so that the label of the source image is
-    the label of the mixture.
+    **Convention.** True takes the augmented side. Both sides show the same scene, so the label of the source image is
+    also the label of the mixed image.
 
     **Source.** DiGA (CVPR 2023).
 
     Args:
-        augmented: x^a.
-        translated: x^{s->t}, of the same shape.
-        mask: bool (N, *space).
+        augmented: x^a, the augmented source images.
+        translated: x^{s->t}, the source images in the style of the target domain, of the same shape.
+        mask: bool (N, *space), True where the augmented side is taken.
 
     Returns:
         Images of the same shape.
 
     Raises:
-        TypeError: images that are not float, or a mask that is not bool.
-        ValueError: unequal sizes.
+        TypeError: an image tensor is not float, or `mask` is not bool.
+        ValueError: the sizes differ.
 
     Example:
         >>> import torch
@@ -73,34 +73,35 @@ def _check_rendering(name: str, rendering: object, images: Tensor) -> None:
 
 
 class CrossDomainMix(nn.Module):
-    r"""CrDoMix of source images: augment, translate, draw classes, mix.
+    r"""CrDoMix of source images: augment them, translate them, draw classes, and mix both renderings.
 
     $$x^a = \beta\,\text{Aug}(x) + (1 - \beta)\,x, \qquad M = [\,y \in K\,], \qquad
     |K| = \lfloor n / 2 \rfloor \text{ of the } n \text{ classes of the image}$$
 
-    **Convention.** Ignored pixels always take the augmented side. Both renderings are made without a graph: they are
-    data. Modules given as `translate` and `augment` become submodules.
+    **Convention.** By default, ignored pixels take the augmented side. Both renderings are computed without gradients.
+    If `translate` and `augment` are Modules, they become submodules.
 
-    **Source.** DiGA (CVPR 2023): blend 0.4 in the warm-up, 0.3 in self-training; its released draw counts the ignored
-    pixels among the n: `include_ignore=True`.
+    **Source.** DiGA (CVPR 2023), with a blend of 0.4 in the warm-up and 0.3 in self-training. Its released code counts
+    the ignored pixels as one of the n classes (`include_ignore=True`).
 
     Args:
-        num_classes: C.
-        translate: `translate(source_images, target_images) -> images` of the source's shape, for example
+        num_classes: C, the number of classes.
+        translate: `translate(source_images, target_images) -> images` of the shape of the source images, for example
             `fourier_transfer` or a learned net.
-        augment: `augment(images) -> images`, for example a `StrongAugment`; the generator is handed on when the
-            callable has an argument `generator`.
-        blend: beta in [0, 1].
-        fraction: share of the present classes.
-        rounding: "down" | "up".
-        scope: "image" | "batch".
-        candidates: classes that may be drawn.
-        include_ignore: count the ignored pixels as one more class in n.
-        paste_ignore: ignored pixels always take the augmented side.
-        ignore_index: the label that is no class.
+        augment: `augment(images) -> images`, for example a `StrongAugment`. If it has an argument `generator`, it gets
+            the generator of the call.
+        blend: beta in [0, 1], the weight of the augmentation.
+        fraction: fraction of the present classes to draw.
+        rounding: "down" | "up", for the number of classes to draw.
+        scope: "image" | "batch", whose classes each image draws from.
+        candidates: the classes that may be drawn; None for all.
+        include_ignore: whether the ignored pixels count as one more class.
+        paste_ignore: whether ignored pixels always take the augmented side.
+        ignore_index: the label of ignored pixels.
 
     Raises:
-        ValueError: an unknown option; in `forward` sizes that do not match, also those of the two callables' results.
+        ValueError: an option is unknown; in `forward`, the sizes do not match, including those of the images that
+            `translate` and `augment` return.
 
     Example:
         >>> import torch
@@ -155,12 +156,12 @@ class CrossDomainMix(nn.Module):
         *,
         generator: Generators | None = None,
     ) -> tuple[Float[Tensor, "n k *space"], Bool[Tensor, "n *space"]]:
-        """Return the mixed images, whose labels are still `labels`, and the mask."""
+        """Return the mixed images and the mask. `labels` are still the labels of the mixed images."""
         check_image_batch("images", images)
         check_image_batch("target_images", target_images)
         if target_images.ndim != images.ndim:
             raise ValueError(
-                f"Expected `target_images` to have as many axes as `images` {shape_of(images)}, "
+                f"Expected `target_images` to have the number of axes of `images` {shape_of(images)}, "
                 f"but got {shape_of(target_images)}."
             )
         check_labels_like(labels, images, reference_name="images")

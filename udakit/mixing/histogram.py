@@ -1,4 +1,4 @@
-"""Histogram matching without sorting: each channel's values take the places of the style's."""
+"""Histogram matching without sorting."""
 
 from __future__ import annotations
 
@@ -10,39 +10,42 @@ from udakit._checks import check_integer
 from udakit.mixing.images import join, restore, row_blocks
 from udakit.mixing.style import check_content_style
 
-# A float's sign, exponent and first three bits of its mantissa: 8 cells an octave, of either sign.
+# The sign, the exponent and the first three mantissa bits of a float: 8 cells per octave for each sign.
 CELL_BITS = 12
 CELLS = 1 << CELL_BITS
 REST = 32 - CELL_BITS
-EXACT = 2**10  # pixels of an image up to which sorting is quicker than counting
-SAMPLES = 2**15  # pixels of a channel by which bins are shared out to cells
+EXACT = 2**10  # up to this many pixels, sorting is faster than counting
+SAMPLES = 2**15  # number of pixels of a channel that decide how bins are distributed over cells
 
 
 def histogram_transfer(
     content: Float[Tensor, "n k *space"], style: Float[Tensor, "n k *space2"], *, bins: int = 4096
 ) -> Float[Tensor, "n k *space"]:
-    r"""Give each channel of each image the histogram of another one: $x' = F_s^{-1}(F_c(x))$.
+    r"""Give each channel of each image the histogram of another image: $x' = F_s^{-1}(F_c(x))$.
 
-    **Convention.** Any number of channels, each by itself, in one, two or three dimensions. Bins follow the pixels:
-    where an image has many values they are narrow, so that a pixel far away from all others (no data as -32767) takes
-    none from them. Places are told apart to about 1 / `bins` of the pixels. Equal values stay equal: all of a bin take
-    the place of its middle, so that a flat surface stays flat. Nothing is sorted but images of 1024 pixels at most,
-    whose places are exact. Images are taken as they are,
-    normalised or not; the result lies in the range of the style. A step function of the content: no gradient flows.
-    Float32 inside. A NaN in the style makes NaN of its channel of its image, and of no other: nothing hides it, and
-    `check_images` finds it. A NaN in the content ranks highest.
+    **Convention.** Images may have any number of channels and one, two or three dimensions. Each channel is matched by
+    itself, on the images as given, normalised or not. The result is in the range of the style. It is a step function of
+    the content, so no gradient flows. The arithmetic is in float32.
+
+    Bins are narrow where an image has many values, so a far outlier (such as -32767 for missing data) does not take
+    bins from the other values. Ranks are resolved to about 1 / `bins` of the pixels. All values of a bin get the rank
+    of its middle, so equal values stay equal. Only images of at most 1024 pixels are sorted, which makes their ranks
+    exact.
+
+    A NaN in the style makes that channel of that image NaN and no other; `check_images` finds it. A NaN in the content
+    ranks highest.
 
     Args:
-        content: (N, K, *space), what keeps its layout, of any size.
-        style: what gives its values, of any size, with the same batch size and number of channels.
-        bins: number of bins that the pixels of a channel are shared out to, at least 2.
+        content: the images that keep their layout, (N, K, *space), of any size.
+        style: the images that give their values, of any size, with the same batch size and number of channels.
+        bins: number of bins for the values of a channel, at least 2.
 
     Returns:
         Images in the dtype and memory format of `content`.
 
     Raises:
-        TypeError: images that are not float.
-        ValueError: unequal numbers of channels, unequal batch sizes, or fewer than two bins.
+        TypeError: an image tensor is not float.
+        ValueError: the numbers of channels or the batch sizes differ, or there are fewer than two bins.
 
     Example:
         >>> import torch
@@ -53,20 +56,20 @@ def histogram_transfer(
     """
     check_integer("bins", bins, 2)
     check_content_style(content, style, same_size=False)
-    if content.numel() == 0 or style.numel() == 0:  # nothing to give, or to give it to
+    if content.numel() == 0 or style.numel() == 0:  # no values to give or to change
         return restore(content.detach().clone(), content)
     x, s = (image.detach().float().flatten(2) for image in (content, style))
     if max(x.shape[2], s.shape[2]) <= EXACT:
         return restore(_exact(x, s).view(content.shape), content)
     own_bins, own_counts, _, _ = _histogram(x, bins)
     _, counts, first, wide = _histogram(s, bins)
-    # Places in the two distributions as exact integers, over the common denominator 2 * own pixels * style pixels.
+    # Ranks in the two distributions as exact integers, with the common denominator 2 * own pixels * style pixels.
     middle = (2 * own_counts.cumsum(2) - own_counts) * s.shape[2]
     above = counts.cumsum(2) * (2 * x.shape[2])
     place = torch.searchsorted(above, middle)
     size = counts.gather(2, place) * (2 * x.shape[2])
     within = 1 - (above.gather(2, place) - middle).float() / size.clamp_min(1)
-    # The cell of that bin, and how far up in it: cells are straight lines between their floats.
+    # The cell of that bin and the position in it: values are interpolated linearly between the floats of a cell.
     cell = _cells(first, counts.shape[2]).gather(2, place)
     share = (place - first.gather(2, cell) + within) / wide.gather(2, cell)
     low, high = _float(cell << REST), _float((cell + 1) << REST)
@@ -77,19 +80,19 @@ def histogram_transfer(
 
 def _exact(x: Tensor, s: Tensor) -> Tensor:
     """The style's value at the middle rank of each pixel of (N, K, P)."""
-    # A search stumbles over NaN, and warns of strides.
+    # searchsorted cannot handle NaN, and warns about strides.
     x = x.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=-float("inf")).contiguous()
     own, values = x.sort(dim=2).values, s.sort(dim=2).values
     twice = torch.searchsorted(own, x) + torch.searchsorted(own, x, right=True)
     value = values.gather(2, (twice * s.shape[2] - 1) // (2 * x.shape[2]))
-    return torch.where(values[:, :, -1:].isnan(), values[:, :, -1:], value)  # a NaN is the last of those sorted
+    return torch.where(values[:, :, -1:].isnan(), values[:, :, -1:], value)  # sorting puts NaN last
 
 
 def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """The bin of each value in stripes, the count of each bin; of each cell the first bin, and how many bins it has.
+    """The bin of each value (in stripes), the count of each bin, and the first bin and the number of bins of each cell.
 
-    A cell is split into as many equal bins as its share of `bins` tells, and one more: with twice the pixels an image
-    has bins half as wide there. For the share some of the pixels do; the bins count all of them.
+    A cell is split into equal bins in proportion to its number of pixels, plus one. Where an image has twice the
+    pixels, its bins are half as wide. A sample of the pixels decides the proportions; the bins count all pixels.
     """
     pixels = torch.zeros(*x.shape[:2], CELLS, dtype=torch.int64, device=x.device)
     one = torch.ones((), dtype=torch.int64, device=x.device)
@@ -111,13 +114,13 @@ def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tens
 
 
 def _cells(first: Tensor, bins: int) -> Tensor:
-    """The cell of each bin: how many cells begin up to it, but for one."""
+    """The cell of each bin: the number of cells that begin up to it, minus one."""
     begins = torch.zeros(*first.shape[:2], bins, dtype=torch.int64, device=first.device)
     return begins.scatter_(2, first, 1).cumsum(2) - 1
 
 
 def _key(x: Tensor) -> Tensor:
-    """Floats as int32 of the same order: their bits, backwards for negative ones; -0.0 is 0.0."""
+    """Floats as int32 in the same order: their bits, reversed in order for negative floats; -0.0 equals 0.0."""
     bits = (x + 0.0).view(torch.int32)
     return torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF)
 

@@ -1,4 +1,4 @@
-"""Masks that no label is needed for: CutMix boxes, MIC blocks, and the band along a mask's boundary."""
+"""Masks that need no labels: CutMix boxes, MIC blocks, and the band along the boundary of a mask."""
 
 from __future__ import annotations
 
@@ -27,27 +27,28 @@ def draw_box_mask(
     generator: Generators | None = None,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "n *space"]:
-    r"""Draw one box for each of `n` masks, of a given share of the image, of random shape and place (CutMix).
+    r"""Draw one random box for each of `n` masks, covering a given fraction of the image (CutMix).
 
     $$a \sim U(\text{area}), \quad h = H\,a^{u}, \quad w = W\,a^{1 - u}, \quad u \sim U(0, 1)$$
 
-    **Convention.** True inside the box, which lies inside the image. Its sides are rounded to whole pixels. In three
-    dimensions the exponents are the gaps that two uniform numbers leave in (0, 1); a signal has one, 1.
+    **Convention.** The mask is True inside the box, and the box is inside the image. The sides are rounded to whole
+    pixels. For volumes, the three exponents are the lengths of the parts into which two uniform numbers split (0, 1).
+    For signals, the exponent is 1.
 
     **Source.** French et al. 2020 (CutMix for segmentation) with `area=(0.5, 0.5)`.
 
     Args:
         n: number of masks.
         size: (height, width); (length,) for signals, (depth, height, width) for volumes.
-        area: lowest and highest share of the image, in (0, 1].
-        generator: random numbers are drawn on `device`; a list has one for each mask.
-        device: of the masks; by default that of the generator, else the CPU.
+        area: lowest and highest area of the box as a fraction of the image, in (0, 1].
+        generator: generator of the draw, on `device`; or a list with one generator for each mask.
+        device: device of the masks; by default that of the generator, or the CPU without one.
 
     Returns:
         Bool (n, height, width), or (n, *size).
 
     Raises:
-        ValueError: an option out of range, or a generator on another device.
+        ValueError: an option is out of range, or the generator is on another device.
 
     Example:
         >>> draw_box_mask(2, (8, 8), area=(1.0, 1.0)).all().item()
@@ -68,10 +69,10 @@ def draw_box_mask(
     inside: Tensor | None = None
     for i, length in enumerate(size):
         extent = (length * share ** (ends[i + 1] - ends[i])).round()
-        # One of length - extent + 1 places, each equally likely.
+        # One of length - extent + 1 positions, all equally likely.
         start = (offsets[i] * (length - extent + 1)).floor().clamp_max(length - extent)
         place = torch.arange(length, device=device)
-        # As bytes: "and" of booleans is ten times slower on the CPU.
+        # Use bytes, because "and" of booleans is ten times slower on the CPU.
         along = ((place >= start) & (place < start + extent)).to(torch.uint8)
         inside = along if inside is None else inside.unsqueeze(-1) & along.view(n, *(1,) * i, length)
     assert inside is not None
@@ -87,29 +88,32 @@ def draw_block_mask(
     generator: Generators | None = None,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "n *space"]:
-    r"""Draw which blocks of each of `n` images are removed (masked image consistency).
+    r"""Draw the blocks to remove from each of `n` images (masked image consistency).
 
-    **Convention.** True is removed; `ratio` is the share removed, each block by itself. The grid has
-    round(H / block) x round(W / block) cells, at least one, stretched over the image when the division leaves a rest;
-    signals and volumes have cells along each of their axes. Apply it with
-    `torch.where(mask.unsqueeze(1), 0, images)`: 0 is the mean colour of normalised images. `~mask` removes what the
-    mask keeps: two complementary views of one image, between which nothing is lost, of like size by `ratio=0.5`.
+    **Convention.** True means removed. Each block is removed with probability `ratio`, independently. The grid has
+    round(H / block) x round(W / block) cells, at least one, and is stretched over the image if the division leaves a
+    remainder. Signals and volumes have cells along each of their axes.
 
-    **Source.** MIC (Hoyer et al., CVPR 2023): 64 pixels, ratio 0.7; MaskTwins trains on both complements.
+    Apply the mask with `torch.where(mask.unsqueeze(1), 0, images)`; 0 is the mean colour of normalised images. `~mask`
+    removes the pixels that `mask` keeps. The two views complement each other, and with `ratio=0.5` they are about
+    equally large.
+
+    **Source.** MIC (Hoyer et al., CVPR 2023) uses blocks of 64 pixels and ratio 0.7. MaskTwins trains on both
+    complementary views.
 
     Args:
         n: number of masks.
         size: (height, width); (length,) for signals, (depth, height, width) for volumes.
         block_size: side of a block in pixels.
-        ratio: share removed, in [0, 1].
-        generator: random numbers are drawn on `device`; a list has one for each mask.
-        device: of the masks; by default that of the generator, else the CPU.
+        ratio: probability that a block is removed, in [0, 1].
+        generator: generator of the draw, on `device`; or a list with one generator for each mask.
+        device: device of the masks; by default that of the generator, or the CPU without one.
 
     Returns:
         Bool (n, height, width), or (n, *size).
 
     Raises:
-        ValueError: an option out of range, or a generator on another device.
+        ValueError: an option is out of range, or the generator is on another device.
 
     Example:
         >>> draw_block_mask(1, (4, 8), block_size=4, ratio=1.0).all().item()
@@ -121,7 +125,7 @@ def draw_block_mask(
     device = device_of_draw(generator, n, device)
     cells = [max(round(length / block_size), 1) for length in size]
     removed = uniform((n, *cells), generator, device) < ratio
-    # The last axis first: whole rows, which are copied at once, are repeated in the end.
+    # The last axis first, so that the final repeats copy whole rows.
     for axis in reversed(range(len(size))):
         cell = torch.arange(size[axis], device=device) * cells[axis] // size[axis]
         removed = removed.index_select(axis + 1, cell)
@@ -133,14 +137,15 @@ def boundary_band(mask: Bool[Tensor, "n *space"], *, kernel_size: int = 3) -> Bo
 
     $$B_p = \left[\exists\,q \in W_p: M_q\right] \wedge \left[\exists\,q \in W_p: \neg M_q\right]$$
 
-    with W_p the square (the cube, the stretch) of `kernel_size` pixels around p, as far as it lies in the image.
+    where W_p is the part inside the image of the square (for volumes the cube, for signals the interval) with sides of
+    `kernel_size` pixels around p.
 
-    **Convention.** Outside the image is neutral: the image border is no boundary. An odd size is symmetric; an even one
-    reaches one pixel further up and left, so that 2 looks at a pixel and its up, left and up-left neighbours. Size 1
-    has no band. No pixel passes through float.
+    **Convention.** The image border is not a boundary. An odd `kernel_size` is symmetric. An even one reaches one pixel
+    further up and left: 2 looks at a pixel and its upper, left and upper left neighbours. With 1 the band is empty. The
+    mask is never converted to float.
 
-    **Source.** EHTDI's released code is `kernel_size=2`. Its loss weights the band of the target paste outside the
-    source mask: `boundary_band(mask) & ~source_mask`.
+    **Source.** EHTDI's released code corresponds to `kernel_size=2`. Its loss weights the band of the target paste
+    outside the source mask: `boundary_band(mask) & ~source_mask`.
 
     Args:
         mask: bool (N, *space).
@@ -150,8 +155,8 @@ def boundary_band(mask: Bool[Tensor, "n *space"], *, kernel_size: int = 3) -> Bo
         Bool (N, *space).
 
     Raises:
-        TypeError: a mask that is not bool.
-        ValueError: a mask of another form, or a size below 1.
+        TypeError: `mask` is not bool.
+        ValueError: `mask` has the wrong number of axes, or `kernel_size` is below 1.
 
     Example:
         >>> import torch
@@ -160,8 +165,8 @@ def boundary_band(mask: Bool[Tensor, "n *space"], *, kernel_size: int = 3) -> Bo
     """
     check_integer("kernel_size", kernel_size)
     check_mask(mask)
-    # One bit says that a False is near, the other that a True is; padding has none. Bytes instead of booleans:
-    # inductor cannot pad a boolean on the CPU.
+    # One bit says that a False is near, the other that a True is near; padding has neither. Use bytes, because
+    # inductor cannot pad booleans on the CPU.
     near = mask.to(torch.uint8) + 1
     before, after = kernel_size // 2, (kernel_size - 1) // 2
     near = pad(near, (before, after) * (mask.ndim - 1))

@@ -1,4 +1,4 @@
-"""Strong photometric augmentation, drawn for each image: jitter, greyscale, sharpness, Gaussian blur, noise."""
+"""Strong photometric augmentation for each image: jitter, greyscale, sharpness, Gaussian blur and noise."""
 
 from __future__ import annotations
 
@@ -32,31 +32,37 @@ def strong_augment(
 ) -> Float[Tensor, "n k *space"]:
     r"""Apply a drawn augmentation: brightness, contrast, gamma, saturation, hue, greyscale, sharpness, blur, noise.
 
-    **Convention.** Images of any number of channels, in one, two or three dimensions; saturation, hue and greyscale are
-    about colour: where they were asked for, images must be (N, 3, H, W), and where saturation and hue are in the draw
-    by default other images go without. Denormalises to [0, 1], clamps after each operation, normalises again: what
-    lies outside of [0, 1] once denormalised is cut off, so that images in 0..255, or normalised ones without their
-    `mean` and `std`, come out white, black or in primary colours (`check_images` finds that). An image for which
-    nothing was drawn comes back bit for bit. Pixels stay in place: labels need no change. Below 1e-3 gamma is a
-    straight line, so that black has a gradient. Sharpness looks at the 3 neighbours along each axis. The blur reaches
-    to four times the largest sigma; at the border it averages over the part that lies in the image. Noise depends on
-    the draw and the place alone, so that renderings of one image get the same. Float32 inside at least.
+    **Convention.** Pixels do not move, so labels need no change. An image for which nothing was drawn is returned bit
+    for bit. The arithmetic is at least float32.
+
+    **Range.** Images are denormalised to [0, 1], clamped after each operation, and normalised again. Images in 0..255,
+    or normalised images without their `mean` and `std`, come out white, black or in primary colours; `check_images`
+    finds such images.
+
+    **Channels.** Images may have any number of channels and one, two or three dimensions. Saturation, hue and greyscale
+    need images (N, 3, H, W). Other images skip saturation and hue if these are on by default, and raise an error if
+    they were requested.
+
+    **Details.** Below 1e-3, gamma is a straight line, so that black has a gradient. Sharpness uses windows of 3 pixels
+    along each axis. The blur reaches up to four times the largest sigma; at the border it averages over the part inside
+    the image. Noise depends only on the draw and the position, so all renderings of an image get the same noise.
 
     **Source.** The operations of DAFormer's released code (additive brightness, multiplicative contrast, HSV saturation
-    and hue), which permutes the order of the four and sizes the blur's kernel as 10 % of the image.
+    and hue), which also permutes these four and uses a blur kernel of 10 % of the image.
 
     Args:
         images: (N, K, *space).
-        draw: from `draw_strong_augment`, on the same device.
-        mean: channel means that the images were normalised with, as K numbers or a (K,) tensor; None: in [0, 1].
-        std: channel deviations that the images were normalised with; None: in [0, 1].
+        draw: result of `draw_strong_augment`, on the same device.
+        mean: channel means that the images were normalised with, as K numbers or a (K,) tensor; None if they are in [0,
+            1].
+        std: channel standard deviations that the images were normalised with; None if they are in [0, 1].
 
     Returns:
         Images in the dtype, memory format and normalisation of the input.
 
     Raises:
-        TypeError: images that are not float.
-        ValueError: a draw for another number of images, or of colour operations for images that are no RGB.
+        TypeError: an image tensor is not float.
+        ValueError: the draw is for another number of images, or asks for colour operations on images that are not RGB.
 
     Example:
         >>> import torch
@@ -69,19 +75,19 @@ def strong_augment(
     check_statistics(mean, std, images)
     if not isinstance(draw, StrongAugmentDraw):
         raise TypeError(
-            f"Expected `draw` to be a StrongAugmentDraw, but got {kind_of(draw)}. draw_strong_augment makes one."
+            f"Expected `draw` to be a StrongAugmentDraw, but got {kind_of(draw)}. Make one with draw_strong_augment."
         )
     parameters = [p for p in draw if isinstance(p, Tensor)]
     for p in parameters:
         if p.shape != images.shape[:1]:
             raise ValueError(
                 f"Expected `draw` to hold tensors of shape (N,) matching `images` {shape_of(images)}, "
-                f"but got {shape_of(p)}. Draw for as many images: draw_strong_augment(len(images), ...)."
+                f"but got {shape_of(p)}. Draw for this number of images with draw_strong_augment(len(images), ...)."
             )
         if p.device != images.device:
             raise ValueError(
                 f"Expected `draw` to be on the device of `images` '{images.device}', but got one on '{p.device}'. "
-                "Draw there: draw_strong_augment(len(images), device=images.device)."
+                "Draw on it with draw_strong_augment(len(images), device=images.device)."
             )
     draw = _without_default_colours(draw, images)
     applied = (draw.jitter, draw.greyscale, draw.blur, draw.noise, draw.sharpness)
@@ -103,7 +109,7 @@ def strong_augment(
 
 
 def _neighbours(x: Tensor, draw: StrongAugmentDraw) -> Tensor:
-    """What looks at more than a pixel: sharpness, blur, noise."""
+    """The operations after those on single colours: sharpness, blur, noise."""
     if draw.sharpness is not None and min(x.shape[2:]) >= 3:
         x = sharpen(x, draw.sharpness)
     if draw.blur is not None and draw.sigma is not None:
@@ -114,18 +120,18 @@ def _neighbours(x: Tensor, draw: StrongAugmentDraw) -> Tensor:
 
 
 def _without_default_colours(draw: StrongAugmentDraw, images: Tensor) -> StrongAugmentDraw:
-    """The draw for images that are no RGB: without what nobody asked for, or an error that names what was."""
+    """The draw for images that are not RGB: without the default colours, or an error for requested ones."""
     if images.ndim == 4 and images.shape[1] == 3:
         return draw
     for name in ("saturation", "hue", "greyscale"):
         if getattr(draw, name) is not None and name not in draw.default_colours:
             check_rgb("images", images, f"`{name}`")
-    # Without saturation and hue; not by `_replace`, which torch.compile of torch 2.5 cannot follow.
+    # Without saturation and hue. Do not use `_replace`, which torch.compile of torch 2.5 cannot trace.
     return StrongAugmentDraw(*draw[:3], None, None, *draw[5:])  # type: ignore[arg-type]
 
 
 def _touched(draw: StrongAugmentDraw) -> Tensor:
-    """Which images something was drawn for."""
+    """The images for which something was drawn, bool (N,)."""
     touched = [applied for applied in (draw.jitter, draw.greyscale, draw.blur) if applied is not None]
     touched += [] if draw.noise is None else [draw.noise != 0]
     touched += [] if draw.sharpness is None else [draw.sharpness != 1]
@@ -133,10 +139,11 @@ def _touched(draw: StrongAugmentDraw) -> Tensor:
 
 
 class StrongAugment(nn.Module):
-    """Draw and apply: `strong_augment(images, draw_strong_augment(N, ...), mean=mean, std=std)`.
+    """Draw a strong augmentation for each image and apply it.
 
-    Options as in [`draw_strong_augment`][udakit.mixing.draw_strong_augment]; `mean` and `std` are buffers.
-    Images of any number of channels: those that are no RGB go without saturation and hue, unless these were asked for.
+    A call is `strong_augment(images, draw_strong_augment(N, ...), mean=mean, std=std)`. The options are those of
+    [`draw_strong_augment`][udakit.mixing.draw_strong_augment]; `mean` and `std` are buffers. Images that are not RGB
+    skip saturation and hue, unless these were requested.
 
     Example:
         >>> import torch
@@ -191,7 +198,7 @@ class StrongAugment(nn.Module):
     def forward(
         self, images: Float[Tensor, "n k *space"], *, generator: Generators | None = None
     ) -> Float[Tensor, "n k *space"]:
-        """Draw for each image and apply."""
+        """Draw an augmentation for each image and apply it."""
         check_image_batch("images", images)
         check_generators(generator, len(images), images.device)
         draw = draw_strong_augment(len(images), generator=generator, device=images.device, **self.options)

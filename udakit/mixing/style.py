@@ -1,4 +1,4 @@
-"""Training-free stylings, each a `translate` of CrossDomainMix: give source images the look of target images."""
+"""Training-free styling: give source images the look of target images. Each can be `translate` of CrossDomainMix."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from udakit.mixing.images import (
     row_blocks,
 )
 
-# A standard deviation of L / 116, a / 500 or b / 200 below which a channel counts as without contrast: rounding gives
-# grey images 1e-7, an 8-bit level is 4e-3.
+# A channel counts as flat below this standard deviation of L / 116, a / 500 or b / 200. Rounding gives grey images
+# 1e-7; one 8-bit level is 4e-3.
 FLOOR = 1e-4
 
 
 def check_content_style(content: Tensor, style: Tensor, *, same_size: bool) -> None:
-    """Raise unless both are images of one batch size and one number of channels (and, where asked, one size)."""
+    """Raise unless both are images with the same batch size and channels, and the same size with `same_size`."""
     check_image_batch("content", content)
     check_image_batch("style", style)
     if style.shape[0] != content.shape[0]:
         raise ValueError(
             f"Expected `style` to have the batch size of `content` {shape_of(content)}, but got {shape_of(style)}. "
-            "Each image takes one style: style[:1].expand_as(content) gives all the same."
+            "Each image needs a style: style[:1].expand_as(content) gives all images the same one."
         )
     if style.ndim != content.ndim:
         raise ValueError(
-            f"Expected `style` to have as many axes as `content` {shape_of(content)}, but got {shape_of(style)}."
+            f"Expected `style` to have the number of axes of `content` {shape_of(content)}, but got {shape_of(style)}."
         )
     if style.shape[1] != content.shape[1]:
         raise ValueError(
@@ -48,37 +48,37 @@ def check_content_style(content: Tensor, style: Tensor, *, same_size: bool) -> N
     if same_size and style.shape != content.shape:
         raise ValueError(
             f"Expected `style` to have the size of `content` {shape_of(content)}, but got {shape_of(style)}. "
-            "Crop or resize it first: amplitudes of unequal sizes have unequal frequencies."
+            "Crop or resize it first, because the frequencies depend on the size."
         )
 
 
 def fourier_transfer(
     content: Float[Tensor, "n k *space"], style: Float[Tensor, "n k *space"], *, beta: float = 0.01
 ) -> Float[Tensor, "n k *space"]:
-    r"""Give each image the low-frequency Fourier amplitudes of another one, and keep its own phase.
+    r"""Give each image the low-frequency Fourier amplitudes of another image and keep its own phase.
 
     $$x' = \mathcal F^{-1}\!\left(\left[\,M_\beta A(s) + (1 - M_\beta)\,A(c)\,\right] e^{i\,\phi(c)}\right), \qquad
     M_\beta = \left[\,|k_y|, |k_x| \le \lfloor \beta \min(H, W) \rfloor\,\right]$$
 
-    **Convention.** Any number of channels, each by itself; signals and volumes have one or three frequencies instead of
-    two. Images are taken as they are, normalised or not; the result is not clamped. `style` is detached.
-    Float32 inside at least. beta = 0 still swaps the mean. A NaN makes NaN of its channel of its image, and of no
-    other: nothing hides it, and `check_images` finds it.
+    **Convention.** Images may have any number of channels, and each channel is transformed by itself, in one, two or
+    three dimensions. Images are used as given, normalised or not, and the result is not clamped. `style` is detached.
+    The arithmetic is at least float32. beta = 0 still swaps the mean. A NaN makes that channel of that image NaN and no
+    other; `check_images` finds it.
 
-    **Source.** FDA (Yang and Soatto, CVPR 2020): the centred square of 2b + 1 frequencies a side, as its numpy code
-    swaps it. Its torch code swaps the frequencies -b to b - 1, which is not symmetric.
+    **Source.** FDA (Yang and Soatto, CVPR 2020). Like its numpy code, this swaps a centred square of 2b + 1 frequencies
+    per side. Its torch code swaps the frequencies -b to b - 1, which is not symmetric.
 
     Args:
-        content: (N, K, *space), what keeps its layout.
-        style: what gives its amplitudes, of the same shape.
-        beta: half the side of the swapped square as a share of the shortest side of the image, in [0, 0.5].
+        content: the images that keep their layout, (N, K, *space).
+        style: the images that give their amplitudes, of the same shape.
+        beta: half the side of the swapped square as a fraction of the shortest side of the image, in [0, 0.5].
 
     Returns:
         Images in the dtype and memory format of `content`.
 
     Raises:
-        TypeError: images that are not float.
-        ValueError: unequal shapes, or `beta` out of range.
+        TypeError: an image tensor is not float.
+        ValueError: the shapes differ, or `beta` is out of range.
 
     Example:
         >>> import torch
@@ -90,7 +90,7 @@ def fourier_transfer(
     """
     check_range("beta", beta, 0.0, 0.5)
     check_content_style(content, style, same_size=True)
-    if content.numel() == 0:  # the libraries of Fourier transforms refuse it
+    if content.numel() == 0:  # FFT libraries refuse it
         return restore(content.clone(), content)
     size = content.shape[2:]
     axes = list(range(2, content.ndim))
@@ -98,12 +98,12 @@ def fourier_transfer(
     with full_precision(content):
         x = upcast(content)
         s = style.detach().to(x.dtype)
-        # Real images: the half spectrum holds all, and the square is symmetric about frequency 0.
+        # For real images half of the spectrum is enough, and the square is symmetric about frequency 0.
         spectrum = torch.fft.rfftn(x, dim=axes)
         amplitude = spectrum.abs()
         wanted = torch.fft.rfftn(s, dim=axes).abs()
         low = _low_frequencies(size, reach, x.device)
-        # Where the own amplitude is 0 the phase is 0, as angle() has it.
+        # Where the amplitude of the content is 0, its phase is 0, as in angle().
         silent = amplitude == 0
         factor = torch.where(low & ~silent, wanted / torch.where(silent, 1.0, amplitude), 1.0)
         spectrum = spectrum * factor + torch.where(low & silent, wanted, 0.0)
@@ -112,7 +112,7 @@ def fourier_transfer(
 
 
 def _low_frequencies(size: Sequence[int], reach: int, device: torch.device) -> Tensor:
-    """Which frequencies of the half spectrum lie in the centred square, over the axes of space."""
+    """The frequencies of the half spectrum inside the centred square, over the spatial axes."""
     low: Tensor | None = None
     for i, length in enumerate(size):
         frequency = torch.arange(length if i + 1 < len(size) else length // 2 + 1, device=device)
@@ -129,30 +129,33 @@ def color_transfer(
     mean: Channels | None = None,
     std: Channels | None = None,
 ) -> Float[Tensor, "n 3 h w"]:
-    r"""Give each image the colour statistics of another one: mean and standard deviation of the Lab channels.
+    r"""Give each image the mean and standard deviation of the Lab channels of another image.
 
     $$\text{Lab}' = \frac{\sigma_s}{\sigma_c} (\text{Lab}_c - \mu_c) + \mu_s$$
 
-    **Convention.** For colour images, (N, 3, H, W), in [0, 1] once denormalised: what lies outside is clamped first
-    (`check_images` looks for it). Statistics over the pixels of each image: a NaN makes NaN of its image, and of no
-    other. A channel without contrast takes the mean of the style: below a deviation of 0.01 in L, 0.05 in a and 0.02 in
-    b, far under what an eye sees and far above what rounding makes of a grey image, the factor falls to 0. The result
-    is clamped to displayable colours. `style` is detached. Float32 inside at least.
+    **Convention.** Images must be colour images, (N, 3, H, W), in [0, 1] after denormalising. Values outside are
+    clamped first; `check_images` finds them. The statistics are over the pixels of each image, so a NaN makes only its
+    own image NaN. The result is clamped to displayable colours. `style` is detached. The arithmetic is at least
+    float32.
 
-    **Source.** Reinhard et al. 2001, in CIE Lab (D65) instead of their l-alpha-beta.
+    A channel without contrast takes the mean of the style. Below a standard deviation of 0.01 in L, 0.05 in a and 0.02
+    in b, the factor falls to 0. This is far below what the eye can see and far above the rounding error of a grey
+    image.
+
+    **Source.** Reinhard et al. 2001, in CIE Lab (D65) instead of their l-alpha-beta space.
 
     Args:
-        content: what keeps its layout, of any size.
-        style: what gives its colours, of any size and the same batch size.
+        content: the images that keep their layout, of any size.
+        style: the images that give their colours, of any size and with the same batch size.
         mean: channel means that the images were normalised with; None for images in [0, 1].
-        std: channel deviations that the images were normalised with; None for images in [0, 1].
+        std: channel standard deviations that the images were normalised with; None for images in [0, 1].
 
     Returns:
         Images in the dtype, memory format and normalisation of `content`.
 
     Raises:
-        TypeError: images that are not float.
-        ValueError: other than three channels or two dimensions, or unequal batch sizes.
+        TypeError: an image tensor is not float.
+        ValueError: the images do not have three channels and two dimensions, or the batch sizes differ.
 
     Example:
         >>> import torch
@@ -174,7 +177,7 @@ def color_transfer(
         blocks = [opponent(block) for block in row_blocks(x)]
         own_mean, own_deviation = _statistics([_moments(planes) for planes in blocks])
         style_mean, style_deviation = _statistics([_moments(opponent(block)) for block in row_blocks(s)])
-        # The ratio of the deviations down to the floor, and 0 at 0.
+        # The ratio of the deviations above the floor; it falls to 0 at 0.
         factor = style_deviation * own_deviation / own_deviation.clamp_min(FLOOR).square()
         shift = style_mean - own_mean * factor
         moved = [
@@ -195,7 +198,7 @@ def _moments(planes: list[Tensor]) -> tuple[int, Tensor, Tensor]:
     if planes[0].device.type != "cpu":
         variances, means = zip(*(torch.var_mean(p, dim=(1, 2), correction=0) for p in planes), strict=True)
         return pixels, torch.stack(means, dim=1), torch.stack(variances, dim=1)
-    # The same in two passes, which on the CPU take a fifth of the time.
+    # The same in two passes, which take a fifth of the time on the CPU.
     centres = [p.mean(dim=(1, 2), keepdim=True) for p in planes]
     squares = [(p - m).square().mean(dim=(1, 2)) for p, m in zip(planes, centres, strict=True)]
     return pixels, torch.cat(centres, dim=1).flatten(1), torch.stack(squares, dim=1)

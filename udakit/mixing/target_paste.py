@@ -1,4 +1,4 @@
-"""Paste confident target regions onto source images, so that their boundaries have labels on both sides."""
+"""Paste confident target regions onto source images, so that their boundaries are labelled on both sides."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def target_paste(
 
     $$M_p = [\,c_p > \tau\,] \vee E_p, \qquad x = M x_t + (1 - M)\,x_s, \qquad y = M \hat y_t + (1 - M)\,y_s$$
 
-    **Convention.** True takes target. The comparison is strict, as released; NaN is not confident. A missing weight
-    counts as 1 when the other side has one. `target` may be a class mix that already carries source classes:
-    `extra_mask`, their mask, brings them along whatever the confidence.
+    **Convention.** True takes the target. The comparison is strict, as in the released code, and NaN is not confident.
+    A missing weight counts as 1 if the other side has one. `target` may be the result of a class mix, which already
+    contains pasted source classes. Pass their mask as `extra_mask` to paste them whatever the confidence.
 
     **Source.** EHTDI (ACM MM 2022), whose released loss takes only the first image of the batch.
 
     Args:
-        source: labelled batch that is pasted onto; a plain tuple (images, labels[, weight]) is welcome.
+        source: labelled batch to paste onto; a plain tuple (images, labels[, weight]) is accepted.
         target: batch with pseudo-labels, of the same size.
-        confidence: (N, *space), largest class probability of the target prediction.
+        confidence: largest class probability of the prediction on the target images, (N, *space).
         threshold: confidence in [0, 1] above which a pixel is pasted.
-        extra_mask: True where a pixel is pasted anyway.
+        extra_mask: True where a pixel is pasted whatever its confidence.
 
     Returns:
-        The mixed batch, and the mask.
+        The mixed batch and the mask.
 
     Raises:
-        TypeError: a mask that is not bool, or a confidence that is not float.
-        ValueError: sizes that do not match, or a `threshold` outside [0, 1].
+        TypeError: `extra_mask` is not bool, or `confidence` is not float.
+        ValueError: the sizes do not match, or `threshold` is outside [0, 1].
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Masks of patch tokens, for masked consistency inside a vision transformer."""
+"""Masks of patch tokens, for masked image consistency inside a vision transformer."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def draw_token_mask(
     generator: Generators | None = None,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "n l"]:
-    """Draw which tokens of each of `n` images are replaced.
+    """Draw the tokens to replace in each of `n` images.
 
-    **Convention.** True is replaced, each token by itself with probability `ratio`; the first `prefix` tokens (class
-    token, registers) never are.
+    **Convention.** True means replaced. Each token is replaced with probability `ratio`, independently. The first
+    `prefix` tokens (class token, registers) are never replaced.
 
-    **Source.** VFM-UDA (Englert et al., 2024): ratio 0.7, patch tokens alone.
+    **Source.** VFM-UDA (Englert et al., 2024), with ratio 0.7 and patch tokens only.
 
     Args:
         n: number of images.
-        tokens: tokens of an image, with the prefix.
-        ratio: share replaced, in [0, 1].
-        prefix: tokens at the beginning that are kept.
-        generator: random numbers are drawn on `device`; a list has one for each image.
-        device: of the mask; by default that of the generator, else the CPU.
+        tokens: number of tokens of an image, including the prefix.
+        ratio: probability that a token is replaced, in [0, 1].
+        prefix: number of tokens at the beginning that are always kept.
+        generator: generator of the draw, on `device`; or a list with one generator for each image.
+        device: device of the mask; by default that of the generator, or the CPU without one.
 
     Returns:
         Bool (n, tokens).
 
     Raises:
-        ValueError: an option out of range, or a generator on another device.
+        ValueError: an option is out of range, or the generator is on another device.
 
     Example:
         >>> draw_token_mask(1, 4, ratio=1.0, prefix=1)
@@ -64,24 +64,25 @@ def draw_token_mask(
 def mask_tokens(
     tokens: Float[Tensor, "n l d"], mask: Bool[Tensor, "n l"], mask_token: Float[Tensor, "..."]
 ) -> Float[Tensor, "n l d"]:
-    """Replace tokens by the mask token.
+    """Replace masked tokens with the mask token.
 
-    **Convention.** After the patch embedding and before the position embedding is added, so that the net knows where
-    something is missing. Gradients flow to what stays and to the mask token. The result has the dtype of `tokens`.
+    **Convention.** Call this after the patch embedding and before the position embedding is added, so that the net
+    knows where tokens are missing. Gradients flow to the kept tokens and to the mask token. The result has the dtype of
+    `tokens`.
 
-    **Source.** VFM-UDA (Englert et al., 2024), with DINOv2's own, pre-trained mask token.
+    **Source.** VFM-UDA (Englert et al., 2024), which uses the pre-trained mask token of DINOv2.
 
     Args:
-        tokens: patch tokens.
-        mask: True where a token is replaced, as `draw_token_mask` draws it.
-        mask_token: D numbers of any shape: (D,), or (1, 1, D) as in timm.
+        tokens: patch tokens, (N, L, D).
+        mask: True where a token is replaced, (N, L), for example from `draw_token_mask`.
+        mask_token: D numbers in any shape, such as (D,), or (1, 1, D) as in timm.
 
     Returns:
-        The tokens, some of them replaced.
+        The tokens, some of which are replaced, (N, L, D).
 
     Raises:
         TypeError: a tensor has the wrong dtype.
-        ValueError: shapes that do not match.
+        ValueError: the shapes do not match.
 
     Example:
         >>> import torch
@@ -102,8 +103,7 @@ def mask_tokens(
     check_float("mask_token", mask_token)
     if mask_token.numel() != tokens.shape[2]:
         raise ValueError(
-            f"Expected `mask_token` to have the D = {tokens.shape[2]} numbers of a token, "
-            f"but got {shape_of(mask_token)}."
+            f"Expected `mask_token` to have D = {tokens.shape[2]} numbers like a token, but got {shape_of(mask_token)}."
         )
     for name, x in (("mask", mask), ("mask_token", mask_token)):
         check_device(name, x, tokens, "tokens")

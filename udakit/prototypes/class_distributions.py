@@ -99,7 +99,7 @@ class ClassDistributions(FullPrecisionState):
 
         Raises:
             TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
-            ValueError: shapes that do not match.
+            ValueError: the shapes do not match.
         """
         check_maps("features", features, "N, D")
         if features.shape[1] != self.dim:
@@ -156,7 +156,7 @@ class ClassDistributions(FullPrecisionState):
 
         Raises:
             TypeError: `means` or `variances` that are not float, or `counts` that are not integers.
-            ValueError: shapes that do not match.
+            ValueError: the shapes do not match.
         """
         for name, x in (("means", means), ("variances", variances)):
             check_float(name, x)

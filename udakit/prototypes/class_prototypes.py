@@ -141,7 +141,7 @@ class ClassPrototypes(FullPrecisionState):
 
         Raises:
             TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
-            ValueError: shapes that do not match.
+            ValueError: the shapes do not match.
         """
         self._check(features)
         check_labels_like(labels, features, reference_name="features")
@@ -246,7 +246,7 @@ class ClassPrototypes(FullPrecisionState):
 
         Raises:
             TypeError: `prototypes` that are not float, or `counts` that are not integers.
-            ValueError: shapes that do not match.
+            ValueError: the shapes do not match.
         """
         check_float("prototypes", prototypes, 2, "(C, D)")
         if prototypes.shape != self.prototypes.shape:

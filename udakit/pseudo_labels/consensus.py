@@ -44,8 +44,8 @@ def bilateral_consensus(
         int64 (N, *space).
 
     Raises:
-        TypeError: labels that are neither int64 nor uint8.
-        ValueError: shapes that do not match.
+        TypeError: `labels` is neither int64 nor uint8.
+        ValueError: the shapes do not match.
 
     Example:
         >>> import torch

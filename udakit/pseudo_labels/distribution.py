@@ -56,7 +56,7 @@ def align_distribution(
 
     Raises:
         TypeError: tensors that are not float.
-        ValueError: shapes that do not match.
+        ValueError: the shapes do not match.
 
     Example:
         >>> import torch
@@ -152,7 +152,7 @@ class DistributionAlignment(FullPrecisionState):
             labels: class ids or `ignore_index`, of any shape.
 
         Raises:
-            TypeError: labels that are neither int64 nor uint8.
+            TypeError: `labels` is neither int64 nor uint8.
             ValueError: a Module that was given `source_share`.
         """
         if self.known:

@@ -70,7 +70,7 @@ def draw_detail_box(
         A `DetailBox`.
 
     Raises:
-        ValueError: an option out of range, or a generator on another device.
+        ValueError: an option is out of range, or the generator is on another device.
 
     Example:
         >>> box = draw_detail_box(2, (64, 128), detail=(32, 64))
