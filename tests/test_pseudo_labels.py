@@ -206,7 +206,7 @@ def test_daformer_counts_its_zeroed_rows_in_the_ratio() -> None:
         (lambda: udakit.BilateralConsensus(_prototypes())(torch.zeros(1, 4, 2, 2)), "Expected `features` to be"),
         (
             lambda: udakit.BilateralConsensus(_prototypes())(torch.zeros(1, 5, 2, 2), torch.zeros(1, 3, 2, 2)),
-            "with C = 4, as the prototypes, but got C = 5",
+            r"with C = 4, but got \(1, 5, 2, 2\)",
         ),
         (
             lambda: udakit.BilateralConsensus(_prototypes())(torch.zeros(1, 4, 2, 2), torch.zeros(2, 3, 2, 2)),

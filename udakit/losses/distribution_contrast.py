@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import (
-    check_device,
-    check_flag,
-    check_float,
-    check_ignore_index,
-    check_labels_like,
-    check_maps,
-    check_per_class,
-    check_range,
-    check_same_shape,
-    check_weight_like,
-    kind_of,
-    shape_of,
-)
-from udakit._reduce import Reduction, check_reduction, class_ids, reduce_pixels, select, upcast
+from udakit._checks import check_float, check_range, check_same_shape
+from udakit._reduce import Reduction, reduce_pixels, select, upcast
+from udakit.losses._class_contrast import check_contrast, check_contrast_options, counted_ids, seen_cross_entropy
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
@@ -93,48 +79,26 @@ def distribution_contrast_loss(
         0.0
     """
     _check_options(temperature, ratio, normalize, ignore_index, reduction)
-    check_maps("features", features, "N, D")
-    check_labels_like(labels, features, reference_name="features")
-    check_float("means", means, 2, "(C, D)")
+    check_contrast(features, labels, means, "means", seen=seen, pixel_weight=pixel_weight, ignore_index=ignore_index)
     check_float("variances", variances, 2, "(C, D)")
-    if means.shape[1] != features.shape[1]:
-        raise ValueError(
-            f"Expected `means` to be (C, D) matching `features` {shape_of(features)}, but got {shape_of(means)}."
-        )
-    check_device("means", means, features, "features")
     check_same_shape(variances, means, name="variances", reference_name="means")
-    if seen is not None:
-        check_per_class("seen", seen, means.shape[0], reference=means, reference_name="means")
-        if seen.dtype != torch.bool:
-            raise TypeError(f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}.")
-    if pixel_weight is not None:
-        check_weight_like(pixel_weight, features, reference_name="features")
     n, _, *space = features.shape
-    c = means.shape[0]
-    seen = means.detach().ne(0).any(dim=1) if seen is None else seen
-    ids = class_ids(labels, c, ignore_index).flatten(1)
-    inside = ids < c
-    ids = torch.where(inside, ids, 0)
-    valid = inside & seen[ids]
+    ids, counted, seen = counted_ids(labels, means, seen, ignore_index)
+    ids, valid = ids.flatten(1), counted.flatten(1)
     # Ignored pixels must not enter the products, since a NaN there would reach the gradient's sum over pixels.
-    counted, x = valid.view(n, *space), upcast(features)
+    x = upcast(features)
     x = (unit_vectors(x, counted) if normalize else select(counted.unsqueeze(1), x)).flatten(2)
     mean, spread = upcast(means).to(x.dtype), upcast(variances).to(x.dtype) * (ratio / (2 * temperature))
     linear = matmul((mean / temperature).expand(n, -1, -1), x)
     square = matmul((spread / temperature).expand(n, -1, -1), x.square())
-    # Finite, because a pixel without any candidate would otherwise give NaN. Such a pixel is ignored.
-    logits = torch.where(seen.view(-1, 1), linear + square, torch.finfo(x.dtype).min / 4)
-    loss = F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")
+    loss = seen_cross_entropy(linear + square, ids, valid, seen)
     loss = loss + square.gather(1, ids.unsqueeze(1)).squeeze(1)
     return reduce_pixels(loss.view(n, *space), counted, pixel_weight=pixel_weight, reduction=reduction)
 
 
 def _check_options(temperature: float, ratio: float, normalize: bool, ignore_index: int, reduction: str) -> None:
-    check_range("temperature", temperature, 0.0, open_low=True)
+    check_contrast_options(temperature, normalize, ignore_index, reduction)
     check_range("ratio", ratio, 0.0)
-    check_flag("normalize", normalize)
-    check_ignore_index(ignore_index)
-    check_reduction(reduction)
 
 
 class DistributionContrastLoss(nn.Module):

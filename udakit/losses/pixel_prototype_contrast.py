@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
-from udakit._checks import (
-    check_device,
-    check_flag,
-    check_float,
-    check_ignore_index,
-    check_labels_like,
-    check_maps,
-    check_per_class,
-    check_range,
-    check_weight_like,
-    check_weight_option,
-    kind_of,
-    shape_of,
-)
-from udakit._reduce import Reduction, check_reduction, class_ids, reduce_pixels, select, upcast
+from udakit._checks import check_per_class, check_weight_option
+from udakit._reduce import Reduction, reduce_pixels, select, upcast
+from udakit.losses._class_contrast import check_contrast, check_contrast_options, counted_ids, seen_cross_entropy
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
@@ -82,30 +68,14 @@ def pixel_prototype_contrast_loss(
         >>> pixel_prototype_contrast_loss(features, labels, torch.zeros(3, 8)).item()  # no class seen
         0.0
     """
-    _check_options(temperature, normalize, ignore_index, reduction)
-    check_maps("features", features, "N, D")
-    check_labels_like(labels, features, reference_name="features")
-    check_float("prototypes", prototypes, 2, "(C, D)")
-    if prototypes.shape[1] != features.shape[1]:
-        raise ValueError(
-            f"Expected `prototypes` to be (C, D) matching `features` {shape_of(features)}, "
-            f"but got {shape_of(prototypes)}."
-        )
-    check_device("prototypes", prototypes, features, "features")
-    for name, x in (("seen", seen), ("class_weight", class_weight)):
-        if x is not None:
-            check_per_class(name, x, prototypes.shape[0], reference=prototypes, reference_name="prototypes")
-    if seen is not None and seen.dtype != torch.bool:
-        raise TypeError(f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}. ClassPrototypes.seen is one.")
-    if pixel_weight is not None:
-        check_weight_like(pixel_weight, features, reference_name="features")
+    check_contrast_options(temperature, normalize, ignore_index, reduction)
+    check_contrast(
+        features, labels, prototypes, "prototypes", seen=seen, pixel_weight=pixel_weight, ignore_index=ignore_index
+    )
     c = prototypes.shape[0]
-    check_ignore_index(ignore_index, c)
-    seen = prototypes.detach().ne(0).any(dim=1) if seen is None else seen
-    ids = class_ids(labels, c, ignore_index)
-    inside = ids < c
-    ids = torch.where(inside, ids, 0)
-    valid = inside & seen[ids]
+    if class_weight is not None:
+        check_per_class("class_weight", class_weight, c, reference=prototypes, reference_name="prototypes")
+    ids, valid, seen = counted_ids(labels, prototypes, seen, ignore_index)
     # Ignored pixels must not enter the products, since a NaN there would reach the gradient's sum over pixels.
     x = upcast(features)
     bank = upcast(prototypes).to(x.dtype)
@@ -114,19 +84,10 @@ def pixel_prototype_contrast_loss(
     else:
         x = select(valid.unsqueeze(1), x)
     logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
-    # Finite, because a pixel without any candidate would otherwise give NaN. Such a pixel is ignored.
-    logits = torch.where(seen.view(-1, *[1] * (logits.ndim - 2)), logits, torch.finfo(logits.dtype).min / 4)
-    loss = F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")
+    loss = seen_cross_entropy(logits, ids, valid, seen)
     if class_weight is not None:
         loss = loss * class_weight.to(loss.dtype)[ids]
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
-
-
-def _check_options(temperature: float, normalize: bool, ignore_index: int, reduction: str) -> None:
-    check_range("temperature", temperature, 0.0, open_low=True)
-    check_flag("normalize", normalize)
-    check_ignore_index(ignore_index)
-    check_reduction(reduction)
 
 
 class PixelPrototypeContrastLoss(nn.Module):
@@ -153,7 +114,7 @@ class PixelPrototypeContrastLoss(nn.Module):
         reduction: Reduction = "mean",
     ) -> None:
         super().__init__()
-        _check_options(temperature, normalize, ignore_index, reduction)
+        check_contrast_options(temperature, normalize, ignore_index, reduction)
         check_weight_option(class_weight)
         self.register_buffer("class_weight", class_weight)
         self.temperature = temperature

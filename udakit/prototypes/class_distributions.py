@@ -5,30 +5,19 @@ from __future__ import annotations
 from typing import Self
 
 import torch
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Float, Integer
 from torch import Tensor
 
-from udakit._checks import (
-    check_device,
-    check_float,
-    check_ignore_index,
-    check_integer,
-    check_labels_like,
-    check_maps,
-    check_range,
-    check_tensor,
-    kind_of,
-    shape_of,
-    space_form,
-)
+from udakit._checks import check_labels_like, check_range
 from udakit._reduce import class_ids, upcast
-from udakit._state import FullPrecisionState, gather_ranks
+from udakit._state import gather_ranks
+from udakit.prototypes._class_state import ClassState
 from udakit.prototypes.means import class_sums
 
 __all__ = ["ClassDistributions"]
 
 
-class ClassDistributions(FullPrecisionState):
+class ClassDistributions(ClassState):
     r"""A Gaussian with diagonal covariance for each class, of all the features seen so far.
 
     $$w = \frac{n_b}{n_b + n}, \qquad
@@ -67,24 +56,12 @@ class ClassDistributions(FullPrecisionState):
 
     means: Tensor
     variances: Tensor
-    counts: Tensor
 
     def __init__(self, num_classes: int, dim: int, momentum: float | None = None, *, ignore_index: int = 255) -> None:
-        super().__init__()
-        check_integer("num_classes", num_classes)
-        check_integer("dim", dim)
-        check_ignore_index(ignore_index, num_classes)
+        super().__init__(num_classes, dim, ignore_index, ("means", "variances"))
         if momentum is not None:
             check_range("momentum", momentum, 0.0, 1.0)
-        self.num_classes, self.dim, self.momentum, self.ignore_index = num_classes, dim, momentum, ignore_index
-        self.register_buffer("means", torch.zeros(num_classes, dim, dtype=torch.float32))
-        self.register_buffer("variances", torch.zeros(num_classes, dim, dtype=torch.float32))
-        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
-
-    @property
-    def seen(self) -> Bool[Tensor, "c"]:
-        """Classes that have statistics."""
-        return self.counts > 0
+        self.momentum = momentum
 
     def update(
         self, features: Float[Tensor, "n d *space"], labels: Integer[Tensor, "n *space"], *, sync: bool = False
@@ -101,12 +78,8 @@ class ClassDistributions(FullPrecisionState):
             TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
             ValueError: the shapes do not match.
         """
-        check_maps("features", features, "N, D")
-        if features.shape[1] != self.dim:
-            form = f"{space_form('N, D', features.ndim - 2)} with D = {self.dim}"
-            raise ValueError(f"Expected `features` to be {form}, but got {shape_of(features)}.")
+        self._check(features)
         check_labels_like(labels, features, reference_name="features")
-        check_device("features", features, self.means, "means")
         with torch.no_grad():
             means, deviations, counts = self._of_batch(upcast(features.detach()), labels)
             if sync:
@@ -158,21 +131,9 @@ class ClassDistributions(FullPrecisionState):
             TypeError: `means` or `variances` that are not float, or `counts` that are not integers.
             ValueError: the shapes do not match.
         """
-        for name, x in (("means", means), ("variances", variances)):
-            check_float(name, x)
-            if x.shape != self.means.shape:
-                raise ValueError(f"Expected `{name}` to be (C, D) = {shape_of(self.means)}, but got {shape_of(x)}.")
+        self._take(torch.zeros_like(self.counts) if counts is None else counts, means=means, variances=variances)
         if counts is None:
-            counts = (means != 0).any(1).long()
-        check_tensor("counts", counts, "an integer tensor")
-        if counts.is_floating_point() or counts.dtype == torch.bool:
-            raise TypeError(f"Expected `counts` to be an integer tensor, but got {kind_of(counts)}.")
-        if counts.shape != self.counts.shape:
-            raise ValueError(f"Expected `counts` to be (C,) = {shape_of(self.counts)}, but got {shape_of(counts)}.")
-        with torch.no_grad():
-            self.means.copy_(means)
-            self.variances.copy_(variances)
-            self.counts.copy_(counts)
+            self.counts.copy_((self.means != 0).any(1))
         return self
 
     def extra_repr(self) -> str:

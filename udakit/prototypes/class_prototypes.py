@@ -6,26 +6,13 @@ import math
 from typing import Any, Literal, Self, get_args
 
 import torch
-from jaxtyping import Bool, Float, Int64, Integer
+from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
-from udakit._checks import (
-    check_device,
-    check_flag,
-    check_float,
-    check_ignore_index,
-    check_integer,
-    check_labels_like,
-    check_maps,
-    check_option,
-    check_range,
-    check_tensor,
-    kind_of,
-    shape_of,
-    space_form,
-)
+from udakit._checks import check_flag, check_integer, check_labels_like, check_option, check_range
 from udakit._reduce import plain
-from udakit._state import FullPrecisionState, gather_ranks
+from udakit._state import gather_ranks
+from udakit.prototypes._class_state import ClassState
 from udakit.prototypes._distances import class_distances
 from udakit.prototypes.means import class_sums, means_of
 
@@ -35,7 +22,7 @@ Mode = Literal["ema", "mean"]
 MODES = get_args(Mode)
 
 
-class ClassPrototypes(FullPrecisionState):
+class ClassPrototypes(ClassState):
     r"""One vector per class that follows the class means of the features.
 
     $$\eta_c \leftarrow (1 - m)\, \eta_c + m\, v_c \quad\text{("ema")}, \qquad
@@ -78,7 +65,6 @@ class ClassPrototypes(FullPrecisionState):
     """
 
     prototypes: Tensor
-    counts: Tensor
     averaging: Tensor
 
     def __init__(
@@ -92,17 +78,11 @@ class ClassPrototypes(FullPrecisionState):
         *,
         ignore_index: int = 255,
     ) -> None:
-        super().__init__()
-        check_integer("num_classes", num_classes)
-        check_integer("dim", dim)
+        super().__init__(num_classes, dim, ignore_index, ("prototypes",))
         check_range("momentum", momentum, 0.0, 1.0)
         check_flag("per_image", per_image)
         check_integer("min_pixels", min_pixels)
-        check_ignore_index(ignore_index, num_classes)
-        self.num_classes, self.dim, self.momentum = num_classes, dim, momentum
-        self.per_image, self.min_pixels, self.ignore_index = per_image, min_pixels, ignore_index
-        self.register_buffer("prototypes", torch.zeros(num_classes, dim, dtype=torch.float32))
-        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+        self.momentum, self.per_image, self.min_pixels = momentum, per_image, min_pixels
         self.register_buffer("averaging", torch.zeros((), dtype=torch.bool))
         self.mode = mode
 
@@ -122,11 +102,6 @@ class ClassPrototypes(FullPrecisionState):
         averaging = state_dict.setdefault(f"{prefix}averaging", self.averaging)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.mode = "mean" if averaging else "ema"
-
-    @property
-    def seen(self) -> Bool[Tensor, "c"]:
-        """Classes that have a prototype."""
-        return self.counts > 0
 
     def update(
         self, features: Float[Tensor, "n d *space"], labels: Integer[Tensor, "n *space"], *, sync: bool = False
@@ -248,30 +223,10 @@ class ClassPrototypes(FullPrecisionState):
             TypeError: `prototypes` that are not float, or `counts` that are not integers.
             ValueError: the shapes do not match.
         """
-        check_float("prototypes", prototypes, 2, "(C, D)")
-        if prototypes.shape != self.prototypes.shape:
-            raise ValueError(
-                f"Expected `prototypes` to be (C, D) = {shape_of(self.prototypes)}, but got {shape_of(prototypes)}."
-            )
-        if counts is None:
-            counts = torch.zeros_like(self.counts)
-        check_tensor("counts", counts, "an integer tensor")
-        if counts.is_floating_point() or counts.dtype == torch.bool:
-            raise TypeError(f"Expected `counts` to be an integer tensor, but got {kind_of(counts)}.")
-        if counts.shape != self.counts.shape:
-            raise ValueError(f"Expected `counts` to be (C,) = {shape_of(self.counts)}, but got {shape_of(counts)}.")
+        self._take(torch.zeros_like(self.counts) if counts is None else counts, prototypes=prototypes)
         with torch.no_grad():
-            self.prototypes.copy_(prototypes)
-            self.counts.copy_(counts)
             self.counts.clamp_(min=(self.prototypes != 0).any(1).long())
         return self
-
-    def _check(self, features: Tensor) -> None:
-        check_maps("features", features, "N, D")
-        if features.shape[1] != self.dim:
-            form = f"{space_form('N, D', features.ndim - 2)} with D = {self.dim}"
-            raise ValueError(f"Expected `features` to be {form}, but got {shape_of(features)}.")
-        check_device("features", features, self.prototypes, "prototypes")
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

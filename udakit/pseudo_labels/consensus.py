@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64, Integer
+from jaxtyping import Int64, Integer
 from torch import Tensor
 
-from udakit._checks import (
-    check_device,
-    check_flag,
-    check_ignore_index,
-    check_label_map,
-    check_same_shape,
-    kind_of,
-    shape_of,
-)
-from udakit._reduce import Kind, interpolate, plain, top_class
+from udakit._checks import check_flag, check_ignore_index, check_label_map, check_same_shape
+from udakit._reduce import top_class
 from udakit.prototypes import ClassPrototypes
-from udakit.pseudo_labels.selection import PseudoLabels, Selector
+from udakit.pseudo_labels._by_prototypes import PrototypeSelector
 
 
 def bilateral_consensus(
@@ -60,7 +49,7 @@ def bilateral_consensus(
     return labels.where(labels == labels_b, ignore_index)
 
 
-class BilateralConsensus(Selector):
+class BilateralConsensus(PrototypeSelector):
     r"""Keep the arg-max of the classifier where the nearest class prototype agrees.
 
     $$\hat y_p = \arg\max_c p_c \quad\text{where it equals}\quad
@@ -98,70 +87,23 @@ class BilateralConsensus(Selector):
         ignore_index: int = 255,
         exclude: Sequence[int] = (),
     ) -> None:
-        super().__init__(ignore_index=ignore_index, exclude=exclude)
+        super().__init__(prototypes, ignore_index=ignore_index, exclude=exclude)
         check_flag("align_corners", align_corners)
         check_flag("include_unseen", include_unseen)
-        if not isinstance(prototypes, ClassPrototypes):
-            raise TypeError(
-                f"Expected `prototypes` to be a ClassPrototypes, but got {kind_of(prototypes)}. "
-                "ClassPrototypes(C, D).set_(tensor) makes one of a tensor (C, D)."
-            )
-        self._reference = (prototypes,)  # a tuple keeps nn.Module from registering it
         self.align_corners, self.include_unseen = align_corners, include_unseen
-
-    @property
-    def prototypes(self) -> ClassPrototypes:
-        """The prototypes it compares with."""
-        return self._reference[0]
-
-    def forward(
-        self,
-        logits: Float[Tensor, "n c *space"],
-        features: Float[Tensor, "n d *space2"] | None = None,
-        *,
-        kind: Kind = "logits",
-        valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
-    ) -> PseudoLabels:
-        """Select pseudo-labels; `features` of any stride are needed, the rest is that of every selector.
-
-        Raises:
-            TypeError: `features` that are missing or not float.
-            ValueError: shapes, class numbers or batch sizes that do not match.
-        """
-        if features is None:
-            raise TypeError(
-                "Expected `features` to be a float tensor (N, D, *space), but got None. "
-                "Pass them beside the logits, for example those of udakit.FeatureTap."
-            )
-        return super().forward(logits, features, kind=kind, valid=valid)
-
-    if TYPE_CHECKING:
-        __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def keep(
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
     ) -> Tensor:
         """Whether the label is that of the nearest prototype."""
         assert features is not None
-        if num_classes != self.prototypes.num_classes:
-            raise ValueError(
-                f"Expected `logits` to be (N, C, *space) with C = {self.prototypes.num_classes}, as the prototypes, "
-                f"but got C = {num_classes}."
-            )
-        nearest = self._nearest(features, labels)
-        kept = (labels == nearest) if self.include_unseen else (labels == nearest) & self.prototypes.seen[labels]
+        near = self.nearness(
+            features, labels.shape[1:], include_unseen=self.include_unseen, align_corners=self.align_corners
+        )
+        kept = labels == top_class(near)
+        if not self.include_unseen:
+            kept = kept & self.prototypes.seen[labels]
         return kept if valid is None else kept & valid
-
-    def _nearest(self, features: Tensor, labels: Tensor) -> Tensor:
-        distance = self.prototypes.distances(plain(features), include_unseen=self.include_unseen)
-        check_device("features", features, labels, "logits")
-        if len(features) != len(labels):
-            raise ValueError(
-                f"Expected `features` to hold the {len(labels)} images of `logits`, but got {shape_of(features)}."
-            )
-        # A finite maximum in place of +inf keeps the softmax finite while no class at all is seen.
-        similarity = F.softmax(-distance.clamp_max(torch.finfo(distance.dtype).max), dim=1)
-        return top_class(interpolate(similarity, labels.shape[1:], align_corners=self.align_corners))
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

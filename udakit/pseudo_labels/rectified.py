@@ -6,24 +6,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from udakit._checks import (
-    check_device,
-    check_maps,
-    check_option,
-    check_range,
-    check_same_shape,
-    check_scores,
-    kind_of,
-    shape_of,
-)
-from udakit._reduce import KINDS, Kind, interpolate, plain, upcast
+from udakit._checks import check_maps, check_range, check_same_shape, check_scores
+from udakit._reduce import Kind, upcast
 from udakit.prototypes import ClassPrototypes
-from udakit.pseudo_labels.adaptive_threshold import check_class_scores
-from udakit.pseudo_labels.selection import PseudoLabels, Selector, check_not_all, others, with_excluded, without
+from udakit.pseudo_labels._by_prototypes import PrototypeSelector
+from udakit.pseudo_labels.selection import PseudoLabels, others
 
 
 def rectify_probabilities(
@@ -82,7 +72,7 @@ def _weighted(p: Tensor, weight: Tensor) -> Tensor:
     return torch.where(empty, p, product / torch.where(empty, 1, total))
 
 
-class RectifiedSelector(Selector):
+class RectifiedSelector(PrototypeSelector):
     r"""Take the arg-max of probabilities that are rectified by the prototypes.
 
     $$\hat y = \arg\max_c p_c\, \omega_c, \qquad \omega = \operatorname{up}(\operatorname{softmax}(-d / T))$$
@@ -124,22 +114,10 @@ class RectifiedSelector(Selector):
         ignore_index: int = 255,
         exclude: Sequence[int] = (),
     ) -> None:
-        super().__init__(ignore_index=ignore_index, exclude=exclude)
-        if not isinstance(prototypes, ClassPrototypes):
-            raise TypeError(
-                f"Expected `prototypes` to be a ClassPrototypes, but got {kind_of(prototypes)}. "
-                "ClassPrototypes(C, D).set_(tensor) makes one of a tensor (C, D)."
-            )
+        super().__init__(prototypes, ignore_index=ignore_index, exclude=exclude)
         check_range("temperature", temperature, 0.0, open_low=True)
         check_range("threshold", threshold, 0.0, 1.0)
-        check_not_all(self.exclude, prototypes.num_classes)
-        self._reference = (prototypes,)  # a tuple keeps nn.Module from registering it
         self.temperature, self.threshold = temperature, threshold
-
-    @property
-    def prototypes(self) -> ClassPrototypes:
-        """The prototypes it compares with."""
-        return self._reference[0]
 
     def forward(
         self,
@@ -155,28 +133,11 @@ class RectifiedSelector(Selector):
             TypeError: `features` that are missing or not float.
             ValueError: shapes, class numbers or batch sizes that do not match.
         """
-        if features is None:
-            raise TypeError(
-                "Expected `features` to be a float tensor (N, D, h, w), but got None. "
-                "Pass them beside the logits, for example those of udakit.FeatureTap."
-            )
-        check_option("kind", kind, KINDS)
-        check_class_scores(logits, kind, self.prototypes.num_classes)
+        features = self.needed(logits, features, kind)
         with torch.no_grad():
-            distance = self.prototypes.distances(plain(features))
-            check_device("features", features, logits, "logits")
-            if features.ndim != logits.ndim or len(features) != len(logits):
-                raise ValueError(
-                    f"Expected `features` to hold the {len(logits)} images of `logits`, but got {shape_of(features)}."
-                )
-            if self.exclude:
-                distance = with_excluded(without(distance, self.exclude), self.exclude, float("inf"))
-            # A finite maximum in place of +inf keeps the softmax finite while no class at all is seen.
-            nearness = F.softmax(-distance.clamp_max(torch.finfo(distance.dtype).max) / self.temperature, dim=1)
-            if nearness.shape[2:] != logits.shape[2:]:
-                nearness = interpolate(nearness, logits.shape[2:])
+            near = self.nearness(features, logits.shape[2:], temperature=self.temperature, exclude=self.exclude)
             p = others(logits, kind, self.exclude)
-            rectified = _weighted(p, nearness.to(p.dtype))
+            rectified = _weighted(p, near.to(p.dtype))
         return super().forward(rectified, features, kind="probabilities", valid=valid)
 
     if TYPE_CHECKING:

@@ -1,0 +1,81 @@
+"""What contrasts of feature pixels against classes share: checks, which pixels count, cross-entropy over the seen."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from udakit._checks import (
+    check_device,
+    check_flag,
+    check_float,
+    check_ignore_index,
+    check_labels_like,
+    check_maps,
+    check_per_class,
+    check_range,
+    check_weight_like,
+    kind_of,
+    shape_of,
+)
+from udakit._reduce import check_reduction, class_ids
+
+
+def check_contrast_options(temperature: float, normalize: bool, ignore_index: int, reduction: str) -> None:
+    """Raise for options that no contrast of pixels and classes takes."""
+    check_range("temperature", temperature, 0.0, open_low=True)
+    check_flag("normalize", normalize)
+    check_ignore_index(ignore_index)
+    check_reduction(reduction)
+
+
+def check_contrast(
+    features: Tensor,
+    labels: Tensor,
+    vectors: Tensor,
+    name: str,
+    *,
+    seen: Tensor | None,
+    pixel_weight: Tensor | None,
+    ignore_index: int,
+) -> None:
+    """Raise unless features, labels and the vectors (C, D) of the classes, which `name` names, fit each other."""
+    check_maps("features", features, "N, D")
+    check_labels_like(labels, features, reference_name="features")
+    check_float(name, vectors, 2, "(C, D)")
+    if vectors.shape[1] != features.shape[1]:
+        raise ValueError(
+            f"Expected `{name}` to be (C, D) matching `features` {shape_of(features)}, but got {shape_of(vectors)}."
+        )
+    check_device(name, vectors, features, "features")
+    if seen is not None:
+        check_per_class("seen", seen, len(vectors), reference=vectors, reference_name=name)
+        if seen.dtype != torch.bool:
+            raise TypeError(
+                f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}. The `.seen` of the class state is one."
+            )
+    if pixel_weight is not None:
+        check_weight_like(pixel_weight, features, reference_name="features")
+    check_ignore_index(ignore_index, len(vectors))
+
+
+def counted_ids(
+    labels: Tensor, vectors: Tensor, seen: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Class ids (N, *space), 0 where there is none; which pixels count; the classes seen (C,).
+
+    By default a class is seen whose vector is not all zero.
+    """
+    seen = vectors.detach().ne(0).any(dim=1) if seen is None else seen
+    ids = class_ids(labels, len(vectors), ignore_index)
+    inside = ids < len(vectors)
+    ids = torch.where(inside, ids, 0)
+    return ids, inside & seen[ids], seen
+
+
+def seen_cross_entropy(logits: Tensor, ids: Tensor, valid: Tensor, seen: Tensor) -> Tensor:
+    """Cross-entropy of logits (N, C, *space) over the seen classes, for the pixels that count."""
+    # Finite, because a pixel without any candidate would otherwise give NaN. Such a pixel is ignored.
+    logits = torch.where(seen.view(-1, *[1] * (logits.ndim - 2)), logits, torch.finfo(logits.dtype).min / 4)
+    return F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")

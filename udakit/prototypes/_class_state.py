@@ -1,0 +1,66 @@
+"""What parts share that keep a vector or more of each class, and how many they have seen."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from udakit._checks import (
+    check_device,
+    check_float,
+    check_ignore_index,
+    check_integer,
+    check_maps,
+    check_tensor,
+    kind_of,
+    shape_of,
+    space_form,
+)
+from udakit._state import FullPrecisionState
+
+
+class ClassState(FullPrecisionState):
+    """Buffers (C, D) by name, all 0 at first, and `counts` (C,)."""
+
+    counts: Tensor
+
+    def __init__(self, num_classes: int, dim: int, ignore_index: int, names: tuple[str, ...]) -> None:
+        super().__init__()
+        check_integer("num_classes", num_classes)
+        check_integer("dim", dim)
+        check_ignore_index(ignore_index, num_classes)
+        self.num_classes, self.dim, self.ignore_index = num_classes, dim, ignore_index
+        self._names = names
+        for name in names:
+            self.register_buffer(name, torch.zeros(num_classes, dim, dtype=torch.float32))
+        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.int64))
+
+    @property
+    def seen(self) -> Bool[Tensor, "c"]:
+        """Classes that have been seen."""
+        return self.counts > 0
+
+    def _check(self, features: Tensor) -> None:
+        check_maps("features", features, "N, D")
+        if features.shape[1] != self.dim:
+            form = f"{space_form('N, D', features.ndim - 2)} with D = {self.dim}"
+            raise ValueError(f"Expected `features` to be {form}, but got {shape_of(features)}.")
+        check_device("features", features, getattr(self, self._names[0]), self._names[0])
+
+    def _take(self, counts: Tensor, **vectors: Tensor) -> None:
+        """Copy vectors and counts from outside into the buffers; raise where they are of another kind or shape."""
+        shape = (self.num_classes, self.dim)
+        for name, x in vectors.items():
+            check_float(name, x)
+            if x.shape != shape:
+                raise ValueError(f"Expected `{name}` to be (C, D) = {shape}, but got {shape_of(x)}.")
+        check_tensor("counts", counts, "an integer tensor")
+        if counts.is_floating_point() or counts.dtype == torch.bool:
+            raise TypeError(f"Expected `counts` to be an integer tensor, but got {kind_of(counts)}.")
+        if counts.shape != self.counts.shape:
+            raise ValueError(f"Expected `counts` to be (C,) = {shape_of(self.counts)}, but got {shape_of(counts)}.")
+        with torch.no_grad():
+            for name, x in vectors.items():
+                getattr(self, name).copy_(x)
+            self.counts.copy_(counts)
