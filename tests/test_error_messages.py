@@ -215,6 +215,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
             lambda: u.paste(VALID, IMAGES, IMAGES[..., ::2]),
             r"`background` to have the shape of `foreground` .* Crop or resize .*",
         ),
+        (lambda: u.paste(VALID[:, None], IMAGES, IMAGES), r"`mask` to be \(N, H, W\) matching .*\.squeeze\(1\)"),
         (lambda: u.paste(VALID, IMAGES.numpy(), IMAGES), r"`foreground` to be a tensor, but got ndarray\. .*"),
         (lambda: u.boundary_band(WEIGHT), r"`mask` to be a bool tensor, but got torch.float32 .*\. A comparison .*"),
         (lambda: u.boundary_band(VALID, kernel_size=(3, 3)), r"`kernel_size` to be an integer, but got \(3, 3\)"),

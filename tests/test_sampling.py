@@ -58,6 +58,13 @@ def test_no_temperature_overflows(temperature: float) -> None:
 def test_probabilities_errors() -> None:
     with pytest.raises(ValueError, match=r"`class_pixels` to be \(C,\), but got \(2, 3\)\. .*\.sum\(0\)"):
         rare_class_probabilities(torch.ones(2, 3))
+    for counts in ([-1.0, 2.0], [float("nan"), 2.0], [float("inf"), 2.0]):
+        with pytest.raises(ValueError, match=r"`class_pixels` to be counts of pixels, finite and 0 at least"):
+            rare_class_probabilities(torch.tensor(counts))
+        with pytest.raises(ValueError, match=r"`class_pixels` to be counts of pixels, finite and 0 at least"):
+            RareClassSampler(torch.tensor([counts]))
+    with pytest.raises(ValueError, match=r"`class_pixels` to have a class at least, but got \(0,\)"):
+        rare_class_probabilities(torch.ones(0))
     with pytest.raises(ValueError, match=r"`temperature` to be above 0, but got 0"):
         rare_class_probabilities(torch.ones(3), temperature=0.0)
 
@@ -205,7 +212,9 @@ def test_sampler_errors() -> None:
     with pytest.raises(ValueError, match="to count a pixel of some class, but got only zeros"):
         RareClassSampler(torch.zeros(3, 2))
     for wrong in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="`class_pixels` to be counts of pixels, 0 at least, but got others"):
+        with pytest.raises(
+            ValueError, match="`class_pixels` to be counts of pixels, finite and 0 at least, but got others"
+        ):
             RareClassSampler(torch.tensor([[wrong, 2.0]]))
     with pytest.raises(ValueError, match=r"`min_pixels` to be at least 0, but got -1"):
         RareClassSampler(TABLE, min_pixels=-1)

@@ -313,6 +313,29 @@ def _closure_hook(net: nn.Module) -> None:
     net.body.register_forward_hook(lambda module, args, output: store.append(output))
 
 
+STORE: dict[str, Tensor] = {}
+
+
+def _store_of_the_code(net: nn.Module) -> None:
+    """The forward of the class reads what a hook leaves in a global dict."""
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Identity()
+            self.layer.register_forward_hook(_leave)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.layer(x)
+            return STORE["output"]
+
+    net.neck = Reader()
+
+
+def _leave(module: nn.Module, args: Any, output: Tensor) -> None:
+    STORE["output"] = output
+
+
 def _hook_on_self(net: nn.Module) -> None:
     net.body.register_forward_hook(lambda module, args, output: setattr(net, "last", output))
 
@@ -336,6 +359,10 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "default": (_default, r"submodule 'body' has a `forward` of its own"),
     "function over another net": (_foreign, r"the net itself has a `extra` of its own"),
     "closure hook over a store": (_closure_hook, r"submodule 'body' has a hook, _closure_hook.*refers to the net"),
+    "hook that leaves what the code reads": (
+        _store_of_the_code,
+        r"'neck.layer' has a hook, _leave, that shares a",
+    ),
     "closure hook over the net": (_hook_on_self, r"submodule 'body' has a hook, _hook_on_self"),
     "tensor with a graph": (_graph, r"submodule 'head' holds a tensor with a graph in `last`"),
     "weak reference": (_weak, r"submodule 'head' has a `parent` of its own"),

@@ -297,6 +297,9 @@ def test_temperature_is_where_the_loss_is_least() -> None:
     assert min(grid, key=loss) == found
     assert 2 < found < 3
     assert float(udakit.fit_temperature(logits, logits.argmax(1))) == pytest.approx(0.05, rel=1e-4)
+    nothing = torch.full_like(logits.argmax(1), 255)
+    assert float(udakit.fit_temperature(logits, nothing)) == 1
+    assert float(udakit.fit_temperature(logits, nothing, temperature_range=(2.0, 3.0))) == 2
 
 
 def test_calibration_helps_the_estimate() -> None:

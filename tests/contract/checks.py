@@ -763,8 +763,8 @@ def _argument_names(ex: Example) -> set[str]:
     return names | fields | set(call.tensors) | set(call.options)
 
 
-# Arguments that are no options: nets, devices, and words for messages.
-NOT_OPTIONS = {"self", "device", "name", "images", "model", "options", "args", "keywords"}
+# Arguments that are no options: nets, and words for messages.
+NOT_OPTIONS = {"self", "name", "images", "model", "options", "args", "keywords"}
 
 
 def wrong_options(op: Operation) -> None:
@@ -822,11 +822,15 @@ def _refuse_options(op: Operation, names: list[str], call: Call, use: Callable[[
     for name in names:
         rows = op.wrong.get(name, WRONG.get(name))
         assert rows is not None, f"the option `{name}` has no row in wrong_options.py: what must it refuse?"
+        calls = [call]
+        if name == "generator" and "device" in call.options:  # which decides where none is given
+            calls.append(replace(call, options={k: x for k, x in call.options.items() if k != "device"}))
         for value in rows:
-            wrong = _with_option(op, call, name, value)
-            message = _error_of(lambda wrong=wrong: use(wrong))  # type: ignore[misc]
-            assert message is not None, f"{name}={value!r}: no error"
-            assert f"`{name}" in message, f"{name}={value!r}: the message does not name it: {message}"
+            for given in calls:
+                wrong = _with_option(op, given, name, value)
+                message = _error_of(lambda wrong=wrong: use(wrong))  # type: ignore[misc]
+                assert message is not None, f"{name}={value!r}: no error"
+                assert f"`{name}" in message, f"{name}={value!r}: the message does not name it: {message}"
             tried += 1
     return tried
 

@@ -20,7 +20,7 @@ MAYBE_COUNT = (0, -1, 2.5, "3", True)
 FLAG = ("no", "false", 1, 0.0, None)
 CHOICE = ("nonsense", 3, None)
 IGNORE = (None, "255", 255.0, True, 2**70)
-GENERATOR = (0, "cpu")
+GENERATOR = (0, "cpu", ["cpu"])
 CALLABLE = (3, "name")
 
 WRONG: dict[str, tuple[Any, ...]] = {
@@ -41,6 +41,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "average": CHOICE,
     "ratio_over": CHOICE,
     "generator": GENERATOR,
+    "device": ("gpu", 1.5, True),
     # losses
     "balance": SHARE,
     "reverse_weight": NOT_NEGATIVE,

@@ -29,9 +29,7 @@ def as_device(device: object) -> torch.device:
 
 def draw_device(generator: torch.Generator | None, device: torch.device | str | None) -> torch.device:
     """The device to draw random numbers on: `device`, or else the generator's, or else the CPU."""
-    if device is None:
-        device = torch.device("cpu") if generator is None else generator.device
-    device = as_device(device)
+    device = torch.device(getattr(generator, "device", "cpu")) if device is None else as_device(device)
     check_generator(generator, device)
     return device
 

@@ -119,6 +119,7 @@ def check_labels(
     """Raise when a label is neither a class nor `ignore_index`, naming the unexpected ids and their pixel counts.
 
     **Convention.** This reads values, so on a GPU it waits: call it on a data set's first batches, not in every step.
+    It looks at ids alone. Labels of any shape pass; a wrong shape is refused by the function that takes the labels.
 
     Args:
         labels: ids of any shape, any integer dtype.

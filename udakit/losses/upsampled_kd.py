@@ -86,9 +86,9 @@ def upsampled_kd_loss(
         >>> student.grad.shape
         torch.Size([2, 19, 8, 16])
     """
-    _check_options(size, temperature, divergence, teacher_kind, align_corners, chunk_rows, reduction)
     check_logits_pair(student_logits, teacher_logits, teacher_kind)
     check_two_dimensional("student_logits", student_logits, "`upsampled_kd_loss`", hint=ELSEWHERE)
+    _check_options(size, temperature, divergence, teacher_kind, align_corners, chunk_rows, reduction)
     height, width = size or teacher_logits.shape[2:]
     at_size = plain(student_logits).new_empty((len(student_logits), 1, 1)).expand(-1, height, width)  # for its shape
     if valid is not None:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from udakit._checks import check_integer
+from udakit._checks import as_device, check_integer
 
 
 def row_mask(
@@ -44,5 +44,5 @@ def row_mask(
         raise ValueError(
             f"Expected `top` + `bottom` to leave at least one of `height` = {height} rows, but got {top} + {bottom}."
         )
-    row = torch.arange(height, device=device)
+    row = torch.arange(height, device=None if device is None else as_device(device))
     return ((row >= top) & (row < height - bottom)).unsqueeze(1).expand(height, width).contiguous()

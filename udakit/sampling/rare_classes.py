@@ -31,7 +31,7 @@ def rare_class_probabilities(class_pixels: Num[Tensor, "c"], *, temperature: flo
         Probabilities, float32 (float64 for float64 counts).
 
     Raises:
-        ValueError: counts that are not (C,), or a `temperature` that is not positive.
+        ValueError: counts that are not (C,), negative or not finite, or a `temperature` that is not positive.
 
     Example:
         >>> rare_class_probabilities(torch.tensor([900, 100, 0]), temperature=1.0)
@@ -44,6 +44,7 @@ def rare_class_probabilities(class_pixels: Num[Tensor, "c"], *, temperature: flo
             f"Expected `class_pixels` to be (C,), but got {shape_of(class_pixels)}. "
             "Counts per image, (images, C), become that by .sum(0)."
         )
+    _check_counts(class_pixels)
     counts = class_pixels if class_pixels.dtype == torch.float64 else class_pixels.float()
     occurs = counts > 0
     frequency = counts / counts.sum().clamp_min(torch.finfo(counts.dtype).tiny)
@@ -51,6 +52,14 @@ def rare_class_probabilities(class_pixels: Num[Tensor, "c"], *, temperature: flo
     rarest = torch.where(occurs, frequency, torch.inf).amin()
     weight = torch.where(occurs, torch.exp((torch.where(occurs, rarest, 0) - frequency) / temperature), 0)
     return weight / weight.sum().clamp_min(torch.finfo(counts.dtype).tiny)
+
+
+def _check_counts(class_pixels: Tensor) -> None:
+    """Raise unless there is a class and all counts are finite and 0 at least; reads them, once before training."""
+    if not class_pixels.shape[-1]:
+        raise ValueError(f"Expected `class_pixels` to have a class at least, but got {shape_of(class_pixels)}.")
+    if not bool(((class_pixels >= 0) & (class_pixels < float("inf"))).all()):
+        raise ValueError("Expected `class_pixels` to be counts of pixels, finite and 0 at least, but got others.")
 
 
 class RareClassSampler(Sampler[int]):
@@ -104,8 +113,7 @@ class RareClassSampler(Sampler[int]):
             raise ValueError(
                 f"Expected `class_pixels` to be (images, C), but got {shape_of(counts)}. count_classes makes it."
             )
-        if not bool((counts >= 0).all()):
-            raise ValueError("Expected `class_pixels` to be counts of pixels, 0 at least, but got others.")
+        _check_counts(counts)
         if not bool((counts > 0).any()):
             raise ValueError("Expected `class_pixels` to count a pixel of some class, but got only zeros.")
         if isinstance(min_pixels, float) and min_pixels < 1:

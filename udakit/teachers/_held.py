@@ -47,6 +47,7 @@ class Held:
             "torch",
             *(type(m).__module__.split(".")[0] for m in modules.values() if "." in type(m).__module__),
         }
+        self.stores = {id(x) for m in modules.values() for f in _methods(type(m)) for x in _stores(f)}
         self.ids: set[int] = set()
         self.containers: set[int] = set()
         self._functions: list[tuple[str, str, Any]] = []  # what `deepcopy` shares
@@ -133,7 +134,15 @@ class Held:
                 f"has a hook, {_title(function)}, a function that refers to the net: on a copy it would go on working "
                 "for the original. Remove it until the copy is made.",
             )
-        return own or (function.__module__.split(".")[0] in self.packages and _is_pure(hook))
+        kept = own or (function.__module__.split(".")[0] in self.packages and _is_pure(hook))
+        if not kept and any(id(x) in self.stores for x in _stores(function)):
+            raise copy_error(
+                name,
+                f"has a hook, {_title(function)}, that shares a list or dict with the code of the net: without the "
+                "hook a copy would read what the original left there. Keep the store as an attribute of the net, and "
+                "make the hook a method of it.",
+            )
+        return kept
 
     def _holds(self, x: object) -> bool:
         return id(x) in self.net or id(x) in self.ids
@@ -172,6 +181,19 @@ def _parts(x: Any) -> list[Any]:
     if isinstance(x, _CONTAINERS):
         return [*x]
     return [*getattr(x, "__dict__", {}).values()]
+
+
+def _methods(kind: type) -> list[types.FunctionType]:
+    """Functions of a class of the user's: what torch defines holds no store."""
+    known = [base for base in kind.__mro__ if base is not object and base.__module__.split(".")[0] != "torch"]
+    return [f for base in known for f in vars(base).values() if isinstance(f, types.FunctionType)]
+
+
+def _stores(function: types.FunctionType) -> list[object]:
+    """Lists, sets and dicts that a function knows from outside: global ones, and those of a closure."""
+    known = [function.__globals__.get(name) for name in function.__code__.co_names]
+    known += [x for x in _parts(function) if not isinstance(x, nn.Module)]
+    return [x for x in known if isinstance(x, (dict, list, set, deque))]
 
 
 def _is_pure(function: object) -> bool:

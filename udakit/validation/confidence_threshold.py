@@ -184,8 +184,8 @@ def fit_temperature(
 
     $$\arg\min_T \ \frac1N \sum_p \operatorname{CE}(z_p / T,\ y_p)$$
 
-    **Convention.** Detached. The loss is convex in 1 / T: its slope is bisected in log T. Everything ignored, or
-    a net without an error, gives an end of the range.
+    **Convention.** Detached. The loss is convex in 1 / T: its slope is bisected in log T. A net without an error
+    gives an end of the range. Everything ignored gives 1, or the end of the range that is nearest to it.
 
     **Source.** Guo et al. 2017.
 
@@ -230,4 +230,4 @@ def fit_temperature(
         # The derivative by 1 / T: above 0 where T is too small.
         slope = torch.where(known, (p * scores).sum(1) - target, 0).sum()
         ends = torch.where(torch.stack([slope > 0, slope <= 0]), middle, ends)
-    return ends.mean().exp().float()
+    return torch.where(known.any(), ends.mean().exp(), min(max(1.0, low), high)).float()
