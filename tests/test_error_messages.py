@@ -265,7 +265,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
             r"`logits` to be \(N, C, H, W\) with C = 4, but got \(2, 5, 8, 8\)",
         ),
         (lambda: u.BilateralConsensus(prototypes())(LOGITS), r"`features` .* but got None\. Pass them .*FeatureTap"),
-        (lambda: u.BilateralConsensus(PROTOTYPES), r"`prototypes` to be a ClassPrototypes, .*\.set_\(tensor\) .*"),
+        (lambda: u.BilateralConsensus(PROTOTYPES), r"`prototypes` to be a ClassPrototypes, .*\.set_\(tensor\)"),
         (lambda: u.bilateral_consensus(LABELS, LOGITS), r"`labels_b` .* but got torch.float32 .*\.argmax\(1\)"),
         (lambda: u.hflip_average(lambda x: {"y": x}, IMAGES), r"`model` to return logits .* but got dict\."),
         (

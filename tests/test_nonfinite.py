@@ -114,7 +114,7 @@ def test_a_mask_in_place_of_features_is_refused() -> None:
     for selector in (udakit.ArgmaxSelector(), udakit.ThresholdSelector(0.5), udakit.ConfidentRatioSelector()):
         with pytest.raises(TypeError, match=r"`features` .* but got torch.bool .* keyword: valid=mask"):
             selector(logits, mask)
-        with pytest.raises(ValueError, match=r"`features` to be \(N, D, H, W\) .* go by keyword"):
+        with pytest.raises(ValueError, match=r"`features` to be \(N, D, H, W\) .* by keyword"):
             selector(logits, mask.float())
 
 

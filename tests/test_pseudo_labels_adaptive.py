@@ -121,7 +121,7 @@ def test_nothing_is_aligned_before_source_is_known() -> None:
     torch.testing.assert_close(udakit.DistributionAlignment(3)(logits, valid=valid), logits.softmax(1))
     prior = udakit.DistributionAlignment(3, source_share=torch.tensor([0.1, 0.1, 0.8]))
     assert prior(logits).mean((0, 2, 3))[2] > logits.softmax(1).mean((0, 2, 3))[2]
-    with pytest.raises(ValueError, match="Expected `source_share` not to be given"):
+    with pytest.raises(ValueError, match="Expected `source_share` to be None"):
         prior.update_source(torch.zeros(1, 2).long())
 
 

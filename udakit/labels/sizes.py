@@ -43,7 +43,7 @@ def downscale_labels(
     Args:
         labels: class ids 0..C-1 or `ignore_index`, int64 or uint8.
         factor: side of a cell, the stride of the features in every axis.
-        num_classes: C.
+        num_classes: C, the number of classes.
         min_ratio: smallest share of the cell that decides it, in [0, 1].
         ignore_index: the label that takes no part, and the label of an undecided cell.
 

@@ -1,4 +1,4 @@
-"""What contrasts of feature pixels against classes share: checks, which pixels count, cross-entropy over the seen."""
+"""Shared code of contrasts between feature pixels and classes: checks, valid pixels, cross-entropy over seen classes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from udakit._reduce import check_reduction, class_ids
 
 
 def check_contrast_options(temperature: float, normalize: bool, ignore_index: int, reduction: str) -> None:
-    """Raise for options that no contrast of pixels and classes takes."""
+    """Raise unless the options that these contrasts share are valid."""
     check_range("temperature", temperature, 0.0, open_low=True)
     check_flag("normalize", normalize)
     check_ignore_index(ignore_index)
@@ -40,7 +40,7 @@ def check_contrast(
     pixel_weight: Tensor | None,
     ignore_index: int,
 ) -> None:
-    """Raise unless features, labels and the vectors (C, D) of the classes, which `name` names, fit each other."""
+    """Raise unless features, labels and the class vectors (C, D), called `name`, match each other."""
     check_maps("features", features, "N, D")
     check_labels_like(labels, features, reference_name="features")
     check_float(name, vectors, 2, "(C, D)")
@@ -53,7 +53,7 @@ def check_contrast(
         check_per_class("seen", seen, len(vectors), reference=vectors, reference_name=name)
         if seen.dtype != torch.bool:
             raise TypeError(
-                f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}. The `.seen` of the class state is one."
+                f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}. Pass for example `.seen` of the class state."
             )
     if pixel_weight is not None:
         check_weight_like(pixel_weight, features, reference_name="features")
@@ -63,9 +63,9 @@ def check_contrast(
 def counted_ids(
     labels: Tensor, vectors: Tensor, seen: Tensor | None, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Class ids (N, *space), 0 where there is none; which pixels count; the classes seen (C,).
+    """Class ids (N, *space), 0 where there is none, the mask of pixels that count, and the seen classes (C,).
 
-    By default a class is seen whose vector is not all zero.
+    By default, a class counts as seen if its vector is not all zero.
     """
     seen = vectors.detach().ne(0).any(dim=1) if seen is None else seen
     ids = class_ids(labels, len(vectors), ignore_index)

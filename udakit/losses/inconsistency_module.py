@@ -33,7 +33,7 @@ class InconsistencyLoss(FullPrecisionState):
     start at 0, which cancels in their ratio. A class that is missing from a batch keeps its inconsistency.
 
     Args:
-        num_classes: C.
+        num_classes: C, the number of classes.
         momentum: fraction of the old average that is kept at each call, in [0, 1).
         sync: add up the (integer) pixel counts of all ranks; every rank must make the call.
         weight_range: lowest and highest weight of a class; this and the options below are those of the function.

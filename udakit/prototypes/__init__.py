@@ -1,4 +1,4 @@
-"""Class means of features, and class prototypes and distributions that follow them."""
+"""Class means of features, and class prototypes and distributions that are updated with them."""
 
 from udakit.prototypes.class_distributions import ClassDistributions
 from udakit.prototypes.class_prototypes import ClassPrototypes

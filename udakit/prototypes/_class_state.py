@@ -1,4 +1,4 @@
-"""What parts share that keep a vector or more of each class, and how many they have seen."""
+"""Shared state of parts that keep vectors of each class and count what they have seen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from udakit._state import FullPrecisionState
 
 
 class ClassState(FullPrecisionState):
-    """Buffers (C, D) by name, all 0 at first, and `counts` (C,)."""
+    """Named buffers (C, D), which start at 0, and `counts` (C,)."""
 
     counts: Tensor
 
@@ -38,7 +38,7 @@ class ClassState(FullPrecisionState):
 
     @property
     def seen(self) -> Bool[Tensor, "c"]:
-        """Classes that have been seen."""
+        """The classes that have been seen, bool (C,)."""
         return self.counts > 0
 
     def _check(self, features: Tensor) -> None:
@@ -49,7 +49,7 @@ class ClassState(FullPrecisionState):
         check_device("features", features, getattr(self, self._names[0]), self._names[0])
 
     def _take(self, counts: Tensor, **vectors: Tensor) -> None:
-        """Copy vectors and counts from outside into the buffers; raise where they are of another kind or shape."""
+        """Copy given vectors and counts into the buffers; raise if their kind or shape is wrong."""
         shape = (self.num_classes, self.dim)
         for name, x in vectors.items():
             check_float(name, x)

@@ -14,17 +14,17 @@ from udakit._reduce import first_derivative_only, full_precision, upcast
 def class_distances(values: Tensor, centres: Tensor, square: Tensor) -> Tensor:
     """L2 distances (N, C, P) of pixels (N, D, P) to centres (C, D), computed in the dtype of the centres.
 
-    `square` (C, 1) is the squared norm of each centre, and +inf for one that shall be infinitely far.
+    `square` (C, 1) is the squared norm of each centre, or +inf for a centre at an infinite distance.
     """
     distance: Tensor = _Distances.apply(values, centres, square)
     return distance
 
 
 class _Distances(torch.autograd.Function):
-    """Distances and their gradient, written out to keep nothing but the inputs and the result.
+    """Distances and their gradient, written by hand to store only the inputs and the result.
 
-    On a CPU in pieces that stay in its cache, all in one buffer: pieces of a megabyte that are allocated anew are
-    mapped anew, which can take longer than the work. Elsewhere in as few kernels as there can be.
+    A CPU works in pieces that stay in its cache and share one buffer: allocating a megabyte for each piece can take
+    longer than the arithmetic. Other devices use as few kernels as possible.
     """
 
     @staticmethod
@@ -49,12 +49,12 @@ class _Distances(torch.autograd.Function):
 
 
 def in_pieces(values: Tensor) -> bool:
-    """Whether to work in pieces of a CPU's cache."""
+    """Whether to work in pieces that fit the cache of a CPU."""
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def pieces(values: Tensor) -> tuple[int, Iterator[tuple[int, slice]]]:
-    """Columns of a piece of (N, D, P), and (image, columns) of each."""
+    """The number of columns in a piece of (N, D, P), and the (image, columns) of each piece."""
     n, d, pixels = values.shape
     step = max(1, min(2**17 // max(d, 1), pixels))
     return step, ((k, slice(i, min(i + step, pixels))) for k in range(n) for i in range(0, pixels, step))
@@ -92,7 +92,7 @@ def _slopes_in_pieces(values: Tensor, centres: Tensor, distance: Tensor, gradien
 
 
 def _batches(x: Tensor, dim: int | None = None) -> tuple[Tensor, ...]:
-    """Images (N, ., P) in groups that bound the memory: whole maps in the dtype of the centres are held."""
+    """Images (N, ., P) in groups, which limits the memory for maps in the dtype of the centres."""
     return torch.split(x, max(1, 2**26 // max(1, (dim or x.shape[1]) * x.shape[2])))
 
 
@@ -103,13 +103,13 @@ def _joined(parts: list[Tensor]) -> Tensor:
 def _distances(values: Tensor, centres: Tensor, square: Tensor) -> Tensor:
     centres_of = centres.expand(len(values), -1, -1)
     squared = torch.baddbmm(square, centres_of, values.to(centres.dtype), alpha=-2)
-    # The norm reads the values as they are: squares of the wide ones would be one more map.
+    # The norm reads the original values: squares of the wide ones would need one more map.
     norm = torch.linalg.vector_norm(values, dim=1, keepdim=True, dtype=centres.dtype)
     return squared.addcmul_(norm, norm).clamp_min_(0).sqrt_().to(upcast(values[:0]).dtype)
 
 
 def _slopes(values: Tensor, centres: Tensor, distance: Tensor, gradient: Tensor) -> Tensor:
-    # 0 where the distance is: the square root has no slope there.
+    # The gradient is 0 where the distance is 0, because the square root has no slope there.
     slope = torch.where(distance == 0, 0, gradient / distance).to(centres.dtype)
     pulled = values * slope.sum(1, keepdim=True)
     return pulled.baddbmm_(centres.T.expand(len(values), -1, -1), slope, alpha=-1).to(values.dtype)

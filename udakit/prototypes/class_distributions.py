@@ -1,4 +1,4 @@
-"""Mean and variance of each class's features, followed exactly or with a decay."""
+"""Mean and variance of the features of each class, exact or with a decay."""
 
 from __future__ import annotations
 
@@ -18,31 +18,32 @@ __all__ = ["ClassDistributions"]
 
 
 class ClassDistributions(ClassState):
-    r"""A Gaussian with diagonal covariance for each class, of all the features seen so far.
+    r"""A Gaussian with diagonal covariance for each class, fitted to all features seen so far.
 
     $$w = \frac{n_b}{n_b + n}, \qquad
     \sigma^2 \leftarrow (1 - w)\, \sigma^2 + w\, \sigma_b^2 + w (1 - w) (\mu - \mu_b)^2, \qquad
     \mu \leftarrow (1 - w)\, \mu + w\, \mu_b, \qquad n \leftarrow n + n_b$$
 
-    for the mean, biased variance and number of pixels of each class in a batch.
+    where the subscript b marks the mean, the biased variance and the number of pixels of a class in the batch.
 
-    **Convention.** Updates are detached. With `momentum=None` the statistics are those of every pixel ever seen, in
-    whatever batches they came. A `momentum` takes the place of w, so that old batches are forgotten; it weighs the
-    *new* batch, as in `ClassPrototypes`, and a class's first batch is copied. A class that is not in the batch keeps
-    its statistics. Float32 state whatever dtype the Module is cast to; counts are int64.
+    **Convention.** Updates are detached. With `momentum=None`, the statistics are those of all pixels seen so far,
+    however they were split into batches. A `momentum` replaces w, so that old batches are forgotten. It is the weight
+    of the *new* batch, as in `ClassPrototypes`, and the first batch of a class is copied. A class that is not in the
+    batch keeps its statistics. The state stays float32 whatever dtype the Module is cast to; the counts are int64.
 
-    **Source.** SePiCo (Xie et al., TPAMI 2023): features of the teacher on source, with labels, cumulative. Its counts
-    are float32 and stop growing at 2^24 pixels, and its update holds an array of pixels x classes x channels.
+    **Source.** SePiCo (Xie et al., TPAMI 2023), which uses cumulative statistics of the teacher's features on labelled
+    source images. Its counts are float32 and stop growing at 2^24 pixels, and its update needs an array of pixels x
+    classes x channels.
 
     Attributes:
-        means: float32 buffer (C, D), 0 for a class never seen.
-        variances: float32 buffer (C, D), diagonal and biased.
-        counts: int64 buffer (C,), pixels taken in so far.
+        means: float32 buffer (C, D), 0 for a class that has not been seen.
+        variances: float32 buffer (C, D), the biased variance of each channel.
+        counts: int64 buffer (C,), the number of pixels seen so far.
 
     Args:
-        num_classes: C.
-        dim: D.
-        momentum: in [0, 1], weight of a new batch; None for the exact statistics.
+        num_classes: C, the number of classes.
+        dim: D, the number of channels of the features.
+        momentum: weight of a new batch, in [0, 1]; None for the exact statistics.
         ignore_index: the label of the pixels to ignore.
 
     Example:
@@ -66,16 +67,17 @@ class ClassDistributions(ClassState):
     def update(
         self, features: Float[Tensor, "n d *space"], labels: Integer[Tensor, "n *space"], *, sync: bool = False
     ) -> None:
-        """Take in the features of a batch.
+        """Update the statistics with the features of a batch.
 
         Args:
-            features: (N, D, h, w).
-            labels: class ids or `ignore_index`, at the features' size.
-            sync: take in the batches of all ranks as one; the result is that of one process on the concatenated
-                batch, counts equal and floats within 1e-6. Every rank must call. Without a process group: one rank.
+            features: features of the batch, (N, D, *space).
+            labels: class ids or `ignore_index`, at the size of the features.
+            sync: whether to merge the batches of all ranks. The counts are equal to those of one process on the
+                concatenated batch, and the floats are within 1e-6. Every rank must make the call. Without a process
+                group there is one rank.
 
         Raises:
-            TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
+            TypeError: `features` is not a float tensor, or `labels` is neither int64 nor uint8.
             ValueError: the shapes do not match.
         """
         self._check(features)
@@ -91,7 +93,7 @@ class ClassDistributions(ClassState):
         sums, per_image = class_sums(features, labels, self.num_classes, self.ignore_index)
         counts = per_image.sum(0)
         means = _divide(sums.sum(0), counts)
-        # A second pass: the mean of squares less the squared mean would lose every digit of a narrow class.
+        # A second pass, because the mean of the squares minus the squared mean would lose all digits of a narrow class.
         ids = class_ids(labels, self.num_classes, self.ignore_index).flatten(1)
         centre = torch.cat([means, means.new_zeros(1, self.dim)])[ids].transpose(1, 2)
         square = (features.flatten(2) - centre).square_().view(features.shape)
@@ -109,7 +111,7 @@ class ClassDistributions(ClassState):
         spread = self.variances + w * (variances - self.variances) + w * (1 - w) * apart.square()
         present = (counts > 0).unsqueeze(1)
         self.variances.copy_(torch.where(present, spread, self.variances))
-        # lerp: exactly the new mean at w = 1, unmoved where both agree.
+        # lerp gives exactly the new mean at w = 1, and no change where both are equal.
         self.means.copy_(torch.where(present, torch.lerp(self.means, means, w), self.means))
         self.counts.add_(counts)
 
@@ -119,16 +121,16 @@ class ClassDistributions(ClassState):
         variances: Float[Tensor, "c d"],
         counts: Integer[Tensor, "c"] | None = None,
     ) -> Self:
-        """Take statistics from outside.
+        """Set the statistics.
 
         Args:
-            means: (C, D), copied.
-            variances: (C, D), copied.
-            counts: pixels behind each row, which the cumulative statistics go on from; 1 for every row with a
-                non-zero mean by default.
+            means: mean of each class, (C, D); they are copied.
+            variances: variance of each channel and class, (C, D); they are copied.
+            counts: number of pixels of each class, from which cumulative statistics continue. By default it is 1 for
+                every row with a non-zero mean.
 
         Raises:
-            TypeError: `means` or `variances` that are not float, or `counts` that are not integers.
+            TypeError: `means` or `variances` are not float, or `counts` are not integers.
             ValueError: the shapes do not match.
         """
         self._take(torch.zeros_like(self.counts) if counts is None else counts, means=means, variances=variances)
@@ -145,7 +147,7 @@ class ClassDistributions(ClassState):
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
-    """Quotient of counts, float32: divided in float64, since float32 tells counts apart up to 2^24 only."""
+    """Quotient of counts in float32, divided in float64, because float32 holds exact counts only up to 2^24."""
     wide = torch.float32 if part.device.type == "mps" else torch.float64
     return (part.to(wide) / whole.clamp_min(1).to(wide)).float()
 
@@ -155,7 +157,7 @@ def _divide(sums: Tensor, counts: Tensor) -> Tensor:
 
 
 def _pool(means: Tensor, deviations: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of ranks (R, ...) as one: their means, and deviations from the common mean."""
+    """Merge the statistics of ranks (R, ...) into common means and the deviations from them."""
     total = counts.sum(0)
     share = _ratio(counts, total).unsqueeze(-1)
     mean = (share * means).sum(0)

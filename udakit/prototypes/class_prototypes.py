@@ -1,4 +1,4 @@
-"""Class prototypes that follow the class means."""
+"""Class prototypes that follow the class means of the features."""
 
 from __future__ import annotations
 
@@ -23,34 +23,35 @@ MODES = get_args(Mode)
 
 
 class ClassPrototypes(ClassState):
-    r"""One vector per class that follows the class means of the features.
+    r"""One vector for each class, updated with the class means of the features.
 
     $$\eta_c \leftarrow (1 - m)\, \eta_c + m\, v_c \quad\text{("ema")}, \qquad
     \eta_c \leftarrow \eta_c + \frac{v_c - \eta_c}{n_c + 1},\ n_c \leftarrow n_c + 1 \quad\text{("mean")}$$
 
-    for one class mean $v_c$ after another, in image order; a class's first vector is copied.
+    for one class mean $v_c$ after another, in the order of the images. The first vector of a class is copied.
 
-    **Convention.** Updates are detached. `per_image=True` takes one vector of every image that has `min_pixels` pixels
-    of the class, False one of the whole batch. The sequence of updates is evaluated in closed form, exactly, without a
-    loop over images or classes. Float32 state whatever dtype the Module is cast to: in bfloat16 a step of 1e-4 would
-    never land. A class that was never seen is infinitely far from every pixel.
+    **Convention.** Updates are detached. With `per_image=True`, every image with at least `min_pixels` pixels of a
+    class gives one vector; otherwise the whole batch gives one. The sequence of updates is computed exactly, in closed
+    form, without a loop over images or classes. The state stays float32 whatever dtype the Module is cast to, because
+    in bfloat16 a step of 1e-4 would be lost to rounding. A class that has not been seen is infinitely far from every
+    pixel.
 
-    **Source.** DiGA: momentum 1e-4 per (image, class) vector, at least 5 pixels, features not normalised, unsquared L2
-    distance; its prototypes start as the running mean ("mean") over a pass on target. There, classes never seen are
-    zero vectors that compete: `include_unseen=True`.
+    **Source.** DiGA uses momentum 1e-4 for each vector of an image and class, at least 5 pixels, features that are not
+    normalised, and the L2 distance (not squared). Its prototypes start as the running mean ("mean") over a pass on the
+    target data. In DiGA's released code, classes that were never seen compete as zero vectors (`include_unseen=True`).
 
     Attributes:
         prototypes: float32 buffer (C, D).
-        counts: int64 buffer (C,), vectors taken in so far.
-        averaging: bool buffer (), whether the mode is "mean": a resumed run goes on in the mode that was set.
+        counts: int64 buffer (C,), the number of vectors seen so far.
+        averaging: bool buffer (), whether the mode is "mean", so that a resumed run continues in the same mode.
 
     Args:
-        num_classes: C.
-        dim: D.
+        num_classes: C, the number of classes.
+        dim: D, the number of channels of the features.
         momentum: m in [0, 1], for mode "ema".
-        mode: "ema" | "mean". May be changed at any time: after a pass in "mean", set `mode = "ema"`.
-        per_image: a vector per image and class, or per batch and class.
-        min_pixels: pixels that a vector needs.
+        mode: "ema" | "mean". It can be changed at any time, for example to `mode = "ema"` after a pass in "mean".
+        per_image: whether to use one vector per image and class, or one per batch and class.
+        min_pixels: smallest number of pixels for a vector.
         ignore_index: the label of the pixels to ignore.
 
     Example:
@@ -88,7 +89,7 @@ class ClassPrototypes(ClassState):
 
     @property
     def mode(self) -> Mode:
-        """How a vector enters: "ema" or "mean"."""
+        """How a vector updates the prototype: "ema" or "mean"."""
         return self._mode
 
     @mode.setter
@@ -98,7 +99,7 @@ class ClassPrototypes(ClassState):
         self.averaging.fill_(mode == "mean")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take the mode, too; states saved before it was among them leave it as it is."""
+        """Load the mode, too. Older states do not have it and leave the mode unchanged."""
         averaging = state_dict.setdefault(f"{prefix}averaging", self.averaging)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.mode = "mean" if averaging else "ema"
@@ -106,16 +107,17 @@ class ClassPrototypes(ClassState):
     def update(
         self, features: Float[Tensor, "n d *space"], labels: Integer[Tensor, "n *space"], *, sync: bool = False
     ) -> None:
-        """Take in the class means of a batch.
+        """Update the prototypes with the class means of a batch.
 
         Args:
-            features: (N, D, *space).
-            labels: class ids or `ignore_index`, at the features' size: the labels, or the pseudo-labels that agree.
-            sync: take in the batches of all ranks, in rank order, as one process would the concatenated batch; the
-                ranks may hold batches of different sizes. Every rank must call. Without a process group: one rank.
+            features: features of the batch, (N, D, *space).
+            labels: labels or pseudo-labels at the size of the features; `ignore_index` where there is none.
+            sync: whether to use the batches of all ranks, in rank order, as one process would use the concatenated
+                batch. The ranks may have batches of different sizes. Every rank must make the call. Without a process
+                group there is one rank.
 
         Raises:
-            TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
+            TypeError: `features` is not a float tensor, or `labels` is neither int64 nor uint8.
             ValueError: the shapes do not match.
         """
         self._check(features)
@@ -135,10 +137,10 @@ class ClassPrototypes(ClassState):
             self._merge(first, spread, number)
 
     def _summarise(self, vectors: Tensor, present: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A rank's images as sufficient statistics, of a size that does not depend on how many images there are.
+        """Summarise the images of a rank as sufficient statistics of a fixed size.
 
-        `first` (C, D), the first vector; `spread` (C, D), the weighted sum of differences from it; `number` (C,).
-        Differences, so that a constant stays itself to the last bit.
+        They are `first` (C, D), the first vector, `spread` (C, D), the weighted sum of the differences from it, and
+        `number` (C,). With differences, a constant stays the same to the last bit.
         """
         so_far = present.cumsum(0)
         number = so_far[-1] if len(so_far) else present.sum(0)
@@ -162,7 +164,7 @@ class ClassPrototypes(ClassState):
         self.counts.add_(total)
 
     def _log_keep(self) -> float:
-        # log(1 - m), kept finite for m = 1, so that no step at all still gives exp(0) = 1.
+        # log(1 - m), kept finite for m = 1, so that zero steps still give exp(0) = 1.
         return math.log1p(-self.momentum) if self.momentum < 1 else -1e4
 
     def _kept(self, steps: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ class ClassPrototypes(ClassState):
         return torch.exp(self._log_keep() * steps)
 
     def _moved(self, steps: Tensor) -> Tensor:
-        """1 - (1 - m)^steps, without the cancellation that would cost m = 1e-4 four digits."""
+        """1 - (1 - m)^steps, without the cancellation that would cost four digits at m = 1e-4."""
         return -torch.expm1(self._log_keep() * steps)
 
     def distances(
@@ -178,17 +180,18 @@ class ClassPrototypes(ClassState):
     ) -> Float[Tensor, "n c *space"]:
         r"""L2 distance (not squared) of every feature pixel to every prototype.
 
-        **Convention.** Expanded to $\|f\|^2 - 2 f^\top \eta + \|\eta\|^2$ and evaluated in float64 (float32 on MPS,
-        which has no other), where the cancellation of nearly equal vectors costs nothing that float32 would show.
-        Gradients flow to the features, and are 0 where the distance is; they cannot be differentiated again. `forward`
-        is this function.
+        **Convention.** The distance is computed as $\|f\|^2 - 2 f^\top \eta + \|\eta\|^2$ in float64 (float32 on MPS,
+        which has no float64), so the cancellation between nearly equal vectors does not show in float32. Gradients flow
+        to the features, and are 0 where the distance is 0. They cannot be differentiated again. `forward` is this
+        function.
 
         Args:
-            features: (N, D, *space).
-            include_unseen: let classes never seen compete as zero vectors (DiGA's released code) instead of +inf.
+            features: features, (N, D, *space).
+            include_unseen: whether classes that were never seen compete as zero vectors, as in DiGA's released code;
+                otherwise their distance is +inf.
 
         Returns:
-            Float32 (float64 for float64 features).
+            The distances, (N, C, *space), float32 (float64 for float64 features).
         """
         self._check(features)
         centres = self.prototypes.to(torch.float32 if features.device.type == "mps" else torch.float64)
@@ -207,20 +210,24 @@ class ClassPrototypes(ClassState):
     def assign(
         self, features: Float[Tensor, "n d *space"], *, include_unseen: bool = False
     ) -> Int64[Tensor, "n *space"]:
-        """Nearest prototype of every feature pixel; ties go to the lowest id, `ignore_index` while no class is seen."""
+        """Nearest prototype of every feature pixel.
+
+        Ties go to the lowest id. While no class has been seen, the result is `ignore_index`.
+        """
         with torch.no_grad():
             distance, labels = self.distances(features, include_unseen=include_unseen).min(dim=1)
             return labels.where(distance < float("inf"), self.ignore_index)
 
     def set_(self, prototypes: Float[Tensor, "c d"], counts: Integer[Tensor, "c"] | None = None) -> Self:
-        """Take prototypes from outside; every non-zero row becomes seen.
+        """Set the prototypes. Every non-zero row counts as seen.
 
         Args:
-            prototypes: (C, D), copied.
-            counts: vectors behind each row, which mode "mean" goes on from; 1 for every non-zero row by default.
+            prototypes: one row for each class, (C, D); they are copied.
+            counts: number of vectors of each class, from which mode "mean" continues. By default it is 1 for every
+                non-zero row.
 
         Raises:
-            TypeError: `prototypes` that are not float, or `counts` that are not integers.
+            TypeError: `prototypes` are not float, or `counts` are not integers.
             ValueError: the shapes do not match.
         """
         self._take(torch.zeros_like(self.counts) if counts is None else counts, prototypes=prototypes)

@@ -28,27 +28,27 @@ def class_means(
 
     $$v_c = \frac{1}{|P_c|} \sum_{p \in P_c} f_p, \qquad P_c = \{p : y_p = c\}$$
 
-    **Convention.** Sums run in float32 at least. Ignored pixels and ids outside 0..C-1 take no part, whatever
-    the features are there. A class of fewer
-    than `min_pixels` pixels has the mean 0 and no gradient, but its true count. Gradients flow to the features.
+    **Convention.** Sums are in at least float32. Ignored pixels and ids outside 0..C-1 are left out, even if their
+    features are NaN. A class with fewer than `min_pixels` pixels has the mean 0 and no gradient, but its true count.
+    Gradients flow to the features.
 
-    **Source.** DiGA asks for 5 pixels of a class in an image.
+    **Source.** DiGA requires 5 pixels of a class in an image.
 
     Args:
-        features: (N, D, *space), any float dtype.
-        labels: (N, *space), at the features' size: `udakit.downscale_labels` or `udakit.resize_labels` bring them
-            there.
-        num_classes: C.
-        per_image: one mean per image and class instead of one over the batch.
-        min_pixels: pixels that a mean needs.
+        features: features, (N, D, *space), in any float dtype.
+        labels: class ids, (N, *space), at the size of the features; resize them with `udakit.downscale_labels` or
+            `udakit.resize_labels`.
+        num_classes: C, the number of classes.
+        per_image: whether to return the means of each image instead of those of the batch.
+        min_pixels: smallest number of pixels for a mean.
         ignore_index: the label of the pixels to ignore.
 
     Returns:
-        Means (C, D) and counts (C,), or (N, C, D) and (N, C) per image.
+        The means (C, D) and the pixel counts (C,), or with `per_image` (N, C, D) and (N, C).
 
     Raises:
-        TypeError: `features` that are not float, or `labels` that are neither int64 nor uint8.
-        ValueError: sizes that do not match, `num_classes` or `min_pixels` below 1.
+        TypeError: `features` is not a float tensor, or `labels` is neither int64 nor uint8.
+        ValueError: the sizes do not match, or `num_classes` or `min_pixels` is below 1.
 
     Example:
         >>> import torch
@@ -82,7 +82,8 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int, ignore_index:
 class _SumMembers(torch.autograd.Function):
     """Sums (N, C, D) of the pixels (N, D, P) of each class, in float32 at least; `ids` (N, P) are C for no class.
 
-    Written out for its backward: it stays in full precision under autocast, and keeps ids instead of a one-hot map.
+    The backward pass is written by hand to stay in full precision under autocast, and to store ids instead of a one-hot
+    map.
     """
 
     @staticmethod
@@ -100,14 +101,14 @@ class _SumMembers(torch.autograd.Function):
         return rows.gather(2, ids.unsqueeze(1).expand(-1, rows.shape[1], -1)), None, None
 
 
-LANES, LENGTH = 8, 1024  # sums side by side, and numbers that a sum of one lane has at most, but for odd ones
+LANES, LENGTH = 8, 1024  # number of parallel sums, and largest number of summands of each, except for remainders
 
 
 def _sums_by_pixel(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
-    """One addition a number, for the CPU: what is in no class, be it NaN, has a sum of its own.
+    """One addition for each number, for the CPU. Pixels without a class, even NaN ones, go to a sum of their own.
 
-    Neighbours are of one class as a rule, and an addition would wait for the one before it: pixels take turns among
-    `lanes` sums of a class. Short sums are exact ones, too: less is lost than by the matrix product.
+    Neighbouring pixels usually have the same class, and each addition would wait for the one before. The pixels
+    therefore take turns among `lanes` sums of a class. Short sums are also more accurate than the matrix product.
     """
     n, d, pixels = values.shape
     lanes = max(LANES, 1 << (pixels // LENGTH - 1).bit_length())
@@ -120,7 +121,7 @@ def _sums_by_pixel(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
 def _sums_by_product(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
     """The one-hot matrix product reads the features once, whatever C is.
 
-    What is in no class is set to 0 before: 0 times a NaN would poison every class.
+    Pixels without a class are set to 0 before, because 0 times NaN would make every class NaN.
     """
     members = torch.where((ids < num_classes).unsqueeze(1), values, 0)
     with full_precision(values):

@@ -1,4 +1,4 @@
-"""Pseudo-label selectors: logits in, labels with ignore, confidence and weight out."""
+"""Pseudo-label selectors: they take logits and return labels, confidences and weights."""
 
 from udakit.pseudo_labels.adaptive_threshold import AdaptiveThresholdSelector
 from udakit.pseudo_labels.argmax import ArgmaxSelector

@@ -1,4 +1,4 @@
-"""What selectors share that compare features with class prototypes."""
+"""Shared code of the selectors that compare features with class prototypes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from udakit.pseudo_labels.selection import (
 
 
 class PrototypeSelector(Selector):
-    """Frame of the selectors that need features, and refer to a `ClassPrototypes` without owning it."""
+    """Base class of the selectors that need features and refer to a `ClassPrototypes` without owning it."""
 
     def __init__(self, prototypes: ClassPrototypes, *, ignore_index: int, exclude: Sequence[int]) -> None:
         super().__init__(ignore_index=ignore_index, exclude=exclude)
         if not isinstance(prototypes, ClassPrototypes):
             raise TypeError(
                 f"Expected `prototypes` to be a ClassPrototypes, but got {kind_of(prototypes)}. "
-                "ClassPrototypes(C, D).set_(tensor) makes one of a tensor (C, D)."
+                "Make one from a tensor (C, D) with ClassPrototypes(C, D).set_(tensor)."
             )
         check_not_all(self.exclude, prototypes.num_classes)
         self._reference = (prototypes,)  # a tuple keeps nn.Module from registering it
 
     @property
     def prototypes(self) -> ClassPrototypes:
-        """The prototypes it compares with."""
+        """The prototypes to compare with."""
         return self._reference[0]
 
     def forward(
@@ -50,11 +50,11 @@ class PrototypeSelector(Selector):
         kind: Kind = "logits",
         valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
-        """Select pseudo-labels; `features` of any stride are needed, the rest is that of every selector.
+        """Select pseudo-labels. `features` of any stride are required; all selectors share the other arguments.
 
         Raises:
-            TypeError: `features` that are missing or not float.
-            ValueError: shapes, class numbers or batch sizes that do not match.
+            TypeError: `features` are missing or not float.
+            ValueError: the shapes, the numbers of classes or the batch sizes do not match.
         """
         return super().forward(logits, self.needed(logits, features, kind), kind=kind, valid=valid)
 
@@ -62,11 +62,11 @@ class PrototypeSelector(Selector):
         __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def needed(self, logits: Tensor, features: Tensor | None, kind: Kind) -> Tensor:
-        """The features, checked together with the logits; raise where there are none."""
+        """The features, checked together with the logits; raise if there are none."""
         if features is None:
             raise TypeError(
                 "Expected `features` to be a float tensor (N, D, *space), but got None. "
-                "Pass them beside the logits, for example those of udakit.FeatureTap."
+                "Pass them after the logits, for example those of udakit.FeatureTap."
             )
         check_option("kind", kind, KINDS)
         check_class_scores(logits, kind, self.prototypes.num_classes)
@@ -84,11 +84,11 @@ class PrototypeSelector(Selector):
         include_unseen: bool = False,
         align_corners: bool = False,
     ) -> Tensor:
-        """Softmax of minus the distances to the prototypes, upsampled (not the distances are) to (N, C, *size)."""
+        """Softmax of the negative distances to the prototypes, upsampled after the softmax to (N, C, *size)."""
         distance = self.prototypes.distances(plain(features), include_unseen=include_unseen)
         if exclude:
             distance = with_excluded(without(distance, exclude), exclude, float("inf"))
-        # A finite maximum in place of +inf keeps the softmax finite while no class at all is seen.
+        # A finite maximum instead of +inf keeps the softmax finite while no class has been seen.
         distance = distance.clamp_max(torch.finfo(distance.dtype).max)
         near = F.softmax(-distance if temperature == 1 else -distance / temperature, dim=1)
         return near if near.shape[2:] == tuple(size) else interpolate(near, size, align_corners=align_corners)

@@ -25,7 +25,7 @@ from udakit.pseudo_labels.selection import PseudoLabels, Selector, check_not_all
 
 
 def check_class_scores(logits: Tensor, kind: Kind, num_classes: int) -> None:
-    """Raise unless `logits` has the classes that a Module keeps state of."""
+    """Raise unless `logits` has the number of classes of the Module's state."""
     check_scores("logits", logits, kind)
     if logits.shape[1] != num_classes:
         form = f"{space_form('N, C', logits.ndim - 2)} with C = {num_classes}"
@@ -35,7 +35,7 @@ def check_class_scores(logits: Tensor, kind: Kind, num_classes: int) -> None:
 def batch_shares(probabilities: Tensor, valid: Tensor | None, *, sync: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of the largest probability (), mean probability of each class (C,), and pixels (), over the valid pixels.
 
-    A NaN at one of them would stay in a moving average for good: such a batch counts no pixel.
+    A NaN would stay in a moving average forever, so a batch with a NaN at a valid pixel counts no pixel.
     """
     p = upcast(probabilities)
     spatial = (0, *range(2, p.ndim))
@@ -49,34 +49,37 @@ def batch_shares(probabilities: Tensor, valid: Tensor | None, *, sync: bool) -> 
     if sync:
         sums, count = (x.sum(0) for x in gather_ranks(sums, count.view(1)))
         count = count.squeeze(0)
-    sound = sums[0] == sums[0]  # the largest probability is NaN wherever one is
+    sound = sums[0] == sums[0]  # NaN if any probability is NaN
     mean = torch.where(sound, sums / count.clamp_min(1), 0)
     return mean[0], mean[1:], count * sound
 
 
 class AdaptiveThresholdSelector(FullPrecisionState, Selector):
-    r"""Keep a pixel whose confidence reaches a threshold that follows the net, lower for classes it predicts less.
+    r"""Keep pixels above a confidence threshold that follows the net and is lower for classes it predicts less.
 
     $$\tau \leftarrow m\,\tau + (1 - m)\,\operatorname{mean}(\max_c p_c), \qquad
     q_c \leftarrow m\,q_c + (1 - m)\,\operatorname{mean}(p_c), \qquad \tau_c = \tau\,\frac{q_c}{\max_k q_k}$$
 
-    **Convention.** Detached. In training mode a call first takes the `valid` pixels of its batch into both averages,
-    then selects; in eval mode the stored thresholds select. A batch without valid pixels, or with a NaN at one,
-    changes nothing. Both
-    averages start at 1/C, so that nearly everything is kept at first: m = 0.999 is meant for some 40k steps, and a run
-    of a few hundred steps needs 0.99 or less. Here `momentum` weighs the *old* value. With `sync` the sums of all ranks
-    are merged, within 1e-6 of one process on the global batch; without a process group there is one rank.
+    **Convention.** The results are detached. In training mode, a call first updates both averages with the `valid`
+    pixels of its batch and then selects. In eval mode, the stored thresholds are used. A batch without valid pixels, or
+    with a NaN at one of them, changes nothing.
 
-    **Source.** FreeMatch (Wang et al., ICLR 2023), which can also limit the global threshold to 0.95
-    (`max_threshold`) or follow a quantile of the confidence in place of its mean (not offered).
+    Both averages start at 1/C, so nearly everything is kept at first. m = 0.999 is meant for about 40k steps; a run of
+    a few hundred steps needs 0.99 or less. Here `momentum` is the weight of the *old* value. With `sync`, the sums of
+    all ranks are merged, and the result is within 1e-6 of one process on the global batch. Without a process group
+    there is one rank.
+
+    **Source.** FreeMatch (Wang et al., ICLR 2023). It can also limit the global threshold to 0.95 (`max_threshold`), or
+    follow a quantile of the confidence instead of its mean (not included here).
 
     Args:
-        num_classes: C.
-        momentum: m in [0, 1], of both averages.
-        max_threshold: upper limit of the global threshold.
-        sync: merge the sums of the ranks of the default process group.
-        ignore_index: the label of what is rejected.
-        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
+        num_classes: C, the number of classes.
+        momentum: m in [0, 1], for both averages.
+        max_threshold: upper limit of the global threshold; None for no limit.
+        sync: whether to merge the sums of all ranks of the default process group.
+        ignore_index: the label of rejected pixels.
+        exclude: ids of classes that are never predicted; the arg-max and its confidence are taken over the other
+            classes.
 
     Example:
         >>> import torch
@@ -115,7 +118,7 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
 
     @property
     def thresholds(self) -> Float[Tensor, "c"]:
-        """Confidence from which each class is kept."""
+        """The lowest confidence at which each class is kept, (C,)."""
         largest = self.class_share.amax().clamp_min(torch.finfo(torch.float32).tiny)
         return self.threshold.clamp_max(self.max_threshold) * (self.class_share / largest)
 
@@ -127,7 +130,7 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
         kind: Kind = "logits",
         valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
-        """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
+        """Select pseudo-labels. All selectors share these arguments; `ThresholdSelector.forward` explains them."""
         check_option("kind", kind, KINDS)
         check_class_scores(logits, kind, self.num_classes)
         check_device("threshold", self.threshold, logits, "logits")

@@ -1,4 +1,4 @@
-"""Every arg-max as a pseudo-label."""
+"""The arg-max of every pixel as its pseudo-label."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from udakit.pseudo_labels.selection import (
 
 
 class ArgmaxSelector(nn.Module):
-    """Keep the arg-max class of every pixel, at weight 1.
+    """Keep the arg-max class of every pixel, with weight 1.
 
-    **Convention.** Detached. A pixel that is not `valid` keeps its label and has weight 0; `accepted` is 1 for a class
-    that is predicted anywhere inside `valid` and 0 for one that is not.
+    **Convention.** The results are detached. A pixel that is not `valid` keeps its label and has weight 0. `accepted`
+    is 1 for a class that is predicted at a valid pixel, and 0 for other classes.
 
     **Source.** EHTDI trains on all pixels of its pseudo-labels.
 
     Args:
-        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
+        exclude: ids of classes that are never predicted; the arg-max and its confidence are taken over the other
+            classes.
 
     Example:
         >>> import torch
@@ -51,7 +52,7 @@ class ArgmaxSelector(nn.Module):
         kind: Kind = "logits",
         valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
-        """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
+        """Select pseudo-labels. All selectors share these arguments; `ThresholdSelector.forward` explains them."""
         with torch.no_grad():
             labels, confidence = predict(logits, kind, self.exclude)
             check_features(features, logits)

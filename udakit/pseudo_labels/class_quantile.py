@@ -1,4 +1,4 @@
-"""The most confident share of each class (class-balanced self-training)."""
+"""The most confident pixels of each class (class-balanced self-training)."""
 
 from __future__ import annotations
 
@@ -28,32 +28,35 @@ _BITS = 24.0
 
 
 class ClassQuantileSelector(FullPrecisionState, Selector):
-    r"""Keep the most confident `share` of each predicted class.
+    r"""Keep the most confident fraction `share` of the pixels of each predicted class.
 
     $$\hat y_p = \arg\max_c p_c \quad\text{where}\quad \max_c p_c \ge \tau_{\hat y_p}, \qquad
     \tau_c = \text{the } (1 - \text{share}) \text{ quantile of the confidences predicted as } c$$
 
-    The quantiles come from a histogram of each class's confidences with fixed bins, evenly spaced in -log2(1 - p): near
-    1, where nets put most of their pixels, the bins are as fine as float32 tells confidences apart.
+    The quantiles come from a histogram of the confidences of each class. Its bins are fixed and evenly spaced in
+    -log2(1 - p). Near 1, where most pixels are, they are as fine as the resolution of float32.
 
-    **Convention.** Detached. In training mode a call first takes its batch into the histogram,
-    h_c <- momentum h_c + (1 - momentum) counts_c, for the classes it predicts inside `valid` (others keep theirs), then
-    selects; in eval mode the stored thresholds select. At least `share` of the averaged histogram is kept (of one batch
-    it may be more or less), and a bin whole or not at all. A class without history keeps nothing. Counts of ranks add
-    up: with `sync` the histograms of all ranks are equal, bit by bit, to those of one process on the global batch;
-    without a process group there is one rank.
+    **Convention.** The results are detached. In training mode, a call first updates the histogram, h_c <- momentum h_c
+    + (1 - momentum) counts_c, for the classes that it predicts at `valid` pixels, and then selects. Other classes keep
+    their histogram. In eval mode, the stored thresholds are used.
 
-    **Source.** CBST ranks the whole data set between rounds; IAST averages a threshold per image. An averaged histogram
-    weights every pixel alike.
+    At least the fraction `share` of the averaged histogram is kept; in a single batch it may be more or less. A bin is
+    kept as a whole or not at all. A class without history keeps nothing. With `sync`, the counts of all ranks are
+    added, and the histograms are bit-equal to those of one process on the global batch. Without a process group there
+    is one rank.
+
+    **Source.** CBST ranks the whole data set between rounds, and IAST averages a threshold per image. An averaged
+    histogram gives every pixel the same weight.
 
     Args:
-        num_classes: C.
-        share: kept share of each class, in (0, 1].
-        momentum: of the histogram, in [0, 1); 0 looks at the batch alone.
-        bins: number of bins.
-        sync: sum the counts over the ranks of the default process group.
-        ignore_index: the label of what is rejected.
-        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
+        num_classes: C, the number of classes.
+        share: fraction of each class that is kept, in (0, 1].
+        momentum: weight of the old histogram, in [0, 1); 0 uses the current batch only.
+        bins: number of bins of the histogram.
+        sync: whether to add up the counts of all ranks of the default process group.
+        ignore_index: the label of rejected pixels.
+        exclude: ids of classes that are never predicted; the arg-max and its confidence are taken over the other
+            classes.
 
     Example:
         >>> import torch
@@ -88,7 +91,7 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
 
     @property
     def thresholds(self) -> Float[Tensor, "c"]:
-        """Confidence from which each class is kept, for logging; +inf for a class without history."""
+        """The lowest confidence at which each class is kept, (C,), for logging; +inf for a class without history."""
         lowest = self._lowest_bin()
         edge = 1 - torch.exp2(-lowest * (_BITS / self.bins))
         return edge.masked_fill(lowest == self.bins, float("inf"))
@@ -101,7 +104,7 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         kind: Kind = "logits",
         valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
-        """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
+        """Select pseudo-labels. All selectors share these arguments; `ThresholdSelector.forward` explains them."""
         check_scores("logits", logits, kind)
         if logits.shape[1] != self.num_classes:
             raise ValueError(
@@ -117,8 +120,8 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
     def keep(
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
     ) -> Tensor:
-        """Whether the confidence lies in the upper bins of its class; updates the histogram in training mode."""
-        # Half a bin below 1 is inside the last one; NaN has no bin.
+        """Whether the confidence is in the upper bins of its class; updates the histogram in training mode."""
+        # Half a bin below the last edge is inside the last bin. NaN has no bin.
         rest = (1 - confidence).clamp_(2 ** (-_BITS * (self.bins - 0.5) / self.bins), 1)
         bin_of_pixel = rest.log2_().mul_(-self.bins / _BITS).nan_to_num_(nan=-1.0).long()
         if self.training:
@@ -132,7 +135,7 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         counts = counts[:size].view_as(self.histogram)
         if self.sync:
             counts = sum_ranks(counts)
-        moved = (counts.sum(1, keepdim=True) > 0) * (1 - self.momentum)  # a class that is not there keeps its own
+        moved = (counts.sum(1, keepdim=True) > 0) * (1 - self.momentum)  # an absent class keeps its histogram
         self.histogram.lerp_(counts.to(self.histogram.dtype), moved)
 
     def _lowest_bin(self) -> Tensor:

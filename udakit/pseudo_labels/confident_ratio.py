@@ -1,4 +1,4 @@
-"""The share of confident pixels as the weight of all of them (DACS, DAFormer)."""
+"""The fraction of confident pixels as the weight of all pixels (DACS, DAFormer)."""
 
 from __future__ import annotations
 
@@ -40,26 +40,28 @@ def confident_ratio(
     scope: Scope = "batch",
     valid: Bool[Tensor, "n *space"] | None = None,
 ) -> Float[Tensor, ""] | Float[Tensor, "n"]:
-    r"""Share of pixels whose confidence reaches a threshold, over the batch or per image.
+    r"""Fraction of pixels with a confidence of at least a threshold, over the batch or per image.
 
     $$q = \frac{\#\{p : \max_c p_c \ge \tau\}}{\#\{p\}}$$
 
-    **Convention.** Both counts run over the `valid` pixels (all without a mask); 0 when there is none. No gradient.
+    **Convention.** Both counts are over the `valid` pixels (all pixels if there is no mask). The result is 0 if there
+    are none, and has no gradient.
 
-    **Source.** DACS and DAFormer take one number for the whole batch (0.968), over all of its pixels.
+    **Source.** DACS and DAFormer use one fraction for the whole batch, over all of its pixels, with the threshold
+    0.968.
 
     Args:
         confidence: largest class probability of each pixel.
-        threshold: in [0, 1]; a confidence equal to it counts as confident.
-        scope: "batch" | "image".
+        threshold: confidence in [0, 1] from which a pixel counts as confident.
+        scope: "batch" | "image", for one fraction per batch or per image.
         valid: True where a pixel counts.
 
     Returns:
-        Float32, () for "batch" or (N,) for "image".
+        The fraction, float32, () for "batch" or (N,) for "image".
 
     Raises:
-        TypeError: `confidence` that is not float, `valid` that is not bool.
-        ValueError: shapes that do not match, a `threshold` outside [0, 1], or an unknown `scope`.
+        TypeError: `confidence` is not a float tensor, or `valid` is not bool.
+        ValueError: the shapes do not match, `threshold` is outside [0, 1], or `scope` is unknown.
 
     Example:
         >>> import torch
@@ -82,22 +84,24 @@ def _ratio(confident: Tensor, scope: Scope, valid: Tensor | None) -> Tensor:
 
 
 class ConfidentRatioSelector(nn.Module):
-    """Keep every arg-max and weight it with the share of confident pixels.
+    """Keep the arg-max of every pixel and use the fraction of confident pixels as weight.
 
-    The share is [`confident_ratio`][udakit.pseudo_labels.confident_ratio].
+    The fraction is [`confident_ratio`][udakit.pseudo_labels.confident_ratio].
 
-    **Convention.** Detached. Pixels that are not `valid` keep their label and have weight 0. `ratio_over="all"` takes
-    the share over all pixels even so, "valid" over the valid ones. `accepted` is the share of each class's valid pixels
-    whose weight is above 0: all of them, or none where no pixel (of the image) is confident.
+    **Convention.** The results are detached. Pixels that are not `valid` keep their label and have weight 0. With
+    `ratio_over="all"`, the fraction is over all pixels nevertheless; with "valid", it is over the valid ones.
+    `accepted` is the fraction of the valid pixels of each class with a weight above 0. This is all of them, or none if
+    no pixel (of the image) is confident.
 
-    **Source.** DACS, DAFormer: `scope="batch"`, and DAFormer's zeroed rows (15 at the top, 120 at the bottom) lie in
-    the denominator: `ratio_over="all"` with `valid=row_mask(...)`.
+    **Source.** DACS and DAFormer use `scope="batch"`. DAFormer gives weight 0 to 15 rows at the top and 120 at the
+    bottom but counts them in the denominator: `ratio_over="all"` with `valid=row_mask(...)`.
 
     Args:
-        threshold: in [0, 1].
-        scope: "batch" | "image".
-        ratio_over: "all" | "valid".
-        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
+        threshold: confidence in [0, 1] from which a pixel counts as confident.
+        scope: "batch" | "image", for one weight per batch or per image.
+        ratio_over: "all" | "valid", the pixels that the fraction is taken over.
+        exclude: ids of classes that are never predicted; the arg-max and its confidence are taken over the other
+            classes.
 
     Example:
         >>> import torch
@@ -130,7 +134,7 @@ class ConfidentRatioSelector(nn.Module):
         kind: Kind = "logits",
         valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
-        """Select pseudo-labels; the arguments are those of every selector (`ThresholdSelector.forward`)."""
+        """Select pseudo-labels. All selectors share these arguments; `ThresholdSelector.forward` explains them."""
         with torch.no_grad():
             labels, confidence = predict(logits, kind, self.exclude)
             check_features(features, logits)
@@ -139,7 +143,7 @@ class ConfidentRatioSelector(nn.Module):
             ratio = _ratio(confidence >= self.threshold, self.scope, within)
             per_image = ratio.view(-1, *[1] * (labels.ndim - 1))
             weight = per_image.expand_as(labels).contiguous() if valid is None else valid * per_image
-            if self.scope == "batch":  # all pixels have one weight: a class is used whole, or not at all
+            if self.scope == "batch":  # all pixels have the same weight: a class is used as a whole or not at all
                 used = is_predicted(labels, valid, logits.shape[1]) & (ratio > 0)
                 return PseudoLabels(labels, confidence, weight, used.float())
             accepted = share_per_class(labels, weight > 0, valid, logits.shape[1])

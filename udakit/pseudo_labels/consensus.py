@@ -1,4 +1,4 @@
-"""Pseudo-labels that two views of the same pixel agree on (DiGA's bilateral consensus)."""
+"""Pseudo-labels on which two predictions for the same pixel agree (DiGA's bilateral consensus)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from udakit.pseudo_labels._by_prototypes import PrototypeSelector
 def bilateral_consensus(
     labels_a: Integer[Tensor, "n *space"], labels_b: Integer[Tensor, "n *space"], *, ignore_index: int = 255
 ) -> Int64[Tensor, "n *space"]:
-    r"""Keep a label where two label maps agree.
+    r"""Keep the label of a pixel where two label maps agree.
 
     $$\hat y_p = \begin{cases} a_p & a_p = b_p \\ \text{ignore} & \text{otherwise} \end{cases}$$
 
-    **Convention.** No threshold. A pixel that either map ignores is ignored.
+    **Convention.** There is no threshold. A pixel that either map ignores is ignored.
 
-    **Source.** DiGA: the classifier's labels and those of the nearest class centroid.
+    **Source.** DiGA, which compares the labels of the classifier with those of the nearest class centroid.
 
     Args:
         labels_a: class ids or `ignore_index`, int64 or uint8.
-        labels_b: the other view of the same pixels.
-        ignore_index: the label of what is rejected.
+        labels_b: the other label map of the same pixels.
+        ignore_index: the label of rejected pixels.
 
     Returns:
-        int64 (N, *space).
+        The labels, int64 (N, *space).
 
     Raises:
         TypeError: `labels` is neither int64 nor uint8.
@@ -50,25 +50,26 @@ def bilateral_consensus(
 
 
 class BilateralConsensus(PrototypeSelector):
-    r"""Keep the arg-max of the classifier where the nearest class prototype agrees.
+    r"""Keep the arg-max of the classifier where the nearest class prototype agrees with it.
 
     $$\hat y_p = \arg\max_c p_c \quad\text{where it equals}\quad
     \arg\max_c \operatorname{upsample}\!\left(\operatorname{softmax}_c(-\lVert f - \eta_c \rVert_2)\right)_p$$
 
-    **Convention.** Detached; no threshold. The similarities, not the features, are upsampled (linearly) to the logits'
-    size, then the arg-max is taken. Rejected pixels, and those that are not `valid`, have label `ignore_index` and
-    weight 0. `accepted` is the consensus rate: the share of the pixels classified as c whose prototype says c. A class
-    without a prototype is never agreed on.
+    **Convention.** The results are detached, and there is no threshold. The similarities (not the features) are
+    upsampled linearly to the size of the logits before the arg-max is taken. Rejected pixels and pixels that are not
+    `valid` have the label `ignore_index` and weight 0. `accepted` is the consensus rate: the fraction of the pixels
+    classified as c at which the nearest prototype is also c. A class without a prototype is never accepted.
 
-    **Source.** DiGA; its released code interpolates with `align_corners=True` and lets the zero vectors of classes
-    never seen compete: `include_unseen=True`.
+    **Source.** DiGA. Its released code interpolates with `align_corners=True`, and classes that were never seen compete
+    as zero vectors (`include_unseen=True`).
 
     Args:
-        prototypes: referred to, not owned: it is no submodule, so it appears in no second `state_dict`.
-        align_corners: of the linear upsampling.
-        include_unseen: let classes never seen compete as zero vectors.
-        ignore_index: the label of what is rejected.
-        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
+        prototypes: the prototypes to compare with. They do not become a submodule, so save their state separately.
+        align_corners: option of the linear upsampling.
+        include_unseen: whether classes that were never seen compete as zero vectors.
+        ignore_index: the label of rejected pixels.
+        exclude: ids of classes that are never predicted; the arg-max and its confidence are taken over the other
+            classes.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Predictions whose class shares are brought to those of source, or to a known prior (distribution alignment)."""
+"""Distribution alignment: shift predicted class shares to those of the source data or to a known prior."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from udakit._state import FullPrecisionState, sum_ranks
 from udakit.pseudo_labels.adaptive_threshold import batch_shares, check_class_scores
 from udakit.pseudo_labels.selection import expand_valid
 
-SMALLEST = 1e-6  # share below which a class of target counts as this much
+SMALLEST = 1e-6  # smallest share of a target class; lower ones are raised to it
 
 
 def align_distribution(
@@ -35,28 +35,26 @@ def align_distribution(
     source_share: Float[Tensor, "c"],
     target_share: Float[Tensor, "c"],
 ) -> Float[Tensor, "n c *space"]:
-    r"""Multiply each class by how much rarer target's predictions have it than source, and renormalise.
+    r"""Multiply the probability of each class by the ratio of its source share to its target share, and renormalise.
 
     $$\tilde p_c = \frac{p_c\, s_c / t_c}{\sum_k p_k\, s_k / t_k}$$
 
-    **Convention.** Every pixel sums to 1. A target share below 1e-6 counts as 1e-6. A pixel at which every class comes
-    to 0 keeps its probabilities. The shares are detached, gradients flow to the probabilities. The arithmetic is in
-    float32 at least.
+    **Convention.** The probabilities of each pixel sum to 1. A target share below 1e-6 counts as 1e-6. A pixel at which
+    every class would become 0 keeps its probabilities. The shares are detached; gradients flow to the probabilities.
+    The arithmetic is at least float32.
 
-    **Source.** ReMixMatch (Berthelot et al., ICLR 2020) and AdaMatch (Berthelot et al., ICLR 2022); their released code
+    **Source.** ReMixMatch (Berthelot et al., ICLR 2020) and AdaMatch (Berthelot et al., ICLR 2022). Their released code
     adds 1e-6 to both shares.
 
     Args:
-        probabilities: class probabilities, such as a teacher's softmax on target.
-        source_share: share of each class: the running one of source, or a known prior of target.
-        target_share: mean predicted probability of each class on target.
+        probabilities: class probabilities, for example a teacher's softmax on target images.
+        source_share: share of each class in the source data, (C,), or a known prior of the target data.
+        target_share: mean predicted probability of each class on target images, (C,).
 
     Returns:
-        Probabilities, float32 (float64 for float64 input).
+        The aligned probabilities, float32 (float64 for float64 input).
 
-    Raises:
-        TypeError: tensors that are not float.
-        ValueError: the shapes do not match.
+        Raises: TypeError: a tensor is not float. ValueError: the shapes do not match.
 
     Example:
         >>> import torch
@@ -79,31 +77,28 @@ def align_distribution(
 
 
 class DistributionAlignment(FullPrecisionState):
-    """Align a net's predictions on target, with class shares that are followed while training.
+    """Align a net's predictions on target images, with class shares that are averaged during training.
 
     The alignment is [`align_distribution`][udakit.pseudo_labels.align_distribution].
 
-    **Convention.** The result is detached probabilities. In training mode a call first takes the mean probability of
-    its batch into `target_share`, then aligns; in eval mode the stored shares align. Both shares are plain means over
-    the first 1 / (1 - momentum) batches, and decay afterwards: no starting value lingers. While source has not been
-    seen the predictions come back as they are. `momentum` weighs the *old* value. With `sync` the ranks' sums are
-    merged, within 1e-6 of one process on the global batch.
+    **Convention.** The result is a map of detached probabilities. In training mode, a call first updates `target_share`
+    with the mean probabilities of its batch and then aligns. In eval mode, the stored shares are used. Until
+    `update_source` has been called, predictions are returned unchanged.
 
-    **Source.** ReMixMatch keeps the shares of the last 128 batches; AdaMatch takes source's from predictions, we take
-    them from labels. A prior that is known for target needs no source: pass `source_share`.
+    Both shares are plain means over the first 1 / (1 - momentum) batches and moving averages afterwards, so no initial
+    value remains. `momentum` is the weight of the *old* value. With `sync`, the sums of all ranks are merged, and the
+    result is within 1e-6 of one process on the global batch.
 
-    Attributes:
-        source_share: float32 buffer (C,), of source's labels or as given.
-        target_share: float32 buffer (C,), mean probability on target.
-        source_batches: int64 buffer (), batches behind `source_share`.
-        target_batches: int64 buffer (), batches behind `target_share`.
+    **Source.** ReMixMatch averages over the last 128 batches. AdaMatch computes the source share from predictions; here
+    it comes from labels. If the class shares of the target data are known, pass them as `source_share`; no source data
+    is needed then.
 
     Args:
-        num_classes: C.
-        momentum: in [0, 1).
-        source_share: (C,), a known share of each class on target; then `update_source` is not needed.
-        sync: merge the sums of the ranks of the default process group.
-        ignore_index: the label that takes no part in `update_source`.
+        num_classes: C, the number of classes.
+        momentum: weight of the old shares, in [0, 1).
+        source_share: known share of each class on target, (C,); `update_source` is not needed then.
+        sync: whether to merge the sums of all ranks of the default process group.
+        ignore_index: the label of the pixels that `update_source` ignores.
 
     Example:
         >>> import torch
@@ -146,17 +141,17 @@ class DistributionAlignment(FullPrecisionState):
         self.register_buffer("target_batches", torch.zeros((), dtype=torch.int64))
 
     def update_source(self, labels: Integer[Tensor, "n *space"]) -> None:
-        """Take in the class shares of a batch of source labels; one without a class changes nothing.
+        """Update the source share with a batch of source labels. A batch without any class changes nothing.
 
         Args:
             labels: class ids or `ignore_index`, of any shape.
 
         Raises:
             TypeError: `labels` is neither int64 nor uint8.
-            ValueError: a Module that was given `source_share`.
+            ValueError: the Module was made with a fixed `source_share`.
         """
         if self.known:
-            raise ValueError("Expected `source_share` not to be given where it is to follow source, but it was.")
+            raise ValueError("Expected `source_share` to be None if `update_source` is called, but got a fixed share.")
         check_tensor("labels", labels, "an int64 or uint8 tensor")
         if labels.dtype not in (torch.int64, torch.uint8):
             raise TypeError(f"Expected `labels` to be an int64 or uint8 tensor, but got {kind_of(labels)}.")
@@ -181,14 +176,14 @@ class DistributionAlignment(FullPrecisionState):
         Args:
             logits: class scores, or probabilities by `kind`.
             kind: "logits" | "probabilities".
-            valid: False where a pixel takes no part in `target_share`; it is aligned all the same.
+            valid: False where a pixel does not count for `target_share`; it is still aligned.
 
         Returns:
-            Probabilities for a selector's `kind="probabilities"`, float32 (float64 for float64 input).
+            Probabilities, float32 (float64 for float64 input). Pass them to a selector with `kind="probabilities"`.
 
         Raises:
-            TypeError: `logits` that are not float, `valid` that is not bool.
-            ValueError: shapes that do not match, or an unknown `kind`.
+            TypeError: `logits` is not a float tensor, or `valid` is not bool.
+            ValueError: the shapes do not match, or `kind` is unknown.
         """
         check_option("kind", kind, KINDS)
         check_class_scores(logits, kind, self.num_classes)

@@ -1,4 +1,4 @@
-"""Predictions averaged over an image and its mirror image."""
+"""Predictions that are averaged over an image and its mirror image."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ AVERAGES = get_args(Average)
 def hflip_average(
     model: Callable[[Tensor], Any], images: Float[Tensor, "n k *space"], *, average: Average = "probabilities"
 ) -> Float[Tensor, "n c *space2"]:
-    r"""Average a net's prediction for an image with the one for its mirror image, turned back.
+    r"""Average a net's prediction for an image with the flipped-back prediction for its mirror image.
 
     $$\bar p(x) = \tfrac12 \left(\operatorname{softmax}(f(x))
     + \operatorname{flip}\operatorname{softmax}(f(\operatorname{flip} x))\right)$$
 
-    **Convention.** Detached; the average is taken in float32. The result is probabilities: hand it on as
+    **Convention.** The result is detached and computed in float32. By default it is a map of probabilities; use it as
     `selector(hflip_average(teacher, images), kind="probabilities")`. With `average="logits"` it is the mean of the
-    logits. The net keeps its train or eval mode; in train mode BatchNorm sees both images.
+    logits. The net keeps its train or eval mode. In train mode, BatchNorm is updated with both images.
 
-    **Source.** VFM-UDA averages the two softmaxes.
+    **Source.** VFM-UDA, which averages the two softmaxes.
 
     Args:
-        model: any callable from images to logits (N, C, *space), or to what holds them, as the nets of transformers
-            (`.logits`) and torchvision ("out") return it.
-        images: the batch (N, K, *space), mirrored along its last axis: the width.
-        average: "probabilities" | "logits".
+        model: any callable that takes images and returns logits (N, C, *space), or an output that holds them, such as
+            those of nets of transformers (`.logits`) and torchvision ("out").
+        images: the batch (N, K, *space). It is mirrored along the last axis, the width.
+        average: "probabilities" | "logits", what to average.
 
     Returns:
-        Float32 (float64 for float64 logits) of the size of the net's logits.
+        The average, float32 (float64 for float64 logits), at the size of the net's logits.
 
     Raises:
-        TypeError: `images` that are not float, or a net that returns something else.
-        ValueError: `images` that are not (N, K, *space), a net with one logit a pixel, or an unknown `average`.
+        TypeError: `images` is not a float tensor, or the net does not return logits.
+        ValueError: `images` is not (N, K, *space), the net returns one logit per pixel, or `average` is unknown.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Masks of pixels that may carry a pseudo-label."""
+"""Masks of the pixels that may have a pseudo-label."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from udakit._checks import as_device, check_integer
 def row_mask(
     height: int, width: int, top: int = 0, bottom: int = 0, *, device: torch.device | str | None = None
 ) -> Bool[Tensor, "h w"]:
-    """Mask that leaves out the rows at the top and the bottom of every image.
+    """Make a mask that leaves out rows at the top and the bottom of an image.
 
-    **Convention.** True = counts. Every selector takes it as `valid` for all images of a batch; for a function that
-    wants (N, H, W), use `mask.expand(n, -1, -1)`.
+    **Convention.** True means that a pixel counts. Every selector accepts the mask as `valid` for all images of a
+    batch. For a function that expects (N, H, W), use `mask.expand(n, -1, -1)`.
 
     **Source.** DAFormer leaves out 15 rows of sky artefacts and 120 rows of the car's bonnet in its 512 x 512 crops.
 
     Args:
-        height: rows of the mask, in pixels.
-        width: columns of the mask, in pixels.
-        top: rows left out at the top, in pixels.
-        bottom: rows left out at the bottom, in pixels.
-        device: where the mask is made; the default is torch's.
+        height: number of rows of the mask.
+        width: number of columns of the mask.
+        top: number of rows to leave out at the top.
+        bottom: number of rows to leave out at the bottom.
+        device: device of the mask; None means torch's default device.
 
     Returns:
         Bool (H, W).
 
     Raises:
-        ValueError: a negative number of rows, or so many that no row is left.
+        ValueError: a number of rows is negative, or no row is left.
 
     Example:
         >>> row_mask(4, 2, 1, 1)[:, 0].tolist()

@@ -1,4 +1,4 @@
-"""Soft pseudo-labels weighed by how near each class prototype is (ProDA)."""
+"""Soft pseudo-labels that are weighted by the distance to each class prototype (ProDA)."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from udakit.pseudo_labels.selection import PseudoLabels, others
 def rectify_probabilities(
     probabilities: Float[Tensor, "n c *space"], distances: Float[Tensor, "n c *space"], *, temperature: float = 1.0
 ) -> Float[Tensor, "n c *space"]:
-    r"""Weigh class probabilities by the nearness of the class prototypes, and renormalise.
+    r"""Weight class probabilities by the proximity of the class prototypes, and renormalise.
 
     $$\tilde p_c = \frac{\omega_c\, p_c}{\sum_k \omega_k\, p_k}, \qquad
     \omega = \operatorname{softmax}_c(-d_c / T)$$
 
-    **Convention.** Every pixel sums to 1. A class at distance +inf (one never seen) gets 0. A pixel keeps its
-    probabilities where every class that has one is at +inf. Gradients flow to both arguments; detach what teaches. The
-    arithmetic is in float32 at least.
+    **Convention.** The probabilities of each pixel sum to 1. A class at distance +inf (one that has not been seen) gets
+    0. A pixel keeps its probabilities if every class with a positive probability is at +inf. Gradients flow to both
+    arguments; detach those of a teacher. The arithmetic is at least float32.
 
-    **Source.** ProDA (Zhang et al., CVPR 2021), eq. 3 and 4: probabilities of the warm-up net, fixed, and distances of
-    the momentum net's features at the size of the features. Its option `proto_temperature` multiplies where T divides;
-    both are 1.
+    **Source.** ProDA (Zhang et al., CVPR 2021), eq. 3 and 4. It uses fixed probabilities of the warm-up net, and
+    distances of the momentum net's features, at the size of the features. Its option `proto_temperature` multiplies the
+    distances where T divides them; both are 1.
 
     Args:
-        probabilities: class probabilities, such as a softmax.
-        distances: of each pixel's feature to each prototype, as `ClassPrototypes.distances` gives them.
-        temperature: T > 0, a divisor.
+        probabilities: class probabilities, for example a softmax.
+        distances: distance of each feature pixel to each prototype, for example from `ClassPrototypes.distances`.
+        temperature: T > 0; the distances are divided by it.
 
     Returns:
-        Probabilities, float32 (float64 for float64 probabilities).
+        The rectified probabilities, float32 (float64 for float64 probabilities).
 
     Raises:
-        TypeError: tensors that are not float.
-        ValueError: unlike shapes, or a temperature that is not above 0.
+        TypeError: a tensor is not float.
+        ValueError: the shapes do not match, or `temperature` is not above 0.
 
     Example:
         >>> import torch
@@ -57,7 +57,8 @@ def rectify_probabilities(
     check_maps("distances", distances)
     check_same_shape(distances, probabilities, name="distances", reference_name="probabilities")
     p = upcast(probabilities)
-    # The softmax's divisor cancels. Measured from the nearest class that has a probability, one weight at least is 1.
+    # The denominator of the softmax cancels. Distances relative to the nearest class with a probability make at least
+    # one weight 1.
     d = torch.where(p > 0, upcast(distances).to(p.dtype), float("inf"))
     nearest = d.detach().amin(1, keepdim=True)
     nearest = torch.where(nearest == float("inf"), 0, nearest)
@@ -65,7 +66,7 @@ def rectify_probabilities(
 
 
 def _weighted(p: Tensor, weight: Tensor) -> Tensor:
-    """P times weight, renormalised over the classes; `p` where that is 0."""
+    """P times weight, renormalised over the classes; `p` where the sum is 0."""
     product = p * weight
     total = product.sum(1, keepdim=True)
     empty = total <= 0
@@ -73,27 +74,29 @@ def _weighted(p: Tensor, weight: Tensor) -> Tensor:
 
 
 class RectifiedSelector(PrototypeSelector):
-    r"""Take the arg-max of probabilities that are rectified by the prototypes.
+    r"""Take the arg-max of class probabilities that are rectified by the prototypes.
 
     $$\hat y = \arg\max_c p_c\, \omega_c, \qquad \omega = \operatorname{up}(\operatorname{softmax}(-d / T))$$
 
     The rectification is [`rectify_probabilities`][udakit.pseudo_labels.rectify_probabilities].
 
-    **Convention.** Detached. The softmax of the distances is upsampled (linear in each axis, align_corners=False) to
-    the size of the logits, not the distances. Every valid pixel is kept whose rectified confidence reaches
-    `threshold`, by default all of them; `confidence` is the rectified one. A pixel far from every seen prototype with a
-    probability keeps the classifier's label. The Module refers to a `ClassPrototypes` without owning it: save that one.
+    **Convention.** The results are detached. The softmax of the distances (not the distances) is upsampled to the size
+    of the logits, linearly in each axis and with align_corners=False. A valid pixel is kept if its rectified confidence
+    is at least `threshold`; by default all are kept. `confidence` is the rectified confidence. A pixel at which every
+    class with a positive probability has weight 0 keeps the label of the classifier. The `ClassPrototypes` does not
+    become a submodule, so save its state separately.
 
-    **Source.** ProDA. It takes the probabilities of the warm-up net, computed once, and the features of the momentum
-    net: `selector(fixed, features, kind="probabilities")`. A threshold on the rectified confidence exists there
-    (`train_thred`) and is 0.
+    **Source.** ProDA. It uses the probabilities of the warm-up net, computed once, and the features of the momentum
+    net: `selector(fixed, features, kind="probabilities")`. It also has a threshold on the rectified confidence
+    (`train_thred`), which is 0.
 
     Args:
-        prototypes: the class prototypes that are compared with.
-        temperature: T > 0, a divisor.
-        threshold: rectified confidence that a pixel needs, in [0, 1].
-        ignore_index: the label of what is rejected.
-        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
+        prototypes: the class prototypes to compare with.
+        temperature: T > 0; the distances are divided by it.
+        threshold: lowest rectified confidence of a pixel that is kept, in [0, 1].
+        ignore_index: the label of rejected pixels.
+        exclude: ids of classes that are never predicted; the arg-max and its confidence are taken over the other
+            classes.
 
     Example:
         >>> import torch
@@ -127,11 +130,11 @@ class RectifiedSelector(PrototypeSelector):
         kind: Kind = "logits",
         valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
     ) -> PseudoLabels:
-        """Select pseudo-labels; `features` of any stride are needed, the rest is that of every selector.
+        """Select pseudo-labels. `features` of any stride are required; all selectors share the other arguments.
 
         Raises:
-            TypeError: `features` that are missing or not float.
-            ValueError: shapes, class numbers or batch sizes that do not match.
+            TypeError: `features` are missing or not float.
+            ValueError: the shapes, the numbers of classes or the batch sizes do not match.
         """
         features = self.needed(logits, features, kind)
         with torch.no_grad():

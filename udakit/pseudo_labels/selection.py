@@ -1,4 +1,4 @@
-"""What every selector returns, and the frame that all of them share."""
+"""The result of every selector, and the code that all selectors share."""
 
 from __future__ import annotations
 
@@ -24,14 +24,15 @@ from udakit._reduce import KINDS, Kind, by_blocks, count_ids, exp_, plain, top_b
 
 
 class PseudoLabels(NamedTuple):
-    """Pseudo-labels of a batch, all detached.
+    """Pseudo-labels of a batch. All tensors are detached.
 
     Attributes:
-        labels: int64 class ids, `ignore_index` where a selector rejects.
-        confidence: float32 probability of the arg-max class, also where rejected.
-        weight: float32 factor for a per-pixel loss (`pixel_weight`), 0 where rejected or not `valid`.
-        accepted: float32 share of each predicted class's valid pixels that are used, at a weight above 0. 0 also for a
-            class that is predicted nowhere: a class that stays at 0 is dying.
+        labels: int64 class ids, (N, *space); `ignore_index` where the selector rejects a pixel.
+        confidence: float32 probability of the arg-max class, (N, *space), also where the pixel is rejected.
+        weight: float32 weight of each pixel's loss, (N, *space), to be passed as `pixel_weight`. It is 0 where a pixel
+            is rejected or not `valid`.
+        accepted: float32 fraction of the valid pixels predicted as each class that have a weight above 0, (C,). It is 0
+            for a class that is not predicted at all. If a class stays at 0, the net is losing it.
     """
 
     labels: Int64[Tensor, "n *space"]
@@ -41,14 +42,14 @@ class PseudoLabels(NamedTuple):
 
     @property
     def kept_pixels(self) -> Int64[Tensor, "c"]:
-        """Pixels per class of positive weight, int64: adds up over steps and ranks."""
+        """Number of pixels of each class with a positive weight, int64 (C,); it can be summed over steps and ranks."""
         return count_classes_where(self.labels, self.weight > 0, self.accepted.shape[0])
 
 
 def predict(
     logits: Float[Tensor, "n c *space"], kind: Kind = "logits", exclude: tuple[int, ...] = ()
 ) -> tuple[Int64[Tensor, "n *space"], Float[Tensor, "n *space"]]:
-    """Arg-max class and its probability, of logits or of probabilities, among the classes that are not excluded."""
+    """The arg-max class and its probability, from logits or probabilities, among the classes that are not excluded."""
     check_option("kind", kind, KINDS)
     check_scores("logits", logits, kind)
     logits = plain(logits.detach())
@@ -56,7 +57,7 @@ def predict(
         logits = without(logits, exclude)
     labels, confidence = _top(logits, kind)
     confidence = confidence.float()
-    for class_id in exclude:  # in ascending order: back to the ids of all classes
+    for class_id in exclude:  # in ascending order, to restore the ids of all classes
         labels = labels + (labels >= class_id)
     if exclude and kind == "probabilities":
         confidence = confidence / logits.float().sum(dim=1).clamp_min(torch.finfo(confidence.dtype).tiny)
@@ -73,12 +74,12 @@ def _top(logits: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     score, labels = logits.max(dim=1)
     if kind == "probabilities":
         return labels, score
-    # The softmax at its largest entry: exact at any magnitude, where exp(max - logsumexp) rounds at the logits' size.
+    # The softmax at its largest entry. It is exact at any magnitude, while exp(max - logsumexp) loses precision.
     return labels, exp_(upcast(logits) - upcast(score).unsqueeze(1)).sum(dim=1).reciprocal()
 
 
 def without(logits: Tensor, exclude: tuple[int, ...]) -> Tensor:
-    """The other classes alone."""
+    """The logits of the classes that are not excluded."""
     c = logits.shape[1]
     if exclude[-1] >= c or len(exclude) == c:
         raise ValueError(
@@ -89,7 +90,7 @@ def without(logits: Tensor, exclude: tuple[int, ...]) -> Tensor:
 
 
 def others(scores: Tensor, kind: Kind, exclude: tuple[int, ...]) -> Tensor:
-    """Probabilities, in float32 at least: those of the excluded classes are 0, the others sum to 1 without them."""
+    """Probabilities in at least float32; excluded classes have 0, and the other classes sum to 1."""
     if not exclude:
         x = upcast(scores)
         return x.softmax(1) if kind == "logits" else x
@@ -102,7 +103,7 @@ def others(scores: Tensor, kind: Kind, exclude: tuple[int, ...]) -> Tensor:
 
 
 def with_excluded(left: Tensor, exclude: tuple[int, ...], value: float = 0.0, dim: int = 1) -> Tensor:
-    """Put the excluded classes back, filled with `value`, along `dim`; `left` has the others alone."""
+    """Insert the excluded classes, filled with `value`, along `dim` of `left`, which has the other classes."""
     total = left.shape[dim] + len(exclude)
     starts, stops = (0, *(i + 1 for i in exclude)), (*exclude, total)
     filled = torch.full_like(left.narrow(dim, 0, 1), value)
@@ -113,32 +114,32 @@ def with_excluded(left: Tensor, exclude: tuple[int, ...], value: float = 0.0, di
 
 
 def check_exclude(exclude: Sequence[int]) -> tuple[int, ...]:
-    """Ascending ids of the classes that are never predicted; raise for what is none."""
+    """Ascending ids of the classes that are never predicted; raise if they are not class ids."""
     if not is_sequence(exclude) or not all(is_integer(i) and i >= 0 for i in exclude):
         raise TypeError(f"Expected `exclude` to be class ids, such as (0,), but got {exclude!r}.")
     return tuple(sorted({int(i) for i in exclude}))
 
 
 def check_not_all(exclude: tuple[int, ...], num_classes: int) -> None:
-    """Raise where no class is left, or where one that is excluded is none."""
+    """Raise if no class is left, or if an excluded id is not a class."""
     if exclude and (exclude[-1] >= num_classes or len(exclude) == num_classes):
         raise ValueError(f"Expected `exclude` to be some of the ids 0..{num_classes - 1}, but got {exclude}.")
 
 
 def check_features(features: Tensor | None, logits: Tensor) -> None:
-    """Raise for `features` that are none: a selector that takes no notice of them would not notice a mask there."""
+    """Raise unless `features` are features. Most selectors ignore them, so a mask passed there would go unnoticed."""
     if features is None:
         return
-    check_maps("features", features, "N, D", hint=" A mask goes by keyword: valid=mask.")
+    check_maps("features", features, "N, D", hint=" Pass a mask by keyword: valid=mask.")
     if features.ndim != logits.ndim or len(features) != len(logits):
         raise ValueError(
             f"Expected `features` to be {space_form('N, D', logits.ndim - 2)} for `logits` {shape_of(logits)}, "
-            f"but got {shape_of(features)}. Masks and weights go by keyword."
+            f"but got {shape_of(features)}. Pass masks and weights by keyword."
         )
 
 
 def expand_valid(valid: Bool[Tensor, "n *space"] | Bool[Tensor, "h w"], logits: Float[Tensor, "n c *space"]) -> Tensor:
-    """Check a `valid` mask and give one for all images, as `row_mask` makes it, to every image."""
+    """Check a `valid` mask, and expand a mask without batch axis, such as that of `row_mask`, to all images."""
     if isinstance(valid, Tensor) and valid.ndim == logits.ndim - 2:
         valid = valid.unsqueeze(0).expand(logits.shape[0], *valid.shape)
     check_mask_like(valid, logits)
@@ -146,24 +147,24 @@ def expand_valid(valid: Bool[Tensor, "n *space"] | Bool[Tensor, "h w"], logits: 
 
 
 def count_classes_where(labels: Tensor, where: Tensor, num_classes: int) -> Tensor:
-    """Pixels of each class inside a mask, int64; other ids take no part (`bincount` would make a GPU wait)."""
+    """Number of pixels of each class inside a mask, int64; other ids are ignored. `bincount` would block a GPU."""
     inside = where & (labels >= 0) & (labels < num_classes)
     return count_ids(labels.where(inside, num_classes), num_classes + 1)[:-1]
 
 
 def is_predicted(labels: Tensor, valid: Tensor | None, num_classes: int) -> Tensor:
-    """Bool (C,): whether a class occurs among the valid pixels, where all `labels` are classes 0..C-1."""
+    """Whether each class occurs among the valid pixels, bool (C,); all `labels` must be classes 0..C-1."""
     ids = labels if valid is None else labels.where(valid, num_classes)
     found = torch.zeros(num_classes + (valid is not None), dtype=torch.bool, device=labels.device)
     return found.index_fill_(0, ids.flatten(), True)[:num_classes]
 
 
 def share_per_class(labels: Tensor, kept: Tensor, valid: Tensor | None, num_classes: int) -> Tensor:
-    """Share of each class's valid pixels that are kept, float32; 0 for a class without pixels.
+    """Fraction of the valid pixels of each class that are kept, float32 (C,); 0 for a class without pixels.
 
-    `labels` are all classes 0..C-1, and `kept` lies inside `valid`.
+    All `labels` must be classes 0..C-1, and `kept` must be inside `valid`.
     """
-    cell = torch.add(labels, kept, alpha=num_classes)  # a class has two cells, so that one pass counts both
+    cell = torch.add(labels, kept, alpha=num_classes)  # two cells per class, so that one pass counts both
     if valid is not None:
         cell = cell.where(valid, 2 * num_classes)
     counts = count_ids(cell, 2 * num_classes + (valid is not None))[: 2 * num_classes].view(2, num_classes)
@@ -171,9 +172,10 @@ def share_per_class(labels: Tensor, kept: Tensor, valid: Tensor | None, num_clas
 
 
 class Selector(nn.Module):
-    """Frame of the selectors: `selector(logits, features=None, *, kind="logits", valid=None) -> PseudoLabels`.
+    """Base class of the selectors: `selector(logits, features=None, *, kind="logits", valid=None) -> PseudoLabels`.
 
-    A subclass says in `keep` which pixels stay. What is not kept has label `ignore_index` and weight 0.
+    A subclass implements `keep`, which says which pixels are kept. Other pixels get the label `ignore_index` and weight
+    0.
     """
 
     def __init__(self, *, ignore_index: int = 255, exclude: Sequence[int] = ()) -> None:
@@ -194,16 +196,16 @@ class Selector(nn.Module):
 
         Args:
             logits: class scores, or probabilities by `kind`.
-            features: what a prototype-based selector compares; the others take no notice.
+            features: features for the selectors that compare with prototypes; the others do not use them.
             kind: "logits" | "probabilities".
-            valid: False where a pixel takes no part, for example outside `row_mask`.
+            valid: False where a pixel is left out, for example outside `row_mask`.
 
         Returns:
             `PseudoLabels`, detached.
 
         Raises:
-            TypeError: `logits` that are not float, `valid` that is not bool.
-            ValueError: shapes that do not match, or an unknown `kind`.
+            TypeError: `logits` is not a float tensor, or `valid` is not bool.
+            ValueError: the shapes do not match, or `kind` is unknown.
         """
         with torch.no_grad():
             labels, confidence = predict(logits, kind, self.exclude)
@@ -224,7 +226,7 @@ class Selector(nn.Module):
     def keep(
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
     ) -> Tensor:
-        """Bool (N, *space), False wherever `valid` is."""
+        """The pixels to keep, bool (N, *space); False wherever `valid` is False."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Pseudo-labels above one confidence threshold."""
+"""Pseudo-labels above a fixed confidence threshold."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from udakit.pseudo_labels.selection import Selector
 
 
 class ThresholdSelector(Selector):
-    r"""Keep a pixel whose confidence reaches a threshold.
+    r"""Keep the pixels with a confidence of at least a threshold.
 
     $$\hat y_p = \begin{cases} \arg\max_c p_c & \max_c p_c \ge \tau \\ \text{ignore} & \text{otherwise}\end{cases}$$
 
-    **Convention.** Detached. Rejected pixels, and those that are not `valid`, have label `ignore_index` and weight 0,
-    kept ones weight 1. The comparison is made in float32.
+    **Convention.** The results are detached. Rejected pixels and pixels that are not `valid` have the label
+    `ignore_index` and weight 0; kept pixels have weight 1. The comparison is in float32.
 
     Args:
-        threshold: in [0, 1]; a confidence equal to it is kept.
-        ignore_index: the label of what is rejected.
-        exclude: ids of classes that are never predicted; arg-max and confidence are those of the others.
+        threshold: lowest confidence that is kept, in [0, 1].
+        ignore_index: the label of rejected pixels.
+        exclude: ids of classes that are never predicted; the arg-max and its confidence are taken over the other
+            classes.
 
     Example:
         >>> import torch

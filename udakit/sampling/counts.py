@@ -30,7 +30,7 @@ def count_classes(
 
     Args:
         labels: label maps (tensors or arrays of any shape), paths of label images, or a data set of what `load` takes.
-        num_classes: C.
+        num_classes: C, the number of classes.
         load: makes a label map of an item, for example
             `lambda path: map_ids(np.asarray(Image.open(path)), GTA5_IDS)` or `lambda item: item[1]`. Without it a path
             is opened by Pillow and its values are the ids (a palette image is read as indices).
@@ -114,7 +114,7 @@ def read_class_stats(path: str | os.PathLike[str], *, num_classes: int) -> tuple
 
     Args:
         path: the JSON file.
-        num_classes: C.
+        num_classes: C, the number of classes.
 
     Returns:
         The label files, and their pixel counts (images, C) for `RareClassSampler`.

@@ -130,7 +130,7 @@ class ConfidenceThreshold(FullPrecisionState):
             Float32 in [0, 1].
 
         Raises:
-            TypeError: `logits` that are not float, `valid` that is not bool.
+            TypeError: `logits` is not a float tensor, or `valid` is not bool.
             ValueError: shapes or devices that do not match.
         """
         _, bins = self._bins(logits)

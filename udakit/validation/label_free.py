@@ -129,7 +129,7 @@ class LabelFreeScores(FullPrecisionState):
             valid: True where a pixel counts.
 
         Raises:
-            TypeError: `logits` that are not float, `valid` that is not bool.
+            TypeError: `logits` is not a float tensor, or `valid` is not bool.
             ValueError: shapes or devices that do not match.
         """
         check_scores("logits", logits, self.kind)
