@@ -1,4 +1,4 @@
-"""Shared code of contrasts between feature pixels and classes: checks, valid pixels, cross-entropy over seen classes."""
+"""Shared code of contrasts between feature pixels and classes: checks, valid pixels, cross-entropy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check_contrast(
         check_per_class("seen", seen, len(vectors), reference=vectors, reference_name=name)
         if seen.dtype != torch.bool:
             raise TypeError(
-                f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}. Pass for example `.seen` of the class state."
+                f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}. Pass `.seen` of the class state."
             )
     if pixel_weight is not None:
         check_weight_like(pixel_weight, features, reference_name="features")
