@@ -315,7 +315,7 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         ),
         (lambda: u.check_labels(LABELS.numpy(), num_classes=C), r"`labels` .* but got ndarray\. .*as_tensor"),
         (lambda: u.map_ids([7, 8], u.GTA5_IDS), r"`labels` to be an integer tensor or array, but got list\. .*asarray"),
-        (lambda: u.map_ids(LABELS, {"7": 0}), r"`table` to map integer ids .* but got \{'7': 0\}\. A list .*"),
+        (lambda: u.map_ids(LABELS, {"7": 0}), r"`table` to map integer ids .* but got \{'7': 0\}\. Convert a list .*"),
         (lambda: u.map_ids(LABELS, [7, 8]), r"`table` to map integer ids .* but got list\. .* in enumerate\(ids\)\}"),
         (lambda: u.map_ids(LABELS.byte(), {}, default=-1), r"`labels` to have a dtype .* but got uint8\. Widen it .*"),
         (

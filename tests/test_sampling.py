@@ -59,11 +59,11 @@ def test_probabilities_errors() -> None:
     with pytest.raises(ValueError, match=r"`class_pixels` to be \(C,\), but got \(2, 3\)\. .*\.sum\(0\)"):
         rare_class_probabilities(torch.ones(2, 3))
     for counts in ([-1.0, 2.0], [float("nan"), 2.0], [float("inf"), 2.0]):
-        with pytest.raises(ValueError, match=r"`class_pixels` to be counts of pixels, finite and 0 at least"):
+        with pytest.raises(ValueError, match=r"`class_pixels` to be pixel counts, finite and at least 0"):
             rare_class_probabilities(torch.tensor(counts))
-        with pytest.raises(ValueError, match=r"`class_pixels` to be counts of pixels, finite and 0 at least"):
+        with pytest.raises(ValueError, match=r"`class_pixels` to be pixel counts, finite and at least 0"):
             RareClassSampler(torch.tensor([counts]))
-    with pytest.raises(ValueError, match=r"`class_pixels` to have a class at least, but got \(0,\)"):
+    with pytest.raises(ValueError, match=r"`class_pixels` to have at least one class, but got \(0,\)"):
         rare_class_probabilities(torch.ones(0))
     with pytest.raises(ValueError, match=r"`temperature` to be above 0, but got 0"):
         rare_class_probabilities(torch.ones(3), temperature=0.0)
@@ -209,11 +209,11 @@ def test_a_drawn_image_shows_the_drawn_class(seed: int, images: int, classes: in
 def test_sampler_errors() -> None:
     with pytest.raises(ValueError, match=r"`class_pixels` to be \(images, C\), but got \(4,\)"):
         RareClassSampler(TABLE[0])
-    with pytest.raises(ValueError, match="to count a pixel of some class, but got only zeros"):
+    with pytest.raises(ValueError, match="to have a positive count, but got only zeros"):
         RareClassSampler(torch.zeros(3, 2))
     for wrong in (-1.0, float("nan")):
         with pytest.raises(
-            ValueError, match="`class_pixels` to be counts of pixels, finite and 0 at least, but got others"
+            ValueError, match="`class_pixels` to be pixel counts, finite and at least 0, but got others"
         ):
             RareClassSampler(torch.tensor([[wrong, 2.0]]))
     with pytest.raises(ValueError, match=r"`min_pixels` to be at least 0, but got -1"):

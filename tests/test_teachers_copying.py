@@ -409,13 +409,11 @@ def test_the_way_out_leads_out(name: str) -> None:
 
 def test_a_module_must_be_another_net_of_the_same_kind() -> None:
     net = Net()
-    with pytest.raises(
-        ValueError, match=r"`module` to be a net of its own, but got one that has body\.weight in common"
-    ):
+    with pytest.raises(ValueError, match=r"`module` to be a separate net, but got one that shares body\.weight"):
         EMATeacher(net, module=net)
     half = Net()
     half.head = net.head
-    with pytest.raises(ValueError, match=r"one that has head\.weight in common"):
+    with pytest.raises(ValueError, match=r"one that shares head\.weight"):
         EMATeacher(net, module=half)
     with pytest.raises(ValueError, match="0 of 2 match"):
         EMATeacher(net, module=nn.Linear(2, 2))

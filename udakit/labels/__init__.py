@@ -1,4 +1,4 @@
-"""Label maps: the id tables of the street data sets, checks on request, and sizes changed without inventing a class."""
+"""Label maps: id tables of the street data sets, checks of ids, and resizing that never invents a class."""
 
 from udakit.labels.ids import check_labels, map_ids
 from udakit.labels.sizes import downscale_labels, resize_labels

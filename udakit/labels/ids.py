@@ -1,4 +1,4 @@
-"""Class ids changed by a table, and checked on request."""
+"""Map class ids with a table, and check them."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from torch import Tensor
 
 from udakit._checks import check_ignore_index, check_integer, check_tensor, is_integer, kind_of
 
-DENSE = 2**20  # ids that a table is laid out for; a wider one is searched
+DENSE = 2**20  # largest range of ids for a look-up table; wider tables are searched
 
 Labels = TypeVar("Labels", Tensor, NDArray[np.integer])
 
 
 def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> Labels:
-    """Replace every id by its entry in `table`, and every id without one by `default`.
+    """Replace every id with its entry in `table`, and every id without an entry with `default`.
 
-    **Convention.** One lookup, exact for any integer, whatever ids the table spans: no float, no loop over ids, nothing
-    modified in place. To re-index for a head with fewer outputs, map twice:
+    **Convention.** This is a single look-up, which is exact for any integers: nothing passes through float, there is no
+    loop over ids, and nothing is modified in place. To re-index for a head with fewer outputs, map the result again:
     `map_ids(x, {t: k for k, t in enumerate(SYNTHIA_16_CLASSES)})`.
 
     Args:
-        labels: integer ids of any shape, a tensor or a NumPy array (what a data loader has in hand).
-        table: old id -> new id, for example `GTA5_IDS`.
-        default: what all other ids become.
+        labels: integer ids of any shape, as a tensor or a NumPy array.
+        table: mapping from old to new ids, for example `GTA5_IDS`.
+        default: new id of all other ids.
 
     Returns:
-        The new ids, of the type, shape and dtype of `labels`.
+        The new ids, with the type, shape and dtype of `labels`.
 
     Raises:
-        TypeError: `labels` that are not integers.
-        ValueError: a new id that the dtype of `labels` cannot hold.
+        TypeError: `labels` are not integers.
+        ValueError: the dtype of `labels` cannot hold a new id.
 
     Example:
         >>> from udakit.labels import CITYSCAPES_IDS
@@ -48,7 +48,7 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         given = f"{dict(list(table.items())[:3])}" if isinstance(table, Mapping) else kind_of(table)
         raise TypeError(
             f"Expected `table` to map integer ids to integer ids, but got {given}. "
-            "A list of old ids, in the order of the new ones, becomes one by {old: new for new, old in enumerate(ids)}."
+            "Convert a list of old ids, in the order of the new ones, with {old: new for new, old in enumerate(ids)}."
         )
     if isinstance(labels, Tensor):
         check_integer_labels(labels)
@@ -56,22 +56,22 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
         ids = labels.long()
         if high - low > DENSE:
             old, new = ids.new_zeros((2, len(pairs)))
-            for place, pair in enumerate(pairs):  # entry by entry: a copy of a host list would make a GPU wait
+            for place, pair in enumerate(pairs):  # entry by entry, because copying a list to a GPU would make it wait
                 old[place].fill_(pair[0])
                 new[place].fill_(pair[1])
             place_of = torch.searchsorted(old, ids).clamp_max(len(pairs) - 1)
             return torch.where(old[place_of] == ids, new[place_of], default).to(labels.dtype)
-        lookup = labels.new_full((high - low + 2,), default)  # the last place is for every id outside the table
+        lookup = labels.new_full((high - low + 2,), default)  # the last entry is for all ids outside the table
         for key, value in pairs:
             lookup[key - low].fill_(value)
         return lookup[torch.where((ids >= low) & (ids <= high), ids - low, high - low + 1)]
     if not isinstance(labels, (np.ndarray, np.generic)):
         raise TypeError(
             f"Expected `labels` to be an integer tensor or array, but got {kind_of(labels)}. "
-            "Lists and Pillow images become an array by np.asarray."
+            "Convert lists and Pillow images with np.asarray."
         )
     if not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(f"Expected `labels` to be an integer array, but got {labels.dtype}. .astype makes one.")
+        raise TypeError(f"Expected `labels` to be an integer array, but got {labels.dtype}. Convert it with .astype.")
     pairs, low, high = _pairs(table, np.iinfo(labels.dtype), default)
     if high - low > DENSE:
         keys, values = np.array(pairs, dtype=np.int64).T
@@ -90,16 +90,16 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
 def _pairs(
     table: Mapping[int, int], limits: torch.iinfo | np.iinfo[Any], default: int
 ) -> tuple[list[tuple[int, int]], int, int]:
-    """Check that the new ids fit; return the pairs that labels of the dtype can meet, and the ids they span."""
+    """Check that the new ids fit; return the pairs that labels of the dtype can contain, and the range of their ids."""
     new = [default, *table.values()]
     if min(new) < limits.min or max(new) > limits.max:
         raise ValueError(
             "Expected `labels` to have a dtype that holds the new ids "
             f"{min(new)}..{max(new)}, but got {str(limits.dtype).removeprefix('torch.')}. "
-            "Widen it first: .long() of a tensor, .astype(np.int64) of an array."
+            "Widen it first, with .long() for a tensor or .astype(np.int64) for an array."
         )
     pairs = sorted((int(old), int(to)) for old, to in table.items() if limits.min <= old <= min(limits.max, 2**63 - 1))
-    if limits.min == 0 and limits.max < 2**16:  # every id that the dtype has: no comparison is needed
+    if limits.min == 0 and limits.max < 2**16:  # the table covers every id of the dtype, so no comparison is needed
         return pairs, 0, int(limits.max)
     return pairs, pairs[0][0] if pairs else 0, pairs[-1][0] if pairs else 0
 
@@ -109,39 +109,40 @@ def check_integer_labels(labels: Tensor, name: str = "labels") -> None:
     check_tensor(name, labels, "an integer tensor")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(
-            f"Expected `{name}` to be an integer tensor, but got {kind_of(labels)}. Class ids become one by .long()."
+            f"Expected `{name}` to be an integer tensor, but got {kind_of(labels)}. Convert class ids with .long()."
         )
 
 
 def check_labels(
     labels: Integer[Tensor, "..."], *, num_classes: int, ignore_index: int = 255, name: str = "labels"
 ) -> None:
-    """Raise when a label is neither a class nor `ignore_index`, naming the unexpected ids and their pixel counts.
+    """Raise if a label is neither a class nor `ignore_index`. The message lists the unexpected ids and pixel counts.
 
-    **Convention.** This reads values, so on a GPU it waits: call it on a data set's first batches, not in every step.
-    It looks at ids alone. Labels of any shape pass; a wrong shape is refused by the function that takes the labels.
+    **Convention.** This function reads values, so it waits for the GPU. Call it on the first batches of a data set, not
+    in every step. It checks only the ids, and accepts labels of any shape: the function that uses the labels checks
+    their shape.
 
     Args:
-        labels: ids of any shape, any integer dtype.
+        labels: ids of any shape and any integer dtype.
         num_classes: C; ids 0..C-1 are expected.
-        ignore_index: the one further id that is expected.
-        name: what the message calls the labels, for example a file name.
+        ignore_index: the only other id that is expected.
+        name: name of the labels in the message, for example a file name.
 
     Raises:
-        TypeError: `labels` that are not integers.
-        ValueError: an unexpected id.
+        TypeError: `labels` are not integers.
+        ValueError: there is an unexpected id.
 
     Example:
         >>> check_labels(torch.tensor([0, 18, 255]), num_classes=19)
         >>> check_labels(torch.tensor([0, 26, 26, 33]), num_classes=19)
         Traceback (most recent call last):
-        ValueError: Expected `labels` to hold ids 0..18 or 255, but got 26 (2 pixels), 33 (1 pixel). Bring the ids \
-of a data set to these with map_ids, or correct `num_classes` or `ignore_index`.
+        ValueError: Expected `labels` to hold ids 0..18 or 255, but got 26 (2 pixels), 33 (1 pixel). Map the ids \
+of a data set with map_ids, or correct `num_classes` or `ignore_index`.
     """
     check_integer("num_classes", num_classes)
     check_ignore_index(ignore_index)
     check_integer_labels(labels, name)
-    # Reads values because it is asked to: for the first batches of a data set, not for each step.
+    # This check reads values by design. It is meant for the first batches of a data set, not for each step.
     found = dict(zip(*(x.tolist() for x in torch.unique(labels, return_counts=True)), strict=True))
     wrong = {i: n for i, n in found.items() if not 0 <= i < num_classes and i != ignore_index}
     if wrong:
@@ -149,5 +150,5 @@ of a data set to these with map_ids, or correct `num_classes` or `ignore_index`.
         more = f" and {len(wrong) - 8} more ids" if len(wrong) > 8 else ""
         raise ValueError(
             f"Expected `{name}` to hold ids 0..{num_classes - 1} or {ignore_index}, but got {', '.join(listed)}{more}. "
-            "Bring the ids of a data set to these with map_ids, or correct `num_classes` or `ignore_index`."
+            "Map the ids of a data set with map_ids, or correct `num_classes` or `ignore_index`."
         )

@@ -1,4 +1,4 @@
-"""Label maps of another size, without inventing a class."""
+"""Resize label maps without inventing a class."""
 
 from __future__ import annotations
 
@@ -32,27 +32,28 @@ def downscale_labels(
     min_ratio: float = 0.75,
     ignore_index: int = 255,
 ) -> Integer[Tensor, "n *space2"]:
-    """Bring labels to feature size: the majority of each cell of side `factor`, where it is clear enough.
+    """Downscale labels to the size of features by the majority in each cell, where the majority is large enough.
 
-    **Convention.** Ignored pixels (and ids >= C) compete: a cell that they win is ignored. They lose ties, and a tie of
-    two classes goes to the lower id. A winner with less than `min_ratio` of the cell is ignored. No one-hot map
-    is made: the counts, C + 1 integers a cell, are those of the cells. In volumes a cell is a cube, in signals a run.
+    **Convention.** Ignored pixels (and ids >= C) are counted, too: a cell in which they are the majority is ignored.
+    They lose ties, and a tie between two classes goes to the lower id. A cell is also ignored if its majority covers
+    less than `min_ratio` of it. No one-hot map is made, only C + 1 counts for each cell. In volumes a cell is a cube,
+    and in signals an interval.
 
     **Source.** DAFormer and SePiCo, with ratio 0.75.
 
     Args:
         labels: class ids 0..C-1 or `ignore_index`, int64 or uint8.
-        factor: side of a cell, the stride of the features in every axis.
+        factor: side of a cell in pixels, which is the stride of the features along every axis.
         num_classes: C, the number of classes.
-        min_ratio: smallest share of the cell that decides it, in [0, 1].
-        ignore_index: the label that takes no part, and the label of an undecided cell.
+        min_ratio: smallest fraction of a cell that its majority must cover, in [0, 1].
+        ignore_index: the label of ignored pixels, and of cells without a large enough majority.
 
     Returns:
-        Labels of the cells, dtype as given.
+        The labels of the cells, with the dtype of `labels`.
 
     Raises:
-        TypeError: `labels` that are neither int64 nor uint8.
-        ValueError: a side that `factor` does not divide, or an option out of range.
+        TypeError: `labels` is neither int64 nor uint8.
+        ValueError: `factor` does not divide a side, or an option is out of range.
 
     Example:
         >>> downscale_labels(torch.tensor([[[1, 1, 0, 2], [1, 2, 0, 255]]]), 2, num_classes=3)
@@ -78,29 +79,28 @@ def downscale_labels(
     ids = class_ids(split.permute(0, *inside, *between).reshape(n, factor**axes, *cells), num_classes, ignore_index)
     counts = ids.new_zeros((n, num_classes + 1, *cells), dtype=torch.int32)
     counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.int32))
-    winner = counts.argmax(dim=1)  # the first of equals: the lowest id, and ignored pixels last
+    winner = counts.argmax(dim=1)  # ties go to the lowest id, and ignored pixels come last
     share = counts.gather(1, winner[:, None])[:, 0]
-    enough = math.ceil(min_ratio * factor**axes - 1e-9)  # in whole pixels, so that no share is lost to rounding
+    enough = math.ceil(min_ratio * factor**axes - 1e-9)  # in whole pixels, so that rounding does not matter
     kept = (winner < num_classes) & (share >= enough)
     return torch.where(kept, winner, ignore_index).to(labels.dtype)
 
 
 def resize_labels(labels: Integer[Tensor, "n *space"], size: Sequence[int]) -> Integer[Tensor, "n *space2"]:
-    """Resize labels to a size by the nearest pixel, the very pixel that `F.interpolate(mode="nearest")` takes.
+    """Resize labels by nearest-neighbour interpolation, with exactly the pixels of `F.interpolate(mode="nearest")`.
 
-    **Convention.** Pixels are picked, never computed: the ids do not pass through a float (id 26001 survives) and the
-    dtype stays.
+    **Convention.** Labels never pass through float, so large ids such as 26001 are exact, and the dtype stays.
 
     Args:
-        labels: integer ids, any integer dtype.
-        size: the new (H, W); (L,) of signals, (D, H, W) of volumes.
+        labels: ids, (N, *space), in any integer dtype.
+        size: the new size, (H, W); (L,) for signals and (D, H, W) for volumes.
 
     Returns:
-        Labels of the new size.
+        The labels, (N, *size).
 
     Raises:
-        TypeError: `labels` that are not integers.
-        ValueError: `labels` that are not (N, *space), or a `size` without a positive number for each axis.
+        TypeError: `labels` are not integers.
+        ValueError: `labels` are not (N, *space), or `size` does not have a positive number for each axis.
 
     Example:
         >>> resize_labels(torch.tensor([[[1, 26001]]]), (2, 4))
@@ -110,7 +110,7 @@ def resize_labels(labels: Integer[Tensor, "n *space"], size: Sequence[int]) -> I
     check_integer_labels(labels)
     check_spatial("labels", labels)
     single = is_sequence(size) and len(size) == labels.ndim
-    hint = " A single one becomes a batch by .unsqueeze(0)." if single else ""
+    hint = " For a single map, add the batch axis with .unsqueeze(0)." if single else ""
     check_size("size", size, labels.ndim - 1, of=f" for `labels` {shape_of(labels)}", hint=hint)
     for axis, new in enumerate(size, 1):
         labels = labels.index_select(axis, _nearest(labels, axis, new))
@@ -119,6 +119,6 @@ def resize_labels(labels: Integer[Tensor, "n *space"], size: Sequence[int]) -> I
 
 def _nearest(labels: Tensor, axis: int, new: int) -> Tensor:
     old = labels.shape[axis]
-    # float32 on purpose: F.interpolate computes its source index so, and must be met exactly.
+    # float32 on purpose, because F.interpolate computes its source index in float32.
     places = torch.arange(new, device=labels.device, dtype=torch.float32) * (old / new)
     return places.floor().long().clamp_max(old - 1)

@@ -22,16 +22,16 @@ CITYSCAPES_PALETTE: Final[UInt8[np.ndarray, "19 3"]] = np.array(
     ],
     dtype=np.uint8,
 )
-"""RGB colour of each train id, as every paper draws it."""
+"""The standard RGB colour of each train id."""
 CITYSCAPES_PALETTE.flags.writeable = False
 
 _EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 CITYSCAPES_IDS: Final[Mapping[int, int]] = {label_id: train_id for train_id, label_id in enumerate(_EVALUATED)}
-"""Cityscapes `_labelIds` -> train id; every other id is ignored."""
+"""Maps Cityscapes `_labelIds` to train ids; all other ids are ignored."""
 
 GTA5_IDS: Final[Mapping[int, int]] = CITYSCAPES_IDS
-"""GTA5 labels (palette PNGs) hold Cityscapes ids."""
+"""Maps GTA5 ids to train ids. GTA5 labels (palette PNGs) hold Cityscapes ids."""
 
 # fmt: off
 SYNTHIA_IDS: Final[Mapping[int, int]] = {
@@ -39,7 +39,7 @@ SYNTHIA_IDS: Final[Mapping[int, int]] = {
     12: 17, 11: 18,
 }
 # fmt: on
-"""SYNTHIA-RAND-CITYSCAPES id (first channel of the 16-bit PNG) -> train id. 16, 18 and 20 do not occur in the data."""
+"""Maps SYNTHIA-RAND-CITYSCAPES ids (first channel of the 16-bit PNG) to train ids. Ids 16, 18 and 20 do not occur."""
 
 SYNTHIA_16_CLASSES: Final = (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 15, 17, 18)
 """Train ids of the 16-class protocol: without terrain, truck and train."""

@@ -1,4 +1,4 @@
-"""Rare-class sampling: count the classes once, then draw images so that rare classes are seen."""
+"""Rare-class sampling: count the classes once, then draw images with rare classes more often."""
 
 from udakit.sampling.counts import count_classes, read_class_stats
 from udakit.sampling.rare_classes import RareClassSampler, rare_class_probabilities

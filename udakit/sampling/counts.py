@@ -1,4 +1,4 @@
-"""Pixels of each class in each image of a data set: counted once, or read where a converter left them."""
+"""Pixel counts of each class in each image of a data set, counted or read from a converter's file."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def count_classes(
 ) -> Int64[Tensor, "images c"]:
     """Count the pixels of each class in each image of a data set.
 
-    **Convention.** Every id outside 0..C-1, the ignored one among them, is not counted. This is host code for the start
-    of a run: it reads files and tensors one by one, on the CPU.
+    **Convention.** Ids outside 0..C-1, such as the ignored one, are not counted. This function is meant for the start
+    of a run: it reads files and tensors one by one on the CPU.
 
     Args:
-        labels: label maps (tensors or arrays of any shape), paths of label images, or a data set of what `load` takes.
+        labels: label maps (tensors or arrays of any shape), paths of label images, or a data set of items for `load`.
         num_classes: C, the number of classes.
-        load: makes a label map of an item, for example
-            `lambda path: map_ids(np.asarray(Image.open(path)), GTA5_IDS)` or `lambda item: item[1]`. Without it a path
-            is opened by Pillow and its values are the ids (a palette image is read as indices).
-        progress: called with the number of images done, after each.
+        load: function that makes a label map from an item, for example `lambda path:
+            map_ids(np.asarray(Image.open(path)), GTA5_IDS)` or `lambda item: item[1]`. Without it, Pillow opens a path
+            and its values are the ids (indices for a palette image).
+        progress: function that is called after each image with the number of images done.
 
     Returns:
-        Pixel counts, one row an image.
+        The pixel counts, one row for each image.
 
     Raises:
-        TypeError: a label map that is not of integers.
+        TypeError: a label map does not hold integers.
 
     Example:
         >>> count_classes([torch.tensor([[0, 0], [2, 255]]), torch.tensor([[1, 1], [1, 1]])], num_classes=3)
@@ -51,7 +51,7 @@ def count_classes(
     if isinstance(labels, (str, os.PathLike)) or not (isinstance(labels, Iterable) or hasattr(labels, "__getitem__")):
         raise TypeError(
             f"Expected `labels` to be an iterable of label maps or paths, but got {kind_of(labels)}. "
-            'The files of a folder are sorted(Path(folder).glob("*.png")).'
+            'List the files of a folder with sorted(Path(folder).glob("*.png")).'
         )
     if load is not None:
         check_callable("load", load, "load(item)")
@@ -65,7 +65,7 @@ def count_classes(
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"Expected `labels` to hold integer maps, but got {kind_of(found)} in item {len(rows)}. "
-                "Pass `load=` to make a map of an item, for example load=lambda item: item[1]."
+                "Pass `load=` to make a map from an item, for example load=lambda item: item[1]."
             ) from error
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"Expected `labels` to hold integer maps, but got {ids.dtype} in item {len(rows)}.")
@@ -78,7 +78,7 @@ def count_classes(
 
 
 def _items(labels: Any) -> Iterator[Any]:
-    # A map-style data set need not raise IndexError at its end, so iter() on it may never stop.
+    # A map-style data set may not raise IndexError at its end, so iter() on it may never stop.
     if hasattr(labels, "__len__") and hasattr(labels, "__getitem__"):
         return (labels[i] for i in range(len(labels)))
     return iter(labels)
@@ -91,36 +91,36 @@ def _read(item: Any) -> Any:
         from PIL import Image
     except ImportError as error:
         raise ImportError(
-            "Reading label images by path needs Pillow (`pip install pillow`), or pass `load=`."
+            "Reading label images by path needs Pillow. Install it with `pip install pillow`, or pass `load=`."
         ) from error
     with Image.open(item) as image:
         ids = np.array(image)
     if ids.ndim != 2:
         raise ValueError(
             f"Expected `labels` item {os.fspath(item)!r} to be a one-channel label image, but got shape {ids.shape}. "
-            "Pass `load=` to make class ids of colours."
+            "Pass `load=` to turn colours into class ids."
         )
     return ids.astype(np.int64)
 
 
 def read_class_stats(path: str | os.PathLike[str], *, num_classes: int) -> tuple[list[str], Int64[Tensor, "images c"]]:
-    """Read the class statistics that DAFormer's converters write beside a data set.
+    """Read the class statistics that DAFormer's converters write next to a data set.
 
     Both `sample_class_stats.json` (a list of {"<train id>": pixels, "file": path}) and `sample_class_stats_dict.json`
-    ({path: {"<train id>": pixels}}) are understood.
+    ({path: {"<train id>": pixels}}) can be read.
 
-    **Convention.** File names are returned as they were written at conversion, so compare base names. Ids outside
+    **Convention.** File names are returned as the converter wrote them, so compare only their base names. Ids outside
     0..C-1 are not counted.
 
     Args:
-        path: the JSON file.
+        path: path of the JSON file.
         num_classes: C, the number of classes.
 
     Returns:
-        The label files, and their pixel counts (images, C) for `RareClassSampler`.
+        The label files and their pixel counts (images, C), for `RareClassSampler`.
 
     Raises:
-        ValueError: a file of another form.
+        ValueError: the file has another form.
     """
     stored = Path(path).read_bytes()
     try:

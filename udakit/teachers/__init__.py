@@ -1,4 +1,4 @@
-"""Teachers: the moving average of a student, and several teachers made one."""
+"""Teachers: the moving average of a student, and the fusion of several teachers."""
 
 from udakit.teachers.copying import copy_net
 from udakit.teachers.ema import EMATeacher

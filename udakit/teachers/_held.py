@@ -1,4 +1,4 @@
-"""What a net holds beside its weights, and what of it cannot be copied."""
+"""Find what a net holds besides its weights, and what of it cannot be copied."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
 WAY_OUT = (
-    "Make a second net as you made this one: EMATeacher(model, module=second) takes it, and "
-    "second.load_state_dict(model.state_dict()) makes it a copy."
+    "Make a second net as you made this one. Pass it as EMATeacher(model, module=second), or make it a copy with "
+    "second.load_state_dict(model.state_dict())."
 )
 _INTERNAL = {*vars(nn.Module()), "_compiled_call_impl", "_is_full_backward_hook"}
 _ATOMS = (
@@ -39,7 +39,7 @@ _CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
 class Held:
-    """What the modules of a net hold beside parameters, buffers and submodules, and which of it cannot be copied."""
+    """The objects that the modules of a net hold besides parameters, buffers and submodules."""
 
     def __init__(self, modules: dict[str, nn.Module], copies: Mapping[int, object]) -> None:
         self.net = {id(m) for m in modules.values()} | {*copies}
@@ -58,9 +58,9 @@ class Held:
             if self._refers(function):
                 raise copy_error(
                     name,
-                    f"has a `{attribute}` of its own, a function that refers to the net: on a copy it would go on "
-                    "running the original. Set it as a method, types.MethodType(function, net), or after the copy is "
-                    "made.",
+                    f"has a `{attribute}` of its own, a function that refers to the net. On a copy it would still run "
+                    "the original. Set it as a method with types.MethodType(function, net), or set it after the copy "
+                    "is made.",
                 )
 
     def _visit(self, name: str, attribute: str, value: object) -> None:
@@ -86,9 +86,9 @@ class Held:
                 stack.extend(_parts(x))
 
     def _refers(self, function: object, *, is_hook: bool = False) -> bool:
-        """Whether a function (or a weak reference) leads to the net or what it holds, or to weights of another one.
+        """Whether a function (or a weak reference) leads to the net or its content, or to weights of another net.
 
-        A hook may work with a net of its user's, and for an object of the user's that knows the net, a trainer's say.
+        A hook may use another net of the user, or serve an object that knows the net, for example a trainer.
         """
         stack: list[tuple[object, bool]] = [(function, True)]
         seen: set[int] = set()
@@ -111,7 +111,7 @@ class Held:
         return False
 
     def keeps(self, name: str, hook: Any) -> bool:
-        """Whether a hook on a call belongs to the net; raise where it does and cannot be copied."""
+        """Whether a hook on calls belongs to the net; raise if it does and cannot be copied."""
         while type(hook).__name__ == "_WrappedHook":
             hook = hook.hook
         if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
@@ -131,16 +131,16 @@ class Held:
         if self._refers(function, is_hook=not own):
             raise copy_error(
                 name,
-                f"has a hook, {_title(function)}, a function that refers to the net: on a copy it would go on working "
-                "for the original. Remove it until the copy is made.",
+                f"has a hook, {_title(function)}, a function that refers to the net. On a copy it would still work for "
+                "the original. Remove it until the copy is made.",
             )
         kept = own or (function.__module__.split(".")[0] in self.packages and _is_pure(hook))
         if not kept and any(id(x) in self.stores for x in _stores(function)):
             raise copy_error(
                 name,
-                f"has a hook, {_title(function)}, that shares a list or dict with the code of the net: without the "
-                "hook a copy would read what the original left there. Keep the store as an attribute of the net, and "
-                "make the hook a method of it.",
+                f"has a hook, {_title(function)}, that shares a list or dict with the code of the net. Without the "
+                "hook a copy would read what the original left there. Keep the list or dict as an attribute of the "
+                "net, and make the hook a method of the net.",
             )
         return kept
 
@@ -149,7 +149,7 @@ class Held:
 
 
 def attributes(module: nn.Module) -> list[tuple[str, object]]:
-    """Attributes of the instance that torch does not keep itself, as `deepcopy` sees them."""
+    """The attributes of a Module that do not belong to torch, as `deepcopy` sees them."""
     try:
         state = module.__getstate__()  # type: ignore[no-untyped-call] # nn.RNN leaves its weak references out
     except Exception:
@@ -159,13 +159,13 @@ def attributes(module: nn.Module) -> list[tuple[str, object]]:
 
 
 def _parts(x: Any) -> list[Any]:
-    """What an object refers to, one step far."""
+    """The objects that an object refers to directly."""
     if isinstance(x, types.FunctionType):
         cells = []
         for cell in x.__closure__ or ():
             try:
                 cells.append(cell.cell_contents)
-            except ValueError:  # not filled yet
+            except ValueError:  # the cell is still empty
                 continue
         known = (x.__globals__.get(name) for name in x.__code__.co_names)
         nets = [g for g in known if isinstance(g, (nn.Module, types.MethodType))]
@@ -184,20 +184,20 @@ def _parts(x: Any) -> list[Any]:
 
 
 def _methods(kind: type) -> list[types.FunctionType]:
-    """Functions of a class of the user's: what torch defines holds no store."""
+    """The functions of a class that torch does not define."""
     known = [base for base in kind.__mro__ if base is not object and base.__module__.split(".")[0] != "torch"]
     return [f for base in known for f in vars(base).values() if isinstance(f, types.FunctionType)]
 
 
 def _stores(function: types.FunctionType) -> list[object]:
-    """Lists, sets and dicts that a function knows from outside: global ones, and those of a closure."""
+    """The lists, sets and dicts that a function uses from outside: global ones and those of a closure."""
     known = [function.__globals__.get(name) for name in function.__code__.co_names]
     known += [x for x in _parts(function) if not isinstance(x, nn.Module)]
     return [x for x in known if isinstance(x, (dict, list, set, deque))]
 
 
 def _is_pure(function: object) -> bool:
-    """Whether a function holds nothing that it could write to, and names no global container."""
+    """Whether a function holds nothing that it could modify, and uses no global container."""
     if not isinstance(function, (types.FunctionType, functools.partial)):
         return isinstance(function, _ATOMS)
     named: list[object] = []

@@ -1,4 +1,4 @@
-"""Whether a student fits the net that a teacher averages."""
+"""Checks that a student matches the net that a teacher averages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from udakit._checks import shape_of
 
-_ONE_NET = "A teacher averages the net that it was made of: make another one for another net."
+_ONE_NET = "A teacher averages the net that it was made from: make another teacher for another net."
 
 
 def check_match(
@@ -31,7 +31,7 @@ def check_match(
     split = [n for n, x in own.items() if shards(x) != shards(student[n])]
     if split:
         raise ValueError(
-            f"Expected `model` to be sharded as the averaged net, but got another layout of {_first(split)}. Shard "
+            f"Expected `model` to be sharded like the averaged net, but got another layout of {_first(split)}. Shard "
             "both nets in the same way, with fully_shard(net, reshard_after_forward=True)."
         )
     moved = [
@@ -45,29 +45,29 @@ def check_match(
     thawed = [name for name in shared if student[name].requires_grad]
     if thawed:
         raise ValueError(
-            "Expected `model` to keep frozen what `share_frozen=True` shares, but got parameters that require a "
-            f"gradient: {_first(sorted(thawed))}. Make the teacher anew after unfreezing."
+            "Expected `model` to keep the parameters frozen that `share_frozen=True` shares, but got parameters that "
+            f"require a gradient: {_first(sorted(thawed))}. Make a new teacher after unfreezing."
         )
 
 
 def check_apart(own: Mapping[str, Tensor], student: Mapping[str, Tensor], *, shared: Collection[str]) -> None:
-    """Raise where the averaged net would be averaged into itself: such an update would silently do nothing."""
+    """Raise if the net would be averaged into itself: such an update would silently do nothing."""
     common = [name for name, x in own.items() if name not in shared and x is student[name]]
     if common:
         raise ValueError(
-            "Expected `model` to be the student, but got the averaged net itself, or a net that shares with it: "
-            f"{_first(common)}."
+            "Expected `model` to be the student, but got the averaged net itself or a net that shares tensors with "
+            f"it: {_first(common)}."
         )
 
 
 def local(x: Tensor) -> Tensor:
-    """The part of a sharded tensor (DTensor) that is on this rank; any other tensor is whole."""
+    """The part of a sharded tensor (DTensor) on this rank; any other tensor as it is."""
     part: Tensor = x.to_local() if hasattr(x, "to_local") else x
     return part
 
 
 def shards(x: Any) -> Any:
-    """How a tensor is sharded; None for one that is whole."""
+    """How a tensor is sharded; None if it is not."""
     return getattr(x, "placements", None)
 
 

@@ -25,13 +25,15 @@ _FSDP = ("FullyShardedDataParallel", "FSDPModule")
 
 
 def copy_net(model: nn.Module) -> nn.Module:
-    """Copy a net so that nothing of the copy is the original's.
+    """Copy a net so that the copy shares nothing with the original.
 
-    **Convention.** Parameters, buffers and all else that the net holds are copied, gradients are not; the wrappers of
-    `torch.compile`, DataParallel and DistributedDataParallel come off, and `requires_grad` and the training mode stay.
-    A `forward` that was set on the net itself, and hooks that are methods of the net or of what it holds, work on the
-    copy. So do the hooks by which torch computes weights (`weight_norm`, `spectral_norm`, `prune`) and hooks that the
-    library of the net hung on. All other hooks on a call are left behind: an open `FeatureTap` does not see the copy.
+    **Convention.** Parameters, buffers and everything else that the net holds are copied; gradients are not. The
+    wrappers of `torch.compile`, DataParallel and DistributedDataParallel are removed. `requires_grad` and the training
+    mode stay.
+
+    A `forward` that was set on the net itself works on the copy. So do hooks that are methods of the net or of objects
+    in it, the hooks with which torch computes weights (`weight_norm`, `spectral_norm`, `prune`), and hooks that the
+    library of the net added. All other hooks on calls are not copied: an open `FeatureTap` does not see the copy.
 
     Args:
         model: a net, wrapped or not.
@@ -40,9 +42,9 @@ def copy_net(model: nn.Module) -> nn.Module:
         The copy.
 
     Raises:
-        ValueError: a net that cannot be copied so, by the name of the submodule: it holds a function that refers to the
-            net itself (a closure would go on running the original), a tensor with a graph, a lock, parameters without
-            a shape yet, or it is sharded.
+        ValueError: the net cannot be copied; the message names the submodule. It may hold a function that refers to the
+            net itself (a closure would still run the original), a tensor with a graph, a lock, or parameters without a
+            shape yet, or it may be sharded.
 
     Example:
         >>> net = nn.Conv2d(3, 2, 1)
@@ -54,7 +56,7 @@ def copy_net(model: nn.Module) -> nn.Module:
 
 
 def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device | str | None = None) -> nn.Module:
-    """Copy a net to a device, except for the parameters whose ids are in `shared`: the copy has them in common."""
+    """Copy a net to a device. The copy shares the parameters with ids in `shared`."""
     inner = unwrap_model(model)
     modules = dict(named_modules(inner))
     for name, module in modules.items():
@@ -72,7 +74,7 @@ def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device
         for wrapper in reversed(_wrappers(inner)):
             memo[id(wrapper)] = copy.deepcopy(unwrap_model(wrapper), memo)
         twin = copy.deepcopy(inner, memo)
-        for target, kept in hooks:  # only now: they refer to modules of the copy
+        for target, kept in hooks:  # only now, because they refer to modules of the copy
             target.update({key: copy.deepcopy(hook, memo) for key, hook in kept.items()})
     except Exception as error:
         raise copy_error(*_culprit(modules, memo, error)) from error
@@ -80,7 +82,7 @@ def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device
 
 
 def named_modules(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (dotted name, module) of a net and its submodules, each once and without wrappers."""
+    """Yield the (dotted name, module) of a net and its submodules, each once and without wrappers."""
     module, seen = unwrap_model(module), set() if seen is None else seen
     if id(module) not in seen:
         seen.add(id(module))
@@ -91,7 +93,7 @@ def named_modules(module: nn.Module, prefix: str = "", seen: set[int] | None = N
 
 
 def computed_weights(module: nn.Module) -> list[Tensor]:
-    """Tensors that torch's own hooks compute before each call, and keep beside the parameters."""
+    """The tensors that torch's own hooks compute before each call and store next to the parameters."""
     names = [
         hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
         for hook in module._forward_pre_hooks.values()
@@ -101,7 +103,7 @@ def computed_weights(module: nn.Module) -> list[Tensor]:
 
 
 def computed_buffers(model: nn.Module) -> Iterator[str]:
-    """Yield the names of buffers that weights are computed from: they belong to the weights, not to a policy."""
+    """Yield the names of buffers from which weights are computed; they are treated like weights."""
     for name, module in named_modules(model):
         start = f"{name}." if name else ""
         if "parametrizations" in name.split("."):
@@ -116,7 +118,7 @@ def computed_buffers(model: nn.Module) -> Iterator[str]:
 def _empty_hooks(
     modules: dict[str, nn.Module], held: Held, memo: dict[int, Any]
 ) -> list[tuple[OrderedDict[int, Any], dict[int, Any]]]:
-    """Let `deepcopy` find empty hooks on calls; return each with those that it will get."""
+    """Let `deepcopy` find no hooks on calls; return each hook dictionary of the copy with its future hooks."""
     pairs = []
     for name, module in modules.items():
         keys: set[int] = set()
@@ -133,7 +135,7 @@ def _empty_hooks(
 
 
 def _wrappers(module: nn.Module) -> list[nn.Module]:
-    """Wrapped submodules, outer before inner."""
+    """The wrapped submodules, outer ones first."""
     found = []
     for child in unwrap_model(module)._modules.values():
         if child is not None:
@@ -147,11 +149,11 @@ def _check_ready(name: str, module: nn.Module) -> None:
     tensors = (*module._parameters.items(), *module._buffers.items())
     lazy = [key for key, x in tensors if isinstance(x, (UninitializedParameter, UninitializedBuffer))]
     if lazy:
-        raise copy_error(name, f"is lazy: {', '.join(lazy)} has no shape yet. Call the net once before.")
+        raise copy_error(name, f"is lazy: {', '.join(lazy)} has no shape yet. Call the net once first.")
 
 
 def _culprit(modules: dict[str, nn.Module], memo: dict[int, Any], error: Exception) -> tuple[str, str]:
-    """Name what `deepcopy` failed at."""
+    """Find the submodule and the reason for which `deepcopy` failed."""
     others = {id(m): m for m in modules.values()}
     for name, module in modules.items():
         for attribute, value in attributes(module):

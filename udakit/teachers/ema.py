@@ -1,4 +1,4 @@
-"""The moving average of a student."""
+"""The exponential moving average of a student."""
 
 from __future__ import annotations
 
@@ -28,49 +28,52 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class EMATeacher(Average):
-    r"""A teacher whose weights are the exponential moving average of a student's.
+    r"""A teacher with the exponential moving average of a student's weights.
 
     $$\theta_T \leftarrow \alpha_t\, \theta_T + (1 - \alpha_t)\, \theta_S, \qquad
     \alpha_t = \min\left(1 - \tfrac{1}{t + 1},\ \alpha\right)$$
 
     Call `update(student)` after the optimiser's step. Calling the teacher runs the averaged net without gradients.
 
-    **Convention.** `.module` is a copy of the student without its compile and DDP wrappers; nothing in it requires a
-    gradient. With `warmup` step 0 copies the student (on a GPU up to rounding). Parameters are matched by name: a
-    missing, unknown or differently shaped one is an error, so that an update can never silently do nothing. float16 and
-    bfloat16 parameters are averaged in float32 copies (at alpha = 0.999 a step is smaller than their resolution and
-    would never land) and rounded on writing. Integer buffers are copied whatever `buffers` says; non-persistent buffers
-    are left alone.
+    **Convention.** `.module` is a copy of the student without compile and DDP wrappers, and nothing in it requires a
+    gradient. With `warmup`, step 0 copies the student (up to rounding on a GPU). Parameters are matched by name. A
+    missing, unknown or differently shaped one raises an error, so an update can never silently do nothing.
 
-    **BatchNorm.** `mode` says what `.train()` does, also a `.train()` that arrives from a parent Module: with
-    "batch_statistics" the normalisation uses the batch's own statistics and all else (dropout, drop path) stays in
-    evaluation, which is DAFormer's teacher; "train" is plain training mode (DACS, DiGA); "eval" keeps the teacher in
-    evaluation for good. `.eval()` always evaluates. A new teacher starts as if `.train()` had been called.
-    Running statistics follow the student ("copy", "ema") and the teacher's own passes never touch them; with "keep"
-    they belong to the teacher: its passes in training mode move them and the student never does. Buffers that weights
-    are computed from (`spectral_norm`, `prune`) follow the student whatever `buffers` says.
-    `torch.optim.swa_utils.update_bn(loader, teacher)` estimates the statistics anew in any `mode`.
+    float16 and bfloat16 parameters are averaged in float32 copies and rounded when written, because at alpha = 0.999 a
+    step would be smaller than their resolution. Integer buffers are always copied, whatever `buffers` is.
+    Non-persistent buffers do not change.
 
-    **Source.** Tarvainen and Valpola 2017. DACS, DAFormer and DiGA average parameters only: `buffers="keep"`.
+    **BatchNorm modes.** `mode` is what `.train()` does, even if a parent Module calls it. With "batch_statistics",
+    BatchNorm uses the statistics of the batch, and everything else (dropout, drop path) stays in evaluation mode; this
+    is DAFormer's teacher. "train" is plain training mode (DACS, DiGA). "eval" always stays in evaluation mode.
+    `.eval()` always switches to evaluation. A new teacher starts as if `.train()` had been called.
+
+    **BatchNorm statistics.** With `buffers` "copy" or "ema", the running statistics follow the student, and the
+    teacher's own passes do not change them. With "keep" they belong to the teacher: its passes in training mode update
+    them, and the student does not. Buffers from which weights are computed (`spectral_norm`, `prune`) always follow the
+    student. `torch.optim.swa_utils.update_bn(loader, teacher)` re-estimates the statistics in any `mode`.
+
+    **Source.** Tarvainen and Valpola 2017. DACS, DAFormer and DiGA average only the parameters (`buffers="keep"`).
 
     Args:
-        model: the student; it is copied (`copy_net`), not kept.
+        model: the student. It is copied (see `copy_net`), and no reference to it is kept.
         decay: alpha in [0, 1].
-        warmup: whether alpha rises from 0 as above; turn it off when the student starts from trained weights.
-        buffers: floating-point buffers are copied from the student, averaged like parameters, or left alone.
-        mode: what `.train()` puts the teacher in: "batch_statistics" | "train" | "eval".
-        share_frozen: whether parameters that do not require a gradient are the student's own tensors instead of copies,
-            so that a frozen backbone is stored once. Unfreezing one later is an error at the next update. Moving or
-            casting the teacher (`.to`, `.half`) then does the same to these tensors of the student. Loading other
-            values into the teacher, or copying it, gives it tensors of its own: load the student first.
-        module: a second net, made as the student was, to be averaged into: it takes the student's state and is not
-            copied. For nets that `copy_net` refuses, sharded ones (FSDP2) among them.
-        device: where the averaged net lives, when not beside the student: another GPU, or "cpu" to save memory. An
-            update then moves the student's tensors there, and a GPU waits for it.
+        warmup: whether alpha rises from 0 as above; turn it off if the student starts from trained weights.
+        buffers: whether floating-point buffers are copied from the student ("copy"), averaged like parameters ("ema"),
+            or left alone ("keep").
+        mode: mode of the teacher after `.train()`: "batch_statistics" | "train" | "eval".
+        share_frozen: whether parameters that do not require a gradient are shared with the student instead of copied,
+            so that a frozen backbone is stored once. Unfreezing one later raises an error at the next update. Moving or
+            casting the teacher (`.to`, `.half`) also moves or casts these tensors of the student. Loading other values
+            into the teacher, or copying it, gives it its own tensors, so load the student first.
+        module: a second net, made like the student, to average into instead of a copy; it takes the student's state.
+            Use it for nets that `copy_net` cannot copy, such as sharded ones (FSDP2).
+        device: device of the averaged net if it is not that of the student, for example another GPU, or "cpu" to save
+            memory. An update then moves the student's tensors there, and a GPU waits for it.
 
     Raises:
-        ValueError: an unknown option, a net that cannot be copied (by the name of the submodule), a `module` that does
-            not match, and in `update` a model that does not match.
+        ValueError: an option is unknown, the net cannot be copied (the message names the submodule), or `module` does
+            not match; in `update`, the model does not match.
 
     Example:
         >>> student = nn.Conv2d(3, 2, 1)
@@ -112,8 +115,8 @@ class EMATeacher(Average):
         inner = unwrap_model(model)
         shared = {id(p) for p in inner.parameters() if share_frozen and not p.requires_grad}
         if shared and device is not None:
-            raise ValueError("Expected `share_frozen` to be False with a `device`: what is shared is on one device.")
-        # A dict for its keys: torch.compile of torch 2.6 and 2.8 fails at a frozenset of a Module.
+            raise ValueError("Expected `share_frozen` to be False with a `device`: sharing needs the same device.")
+        # A dict used as a set: torch.compile of torch 2.6 and 2.8 fails on a frozenset in a Module.
         self._shared = {name: None for name, p, _ in named_state(inner) if id(p) in shared}
         if module is None:
             self.module = copy_sharing(inner, shared, device)
@@ -123,8 +126,8 @@ class EMATeacher(Average):
         _own_when_loaded(self.module, self._shared)
         self._apart = device is not None
         self._computed = dict.fromkeys(computed_buffers(self.module))
-        # Where no layer averages cumulatively by itself, one that does is being estimated anew (`update_bn`). One that
-        # does by itself tells when it is emptied.
+        # If no layer was made with a cumulative average, one that has it now is being re-estimated by `update_bn`. A
+        # layer that was made with it tells us when it is emptied.
         self._cumulative = False
         for norm in self._norms():
             if norm.momentum is None and norm.num_batches_tracked is not None:
@@ -139,22 +142,22 @@ class EMATeacher(Average):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Average the student in.
+        """Update the average with the student.
 
         Args:
             model: the student, wrapped or not.
-            step: t, from 0; None counts the updates in the buffer `step`, which no GPU has to wait for.
+            step: t, counted from 0; None counts the updates in the buffer `step`, without a GPU wait.
 
         Raises:
-            ValueError: parameters or persistent buffers that differ in name or shape from the averaged net's.
+            ValueError: parameters or persistent buffers differ in name or shape from those of the averaged net.
         """
         for shard in self.module.modules():
-            if _is_fsdp(shard):  # a pass without gradients may leave it gathered
+            if _is_fsdp(shard):  # a pass without gradients may leave the shards gathered
                 shard.reshard()  # type: ignore[operator]
         student = {name: x for name, x, _ in named_state(model)}
         own = list(named_state(self.module))
         mine = {name: x for name, x, _ in own}
-        if self._shared:  # a copy of this teacher has tensors of its own
+        if self._shared:  # a copy of this teacher has its own tensors
             self._shared = {name: None for name in self._shared if mine[name] is student.get(name, mine[name])}
         check_match(mine, student, shared=self._shared, apart=self._apart)
         check_apart(mine, student, shared=self._shared)
@@ -167,7 +170,7 @@ class EMATeacher(Average):
         policies = list(self._policies(own))
         halves = {_key(name): shards(x) for name, x, policy in policies if policy == "ema" and x.dtype in _HALF}
         if halves != {key: shards(master) for key, master in self.masters._buffers.items()}:
-            self._make_masters()  # the net inside was cast, or sharded, by itself
+            self._make_masters()  # the net inside was cast or sharded directly
         for name, x, policy in policies:
             if policy == "copy":
                 copied.append((x, student[name]))
@@ -203,10 +206,10 @@ class EMATeacher(Average):
                 norm.train(mode)
 
     def train(self, mode: bool = True) -> EMATeacher:
-        """Put the teacher in its training `mode` (see the class), or in evaluation."""
+        """Switch the teacher to its training `mode` (see the class) or to evaluation."""
         super().train(mode)
         self.module.train(mode and self.mode == "train")
-        # `update_bn` empties, trains, calls, and trains again: by then there are statistics.
+        # `update_bn` resets the layers, calls `train`, runs the net, and calls `train` again, with statistics by then.
         resets = (norm.__dict__.get("reset_running_stats") for norm in self._norms() if self._cumulative)
         self._anew = mode and any(isinstance(reset, Emptied) and reset.still for reset in resets)
         if mode and self.mode == "batch_statistics":
@@ -225,14 +228,14 @@ class EMATeacher(Average):
         return [m for m in self.module.modules() if isinstance(m, _BatchNorm)]
 
     def _lerp(self, target: list[Tensor], source: list[Tensor]) -> None:
-        """theta_T + (1 - alpha) (theta_S - theta_T): unmoved where both agree, the student (rounded) at alpha 0."""
+        """theta_T + (1 - alpha) (theta_S - theta_T): no change where equal, the student (rounded) at alpha 0."""
         if not self.warmup:
             torch._foreach_lerp_(target, source, 1 - self.decay)
             return
-        # 1 - alpha = max(1 / (t + 1), 1 - decay) is a number of the device: `_foreach_lerp_` would read it back.
+        # 1 - alpha = max(1 / (t + 1), 1 - decay) is a tensor on the device; `_foreach_lerp_` would copy it to the host.
         dtype = torch.float64 if target[0].dtype in (torch.float64, torch.complex128) else torch.float32
         weight = (self.step.to(target[0].device, dtype) + 1).reciprocal().clamp_min(1 - self.decay)
-        if target[0].device.type == "cpu":  # one pass over memory instead of three; no launches to save
+        if target[0].device.type == "cpu":  # one pass over memory instead of three; a CPU has no launches to save
             for t, s in zip(target, source, strict=True):
                 t.lerp_(s, weight.to(t.dtype))
             return
@@ -241,18 +244,18 @@ class EMATeacher(Average):
         torch._foreach_add_(target, difference)
 
     def _make_masters(self) -> None:
-        """Keep a float32 copy of each half-precision tensor that is averaged, and of nothing else."""
+        """Keep a float32 copy of each averaged half-precision tensor, and of no other."""
         masters, self.masters = self.masters, FullPrecisionState()
         for name, x, policy in self._policies(named_state(self.module)):
             master = masters._buffers.get(_key(name))
             if policy == "ema" and x.dtype in _HALF:
                 known = master is not None and shards(master) == shards(x)
                 self.masters.register_buffer(_key(name), (master if known else x.detach()).float())  # type: ignore[union-attr]
-            elif policy == "ema" and master is not None:  # the net became float32: its digits are in the copy
+            elif policy == "ema" and master is not None:  # the net became float32: the copy has the full precision
                 x.data.copy_(_with_digits(x, master))
 
     def _policies(self, own: Iterable[tuple[str, Tensor, bool]]) -> Iterator[tuple[str, Tensor, str]]:
-        """Yield (name, tensor, what `update` does with it); a tied parameter has several names and comes once."""
+        """Yield (name, tensor, what `update` does with it); a tied parameter with several names is yielded once."""
         done: set[int] = set()
         for name, x, is_parameter in own:
             if name in self._shared or id(x) in done:
@@ -268,7 +271,7 @@ class EMATeacher(Average):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take a checkpoint of a teacher of another precision, too: with or without float32 copies."""
+        """Load checkpoints of teachers of any precision, with or without float32 copies."""
         held = f"{prefix}masters."
         copies = {key: state_dict.pop(key) for key in [*state_dict] if key.startswith(held)}
         assign = args[0].get("assign_to_params_buffers", False)
@@ -283,7 +286,7 @@ class EMATeacher(Average):
 
 
 def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Module:
-    """A net made by the user, with the student's state."""
+    """Use a net that the user made, with the student's state."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"Expected `module` to be an nn.Module, but got {kind_of(module)}.")
     module = unwrap_model(module)
@@ -293,8 +296,8 @@ def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Modu
     common = [name for name, x in own.items() if x is student[name]]
     if common or module is model:
         raise ValueError(
-            f"Expected `module` to be a net of its own, but got one that has {common[0] if common else 'all'} in "
-            "common with `model`. Make it as you made `model`, by a second call."
+            f"Expected `module` to be a separate net, but got one that shares {common[0] if common else 'everything'} "
+            "with `model`. Make it with a second call of the function that made `model`."
         )
     with torch.no_grad():
         for target, source in _grouped([(x, student[name]) for name, x in own.items()]):
@@ -305,7 +308,7 @@ def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Modu
 
 
 def _own_when_loaded(model: nn.Module, shared: Iterable[str]) -> None:
-    """Load no other values into what is the student's: such a parameter becomes the teacher's own."""
+    """Give the teacher its own copy of a shared parameter before other values are loaded into it."""
     leaves: dict[str, list[str]] = {}
     for name in shared:
         path, _, leaf = name.rpartition(".")
@@ -344,13 +347,13 @@ def _key(name: str) -> str:
 
 
 def _with_digits(x: Tensor, master: Tensor) -> Tensor:
-    """The float32 copy where `x` is still what it was rounded to, and `x` where something else was loaded into it."""
+    """The float32 copy where `x` is still its rounded value, and `x` where another value was loaded."""
     kept = (master.bfloat16() == x) | (master.half() == x)
     return torch.where(kept, master, x.to(master.dtype))
 
 
 def _grouped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Split (target, source) pairs by device and dtype, the source cast to its target: one fused call a group."""
+    """Split (target, source) pairs by device and dtype, with the source cast, for one fused call per group."""
     groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in pairs:
         targets, sources = groups.setdefault((target.device, target.dtype), ([], []))

@@ -1,4 +1,4 @@
-"""The predictions of several teachers made one."""
+"""Fusion of the predictions of several teachers."""
 
 from __future__ import annotations
 
@@ -42,29 +42,30 @@ def fuse_teachers(
 
     $$\bar p = \frac{\sum_k a_k\, \operatorname{softmax}(z_k)}{\sum_k a_k}$$
 
-    **Convention.** Every pixel's result sums to 1 over the classes; the teachers are detached. "mean" is the formula.
-    "max_confidence" takes at each pixel the probabilities of the one teacher whose a_k max_c p_k is largest, the first
-    of equals. "agreement" is the mean where all teachers (a weight does not silence one) have the same arg-max, and
-    uniform, 1 / C, elsewhere, so that a confidence threshold rejects the pixel; to leave such pixels out of a loss
-    altogether pass `teacher_agreement` as its `valid`.
+    **Convention.** The probabilities of each pixel sum to 1, and the teachers are detached. "mean" is the formula
+    above. "max_confidence" takes the probabilities of the teacher with the largest a_k max_c p_k at each pixel; ties go
+    to the first teacher. "agreement" is the mean where all teachers have the same arg-max (even those with weight 0),
+    and uniform, 1 / C, elsewhere, so that a confidence threshold rejects these pixels. To leave them out of a loss,
+    pass `teacher_agreement` as its `valid`.
 
-    **Source.** Ours, for DUDA's fine-tuning with multiple teachers, whose rule is not public to us.
+    **Source.** Ours, for DUDA's fine-tuning with several teachers. The paper's rule was not available to us.
 
     Args:
-        logits: one (N, C, *space) a teacher, or what a net returned that holds it; probabilities by `kind`. All on one
-            device.
-        weights: a_k >= 0, finite, numbers or a tensor (K,); equal by default.
-        size: of the space, (H, W) for images, that all take; needed when sizes differ. Linear: logits are interpolated
-            before the softmax.
+        logits: for each teacher one tensor (N, C, *space), or the output of a net that holds it; with
+            `kind="probabilities"`, probabilities. All must be on the same device.
+        weights: a_k >= 0, finite, as K numbers or a tensor (K,); equal by default.
+        size: spatial size of the result, (H, W) for images; required if the sizes differ. Logits are interpolated
+            linearly, before the softmax.
         mode: "mean" | "max_confidence" | "agreement".
-        kind: "logits" | "probabilities", of all teachers.
+        kind: "logits" | "probabilities", for all teachers.
 
     Returns:
-        Probabilities, float32 (float64 for float64 input).
+        The fused probabilities, float32 (float64 for float64 input).
 
     Raises:
-        TypeError: teachers that are not float tensors.
-        ValueError: no teacher, unlike shapes, one class only, weights that do not match, or an unknown option.
+        TypeError: the output of a teacher is not a float tensor.
+        ValueError: there is no teacher, the shapes do not match, there is only one class, the weights do not match, or
+            an option is unknown.
 
     Example:
         >>> large, small = torch.randn(2, 5, 8, 8), torch.randn(2, 5, 4, 4)
@@ -92,18 +93,20 @@ def fuse_teachers(
 def teacher_agreement(
     logits: Sequence[Float[Tensor, "n c *space"]], *, size: Sequence[int] | None = None
 ) -> Bool[Tensor, "n *space2"]:
-    """Tell where all teachers have the same arg-max: a `valid` mask for a loss.
+    """Return a mask that is True where all teachers have the same arg-max, for use as `valid` in a loss.
 
     Args:
-        logits: one (N, C, *space) a teacher, or what a net returned that holds it; probabilities do as well.
-        size: of the space, (H, W) for images, that all take; linear; needed when sizes differ.
+        logits: for each teacher one tensor (N, C, *space) of logits or probabilities, or the output of a net that holds
+            it.
+        size: spatial size of the result, (H, W) for images; required if the sizes differ. The maps are interpolated
+            linearly.
 
     Returns:
-        True where the teachers agree.
+        The mask, bool (N, *space).
 
     Raises:
-        TypeError: teachers that are not float tensors.
-        ValueError: no teacher, or unlike shapes.
+        TypeError: the output of a teacher is not a float tensor.
+        ValueError: there is no teacher, or the shapes do not match.
 
     Example:
         >>> a, b = torch.tensor([[[[0.0, 1.0]], [[2.0, 0.0]]]]), torch.tensor([[[[0.0, 0.0]], [[1.0, 1.0]]]])
@@ -122,14 +125,14 @@ def _agree(maps: list[Tensor]) -> Tensor:
 
 
 def _teacher_maps(logits: Sequence[Tensor], size: Sequence[int] | None, kind: str | None) -> list[Tensor]:
-    """Maps of one size, as probabilities; with `kind=None` as they are, of which only the arg-max matters."""
+    """Maps of the same size as probabilities, or unchanged with `kind=None`, if only the arg-max matters."""
     if kind is not None:
         check_option("kind", kind, KINDS)
     if not is_sequence(logits) or not len(logits):
         given = "an empty one" if is_sequence(logits) else kind_of(logits)
         raise ValueError(
-            f"Expected `logits` to be a non-empty sequence of (N, C, *space) tensors, one a teacher, but got {given}. "
-            "Pass [teacher_a(images), teacher_b(images)]."
+            "Expected `logits` to be a non-empty sequence of (N, C, *space) tensors, one for each teacher, but got "
+            f"{given}. Pass [teacher_a(images), teacher_b(images)]."
         )
     outputs = [net_logits(x) if isinstance(x, Mapping) or hasattr(x, "logits") else x for x in logits]
     for k, x in enumerate(outputs):

@@ -1,4 +1,4 @@
-"""BatchNorm that works with the statistics of a batch and does not record them."""
+"""BatchNorm that uses the statistics of a batch without recording them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["keep_statistics"]
 
 @contextmanager
 def keep_statistics(model: nn.Module) -> Iterator[None]:
-    """Within the block, BatchNorm in training mode uses the batch's own statistics as ever, and does not record them.
+    """Context in which BatchNorm in training mode uses the statistics of the batch but does not record them.
 
-    For passes over images whose statistics the net should not remember, mixed ones for example. `EMATeacher` does the
-    same in its own passes.
+    Use it for passes over images that should not change the running statistics, for example mixed ones. `EMATeacher`
+    does the same in its own passes.
 
     Args:
         model: a net, wrapped or not.
@@ -40,9 +40,10 @@ def keep_statistics(model: nn.Module) -> Iterator[None]:
 
 
 class Emptied:
-    """The `reset_running_stats` of a layer, which tells whether the layer is empty still.
+    """Replacement for `reset_running_stats` of a layer that also tells whether the layer is still empty.
 
-    By the version of its counter, which every batch raises: reading the counter would make a GPU wait.
+    It looks at the version of the layer's counter, which every batch increases. Reading the counter would make a GPU
+    wait.
     """
 
     def __init__(self, norm: _BatchNorm) -> None:
@@ -55,7 +56,7 @@ class Emptied:
 
     @property
     def still(self) -> bool:
-        """Whether it was emptied, and has recorded nothing since."""
+        """Whether the layer was reset and has recorded nothing since."""
         return self.version is not None and self.version == self._now()
 
     def _now(self) -> int | None:
@@ -64,11 +65,11 @@ class Emptied:
 
 
 def recording(model: nn.Module) -> list[_BatchNorm]:
-    """BatchNorm layers that record statistics when they are trained."""
+    """The BatchNorm layers that record statistics in training mode."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
 def set_recording(norms: Iterable[_BatchNorm], on: bool) -> None:
-    """Let BatchNorm layers record statistics or not."""
+    """Turn the recording of statistics on or off in BatchNorm layers."""
     for norm in norms:
         norm.track_running_stats = on

@@ -1,4 +1,4 @@
-"""Nets without their wrappers."""
+"""Access to nets without their wrappers."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["unwrap_model"]
 
 
 class Average(nn.Module):
-    """Marks what averages a net: stored inside that net, it is no part of it."""
+    """Marker for Modules that average a net. If one is stored inside that net, it does not count as a part of it."""
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
-    """Take off the wrappers of `torch.compile`, DataParallel and DistributedDataParallel, in any nesting.
+    """Remove the wrappers of `torch.compile`, DataParallel and DistributedDataParallel, in any nesting.
 
     Args:
         model: a net, wrapped or not.
 
     Returns:
-        The net inside; wrappers of its submodules stay.
+        The net inside. Wrappers of its submodules stay.
 
     Example:
         >>> import torch
@@ -43,7 +43,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def unwrap_all(model: nn.Module) -> nn.Module:
-    """Take the wrappers off a net and its submodules, for good."""
+    """Permanently remove the wrappers of a net and its submodules."""
     model = unwrap_model(model)
     for name, child in model._modules.items():
         if child is not None:
@@ -52,9 +52,9 @@ def unwrap_all(model: nn.Module) -> nn.Module:
 
 
 def named_state(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
-    """Yield (name without wrappers, tensor, whether it is a parameter) of parameters and persistent buffers.
+    """Yield (name without wrappers, tensor, is it a parameter) for parameters and persistent buffers.
 
-    A teacher inside the net is left out.
+    A teacher stored inside the net is left out.
     """
     model = unwrap_model(model)
     for name, parameter in model._parameters.items():
