@@ -133,18 +133,19 @@ class Stretch:
 class Clock:
     """Notes when each part works, forward and backward."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
         self.stretches: list[Stretch] = []
 
     @contextmanager
     def around(self, part: str) -> Iterator[None]:
         """Time a block."""
-        stretch = Stretch(part, time.perf_counter())
+        stretch = Stretch(part, self.now())
         self.stretches.append(stretch)
         try:
             yield
         finally:
-            stretch.end = time.perf_counter()
+            stretch.end = self.now()
 
     def wrap(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """Time a function, and what autograd does for it later (not the nets': the rest of backward is theirs)."""
@@ -187,7 +188,7 @@ class _Mark(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        now = time.perf_counter()
+        now = ctx.clock.now()
         if not ctx.result:
             ctx.stretch.end = now
         elif not ctx.stretch.start:

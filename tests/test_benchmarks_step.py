@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import data_path, harness, step_overhead
+from benchmarks import data_path, harness, main_job, step_overhead
 from benchmarks.step_overhead import INSIDE, REST, ROWS, Clock, Stretch, outside
 from gta2cs import nets
 from gta2cs.samples import image_files, read_image, resize_image
@@ -95,8 +95,48 @@ def test_step(name: str, tmp_path: Path) -> None:
     assert json.loads(results.path.read_text())["rows"][name]["parts"] == parts
 
 
+def test_the_main_job_is_its_steps_and_evaluations(tmp_path: Path) -> None:
+    measured = {"step 0/nets": 1.0, "step 0/backward": 2.0, "step 0/blur": 0.5, "step 1/nets": 4.0}
+    measured |= {"evaluation 0/scores": 1.0, "evaluation 1/scores": 2.0, f"scenes/{main_job.SCENES}": 3.0}
+    measured["once/import"] = 7.0
+    times = {"once": 1, "scenes": 2, "step 0": 10, "step 1": 20, "evaluation 0": 2, "evaluation 1": 3}
+    stages = [{"recipe": "source_only", "steps": 30}, {"recipe": "dacs", "steps": 60}]
+    row = {"measured": measured, "times": times, "stages": stages, "steps": 3, "scenes": 1}
+    results = harness.Results(tmp_path / "results.json")
+    results.add("one thread", row)
+    page = tmp_path / "page.md"
+    page.write_text(MARKED.format("main job"))
+    main_job.main(["--table", "--results", str(results.path), "--page", str(page)])
+    text = page.read_text()
+    total = 10 + 20 + 5 + 80 + 8 + 6 + 7
+    assert f"| all | {total} |" in text
+    assert f"| source_only, 30 steps: nets, backward | 20.0 ({20 / total:.0%}) |" in text
+    assert f"| source_only, 30 steps: parts of udakit and the rest | 5.0 ({5 / total:.0%}) |" in text
+    assert f"| scores, during training | 8.0 ({8 / total:.0%}) |" in text
+    assert f"| rendering the scenes | 6.0 ({6 / total:.0%}) |" in text
+    assert "optimiser" not in text
+
+
+def test_scenes_of_few_draws_are_each_drawn_once() -> None:
+    assert main_job.scenes(1, each=400, validation=0) == pytest.approx(2)
+    assert main_job.scenes(10**5, each=400, validation=60) == pytest.approx(860)
+
+
+@pytest.mark.slow
+def test_a_short_main_job() -> None:
+    row = main_job.profile(2, time.perf_counter)
+    found = main_job.whole_job(row)
+    assert set(found) == {"step 0", "step 1", "evaluation", "scenes", "once"}
+    assert all(seconds >= 0 for parts in found.values() for seconds in parts.values())
+    assert {"nets", "backward", "optimiser", "crops", "cross-entropy", "EMA", "mixing"} <= set(found["step 1"])
+    assert "EMA" not in found["step 0"]
+    assert set(found["evaluation"]) == {"scores against truth", "scores without labels", "checkpoints"}
+    del row["times"]["scenes"]
+    assert row["times"] == {"once": 1, "step 0": 150, "evaluation 0": 2, "step 1": 225, "evaluation 1": 3}
+
+
 def test_tables_without_results(tmp_path: Path) -> None:
-    for module, name in ((step_overhead, "step"), (data_path, "data")):
+    for module, name in ((step_overhead, "step"), (data_path, "data"), (main_job, "main job")):
         page = tmp_path / f"{name}.md"
         page.write_text(MARKED.format(name))
         module.main(["--table", "--results", str(tmp_path / "none.json"), "--page", str(page)])

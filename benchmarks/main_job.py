@@ -1,0 +1,227 @@
+"""Where the time of the README's main job goes: `python examples/train_gta2cs.py` on the built-in pair, by part.
+
+    python benchmarks/main_job.py            # whatever is not in the JSON yet, then the table; all: 5 minutes
+    python benchmarks/main_job.py --again    # both rows anew
+    python benchmarks/main_job.py --table    # measures nothing, writes what is there
+
+The job runs in a fresh process with 60 steps a stage and one evaluation at the end of each. The time of a step is then
+multiplied by the steps of the whole job, that of an evaluation by its evaluations, and that of a rendered scene by the
+scenes that the draws are expected to touch. All else happens once. The clocks are those of `step_overhead.py`.
+
+One row is as the README runs it, by the clock on the wall. The other has one thread, by processor time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+_BEGAN = time.perf_counter(), time.process_time()
+import train_gta2cs as job  # before all that imports torch: it sets the number of threads
+
+IMPORT = time.perf_counter() - _BEGAN[0], time.process_time() - _BEGAN[1]
+
+from benchmarks.harness import PAGES, Results, markdown_table, parser_for, write_section
+from benchmarks.step_overhead import BACKWARD, NETS, OPTIMIZER, Clock, Stretch, clocks
+from gta2cs import choosing, observers, toy
+from gta2cs.loading import StepData
+from gta2cs.stage import StageState
+
+ROWS: dict[str, dict[str, str]] = {"as the README runs it": {}, "one thread": {"OMP_NUM_THREADS": "1"}}
+STEPS = 60  # of each stage
+REST, CROPS, SCENES = "rest of a step", "crops", "rendering the scenes"
+
+
+def profile(steps: int, now: Callable[[], float]) -> dict[str, Any]:
+    """Seconds by phase and part of the job with few steps, and how often each phase happens in the whole one."""
+    whole = {
+        "scores against truth": ((observers, "score_on_target"), (job, "score_on_target")),
+        "scores without labels": ((choosing, "score_without_labels"), (job, "score_without_labels")),
+        "checkpoints": ((StageState, "save"), (choosing, "save_choice")),
+        "BatchNorm statistics of target": ((job, "with_bn_statistics"),),
+        "report and pictures": ((job, "write_report"),),
+    }
+    parts: dict[str, tuple[tuple[Any, str], ...]] = {
+        REST: ((job.TrainingStep, "__call__"),),
+        BACKWARD: ((job.Accelerator, "backward"),),
+        OPTIMIZER: ((sys.modules["accelerate.optimizer"].AcceleratedOptimizer, "step"),),
+        CROPS: ((StepData, "__getitem__"),),
+        SCENES: ((toy, "render"),),
+        **whole,
+    }
+
+    class JobClock(Clock):
+        """What a part of `whole` calls counts as its own, but for the scenes."""
+
+        inside = False
+
+        @contextmanager
+        def around(self, part: str) -> Iterator[None]:
+            if self.inside and part != SCENES:
+                yield
+                return
+            opened = part in whole
+            self.inside = self.inside or opened
+            try:
+                with super().around(part):
+                    yield
+            finally:
+                self.inside = self.inside and not opened
+
+    clock, stages = JobClock(now), []
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with clock.around(part):
+                return function(*args, **kwargs)
+
+        return call
+
+    train_stage = job.train_stage
+
+    def noted(*args: Any) -> Any:
+        start = now()
+        result = train_stage(*args)
+        stages.append((start, now()))
+        return result
+
+    full = job.parse([])
+    short = [dataclasses.replace(stage, steps=min(steps, stage.steps)) for stage in full.stages]
+    with tempfile.TemporaryDirectory(prefix="main_job_") as folder, clocks(clock), ExitStack() as stack:
+        stack.enter_context(mock.patch.object(job, "train_stage", noted))
+        for part, owners in parts.items():
+            for owner, name in owners:
+                stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
+        started = now()
+        job.main(dataclasses.replace(full, stages=short, eval_every=0, save_every=0, out=Path(folder) / "run"))
+        seconds = now() - started
+
+    def phase(stretch: Stretch) -> str:
+        if stretch.part == SCENES:
+            return "scenes"
+        for index, (start, end) in enumerate(stages):
+            if start <= stretch.start < end:
+                first = min(s.start for s in clock.stretches if s.part == REST and s.start >= start)
+                if stretch.part not in whole:
+                    return f"step {index}"
+                return f"evaluation {index}" if stretch.start > first else "once"
+        return "once"
+
+    phases = [(phase(s), s) for s in clock.stretches if s.end]
+    rendered = sum(name == "scenes" for name, _ in phases)
+    named = Clock(now)
+    named.stretches = [Stretch(f"{name}/{s.part}", s.start, s.end) for name, s in phases]
+    found = named.exclusive()
+    found["once/rest"] = seconds - sum(found.values())
+    found["once/import"] = IMPORT[now is time.process_time]
+    draws = sum(stage.steps for stage in full.stages) * full.batch_size
+    times = {"once": 1.0, "scenes": scenes(draws) / rendered}
+    for index, (stage, few) in enumerate(zip(full.stages, short, strict=True)):
+        times[f"step {index}"] = stage.steps / few.steps
+        times[f"evaluation {index}"] = -(-stage.steps // full.eval_every)
+    return {
+        "measured": {name: seconds for name, seconds in found.items() if seconds},
+        "times": times,
+        "stages": [{"recipe": stage.recipe, "steps": stage.steps} for stage in full.stages],
+        "steps": steps,
+        "scenes": rendered,
+    }
+
+
+def scenes(draws: int, each: int = 400, validation: int = 60) -> float:
+    """Scenes of both domains that so many uniform draws of each touch, on average, and those that are scored."""
+    return 2 * each * (1 - (1 - 1 / each) ** draws) + validation
+
+
+def whole_job(row: dict[str, Any]) -> dict[str, Counter[str]]:
+    """Seconds of the whole job by part: of the steps of each stage, of all evaluations and scenes, of what is once."""
+    found: dict[str, Counter[str]] = {}
+    for name, seconds in row["measured"].items():
+        phase, _, part = name.partition("/")
+        group = phase.split()[0] if phase.startswith("evaluation") else phase
+        found.setdefault(group, Counter())[part] += seconds * row["times"][phase]
+    return found
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+TITLES = {NETS: "nets, forward", BACKWARD: "nets, backward", OPTIMIZER: "optimiser", CROPS: "cutting crops"}
+
+
+def lines_of(row: dict[str, Any]) -> dict[str, float]:
+    """Line of the table -> seconds."""
+    found = whole_job(row)
+    lines: dict[str, float] = {}
+    for index, stage in enumerate(row["stages"]):
+        parts = found[f"step {index}"]
+        where = f"{stage['recipe']}, {stage['steps']} steps: "
+        for part, title in TITLES.items():
+            lines[where + title] = parts[part]
+        lines[where + "parts of udakit and the rest"] = sum(s for part, s in parts.items() if part not in TITLES)
+    for part, seconds in found["evaluation"].most_common():
+        lines[f"{part}, during training"] = seconds
+    lines[SCENES] = sum(found["scenes"].values())
+    for part, seconds in found["once"].most_common():
+        lines[f"{part}, once"] = seconds
+    return lines
+
+
+def table(results: Results) -> str:
+    """Markdown: seconds and share of each part."""
+    rows = {name: lines_of(results.rows[name]) for name in ROWS if name in results}
+    if not rows:
+        return "Not measured yet."
+    totals = {name: sum(lines.values()) for name, lines in rows.items()}
+    every = dict.fromkeys(line for lines in rows.values() for line in lines)
+    body = [
+        [line, *(f"{rows[n].get(line, 0):.1f} ({rows[n].get(line, 0) / totals[n]:.0%})" for n in rows)]
+        for line in every
+        if any(rows[n].get(line, 0) >= 0.005 * totals[n] for n in rows)
+    ]
+    body.append(["all", *(f"{totals[n]:.0f}" for n in rows)])
+    steps = next(iter(results.rows.values()))["steps"]
+    return (
+        f"{markdown_table(['seconds (share)', *rows], body)}\n\n"
+        f"From {steps} steps of each stage and one evaluation after each, multiplied to the whole job; as the README "
+        "runs it by the clock on the wall, one thread by processor time. Parts under half a percent are left out."
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = parser_for(__doc__, "main_job.json", page=PAGES / "step.md")
+    parser.add_argument("--one", choices=list(ROWS), help="measure one row here and print it")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each stage")
+    options = parser.parse_args(arguments)
+    if options.one:
+        now = time.process_time if options.one == "one thread" else time.perf_counter
+        print(json.dumps(profile(options.steps, now)))
+        return
+    results = Results(options.results)
+    for name in results.waiting(ROWS if not options.table else (), again=options.again):
+        command = [sys.executable, str(Path(__file__).resolve()), "--one", name, "--steps", str(options.steps)]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | ROWS[name]
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+        results.add(name, json.loads(done.stdout.splitlines()[-1]))
+        print(f"{name}: {sum(lines_of(results.rows[name]).values()):.0f} s for the whole job", flush=True)
+    if not options.no_table:
+        write_section("main job", table(results), options.page)
+
+
+if __name__ == "__main__":
+    main()
