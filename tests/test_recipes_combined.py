@@ -14,7 +14,7 @@ from gta2cs.checkpoints import load_checkpoint, load_net
 from gta2cs.datasets import build_pair
 from gta2cs.evaluation import evaluating
 from gta2cs.recipes import Combined, Preparation
-from gta2cs.recipes.combined import CANDIDATES
+from gta2cs.recipes.combined import CANDIDATES, ahead
 from tiny import tiny_net
 
 TWO = {"a": {}, "b": {"selector": "argmax"}}
@@ -133,7 +133,7 @@ def test_without_a_trial_the_labels_that_teachers_would_begin_with_decide():
     by_batch, running = (recipe.scores_of({"a": {"teacher": c.teacher}})["a"] for c in (one, other))
     assert by_batch != running  # the statistics are not the same: each labels in its own way
     assert recipe.extra_param_groups(1e-3) == []
-    batch = SimpleNamespace(target_images=torch.randn(4, 3, 64, 64))
+    batch = SimpleNamespace(target_images=torch.randn(4, 3, 64, 64), source_images=torch.randn(4, 3, 64, 64))
     for wanted in CANDIDATES:
         for name, candidate in recipe.candidates.items():
             sure = 50.0 if name == wanted else 0.0  # one class everywhere: consistent, and as sure as its logits say
@@ -146,6 +146,49 @@ def test_without_a_trial_the_labels_that_teachers_would_begin_with_decide():
         assert recipe.progress.tolist() == [0, 0, recipe.kept]
         assert recipe.scores[wanted] == pytest.approx(1, abs=1e-4)
         assert recipe.active is recipe.candidates[wanted]
+
+
+class ByBrightness(torch.nn.Module):
+    """Two classes by brightness: as sure as the images are far from grey, and never at odds with the mirror image."""
+
+    def forward(self, images: torch.Tensor) -> SimpleNamespace:
+        bright = images.mean(1, keepdim=True)
+        return SimpleNamespace(logits=torch.cat([bright, -bright], 1))
+
+
+@pytest.mark.parametrize("dull", ["source", "target"])
+def test_source_takes_targets_colours_only_where_target_in_those_of_source_is_understood_no_worse(dull, tmp_path):
+    """A net that is surer of images rich in contrast: which domain has the contrast decides."""
+    torch.manual_seed(0)
+    rich, flat = 0.3 * torch.randn(4, 3, 16, 16), 0.03 * torch.randn(4, 3, 16, 16)
+    source, target = (flat, rich) if dull == "source" else (rich, flat)
+    recipe = build(candidates={"a": {}, "b": {"translate": "none"}}, shared={"translate": "color"})
+    recipe.num_classes, recipe.student = 2, ByBrightness()
+    recipe.images = target
+    recipe.match_style(source)
+    expected = "none" if dull == "source" else "color"
+    assert [c.options.translate for c in recipe.candidates.values()] == [expected, "none"]
+
+    again = build(candidates={"a": {}, "b": {"translate": "none"}}, shared={"translate": "color"})
+    again._load_from_state_dict(dict(recipe.state_dict()), "", {}, False, [], [], [])
+    assert [c.options.translate for c in again.candidates.values()] == [expected, "none"]
+
+
+def test_shared_options_are_added_to_those_of_the_policy_and_other_channels_have_no_colours():
+    recipe = build(shared={"jitter": 0.3})
+    options = [c.options for c in recipe.candidates.values()]
+    assert {(o.jitter, o.selector, o.translate) for o in options} == {(0.3, "class_quantile", "color")}
+    net = train_gta2cs.NetConfig(weights="random")
+    for channels, wanted in ((4, "histogram"), (3, "color")):
+        found = Combined.build(net.build(8, channels), 8, {}, lambda **changes: None)
+        assert {c.options.translate for c in found.candidates.values()} == {wanted}
+
+
+def test_a_later_candidate_has_to_be_ahead_by_more_than_differences_that_say_nothing():
+    assert ahead([0.700, 0.705]) == 0
+    assert ahead([0.700, 0.750]) == 1
+    assert ahead([0.700, 0.705, 0.712]) == 2
+    assert ahead([0.7]) == 0
 
 
 @pytest.mark.parametrize(

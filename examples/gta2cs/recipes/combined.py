@@ -3,9 +3,11 @@
 Ours; no paper has it. No fixed setting serves every pair of domains, and falling losses do not show which one does.
 What tells them apart without a target label is how far a net contradicts itself on the mirror image, times how sure it
 is (docs/families/validation.md). So before the first step the loop finds how much larger things are in target, and
-scales source images to it (gta2cs/matching.py). Then candidates are compared on target crops: with `trial` 0 by the
-labels that their teachers would begin with, which costs no step; otherwise they take turns for that share of the steps,
-a step each, on nets of their own. One goes on. A trial counts into the steps of the stage.
+scales source images to it (gta2cs/matching.py). The same question is asked about colours: source images take those of
+target only where target crops in the colours of source are understood no worse than as they are. Then candidates are
+compared on target crops: with `trial` 0 by the labels that their teachers would begin with, which costs no step;
+otherwise they take turns for that share of the steps, a step each, on nets of their own. One goes on. A trial counts
+into the steps of the stage.
 """
 
 from __future__ import annotations
@@ -23,18 +25,21 @@ from torch import Tensor, nn
 from gta2cs.evaluation import evaluating
 from gta2cs.label_free import PRESENT
 from gta2cs.loading import Batch
+from gta2cs.matching import MARGIN
 from gta2cs.nets import param_groups
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.dacs import Dacs
+from gta2cs.recipes.self_training import LEARNED
+from gta2cs.translators import TRANSLATORS
 from udakit import EMATeacher
 from udakit.validation import ConsistencyScore, LabelFreeScores
 
 # What the candidates differ in, and what all of them have (benchmarks/adaptation.py). Statistics of target batches help
 # where the images differ in look, and mislead where they differ in what they show; running statistics are source's own
-# only while no mixed image enters them.
+# only while no mixed image enters them. The first is kept unless another is ahead of it by a hundredth.
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "batch": {"teacher_mode": "batch_statistics"},
     "running": {"teacher_mode": "eval", "record_mixed": False},
+    "batch": {"teacher_mode": "batch_statistics"},
 }
 SHARED: dict[str, Any] = {
     "jitter": 0.5,
@@ -56,13 +61,15 @@ class Combined(Recipe):
         """Options of the recipe. A candidate is a name of `CANDIDATES`, or a name and options of its own."""
 
         candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CANDIDATES))
-        shared: dict[str, Any] = field(default_factory=lambda: dict(SHARED))  # options of dacs, of all candidates
+        shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all candidates, beside `SHARED`
+        match_style: bool = True  # leave source in its own colours where target in those of source is understood worse
         trial: float = 0.0  # share of the steps in which the candidates take turns; 0: compared before the first step
         images: int = 24  # target crops that the score looks at
 
     candidates: nn.ModuleDict
     images: Tensor
     progress: Tensor
+    styled: Tensor
 
     def __init__(self, num_classes: int, options: Any, candidates: dict[str, Dacs]) -> None:
         super().__init__(next(iter(candidates.values())).student, num_classes, options)
@@ -70,6 +77,9 @@ class Combined(Recipe):
         self.register_buffer("images", torch.empty(0), persistent=True)
         # Steps done, steps of the trial, the candidate that was kept (-1: none yet): a resumed run goes on from it.
         self.register_buffer("progress", torch.tensor([0, 0, -1]))
+        self.register_buffer(
+            "styled", torch.ones(len(candidates), dtype=torch.bool)
+        )  # whose source takes target's style
         self.done, self.trial_steps, self.kept = 0, 0, -1
         self.scores: dict[str, float] = {}
         self.console: Any = None
@@ -89,24 +99,31 @@ class Combined(Recipe):
             raise ValueError("Expected `candidates` to name at least one, but got an empty table.")
         if not 0 <= parsed.trial < 1:
             raise ValueError(f"Expected `trial` to be a share in [0, 1), but got {parsed.trial}.")
+        first = next(m for m in student.modules() if isinstance(m, nn.Conv2d))
+        colours = {} if first.in_channels == 3 else {"translate": "histogram"}  # other images have none
+        shared = {**SHARED, **colours, **parsed.shared}
         candidates = {}
         for name, own in parsed.candidates.items():
             net = student  # also of the others where nothing is trained before one is kept
             if candidates and parsed.trial > 0:
                 net = make_net(weights="random")
                 net.load_state_dict(student.state_dict())
-            candidates[name] = Dacs.build(net, num_classes, {**parsed.shared, **own}, make_net, previous)
+            candidates[name] = Dacs.build(net, num_classes, {**shared, **own}, make_net, previous)
         return cls(num_classes, parsed, candidates)
 
     def prepare(self, data: Preparation) -> None:
         """Keep some target crops for the score; let every candidate look at the images."""
         self.console = data.console
         crops: list[Tensor] = []
+        of_source: list[Tensor] = []
         for batch in data.batches(0, self.options.images):
             crops.extend(batch.target_images)
+            of_source.extend(batch.source_images)
             if len(crops) >= self.options.images:
                 break
         self.images = torch.stack(crops[: self.options.images])
+        if self.options.match_style:
+            self.match_style(torch.stack(of_source[: self.options.images]))
         count = len(self.candidates)
         self.trial_steps = count * int(self.options.trial * data.steps / count) if count > 1 else 0
         self.kept = 0 if count == 1 else -1
@@ -115,6 +132,34 @@ class Combined(Recipe):
             candidate.prepare(data)
         if self.kept < 0 and self.trial_steps == 0:
             self.decide()
+
+    @torch.no_grad()
+    def match_style(self, source: Tensor) -> None:
+        """Turn `translate` off for candidates whose target images in the style of source are understood worse.
+
+        A net contradicts itself least on images that look like those it has learned from. Where target images in the
+        style of source are not such images, source images in the style of target are not like target either.
+        """
+        own = self.consistency(self.student, self.images)
+        styles = [candidate.options.translate for candidate in self.candidates.values()]
+        for style in dict.fromkeys(styles):
+            if style in ("none", LEARNED):
+                continue
+            images = TRANSLATORS[style](self.images, source, self.mean, self.std)
+            plain, styled = means_of([[own], [self.consistency(self.student, images)]])
+            taken = bool(self.agree(int(styled >= plain)))
+            self.styled[[other == style for other in styles]] = taken
+            if self.console is not None:
+                found = f"consistency of target {100 * plain:.1f}, in the style of source {100 * styled:.1f}"
+                kept = "takes the style of target" if taken else "keeps its own style"
+                self.console.print(f"{style}: {found}; source {kept}", markup=False)
+        self.apply_styles()
+
+    def apply_styles(self) -> None:
+        """Let each candidate know what was found."""
+        for styled, candidate in zip(self.styled.tolist(), self.candidates.values(), strict=True):
+            if not styled:
+                candidate.options.translate = "none"
 
     @property
     def active(self) -> Dacs:
@@ -141,7 +186,7 @@ class Combined(Recipe):
             for name, c in self.candidates.items()
         }
         self.scores = self.scores_of(nets)  # type: ignore[arg-type]
-        self.keep(self.agree(max(range(len(self.scores)), key=list(self.scores.values()).__getitem__)))
+        self.keep(self.agree(ahead(list(self.scores.values()))))
         self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
         if self.console is not None:
             found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
@@ -150,25 +195,17 @@ class Combined(Recipe):
 
     @torch.no_grad()
     def scores_of(self, candidates: dict[str, dict[str, nn.Module]]) -> dict[str, float]:
-        """Mirror consistency times confidence on the kept target crops, a mean over a candidate's nets.
-
-        The consistency is an IoU, a mean over the classes that any net of any candidate predicts: a class that a net
-        has lost counts as 0 for it, since one class everywhere never contradicts itself.
-        """
-        found = {name: [self.consistency(net) for net in nets.values()] for name, nets in candidates.items()}
-        seen = torch.stack([iou >= 0 for nets in found.values() for iou, _ in nets]).any(0)
-        return {
-            name: sum(float(iou.nan_to_num()[seen].mean()) * sure for iou, sure in nets) / len(nets)
-            for name, nets in found.items()
-        }
+        """Mirror consistency times confidence on the kept target crops, a mean over a candidate's nets."""
+        found = [[self.consistency(net, self.images) for net in nets.values()] for nets in candidates.values()]
+        return dict(zip(candidates, means_of(found), strict=True))
 
     @torch.no_grad()
-    def consistency(self, net: nn.Module) -> tuple[Tensor, float]:
+    def consistency(self, net: nn.Module, crops: Tensor) -> tuple[Tensor, float]:
         """IoU of each class between a prediction and that of the mirror image (NaN: none predicted), and confidence."""
-        metric = ConsistencyScore(self.num_classes).to(self.images.device)
-        scores = LabelFreeScores(self.num_classes).to(self.images.device)
+        metric = ConsistencyScore(self.num_classes).to(crops.device)
+        scores = LabelFreeScores(self.num_classes).to(crops.device)
         with nullcontext() if isinstance(net, EMATeacher) else evaluating(net):  # a teacher knows how it labels
-            for images in self.images.split(8):
+            for images in crops.split(8):
                 logits = net(images).logits
                 metric(logits, net(images.flip(-1)).logits.flip(-1))
                 scores.update(logits)
@@ -206,6 +243,29 @@ class Combined(Recipe):
             self.done, self.trial_steps, kept = saved.tolist()
             self.keep(max(0, kept))  # `student` is the kept one's: known before its tensors are read
             self.kept = kept
+        self.styled = state_dict.setdefault(prefix + "styled", self.styled).to(
+            self.styled.device
+        )  # once there was none
+        self.apply_styles()
         if (images := state_dict.get(prefix + "images")) is not None:
             self.images = torch.empty_like(images, device=self.images.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def means_of(found: list[list[tuple[Tensor, float]]]) -> list[float]:
+    """Consistency times confidence, a mean over the nets of each entry.
+
+    The consistency is an IoU, a mean over the classes that any net of any entry predicts: a class that a net has lost
+    counts as 0 for it, since one class everywhere never contradicts itself.
+    """
+    seen = torch.stack([iou >= 0 for nets in found for iou, _ in nets]).any(0)
+    return [sum(float(iou.nan_to_num()[seen].mean()) * sure for iou, sure in nets) / len(nets) for nets in found]
+
+
+def ahead(scores: list[float]) -> int:
+    """Position of the best score; an earlier one stays unless a later one is ahead of it by more than `MARGIN`."""
+    best = 0
+    for position, score in enumerate(scores):
+        if score > scores[best] + MARGIN:
+            best = position
+    return best

@@ -1,0 +1,101 @@
+"""Is target understood better in the colours of source exactly where a net without labels would say so?
+
+    UDAKIT_DATA=/data python benchmarks/colours.py     # whatever is not in the JSON yet: about a minute a pair
+    python benchmarks/colours.py --table               # measures nothing, writes the table
+
+The nets are the source-only starts of benchmarks/adaptation.py. Unlabelled target training images give the score, the
+target validation set the truth; both as they are, and each in the colours of a source image.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+from gta2cs.threads import considerate_threads
+
+considerate_threads()  # before torch is imported
+
+import torch
+
+import train_gta2cs
+from benchmarks import adaptation
+from benchmarks.harness import markdown_table, write_section
+from gta2cs.datasets import Labelled, Unlabelled
+from gta2cs.evaluation import evaluate
+from gta2cs.label_free import DEFAULT, measure
+from gta2cs.pretrained import load_init
+from gta2cs.samples import Remembered
+from gta2cs.translators import TRANSLATORS
+
+RESULTS = ROOT / "benchmarks" / "results" / "colours.json"
+PAGE = ROOT / "docs" / "methods" / "combined.md"
+STYLES = ("none", "color")
+D = TypeVar("D", Labelled, Unlabelled)
+
+
+def restyled(data: D, source: Labelled, style: str) -> D:
+    """The same data set with each image in the style of a source image."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(source), (len(data),), generator=generator).tolist()
+
+    def image(index: int) -> torch.Tensor:
+        content, look = (x.images[i][None] / 255 for x, i in ((data, index), (source, chosen[index])))
+        return 255 * TRANSLATORS[style](content, look, (0.0,) * 3, (1.0,) * 3)[0]
+
+    found = copy.copy(data)
+    found.images = Remembered(len(data), image)
+    return found
+
+
+def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, dict[str, float]]:
+    """Score and truth of a pair's source-only net on target images in each style."""
+    config = adaptation.warmed(pair_name, seed, data_root, cache)
+    pair = train_gta2cs.open_pair(config)
+    assert pair.target_val is not None
+    net = config.net.build(len(pair.classes.names))
+    load_init(net, adaptation.warm_start(pair_name, seed, cache))
+    found = {}
+    for style in STYLES:
+        unlabelled = measure(net, restyled(pair.target_train, pair.source_train, style), pair.classes)
+        truth = evaluate(net, restyled(pair.target_val, pair.source_train, style), pair.classes)
+        found[style] = {
+            "score": unlabelled.scores[DEFAULT],
+            "miou": truth.means[adaptation.headline(truth.means)],
+        }
+    print(f"{pair_name}: {found}", flush=True)
+    return found
+
+
+def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown: a line a pair; score / true mIoU of target as it is and in the colours of source."""
+    rows = []
+    for key, found in results.items():
+        pair, seed = key.split("/")
+        cells = [f"{100 * found[style]['score']:.1f} / {found[style]['miou']:.1f}" for style in STYLES]
+        taken = "target's" if found["color"]["score"] >= found["none"]["score"] else "its own"
+        rows.append([f"{adaptation.NAMES[pair]}, seed {seed}", *cells, taken])
+    if not rows:
+        return "Not measured yet.\n"
+    return markdown_table(["", "target as it is", "target in source's colours", "source takes"], rows) + "\n"
+
+
+def main() -> None:
+    parser = adaptation.parser_of_runs(
+        __doc__, results=RESULTS, page=PAGE, pairs=[*adaptation.PAIRS], of=[*adaptation.PAIRS], seeds=[0]
+    )
+    options = parser.parse_args()
+    if options.table:
+        write_section("colours", table(adaptation.load(options.results)), PAGE)
+        return
+    cases = itertools.product(options.seeds, options.pairs)
+    adaptation.run_missing([(pair, seed) for seed, pair in cases], run, options)
+
+
+if __name__ == "__main__":
+    main()
