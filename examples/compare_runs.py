@@ -25,7 +25,6 @@ if __name__ == "__main__":
     leave_at_once(NOTHING_TORN)  # from the first moment on
 
 import argparse
-import copy
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -42,7 +41,7 @@ from rich.markup import escape
 from gta2cs import html, report
 from gta2cs.histories import RunNets, read_run
 from gta2cs.label_free import DEFAULT, DIRECTIONS, RELIABILITY, UNRELIABLE
-from gta2cs.options import in_a_line
+from gta2cs.options import changed, in_a_line
 from gta2cs.rank_statistics import spearman
 
 console = Console(soft_wrap=True)
@@ -224,25 +223,6 @@ def settings_of(sweep: Path, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"Expected the settings of {sweep} to have names of their own, but {name!r} comes twice.")
         found[name] = changed(base, {key: value for key, value in entry.items() if key != "name"})
     return found
-
-
-def changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with some values set, each by its path: `stages.1.options.selector`."""
-    config = copy.deepcopy(base)
-    for path, value in changes.items():
-        place: Any = config
-        *parents, last = [int(part) if part.isdigit() else part for part in str(path).split(".")]
-        try:
-            for part in parents:
-                place = place[part] if isinstance(part, int) else place.setdefault(part, {})
-            if isinstance(last, int) and last >= len(place):
-                raise IndexError
-            place[last] = value
-        except (IndexError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f"Expected {path!r} to be a path in the configuration, but there is no such place."
-            ) from None
-    return config
 
 
 def sweep(options: argparse.Namespace) -> list[Path]:

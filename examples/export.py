@@ -158,9 +158,10 @@ def write_torchscript(net: nn.Module, example: Tensor, out: Path) -> tuple[Path,
     """The older format, for libtorch: `torch.jit.load("model.torchscript.pt")(images)`."""
     path = out / "model.torchscript.pt"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the size is fixed by the trace, which is what these are about
+        warnings.simplefilter("ignore")  # the size is fixed by the trace, and that torch.export is newer is known
         torch.jit.trace(net, example).save(str(path))
-    return path, torch.jit.load(str(path))
+        loaded = torch.jit.load(str(path))
+    return path, loaded
 
 
 def write_safetensors(net: nn.Module, example: Tensor, out: Path) -> tuple[Path, Run]:
@@ -191,17 +192,25 @@ WRITERS: dict[Format, Callable[[nn.Module, Tensor, Path], tuple[Path, Run]]] = {
 def model_card(config: Config, trained: Trained, net: nn.Module, size: tuple[int, int]) -> str:
     """What the net is, what it was trained on and how good it is known to be."""
     run, classes, format = trained.config, trained.classes, trained.image_format
+    pair = "folders of your own" if run["data"]["pair"] == "folder" else run["data"]["pair"]
+    adapted = any(stage["recipe"] != "source_only" for stage in run["stages"])
     kind, (mean, std) = "RGB" if format.channels == 3 else "values", format.statistics
     stages = [f"{stage['recipe']} ({stage['steps']} steps)" for stage in run["stages"]]
     parameters = sum(p.numel() for p in net.parameters())
     lines = [
-        f"# {run['net']['arch']} / {run['net']['encoder']}, adapted on {run['data']['pair']}",
+        f"# {run['net']['arch']} / {run['net']['encoder']}, {'adapted' if adapted else 'trained'} on {pair}",
         "## Use",
         f"Input `images`: float32 (N, {format.channels}, {size[0]}, {size[1]}), {kind} in [0, 1]; they are normalised "
         "inside. "
         f"Output `logits`: float32 (N, {len(classes.names)}, {size[0]}, {size[1]}); their arg-max is the class.",
-        "`model.safetensors` has the tensors without the normalisation: its net takes images normalised with mean "
-        f"{mean} and standard deviation {std}.",
+        *(
+            [
+                "`model.safetensors` has the tensors without the normalisation: its net takes images normalised with "
+                f"mean {mean} and standard deviation {std}."
+            ]
+            if "safetensors" in config.formats
+            else []
+        ),
         "Classes, from 0: " + ", ".join(classes.names) + ".",
         "## Data and method",
         f"Pair of domains: `{run['data']['pair']}`. Method: {', then '.join(stages)}. Seed {run['seed']}, "

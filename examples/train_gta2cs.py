@@ -68,7 +68,7 @@ from gta2cs.recipes.self_training import LEARNED
 from gta2cs.run_folder import clear_folder, own_folder
 from gta2cs.stage import Run, StageState
 from gta2cs.summary import write_report
-from gta2cs.tracking import Tracking, send_pictures, start_tracking
+from gta2cs.tracking import Tracking, check_tracker, send_pictures, start_tracking
 from udakit import copy_net
 
 __all__ = ["RECIPES", "Config", "DataConfig", "NetConfig", "Stage", "main", "parse", "plain"]
@@ -305,6 +305,7 @@ def train(run: Run) -> dict[str, Score]:
     if run.is_main and not config.resume:
         clear_folder(config.out)  # not before: what the net starts from may be in it
     resume_choice(run)
+    start_tracking(run.accelerator, config)  # not before: a run that is refused leaves nothing there
 
     rows: dict[str, Score] = {}
     nets: dict[str, torch.nn.Module] = {}
@@ -381,8 +382,7 @@ def make_accelerator(config: Config) -> Accelerator:
         raise RuntimeError(
             f"Expected {world} processes to work together, but accelerate found {accelerator.num_processes}."
         )
-    if tracker:
-        start_tracking(accelerator, config)
+    check_tracker(accelerator, config)
     return accelerator
 
 
@@ -406,7 +406,7 @@ def command() -> int:
     def run() -> None:
         main(parse())
 
-    faults = (*FAULTS, FloatingPointError, WeightsError)
+    faults = (*FAULTS, FloatingPointError, ModuleNotFoundError, WeightsError)
     quiet = int(os.environ.get("RANK", "0")) != 0
     return in_a_line(run, NOTHING_DONE, faults=faults, words=words_of, quiet=quiet)
 

@@ -56,6 +56,8 @@ def test_what_is_written_agrees_with_the_net(checkpoint: Path, tmp_path: Path, n
     assert "Adapted, by a score of 0.8." in text
     assert "Other." not in text
     assert "| 1 | 2 |" not in text
+    assert text.startswith("# fpn / tu-tf_efficientnet_lite0, adapted on toy\n")
+    assert ("model.safetensors" in text) == (name == "safetensors")
     assert "Method: source_only (300 steps), then dacs (450 steps)" in text
     assert "float32 (N, 3, 128, 192)" in text
     assert f"| {CLASSES[0]} | – |" in text

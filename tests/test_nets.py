@@ -233,6 +233,20 @@ def test_bad_options(tmp_path: Path) -> None:
         build_net("fpn", "resnet18", num_classes=2, weights="imagnet")
     with pytest.raises(ValueError, match=r"Expected `encoder` to be one of \('mit_b0', .* but got 'mit_b9'"):
         build_net("hf_segformer", "mit_b9", num_classes=2, weights="random")
+    with pytest.raises(
+        ValueError, match=r"Cannot build fpn / resnet18, weights 'random' with .*: num_channels \(16\) must"
+    ):
+        build_net("fpn", "resnet18", num_classes=2, weights="random", decoder_segmentation_channels=16)
+    with pytest.raises(ValueError, match=r"Cannot build unet / resnet19, weights 'random': .*resnet19"):
+        build_net("unet", "resnet19", num_classes=2, weights="random")
+    with pytest.raises(
+        ValueError, match=r"Expected the options of unet to be among \['encoder_name', .* but got \['deep'\]"
+    ):
+        build_net("unet", "resnet18", num_classes=2, weights="random", deep=3)
+    with pytest.raises(
+        ValueError, match=r"Cannot build .* with the options {'deep': 3}: .*unexpected keyword.* 'deep'"
+    ):
+        build_net("unet", "tu-test_efficientnet", num_classes=2, weights="random", deep=3)
 
 
 def test_one_seed_gives_one_net() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import struct
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,26 @@ def test_help_explains_and_prints_no_internals(capsys: pytest.CaptureFixture[str
     assert "(height, width) of the training crops." in text
 
 
+def test_one_value_of_one_stage(tmp_path: Path) -> None:
+    file = Path(train_gta2cs.__file__).parent / "configs" / "combined_folder.yaml"
+    as_it_is = train_gta2cs.parse(["--config", str(file)])
+    given = ["--config", str(file), "--stages.0.steps", "20", "--stages.1.options.images=8", "--stages.1.lr", "3e-5"]
+    config = train_gta2cs.parse([*given, "--seed", "3"])
+    first, second = config.stages
+    assert (first.steps, first.lr, second.steps, second.lr, second.options) == (20, 3e-4, 600, 3e-5, {"images": 8})
+    assert config.seed == 3
+    assert dataclasses.replace(config, stages=as_it_is.stages, seed=0) == as_it_is
+    assert [s.steps for s in train_gta2cs.parse(["--stages.1.steps=7"]).stages] == [300, 7], "of the toy pair"
+    listed = train_gta2cs.parse(["--config", str(file), '--stages=[{"recipe": "dacs"}]', "--stages.0.steps=9"])
+    assert [(s.recipe, s.steps) for s in listed.stages] == [("dacs", 9)]
+
+
+@pytest.mark.parametrize("place", ["stages.5.lr", "stages.0.lr.x"])
+def test_a_stage_that_is_not_there(place: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected '{place}' to be a path in the configuration"):
+        train_gta2cs.parse([f"--{place}=1"])
+
+
 def test_predict_explains_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(help_of(capsys, predict.parse, "--help").split())
     assert "A folder of images, searched with its subfolders, or one image." in text
@@ -83,11 +104,62 @@ def test_tensorboard_gets_losses_scores_and_pictures(tmp_path: Path) -> None:
     assert "IoU/teacher/road" in tags["scalars"]
 
 
+def test_wandb_gets_losses_scores_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    rows = train_gta2cs.main(tiny(tmp_path / "run", log_with="wandb"))
+    (folder,) = (tmp_path / "run" / "wandb").glob("offline-run-*")
+    assert {path.name.split("_")[0] for path in folder.glob("files/media/images/*.png")} == {"panels", "curves"}
+    summary, steps = read_wandb(next(folder.glob("*.wandb")))
+    assert steps[:2] == [1, 2]
+    assert steps[-1] == 402
+    assert float(summary["mIoU/teacher"]) == pytest.approx(rows["dacs, teacher"].miou, abs=0.01)
+    assert {"loss/source", "IoU/teacher/road", "share/student/road"} <= set(summary)
+
+
+def read_wandb(path: Path) -> tuple[dict[str, str], list[int]]:
+    """Last values, and the steps at which a loss was logged, of the file of an offline run (LevelDB's log format)."""
+    from wandb.proto import wandb_internal_pb2
+
+    last, steps, data = {}, [], path.read_bytes()
+    place, pieces, header, block = 7, b"", 7, 2**15  # the file's own header is as long as a record's
+    while place + header <= len(data):
+        if (left := block - place % block) < header:
+            place += left
+            continue
+        length, kind = struct.unpack("<HB", data[place + 4 : place + header])
+        pieces += data[place + header : place + header + length]
+        place += header + length
+        if kind in (1, 4):  # a whole record, or its last piece
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pieces)
+            values = {".".join([x.key, *x.nested_key]).strip("."): x.value_json for x in record.history.item}
+            last |= values
+            steps += [record.history.step.num] if "loss/source" in values else []
+            pieces = b""
+    return last, steps
+
+
+def test_mlflow_gets_losses_scores_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    rows = train_gta2cs.main(tiny(tmp_path / "run", log_with="mlflow"))
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("udakit").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "run"
+    assert run.data.params["net.arch"] == tiny_net().arch
+    assert {entry.path for entry in client.list_artifacts(run.info.run_id)} == {"panels.png", "curves.png"}
+    assert [entry.step for entry in client.get_metric_history(run.info.run_id, "loss/source")] == [1, 2, 401, 402]
+    assert run.data.metrics["mIoU/teacher"] == pytest.approx(rows["dacs, teacher"].miou, abs=0.01)
+
+
 def test_a_missing_tracker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accelerate import accelerator
 
     monkeypatch.setattr(accelerator, "filter_trackers", lambda *_: [])
-    with pytest.raises(ModuleNotFoundError, match=r"`log_with: wandb` needs a package .*: pip install wandb"):
+    with pytest.raises(ModuleNotFoundError, match=r"Expected the package of `log_with: wandb` .*: pip install wandb"):
         train_gta2cs.main(tiny(tmp_path, log_with="wandb"))
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from gta2cs.nets import SegNet, build_net
-from gta2cs.options import read_options
+from gta2cs.options import changed, read_options
 
 TOY = Path(__file__).parent.parent / "configs" / "dacs_toy.yaml"
+PLACE = re.compile(r"--(stages\.\d+\..+)")
 
 
 @dataclass
@@ -173,10 +177,52 @@ def parse(arguments: list[str] | None = None) -> Config:
     arguments = [f"{a.replace('-', '_').replace('__', '--', 1)}=true" if a in flags else a for a in arguments]
     named = any(a.partition("=")[0] == "--config" for a in arguments)  # a file says all that is not the default
     toy = [] if named else [str(TOY)]
-    config = read_options(Config, arguments, files=toy)
+    config = read_options(Config, with_places(arguments, toy), files=toy)
     if config.dry_run:  # the run itself, whether to come or finished, is left alone
         config.out = config.out / "dry_run"
     return config
+
+
+def with_places(arguments: list[str], files: list[str]) -> list[str]:
+    """Arguments in which `--stages.1.lr 1e-5` has become the whole list of stages, the only form the parser knows."""
+    kept: list[str] = []
+    changes: dict[str, Any] = {}
+    lists = [stages_of(file) for file in files]
+    values = iter(arguments)
+    for argument in values:
+        name, given, value = argument.partition("=")
+        place = PLACE.fullmatch(name)
+        if place or name in ("--config", "--stages"):
+            value = value if given else next(values, "")
+            argument = f"{name}={value}"
+        if place:
+            changes[place[1]] = read_value(value)
+            continue
+        if name in ("--config", "--stages"):
+            lists.append(stages_of(value) if name == "--config" else read_value(value))
+        kept.append(argument)
+    stages = next((found for found in reversed(lists) if found), [])  # the last that says any
+    return [*kept, f"--stages={json.dumps(changed({'stages': stages}, changes)['stages'])}"] if changes else arguments
+
+
+def stages_of(file: str) -> Any:
+    """The stages that a configuration lists; what is wrong with the file itself is the parser's to say."""
+    try:
+        return yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("stages")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        return None
+
+
+def read_value(text: str) -> Any:
+    """A value of the command line, read as YAML; 1e-5 is a number, too."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def plain(config: Config) -> dict[str, Any]:

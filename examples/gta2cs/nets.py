@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -321,8 +322,8 @@ def build_net(
         options: passed on to the decoder's class; `encoder_depth=4` also cuts an efficientnet after its fourth level.
 
     Raises:
-        ValueError: an unknown option.
-        RuntimeError: fewer than 95 % of the tensors were loaded.
+        ValueError: an unknown encoder or option, or weights that cannot be fetched.
+        WeightsError: fewer than 95 % of the tensors were loaded.
     """
     if arch not in ARCHS:
         raise ValueError(f"Expected `arch` to be one of {ARCHS}, but got {arch!r}.")
@@ -337,7 +338,15 @@ def build_net(
         )
     builders = {"hf_segformer": _build_hf, "torchvision": _build_torchvision, "vit": _build_vit}
     build = builders.get(arch, _build_smp)
-    net = build(arch, encoder, num_classes, "random" if path is not None else str(weights), options)
+    start = "random" if path is not None else str(weights)
+    try:
+        net = build(arch, encoder, num_classes, start, options)
+    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, WeightsError) or str(error).startswith(("Expected", "Cannot")):
+            raise
+        said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        given = f" with the options {options}" if options else ""
+        raise ValueError(f"Cannot build {arch} / {encoder}, weights {start!r}{given}: {said}") from error
     take_channels(net, channels)  # first: the file may be of a net of as many
     if path is not None:
         load_weights(net, path, take=take)
@@ -426,6 +435,10 @@ def _build_smp(arch: str, encoder: str, num_classes: int, weights: str, options:
     import segmentation_models_pytorch as smp
 
     make = getattr(smp, SMP_ARCHS[arch])
+    known = [name for name, p in inspect.signature(make).parameters.items() if p.kind is not p.VAR_KEYWORD]
+    unknown = sorted(set(options) - set(known))
+    if unknown and known and not encoder.startswith("tu-"):  # smp takes them in silence; timm looks at its own
+        raise ValueError(f"Expected the options of {arch} to be among {known}, but got {unknown}.")
     offline = weights == "imagenet" and encoder in OFFLINE
     hub = weights == "hub" or (weights == "imagenet" and not offline)
     start = torch.random.get_rng_state()

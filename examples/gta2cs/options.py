@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable
@@ -47,6 +48,25 @@ def read_options(
         kind, args=arguments, as_positional=False, default_config_files=files or [], formatter_class=HelpFormatter
     )
     return read
+
+
+def changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with some values set, each by its path: `stages.1.options.selector`."""
+    config = copy.deepcopy(base)
+    for path, value in changes.items():
+        place: Any = config
+        *parents, last = [int(part) if part.isdigit() else part for part in str(path).split(".")]
+        try:
+            for part in parents:
+                place = place[part] if isinstance(part, int) else place.setdefault(part, {})
+            if isinstance(last, int) and last >= len(place):
+                raise IndexError
+            place[last] = value
+        except (IndexError, KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"Expected {path!r} to be a path in the configuration, but there is no such place."
+            ) from None
+    return config
 
 
 def in_a_line(

@@ -47,10 +47,10 @@ def cell(name: str) -> str:
 
 
 def gain_sentence(rows: dict[str, Score]) -> str:
-    """What the last row gained over the first one, and which classes made it; empty where there is one row."""
+    """What the last row gained over source-only, and which classes made it; empty where either was not scored."""
     (first, before), (last, after) = next(iter(rows.items())), list(rows.items())[-1]
     gain = after.miou - before.miou
-    if len(rows) < 2 or np.isnan(gain):
+    if len(rows) < 2 or not first.startswith("source_only") or np.isnan(gain):
         return ""
     mean = next(iter(after.means))
     verb, points = ("gains" if gain >= 0 else "loses"), f"{abs(gain):.1f}"

@@ -16,13 +16,21 @@ from gta2cs.stage import StageState
 PROJECT = "udakit"
 
 
-def start_tracking(accelerator: Accelerator, config: Config) -> None:
-    """Open the tracker and tell it the configuration."""
-    if not accelerator.log_with:  # accelerate leaves out, in silence, what is not installed
+def check_tracker(accelerator: Accelerator, config: Config) -> None:
+    """Refuse a tracker that is not installed: accelerate leaves it out in silence."""
+    if config.log_with != "none" and not accelerator.log_with:
         raise ModuleNotFoundError(
-            f"`log_with: {config.log_with}` needs a package that is not installed: pip install {config.log_with}"
+            f"Expected the package of `log_with: {config.log_with}` to be installed, but it is not: "
+            f"pip install {config.log_with}"
         )
-    accelerator.init_trackers(PROJECT, config=flat(plain(config)))
+
+
+def start_tracking(accelerator: Accelerator, config: Config) -> None:
+    """Open the tracker, if any, under the name of the run's folder, and tell it the configuration."""
+    if config.log_with == "none":
+        return
+    own = {"wandb": {"dir": str(config.out), "name": config.out.name}, "mlflow": {"run_name": config.out.name}}
+    accelerator.init_trackers(PROJECT, config=flat(plain(config)), init_kwargs=own)
 
 
 class Tracking:

@@ -69,4 +69,4 @@ def main(
 
 
 if __name__ == "__main__":
-    print(main())
+    print("loss of each step:", *(f"{loss:.3f}" for loss in main()))

@@ -86,4 +86,4 @@ def main(steps: int = 2, size: int = 64, seed: int = 0) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(main(steps=40))
+    print("loss of each step:", *(f"{loss:.3f}" for loss in main(steps=40)))

@@ -72,4 +72,4 @@ def main(steps: int = 2, size: int = 64, encoder: str = "resnet18", weights: str
 
 
 if __name__ == "__main__":
-    print(main())
+    print("loss of each step:", *(f"{loss:.3f}" for loss in main()))

@@ -62,4 +62,4 @@ def main(steps: int = 2, size: int = 64, known_weight: float = 1.0) -> list[floa
 
 
 if __name__ == "__main__":
-    print(main())
+    print("loss of each step:", *(f"{loss:.3f}" for loss in main()))

@@ -130,4 +130,4 @@ def main(steps: int = 2, size: int = 64, net: nn.Module | None = None, target: T
 
 
 if __name__ == "__main__":
-    print(main())
+    print("loss of each step:", *(f"{loss:.3f}" for loss in main()))

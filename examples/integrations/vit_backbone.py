@@ -88,4 +88,4 @@ def main(steps: int = 2, size: int = 64, name: str = "vit_tiny_patch16_224") -> 
 
 
 if __name__ == "__main__":
-    print(main()[0])
+    print("loss of each step:", *(f"{loss:.3f}" for loss in main()[0]))
