@@ -39,8 +39,8 @@ def test_both_ways_are_one_prediction(space: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((2, 3, 4), r"to be \(N, 1, L\), one .* a pixel, but got \(2, 3, 4\)\. Its channel axis comes by"),
-        ((2, 2, 4, 4), r"but got \(2, 2, 4, 4\)\. Two channels are two classes as they are"),
+        ((2, 3, 4), r"to be \(N, 1, L\), one .* per pixel, but got \(2, 3, 4\)\. Add the channel axis with"),
+        ((2, 2, 4, 4), r"but got \(2, 2, 4, 4\)\. Two channels are already two classes"),
         ((2, 4), r"to be \(N, 1, \*space\) with one to three spatial axes"),
     ],
 )

@@ -358,7 +358,10 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: u.RareClassSampler(torch.ones(2, 3), generator=3), r"`generator` .* but got 3\. .*manual_seed.*"),
     ],
     "features": [
-        (lambda: u.FeatureTap(net(), "encoder"), "`layer` to be a submodule of Sequential, but got 'encoder'. Near .*"),
+        (
+            lambda: u.FeatureTap(net(), "encoder"),
+            "`layer` to be a submodule of Sequential, but got 'encoder'. Similar .*",
+        ),
         (
             lambda: u.FeatureTap(net(), 0),
             r"`layer` to be the dotted name of a submodule, but got 0\. .*named_modules.*",

@@ -220,11 +220,13 @@ def test_a_compiled_net() -> None:
 
 
 def test_a_missing_layer_lists_near_names() -> None:
-    with pytest.raises(ValueError, match=r"submodule of Small, but got 'encodr\.1'\. Near names: encoder\.1, encoder"):
+    with pytest.raises(
+        ValueError, match=r"submodule of Small, but got 'encodr\.1'\. Similar names: encoder\.1, encoder"
+    ):
         FeatureTap(Small(), "encodr.1")
-    with pytest.raises(ValueError, match=r"Near names: encoder, both, named, head, unused\."):
+    with pytest.raises(ValueError, match=r"Similar names: encoder, both, named, head, unused\."):
         FeatureTap(Small(), "xyz")
-    with pytest.raises(ValueError, match=r"got 'model\.head'\. Near names: head"):
+    with pytest.raises(ValueError, match=r"got 'model\.head'\. Similar names: head"):
         FeatureTap(Small(), "model.head")
 
 

@@ -66,7 +66,7 @@ def test_parameters_of_every_normalisation_once() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"Expected `batches` to give at least one batch"):
+    with pytest.raises(ValueError, match=r"Expected `batches` to have at least one batch"):
         udakit.adapt_batch_norm(net(), [])
     with pytest.raises(ValueError, match=r"Expected `model` to have BatchNorm layers .* LayerNorm"):
         udakit.adapt_batch_norm(nn.LayerNorm(3), batches())

@@ -66,7 +66,7 @@ def test_class_iou_of_a_data_set() -> None:
     a = torch.eye(3)[[0, 0, 1]].T.view(1, 3, 3)
     module(a, a.roll(1, 2))  # [0, 0, 1] and [1, 0, 0]
     assert module.class_iou.tolist() == pytest.approx([1 / 3, 0, math.nan], nan_ok=True)
-    with pytest.raises(ValueError, match="`background` to be None for a score of each class"):
+    with pytest.raises(ValueError, match="`background` to be None for scores of single classes"):
         _ = udakit.ConsistencyScore(3, background=0).class_iou
 
 
@@ -172,7 +172,7 @@ def test_errors_of_views() -> None:
     images = torch.rand(1, 3, 4, 4)
     with pytest.raises(ValueError, match=r"`axis` to be a spatial axis of \(1, 3, 4, 4\), but got 1"):
         udakit.mirror_consistency(ramp, images, axis=1)
-    with pytest.raises(ValueError, match=r"`offset` to have an entry for each spatial axis .* but got 1"):
+    with pytest.raises(ValueError, match=r"`offset` to have one entry for each spatial axis .* but got 1"):
         udakit.shift_view((1,)).transform(images)
     with pytest.raises(ValueError, match=r"`margin` to leave something of \(1, 3, 4, 4\)"):
         udakit.crop_view(((2, 2), (0, 0))).transform(images)
@@ -219,9 +219,9 @@ def test_a_broken_candidate_does_not_lead() -> None:
 
 
 def test_errors_of_agreement() -> None:
-    with pytest.raises(ValueError, match="one candidate at least, but got none"):
+    with pytest.raises(ValueError, match="at least one candidate, but got none"):
         udakit.ensemble_agreement([])
-    with pytest.raises(ValueError, match="those of 2 candidates, but got 3"):
+    with pytest.raises(ValueError, match="to have 2 candidates, but got 3"):
         udakit.EnsembleAgreement(2)(torch.rand(3, 1, 2, 4))
     with pytest.raises(TypeError, match=r"`probabilities` to be a tensor .* but got None"):
         udakit.ensemble_agreement(None)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""`python -m udakit`: versions, devices, and where documentation and examples are."""
+"""`python -m udakit` prints versions, devices, and where to find the documentation and examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGES = ("numpy", "kornia", "einops", "jaxtyping")
 
 
 def describe() -> str:
-    """Return a line for each of: versions, devices, documentation, examples."""
+    """Return one line each for versions, devices, documentation and examples."""
     devices = [f"cpu, {torch.get_num_threads()} threads"]
     devices += [f"cuda:{i}, {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
@@ -31,7 +31,7 @@ def describe() -> str:
 
 
 def installed(name: str) -> str:
-    """Version of a package, or "is missing"."""
+    """Return the version of a package, or "is missing"."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -39,7 +39,7 @@ def installed(name: str) -> str:
 
 
 def places(root: Path) -> dict[str, str]:
-    """Where a checkout has what the wheel leaves out."""
+    """Return where to find the documentation and the examples, which are not in the wheel."""
     if (root / "mkdocs.yml").is_file():
         return {
             "documentation": f'{root / "docs"} (pip install -e ".[docs]" && mkdocs serve)',

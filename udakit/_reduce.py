@@ -1,4 +1,4 @@
-"""Numerics that every part shares: precision of the arithmetic, and the one place where pixels become a mean."""
+"""Numerics that all parts share: the precision of the arithmetic, and the reduction of pixels to a mean."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from torch.autograd.function import once_differentiable
 from udakit._checks import check_option
 
 Reduction = Literal["mean", "mean_all", "sum", "none"]
-# Named here and not in the functions: torch.compile of torch 2.5 does not trace get_args.
+# Defined here and not in the functions, because torch.compile of torch 2.5 does not trace get_args.
 REDUCTIONS = get_args(Reduction)
 Kind = Literal["logits", "probabilities"]
 KINDS = get_args(Kind)
-# Exponents in units of log 2: on the CPU exp2 takes a third of the time of exp, and no longer where it underflows.
+# Exponents in units of log 2: on the CPU exp2 takes a third of the time of exp, and underflow does not slow it down.
 LOG_2 = math.log(2)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """Float32 at least: float16 and bfloat16 go up, float64 stays."""
+    """Convert float16 and bfloat16 to float32; float32 and float64 stay."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def exp_(x: Tensor) -> Tensor:
-    """`x.exp_()`, on the CPU by way of `exp2_`; a GPU would only pay for the extra pass."""
+    """`x.exp_()`, computed with `exp2_` on the CPU; on a GPU the extra pass would not pay off."""
     return x.mul_(1 / LOG_2).exp2_() if x.device.type == "cpu" else x.exp_()
 
 
 def plain(x: Tensor) -> Tensor:
-    """The tensor without its subclass (MetaTensor, tv_tensors), for code that makes memory like it or calls operators.
+    """The tensor without its subclass (MetaTensor, tv_tensors), for code that allocates memory or calls operators.
 
-    Such a class may give `new_empty` other arguments, and runs Python code at every operation. What dispatches below
-    autograd (fake tensors, DTensor) stays as it is.
+    Such a class may change the arguments of `new_empty`, and it runs Python code at every operation. Classes that
+    dispatch below autograd (fake tensors, DTensor) stay as they are.
     """
     kind = type(x)
     if kind is Tensor or torch.compiler.is_compiling() or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
@@ -50,16 +50,16 @@ _LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 
 def interpolate(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
-    """Linear interpolation of (N, C, *space) to `size`, by the name that it has for one, two or three axes."""
+    """Linear interpolation of (N, C, *space) to `size`, for one, two or three spatial axes."""
     return F.interpolate(x, tuple(size), mode=_LINEAR[x.ndim], align_corners=align_corners)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
-    """Autocast off on the device of `x`, so that a matmul of upcast tensors is not cast down again."""
+    """Context without autocast on the device of `x`, so that a matmul of upcast tensors is not cast down again."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-BLOCK = 2**18  # elements of a class map worked on at once on the CPU: small enough to stay in the cache
+BLOCK = 2**18  # elements of a class map processed at once on the CPU; they fit the cache
 
 
 def top_class(scores: Tensor) -> Tensor:
@@ -70,23 +70,23 @@ def top_class(scores: Tensor) -> Tensor:
 
 
 def by_blocks(scores: Tensor) -> bool:
-    """Whether `top_by_blocks` is quicker than `max`, which looks at one element after another on the CPU."""
+    """Whether `top_by_blocks` is faster than `max`, which is not vectorised on the CPU."""
     large = scores.numel() >= LARGE and scores.shape[1] <= 255
     return large and scores.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def top_by_blocks(scores: Tensor, *, confidence: bool) -> tuple[Tensor, Tensor]:
-    """Arg-max class and, where asked, the softmax there; else the largest score. For the CPU, in pieces.
+    """The arg-max class, and with `confidence` its softmax, otherwise its score; for the CPU, in pieces.
 
-    The largest score comes from a vectorised maximum, its class from a minimum of bytes: c where the class has that
-    score, 255 where it has less. A pixel with a NaN has class 0.
+    The largest score comes from a vectorised maximum. Its class comes from a minimum over bytes, which are c where
+    class c has that score and 255 elsewhere. A pixel with a NaN has class 0.
     """
     maps = plain(scores.detach()).flatten(2)
     n, c, size = maps.shape
     labels, top = maps.new_empty((n, size), dtype=torch.int64), upcast(maps[:, 0]).new_empty((n, size))
     ids = torch.arange(c, dtype=torch.uint8, device=maps.device).unsqueeze(1)
     pixels = max(BLOCK // c, 1)
-    buffer = top.new_empty(c * min(pixels, size))  # fresh memory a block would cost more than the arithmetic
+    buffer = top.new_empty(c * min(pixels, size))  # allocating for each block would cost more than the arithmetic
     bits = maps.new_empty(buffer.shape, dtype=torch.bool)
     for i in range(n):
         for j in range(0, size, pixels):
@@ -96,7 +96,7 @@ def top_by_blocks(scores: Tensor, *, confidence: bool) -> tuple[Tensor, Tensor]:
             lower = torch.lt(z, most, out=bits[: z.numel()].view(z.shape)).view(torch.uint8)
             labels[i, j : j + pixels] = lower.mul_(255).bitwise_or_(ids).amin(0)
             if confidence:
-                # The softmax at its largest entry: exact at any magnitude, unlike exp(max - logsumexp).
+                # The softmax at its largest entry. It is exact at any magnitude, unlike exp(max - logsumexp).
                 shifted = torch.sub(z, most, out=buffer[: z.numel()].view(z.shape))
                 torch.sum(exp_(shifted), dim=0, out=most).reciprocal_()
     space = scores.shape[2:]
@@ -104,30 +104,30 @@ def top_by_blocks(scores: Tensor, *, confidence: bool) -> tuple[Tensor, Tensor]:
 
 
 def count_ids(ids: Tensor, bins: int) -> Tensor:
-    """How often each of 0..bins-1 occurs, int64 (`bincount` would make a GPU wait); other ids are an error."""
+    """Count each of 0..bins-1, int64; other ids are an error. `bincount` would make a GPU wait."""
     counts = torch.zeros(bins, dtype=torch.int64, device=ids.device)
     if ids.device.type != "cpu" and not torch.compiler.is_compiling():
-        return counts.scatter_(0, ids.flatten(), 1, reduce="add")  # a launch less
-    one = torch.ones((), dtype=torch.int64, device=ids.device)  # expanded: a map of ones is a pass over memory
+        return counts.scatter_(0, ids.flatten(), 1, reduce="add")  # saves a launch
+    one = torch.ones((), dtype=torch.int64, device=ids.device)  # a map of ones would be a pass over memory
     return counts.scatter_add_(0, ids.flatten(), one.expand(ids.numel()))
 
 
 def class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Labels as int64 ids 0..C-1; whatever is no class, ignored pixels and unknown ids, shares C."""
+    """Labels as int64 ids 0..C-1; ignored pixels and unknown ids become C."""
     labels = labels.long()
     ids = torch.where(labels.clamp(0, num_classes - 1) == labels, labels, num_classes)
     return torch.where(labels == ignore_index, num_classes, ids) if 0 <= ignore_index < num_classes else ids
 
 
-LARGE = 2**17  # elements from which on `select` is quicker by bits than by branches
+LARGE = 2**17  # number of elements from which `select` is faster with bits than with branches
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
-    """`torch.where(mask, x, other)`, to the last bit; `other=None` is 0.
+    """`torch.where(mask, x, other)`, bit for bit; `other=None` is 0.
 
-    On the CPU `torch.where` is a branch at every element, five times slower where a large mask is ragged. Arithmetic,
-    m x + (1 - m) y, would let a NaN of the side that was not taken through. Operations on bits do not.
+    On the CPU, `torch.where` branches at every element, which is five times slower for a large ragged mask. The
+    arithmetic m x + (1 - m) y would let a NaN of the other side through. Operations on bits do not.
     """
     small = x.numel() < LARGE
     pair = x.dtype if other is None else torch.promote_types(x.dtype, other.dtype)
@@ -142,7 +142,7 @@ class _Select(torch.autograd.Function):
     @staticmethod
     def forward(mask: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
         bits = _BITS[x.itemsize]
-        ones = mask.to(bits).neg_()  # -1 has all bits set
+        ones = mask.to(bits).neg_()  # in -1 all bits are set
         if other is None:
             return torch.bitwise_and(x.view(bits), ones).view(x.dtype)
         rest = other.view(bits)
@@ -160,9 +160,9 @@ class _Select(torch.autograd.Function):
 
 
 def zero_where_not_(mask: Tensor, x: Tensor) -> Tensor:
-    """`x` with exactly 0 where the mask is not, NaN or not, in the memory of `x`, which must be the caller's own."""
+    """Set `x` to exactly 0 where the mask is False, even at NaN, in place; the memory of `x` must be the caller's."""
     if any(stride == 0 and side > 1 for stride, side in zip(x.stride(), x.shape, strict=True)):
-        return select(mask, x)  # an expanded tensor has no memory of its own for each element
+        return select(mask, x)  # the elements of an expanded tensor share memory
     if x.device.type == "cpu" and x.itemsize in _BITS:
         bits = _BITS[x.itemsize]
         x.view(bits).bitwise_and_(mask.to(bits).neg_())
@@ -171,14 +171,14 @@ def zero_where_not_(mask: Tensor, x: Tensor) -> Tensor:
 
 
 def guard(x: Tensor, valid: Tensor | None) -> Tensor:
-    """`x` (N, C, *space), to which no gradient comes back from pixels that are not valid.
+    """`x` (N, C, *space), without gradients from pixels that are not valid.
 
-    There 0 times the derivative at a NaN or an infinity would be NaN. The value is hidden by `reduce_pixels`; taking
-    the pixel out before the arithmetic would cost a pass over the map on the way there as well.
+    At such a pixel, 0 times the derivative at a NaN or an infinity would be NaN. `reduce_pixels` hides the value.
+    Removing the pixel before the arithmetic would cost a pass over the map in the forward pass as well.
     """
     if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
         return x
-    if x.numel() < LARGE or torch.compiler.is_compiling():  # a pass over a small map is less than a call of Python code
+    if x.numel() < LARGE or torch.compiler.is_compiling():  # a pass over a small map is faster than Python code
         return torch.where(valid.unsqueeze(1), x, 0)
     guarded: Tensor = _Guard.apply(x, valid)
     return guarded
@@ -196,14 +196,14 @@ class _Guard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         mask = ctx.saved_tensors[0].unsqueeze(1)
-        if torch.is_grad_enabled():  # create_graph=True: others hold this gradient
+        if torch.is_grad_enabled():  # create_graph=True: others use this gradient
             return select(mask, grad), None
-        # Only the loss itself has seen what `guard` returned, so its gradient is memory that nobody else holds.
+        # Only the loss itself uses the result of `guard`, so nobody else holds the memory of its gradient.
         return zero_where_not_(mask, grad), None
 
 
 def check_reduction(reduction: str) -> None:
-    """Raise for a `reduction` that is not one of the four."""
+    """Raise unless `reduction` is one of the four."""
     check_option("reduction", reduction, REDUCTIONS)
 
 
@@ -217,10 +217,10 @@ def reduce_pixels(
 ) -> Tensor:
     """Reduce a per-pixel (or per-anchor, per-image) loss.
 
-    Invalid entries become exactly 0 with zero gradient. "mean" divides by the number of valid entries, "mean_all" by
-    all of them; a `pixel_weight` enters the numerator only. With nothing valid the result is 0 with a graph attached.
-    What is not finite at an invalid entry stays out of the value. `guard` keeps it out of the gradient. `zeroed` says
-    that `loss` already is 0 there, which saves a pass each way.
+    Invalid entries become exactly 0 with zero gradient. "mean" divides by the number of valid entries and "mean_all" by
+    the number of all entries; `pixel_weight` does not change the divisor. Without any valid entry, the result is 0 with
+    a graph. NaN and infinity at invalid entries do not reach the value, and `guard` keeps them out of the gradient.
+    `zeroed` says that `loss` is already 0 there, which saves a pass in each direction.
     """
     check_reduction(reduction)
     if pixel_weight is not None:
@@ -238,9 +238,9 @@ def reduce_pixels(
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """The `once_differentiable` of torch that also minds what `backward` keeps.
+    """A `once_differentiable` that also checks the tensors that `backward` uses.
 
-    Its own looks at the incoming gradient alone, and where that is a constant a second derivative would silently be 0.
+    The one of torch checks only the incoming gradient. If that is a constant, a second derivative would silently be 0.
     """
     once = once_differentiable(backward)
 

@@ -1,4 +1,4 @@
-"""State that keeps its precision and can be gathered over ranks."""
+"""State that keeps its precision, and functions to gather it from all ranks."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class FullPrecisionState(nn.Module):
-    """A Module whose buffers follow devices, not dtypes.
+    """A Module with buffers that follow the device but not the dtype.
 
-    `.half()` or `.bfloat16()` of a parent leaves them in float32: in bfloat16 an averaging step of 1e-4 never lands,
-    and a histogram overflows in float16.
+    `.half()` or `.bfloat16()` of a parent leaves them in float32. In bfloat16, an averaging step of 1e-4 would be lost
+    to rounding, and in float16 a histogram would overflow.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -25,7 +25,7 @@ class FullPrecisionState(nn.Module):
         return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local: dict[str, Any], *args: Any) -> None:
-        """Keep the dtypes under `load_state_dict(assign=True)`, too, which takes tensors as they come."""
+        """Keep the dtypes even with `load_state_dict(assign=True)`, which does not convert tensors."""
         for name, x in self._buffers.items():
             given = state_dict.get(prefix + name)
             if x is not None and isinstance(given, Tensor):
@@ -34,9 +34,9 @@ class FullPrecisionState(nn.Module):
 
 
 def gather_ranks(*tensors: Tensor) -> list[Tensor]:
-    """Stack the ranks' tensors of one shape in rank order, each (R, ...); without a process group there is one rank.
+    """Stack the tensors of all ranks in rank order, each (R, ...); without a process group there is one rank.
 
-    All of them travel in one collective, as bytes: at these sizes a collective costs its latency.
+    All tensors are sent as bytes in one collective, because at these sizes its latency dominates.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return [x.unsqueeze(0) for x in tensors]
@@ -44,7 +44,7 @@ def gather_ranks(*tensors: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, packed)
     pieces = torch.split(torch.stack(parts), [x.numel() * x.element_size() for x in tensors], dim=1)
-    # A copy, because a view in another dtype asks for aligned bytes.
+    # A copy, because a view in another dtype needs aligned bytes.
     return [
         p.clone(memory_format=torch.contiguous_format).view(x.dtype).view(-1, *x.shape)
         for p, x in zip(pieces, tensors, strict=True)
@@ -52,7 +52,7 @@ def gather_ranks(*tensors: Tensor) -> list[Tensor]:
 
 
 def sum_ranks(counts: Tensor) -> Tensor:
-    """Sum of the ranks' integers, the same in any order; its traffic does not grow with the ranks as a gather's."""
+    """Sum integers over the ranks. Unlike that of a gather, the traffic does not grow with the number of ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return counts
     total = counts.clone()

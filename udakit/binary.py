@@ -1,4 +1,4 @@
-"""Nets with one logit a pixel, as nets of two classes."""
+"""Use nets with one logit per pixel as nets of two classes."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ __all__ = ["binary_logits", "binary_probabilities"]
 
 
 def binary_logits(logits: Float[Tensor, "n 1 *space"]) -> Float[Tensor, "n 2 *space"]:
-    r"""One logit a pixel as the logits of two classes, background and foreground.
+    r"""Turn one logit per pixel into the logits of two classes, background and foreground.
 
     $$z \mapsto (0, z), \qquad \operatorname{softmax}(0, z)_1 = \operatorname{sigmoid}(z)$$
 
-    **Convention.** Class 1 is what the net was trained to find. `cross_entropy` of the result is
-    `F.binary_cross_entropy_with_logits`, value and gradient; every other part of the library takes it as it takes the
-    logits of two classes. One logit by itself is refused everywhere: the softmax of a single class is 1 at any value.
+    **Convention.** Class 1 is the foreground that the net was trained to find. The value and gradient of
+    `cross_entropy` of the result are those of `F.binary_cross_entropy_with_logits`, and every other part of the library
+    accepts the result like the logits of any two classes. A single logit is refused everywhere, because the softmax of
+    a single class is always 1.
 
     Args:
-        logits: what a net with one output channel returns, before the sigmoid.
+        logits: output of a net with one channel, before the sigmoid, (N, 1, *space).
 
     Returns:
-        Logits of two classes, dtype as given.
+        The logits of two classes, (N, 2, *space), in the dtype of `logits`.
 
     Raises:
-        TypeError: `logits` that are not float.
-        ValueError: `logits` that do not have one channel.
+        TypeError: `logits` is not a float tensor.
+        ValueError: `logits` does not have one channel.
 
     Example:
         >>> import torch
@@ -44,22 +45,22 @@ def binary_logits(logits: Float[Tensor, "n 1 *space"]) -> Float[Tensor, "n 2 *sp
 
 
 def binary_probabilities(probabilities: Float[Tensor, "n 1 *space"]) -> Float[Tensor, "n 2 *space"]:
-    r"""One probability a pixel as the probabilities of two classes, background and foreground.
+    r"""Turn one probability per pixel into the probabilities of two classes, background and foreground.
 
     $$p \mapsto (1 - p, p)$$
 
-    **Convention.** For what is a sigmoid already, wherever a part takes `kind="probabilities"`. From logits,
-    [`binary_logits`][udakit.binary.binary_logits] is the exact way.
+    **Convention.** Use this for the output of a sigmoid, with parts that accept `kind="probabilities"`. If you have
+    logits, [`binary_logits`][udakit.binary.binary_logits] is more exact.
 
     Args:
-        probabilities: of the foreground, in [0, 1].
+        probabilities: probability of the foreground, in [0, 1], (N, 1, *space).
 
     Returns:
-        Probabilities of two classes, dtype as given.
+        The probabilities of two classes, (N, 2, *space), in the dtype of `probabilities`.
 
     Raises:
-        TypeError: `probabilities` that are not float.
-        ValueError: `probabilities` that do not have one channel.
+        TypeError: `probabilities` is not a float tensor.
+        ValueError: `probabilities` does not have one channel.
 
     Example:
         >>> import torch
@@ -76,10 +77,10 @@ def binary_probabilities(probabilities: Float[Tensor, "n 1 *space"]) -> Float[Te
 def _check_one_channel(name: str, x: Tensor) -> None:
     check_maps(name, x, "N, 1")
     if x.shape[1] != 1:
-        hint = " Its channel axis comes by .unsqueeze(1)." if x.ndim < 5 else ""
+        hint = " Add the channel axis with .unsqueeze(1)." if x.ndim < 5 else ""
         if x.shape[1] == 2:
-            hint = " Two channels are two classes as they are."
+            hint = " Two channels are already two classes."
         raise ValueError(
             f"Expected `{name}` to be {space_form('N, 1', x.ndim - 2)}, one {'logit' if name == 'logits' else 'value'} "
-            f"a pixel, but got {shape_of(x)}.{hint}"
+            f"per pixel, but got {shape_of(x)}.{hint}"
         )

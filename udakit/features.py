@@ -1,4 +1,4 @@
-"""Features of any layer beside the logits, from any net, without touching its code."""
+"""Get the features of any layer together with the logits, from any net, without changing its code."""
 
 from __future__ import annotations
 
@@ -23,31 +23,35 @@ _WRAPPERS = ("module", "_orig_mod")
 
 
 class FeatureTap:
-    """Call a net and get (logits, features), the features being what a named layer gives or takes.
+    """Call a net and get (logits, features), where the features are the output or the input of a named layer.
 
-    Used as a wrapper, `tap(images)`, a hook lives for that one call. Used as a context, `with FeatureTap(...) as tap`,
-    it lives until the block ends; then calls of the net itself are tapped, too, and `tap.pop()` hands their features
-    over. Either way the tap keeps no tensor: what was handed over is forgotten, and the net is left as it was.
+    As a wrapper, `tap(images)` adds a hook for a single call. As a context, `with FeatureTap(...) as tap`, it keeps the
+    hook until the end of the block. Inside the block, calls of the net itself are tapped, too, and `tap.pop()` returns
+    their features. In both cases the tap keeps no tensor, and the net is unchanged afterwards.
 
-    **Convention.** Nothing is detached: gradients flow through the features. A layer that runs several times in one
-    call gives its last features; an in-place layer behind it (`ReLU(inplace=True)`) has changed them. The logits are
-    the output itself, its `.logits` (transformers), its "out" or "logits" entry (torchvision), or the first tensor of a
-    tuple (smp with an auxiliary head). Features come as the layer has them: token features (N, L, D) stay so. Wrappers
-    of `torch.compile`, DataParallel and DistributedDataParallel are called, not bypassed, and do not appear in `layer`.
-    A compiled net is traced with its hooks: make its first call inside the tap. Checkpointed layers are tapped where
-    the checkpoint is not reentrant; a reentrant one cuts the gradients off, which is an error.
+    **Convention.** Nothing is detached, so gradients flow through the features. If a layer runs several times in a
+    call, you get its last features. If it is followed by an in-place layer (`ReLU(inplace=True)`), you get the changed
+    features. The logits are the output itself, its `.logits` (transformers), its "out" or "logits" entry (torchvision),
+    or the first tensor of a tuple (smp with an auxiliary head). Features keep the shape that the layer gives them, for
+    example (N, L, D) for tokens.
+
+    **Wrappers.** The wrappers of `torch.compile`, DataParallel and DistributedDataParallel are called, not bypassed,
+    and their names are left out of `layer`. A compiled net is traced with its hooks, so make its first call inside the
+    tap. Layers inside a checkpoint can be tapped if the checkpoint is not reentrant. A reentrant one cuts off the
+    gradients, which raises an error.
 
     Args:
         model: any net.
-        layer: dotted name of a submodule, as in `model.named_modules()`: "encoder.layer4"; "" is the net itself.
-        when: whether the layer's "output" or its "input" is taken.
-        index: which tensor, where the layer gives several: a position among its tensors (the last by default), or the
-            key of a dict-like output.
+        layer: dotted name of a submodule, as in `model.named_modules()`, for example "encoder.layer4"; "" is the net
+            itself.
+        when: "output" or "input", for the output or the input of the layer.
+        index: which tensor to take if the layer gives several: a position among its tensors (by default the last), or
+            the key of a dict-like output.
 
     Raises:
-        TypeError: a `layer` that is no name, or a `model` that is no Module.
-        ValueError: a `layer` that does not exist (the nearest names are listed), or an unknown `when`.
-        RuntimeError: in the call, a layer that did not run, or inside a reentrant checkpoint.
+        TypeError: `layer` is not a name, or `model` is not a Module.
+        ValueError: `layer` does not exist (the message lists similar names), or `when` is unknown.
+        RuntimeError: in a call, the layer did not run, or it ran inside a reentrant checkpoint.
 
     Example:
         >>> import torch
@@ -75,7 +79,7 @@ class FeatureTap:
         self._features: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Call the net and return its logits and the layer's features."""
+        """Call the net and return its logits and the features of the layer."""
         opened = self._handle is None
         if opened:
             self.__enter__()
@@ -91,18 +95,18 @@ class FeatureTap:
         """Return the features of the last call and forget them.
 
         Raises:
-            RuntimeError: the layer did not run since the last `pop`.
+            RuntimeError: the layer has not run since the last `pop`.
         """
         features, self._features = self._features, None
         if features is None:
             raise RuntimeError(
                 f"Expected `layer` {self.layer!r} to run in the call, but it did not. A compiled net that was called "
-                "before the tap was opened does not see the tap: make its first call inside it."
+                "before the tap was opened does not see the tap: make its first call inside the tap."
             )
         return _pick(features, self.index, f"the {self.when} of `layer` {self.layer!r}")
 
     def __enter__(self) -> FeatureTap:
-        """Open the tap: from here on the layer is listened to."""
+        """Open the tap: add the hook to the layer."""
         if self._handle is None:
             if self.when == "output":
                 self._handle = self._module.register_forward_hook(self._take_output)
@@ -113,7 +117,7 @@ class FeatureTap:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close the tap: no hook and no tensor stays behind."""
+        """Close the tap: remove the hook and forget the features."""
         if self._handle is not None:
             self._handle.remove()
         self._handle = self._features = None
@@ -132,14 +136,14 @@ class FeatureTap:
             raise RuntimeError(
                 f"Expected `layer` {self.layer!r} to run with gradients, but it runs inside a reentrant checkpoint, "
                 "which cuts them off. Checkpoint with use_reentrant=False (transformers: gradient_checkpointing_kwargs="
-                '{"use_reentrant": False}), or tap a layer outside.'
+                '{"use_reentrant": False}), or tap a layer outside of it.'
             )
-        if torch._C._current_graph_task_id() == -1:  # a checkpoint runs the layer once more in the backward pass
+        if torch._C._current_graph_task_id() == -1:  # a checkpoint runs the layer again in the backward pass
             self._features = features
 
 
 def _loses_gradients() -> bool:
-    """Whether the caller is the forward of an autograd function to whose inputs gradients shall flow."""
+    """Whether the caller is the forward of an autograd function with inputs that need gradients."""
     frame = sys._getframe(1)
     while (back := frame.f_back) is not None:
         frame = back
@@ -149,7 +153,7 @@ def _loses_gradients() -> bool:
 
 
 def _find(model: nn.Module, layer: str) -> nn.Module:
-    """Follow a dotted name, taking wrappers off on the way, in the net and in the name."""
+    """Follow a dotted name, ignoring wrappers in the net and in the name."""
     module = unwrap_model(model)
     if not layer:
         return module
@@ -165,7 +169,7 @@ def _find(model: nn.Module, layer: str) -> nn.Module:
             near = near or [n for n in names if "." not in n]
             raise ValueError(
                 f"Expected `layer` to be a submodule of {type(unwrap_model(model)).__name__}, but got {layer!r}. "
-                f"Near names: {', '.join(near)}."
+                f"Similar names: {', '.join(near)}."
             )
     return module
 

@@ -1,4 +1,4 @@
-"""Normalisation layers, the part of a trained net that adapts most cheaply: their statistics, and what they learn."""
+"""Adapt the normalisation layers of a trained net: their statistics and their parameters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the scales and shifts of a net's BatchNorm, LayerNorm and GroupNorm layers, each once.
 
-    **Convention.** Nothing is changed. To adapt nothing else, freeze the net and let these learn, as in the example.
-    They can undo what light, weather and camera do to features, and cannot forget a class.
+    **Convention.** Nothing is changed. To adapt only these parameters, freeze the net and let them learn, as in the
+    example. They can undo the effect of light, weather and camera on features, and they cannot forget a class.
 
-    **Source.** TENT (Wang et al., ICLR 2021) moves those of BatchNorm. Transformers have LayerNorm in its place.
+    **Source.** TENT (Wang et al., ICLR 2021) adapts those of BatchNorm. Transformers have LayerNorm instead.
 
     Args:
         model: any net.
@@ -31,8 +31,8 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
         The parameters, in the order of the net's modules.
 
     Raises:
-        TypeError: a `model` that is not a Module.
-        ValueError: a net in which no such layer learns anything.
+        TypeError: `model` is not a Module.
+        ValueError: no such layer of the net has a parameter.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 1))
@@ -52,37 +52,37 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
             found |= {id(p): p for p in module.parameters(recurse=False)}
     if not found:
         raise ValueError(
-            "Expected `model` to have a BatchNorm, LayerNorm or GroupNorm with a scale and a shift, but found none."
+            "Expected `model` to have a BatchNorm, LayerNorm or GroupNorm with a scale and a shift, but got none."
         )
     return list(found.values())
 
 
 def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_share: float = 0.0) -> nn.Module:
-    r"""Copy a net and estimate its BatchNorm statistics anew on batches of target; no weight changes.
+    r"""Copy a net and re-estimate its BatchNorm statistics on target images, without changing weights.
 
     $$\mu = s\, \mu_S + (1 - s)\, \frac{1}{B} \sum_b \mu_b, \qquad
     \sigma^2 = s\, \sigma_S^2 + (1 - s)\, \frac{1}{B} \sum_b \sigma_b^2$$
 
-    **Convention.** The copy comes back in the modes of the net, without wrappers (see `copy_net`), and the net itself
-    stays as it is. Meanwhile the BatchNorm layers normalise by the batch and everything else is in evaluation mode,
-    without dropout. The average is plain over the batches, each with its unbiased variance, as torch keeps them. A
-    layer that keeps no statistics is left alone.
+    **Convention.** The copy has the train and eval modes of the net and no wrappers (see `copy_net`). The net itself
+    does not change. During the estimation, BatchNorm layers normalise with the statistics of the batch, and everything
+    else is in evaluation mode, without dropout. The result is the plain average over the batches, with unbiased
+    variances as in torch. Layers without running statistics do not change.
 
-    **Source.** AdaBN (Li et al., 2016) with s = 0; Schneider et al. (NeurIPS 2020) keep a share of source's statistics
-    where target has few images.
+    **Source.** AdaBN (Li et al., 2016) is s = 0. Schneider et al. (NeurIPS 2020) keep a share of the source statistics
+    if there are few target images.
 
     Args:
         model: a net with BatchNorm.
-        batches: images (N, K, *space), on the net's device and normalised as it wants them. Large and mixed batches
-            give better statistics.
-        source_share: s in [0, 1].
+        batches: batches of images (N, K, *space), on the device of the net and normalised as for training. Large and
+            mixed batches give better statistics.
+        source_share: s in [0, 1], the weight of the source statistics.
 
     Returns:
         The adapted copy.
 
     Raises:
-        TypeError: a `model` that is not a Module, batches that are not tensors.
-        ValueError: a net without BatchNorm statistics, no batch, or a share out of range.
+        TypeError: `model` is not a Module, or the batches are not tensors.
+        ValueError: the net has no BatchNorm statistics, there is no batch, or `source_share` is out of range.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -97,8 +97,8 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_shar
     norms = [m for m in adapted.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         raise ValueError(
-            "Expected `model` to have BatchNorm layers with running statistics, but found none. LayerNorm and "
-            "GroupNorm keep no statistics; norm_parameters lists what can learn there."
+            "Expected `model` to have BatchNorm layers with running statistics, but got none. LayerNorm and "
+            "GroupNorm have no statistics; norm_parameters lists their parameters."
         )
     modes = {module: module.training for module in adapted.modules()}
     momenta = [norm.momentum for norm in norms]
@@ -112,10 +112,10 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_shar
         for count, batch in enumerate(batches, 1):
             check_tensor("batches", batch, "an iterable of tensors")
             for norm in norms:
-                norm.momentum = 1 / count  # the plain average; None would read the count back from the device
+                norm.momentum = 1 / count  # the plain average; with None, torch would read the count from the device
             adapted(batch)
     if count == 0:
-        raise ValueError("Expected `batches` to give at least one batch, but it was empty.")
+        raise ValueError("Expected `batches` to have at least one batch, but got none.")
     for module, mode in modes.items():
         module.training = mode
     for norm, momentum, (mean, variance) in zip(norms, momenta, source, strict=True):

@@ -1,4 +1,4 @@
-"""Large images: windows that slide over them, detail crops, and two scales made one (HRDA)."""
+"""Large images: sliding windows, detail crops, and the fusion of two scales (HRDA)."""
 
 from udakit.resolution.detail import DetailBox, crop_detail, draw_detail_box
 from udakit.resolution.fusion import fuse_scales

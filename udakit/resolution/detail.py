@@ -1,4 +1,4 @@
-"""A crop at full resolution beside the whole image at a lower one: where it is, and how to cut it out."""
+"""Draw and cut out a crop at full resolution, to be used with the whole image at a lower resolution (HRDA)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ SCOPES = get_args(Scope)
 
 
 class DetailBox(NamedTuple):
-    """Where the detail crop of each image lies.
+    """The position of the detail crop of each image.
 
     Attributes:
-        start: int64 (N, d), first pixel along each spatial axis: a tensor, which is never read on the host.
-        size: sides of the crop in pixels, one for each axis.
-        image: sides of the images that it was drawn for.
+        start: first pixel along each of the d spatial axes, int64 (N, d); this tensor stays on the device.
+        size: sides of the crop in pixels, one for each spatial axis.
+        image: sides of the images for which it was drawn.
     """
 
     start: Int64[Tensor, "n d"]
@@ -48,23 +48,24 @@ def draw_detail_box(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> DetailBox:
-    """Draw where the detail crop of each of `n` images lies.
+    """Draw the position of the detail crop of each of `n` images.
 
-    **Convention.** First pixels are multiples of `divisor`, each equally likely: with the output stride of the net
-    times the factor between the scales, the crop's logits fall on the grid of the context's. `scope="batch"` draws one
-    place for all images, "image" one for each.
+    **Convention.** The first pixels are multiples of `divisor`, all equally likely. If `divisor` is the output stride
+    of the net times the factor between the scales, the logits of the crop lie on the grid of the context logits.
+    `scope="batch"` draws one position for all images, and "image" draws one for each.
 
-    **Source.** HRDA (Hoyer et al., ECCV 2022): half of the crop's sides, one place for the batch, multiples of 8
-    (stride 4, factor 2). Its draw leaves out the last place, and raises where one side has no margin and the other has.
+    **Source.** HRDA (Hoyer et al., ECCV 2022), which uses half of the sides, one position for the batch, and multiples
+    of 8 (stride 4, factor 2). Its code never draws the last position, and it raises an error if one side has no margin
+    and the other has one.
 
     Args:
         n: number of images.
-        size: sides of the images in pixels, such as (height, width).
+        size: sides of the images in pixels, for example (height, width).
         detail: sides of the crop in pixels, at most those of the image.
-        divisor: first pixels are multiples of it.
+        divisor: the first pixels are multiples of this number.
         scope: "batch" | "image".
-        generator: random numbers are drawn on `device`.
-        device: of the result; by default that of the generator, else the CPU.
+        generator: generator of the draw, on `device`.
+        device: device of the result; by default that of the generator, or the CPU without one.
 
     Returns:
         A `DetailBox`.
@@ -98,18 +99,19 @@ def draw_detail_box(
 def crop_detail(x: Shaped[Tensor, "n ..."], box: DetailBox) -> Shaped[Tensor, "n ..."]:
     """Cut the detail crop out of images, labels or weights.
 
-    **Convention.** Gathered on the device: slicing would read the place on the host. Any dtype; gradients flow to `x`.
+    **Convention.** The pixels are gathered on the device, because slicing would copy the position to the host. Any
+    dtype works; gradients flow to `x`.
 
     Args:
-        x: (N, K, H, W) or (N, H, W), at the size that the box was drawn for.
-        box: of `draw_detail_box`.
+        x: tensor (N, K, *space) or (N, *space), at the size for which the box was drawn.
+        box: result of `draw_detail_box`.
 
     Returns:
-        The same with the sides of the box.
+        The crops, with the sides of the box.
 
     Raises:
-        TypeError: `x` or `box` of another kind.
-        ValueError: an `x` that does not match the box.
+        TypeError: `x` or `box` has the wrong type.
+        ValueError: `x` does not match the box.
 
     Example:
         >>> import torch
@@ -133,10 +135,10 @@ def crop_detail(x: Shaped[Tensor, "n ..."], box: DetailBox) -> Shaped[Tensor, "n
 
 
 def check_box(box: DetailBox) -> None:
-    """Raise unless `box` is a DetailBox whose parts fit together."""
+    """Raise unless `box` is a DetailBox with parts that match each other."""
     if not isinstance(box, DetailBox):
         raise TypeError(
-            f"Expected `box` to be a DetailBox, as draw_detail_box makes one, but got {type(box).__name__}."
+            f"Expected `box` to be a DetailBox, such as draw_detail_box returns, but got {type(box).__name__}."
         )
     check_tensor("box", box.start, "one with an int64 tensor `start`")
     if box.start.dtype != torch.int64 or box.start.ndim != 2 or box.start.shape[1] != len(box.size):
@@ -147,7 +149,7 @@ def check_box(box: DetailBox) -> None:
 
 
 def gather_axis(x: Tensor, axis: int, place: Tensor) -> Tensor:
-    """Pick `place` (N, L) along an axis of x (N, ...), other places in each image."""
+    """Pick the positions `place` (N, L) along an axis of x (N, ...), different ones in each image."""
     view = [1] * x.ndim
     view[0], view[axis] = place.shape
     shape = list(x.shape)

@@ -1,4 +1,4 @@
-"""Logits of a whole image at low resolution and of a crop at high resolution, made one by attention (HRDA)."""
+"""Fuse logits of a whole image at low resolution with those of a crop at high resolution by attention (HRDA)."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ def fuse_scales(
     attention: Float[Tensor, "n c *space"],
     box: DetailBox | None = None,
 ) -> Float[Tensor, "n c *space3"]:
-    r"""Fuse the logits of two scales: the attention says, class by class, where to trust the detail.
+    r"""Fuse the logits of two scales. The attention says where to trust the detail, separately for each class.
 
     $$z = \operatorname{up}(a)\, z_d + \operatorname{up}((1 - a)\, z_c)$$
 
-    with $z_d$ the detail logits in their place, 0 elsewhere, and the attention $a$ 0 outside the detail.
+    where $z_d$ are the detail logits at their position and 0 elsewhere, and the attention $a$ is 0 outside the detail.
 
-    **Convention.** The result has the resolution of the detail logits: where the crop of `box.size` pixels has
-    `detail_logits` of one side, the image of `box.image` pixels gets its multiple. `up` is linear in each axis,
-    align_corners=False; the attention is set to 0 before it is upsampled, so that it fades over a pixel at the crop's
-    border. Places are exact where `box.start` is a multiple of the stride of either map, and rounded down elsewhere.
-    Gradients flow to all three maps. The arithmetic is in float32 at least.
+    **Convention.** The result covers the whole image at the resolution of the detail logits: its size is that of
+    `detail_logits` times `box.image` / `box.size`. `up` is linear in each axis, with align_corners=False. The attention
+    is set to 0 outside the crop before it is upsampled, so it fades over one pixel at the border of the crop. Positions
+    are exact if `box.start` is a multiple of the strides of both maps, and rounded down otherwise. Gradients flow to
+    all three maps. The arithmetic is at least float32.
 
-    **Source.** HRDA (Hoyer et al., ECCV 2022): `attention` is the sigmoid of a head on the context's features, with a
-    channel for each class. Its loss is 0.9 times that of the fused logits plus 0.1 times that of the detail's.
+    **Source.** HRDA (Hoyer et al., ECCV 2022). There, `attention` is the sigmoid of a head on the context features,
+    with one channel for each class. The loss is 0.9 times that of the fused logits plus 0.1 times that of the detail
+    logits.
 
     Args:
-        context_logits: of the whole image at the lower scale.
-        detail_logits: of the crop, or with `box=None` of the whole image at the higher scale, for example by
-            `sliding_logits`.
-        attention: in [0, 1], at the size of the context logits.
-        box: where the crop lies.
+        context_logits: logits of the whole image at the lower scale.
+        detail_logits: logits of the crop; or with `box=None` those of the whole image at the higher scale, for example
+            from `sliding_logits`.
+        attention: attention in [0, 1], at the size of the context logits.
+        box: the position of the crop, or None.
 
     Returns:
-        Logits of the whole image at the resolution of the detail, float32 (float64 for float64 logits).
+        The logits of the whole image at the resolution of the detail, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: maps that are not float, or a `box` of another kind.
-        ValueError: maps or a `box` that do not match.
+        TypeError: a map is not a float tensor, or `box` has the wrong type.
+        ValueError: the maps or `box` do not match.
 
     Example:
         >>> import torch
@@ -80,14 +81,14 @@ def _check_fits(box: DetailBox, context: Tensor) -> None:
     check_box(box)
     if len(box.start) != len(context) or len(box.size) != context.ndim - 2:
         raise ValueError(
-            f"Expected `box` to be of the {len(context)} images of `context_logits` {shape_of(context)}, but got a "
+            f"Expected `box` to have the {len(context)} images of `context_logits` {shape_of(context)}, but got "
             f"`start` {shape_of(box.start)}."
         )
     check_device("box", box.start, context, "context_logits")
 
 
 def _inside(box: DetailBox, size: tuple[int, ...]) -> Tensor:
-    """(N, 1, *size), True on the cells of the crop."""
+    """The mask (N, 1, *size) that is True on the cells of the crop."""
     inside = torch.ones([1] * (len(size) + 2), dtype=torch.bool, device=box.start.device)
     for axis, (cells, side, image) in enumerate(zip(size, box.size, box.image, strict=True)):
         start = box.start[:, axis : axis + 1] * cells // image
@@ -98,7 +99,7 @@ def _inside(box: DetailBox, size: tuple[int, ...]) -> Tensor:
 
 
 def _in_place(detail: Tensor, box: DetailBox, size: tuple[int, ...]) -> Tensor:
-    """The detail logits on a map of the whole image, 0 elsewhere."""
+    """The detail logits at their position in a map of the whole image, which is 0 elsewhere."""
     for axis, (cells, image) in enumerate(zip(size, box.image, strict=True)):
         side = detail.shape[axis + 2]
         place = torch.arange(cells, device=detail.device) - box.start[:, axis : axis + 1] * cells // image

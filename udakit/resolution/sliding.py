@@ -1,4 +1,4 @@
-"""A net's logits of an image that is too large for it, from windows that overlap."""
+"""Logits of images that are too large for a net, from overlapping windows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from udakit._reduce import interpolate, upcast
 
 
 class _Grid(NamedTuple):
-    """Windows of one image size: their size, and the first pixel of each along every axis."""
+    """The windows for one image size: their size, and the first pixel of each along every axis."""
 
     window: tuple[int, ...]
     starts: tuple[tuple[int, ...], ...]
@@ -27,31 +27,32 @@ def sliding_logits(
     window: Sequence[int],
     stride: Sequence[int] | None = None,
 ) -> Float[Tensor, "n c *space"]:
-    r"""Average a net's logits over windows that slide over the images.
+    r"""Average the logits of a net over windows that slide over the images.
 
     $$z_p = \frac{1}{|\{w : p \in w\}|} \sum_{w \ni p} f(x_w)_p$$
 
-    **Convention.** Along an axis of length L there are $\lceil (L - w) / s \rceil + 1$ windows; the last one is moved
-    back to end with the image, so that nothing is padded. An axis shorter than the window has one window, the axis. The
-    net sees one window of all N images at a time. Logits smaller than the window are interpolated to it (linear in each
-    axis, align_corners=False). Gradients flow through the net; call it under `torch.no_grad()` unless you want them.
-    The average is taken in float32 at least.
+    **Convention.** Along an axis of length L there are $\lceil (L - w) / s \rceil + 1$ windows. The last one is moved
+    back to end with the image, so nothing is padded. An axis that is shorter than the window has one window, the whole
+    axis. The net sees one window of all N images at a time. Logits that are smaller than the window are resized to it,
+    linearly in each axis and with align_corners=False. Gradients flow through the net; use `torch.no_grad()` if you do
+    not need them. The average is in at least float32.
 
-    **Source.** HRDA's grid of detail crops and the "slide" inference of its test time: logits, not probabilities, are
-    averaged, with a stride of half a window.
+    **Source.** HRDA's grid of detail crops and its "slide" inference at test time. Both average logits, not
+    probabilities, with a stride of half a window.
 
     Args:
-        model: any callable from images to logits, or to what holds them (`.logits`, "out", a tuple).
-        images: (N, K, H, W), or with one or three spatial axes.
-        window: size of a window in pixels, a number for each spatial axis.
-        stride: step between windows in pixels, at most the window; half of the window by default.
+        model: any callable that takes images and returns logits, or an output that holds them (`.logits`, "out", a
+            tuple).
+        images: images (N, K, *space), with one to three spatial axes.
+        window: size of a window in pixels, one number for each spatial axis.
+        stride: step between windows in pixels, at most `window`; by default half of it.
 
     Returns:
-        Logits at the size of the images, float32 (float64 for float64 logits).
+        The logits at the size of the images, float32 (float64 for float64 logits).
 
     Raises:
-        TypeError: `images` that are not float, or a net that returns something else.
-        ValueError: a `window` or `stride` that does not fit.
+        TypeError: `images` is not a float tensor, or the net does not return logits.
+        ValueError: `window` or `stride` does not fit.
 
     Example:
         >>> import torch
@@ -80,23 +81,23 @@ def sliding_bands(
     window: Sequence[int],
     stride: Sequence[int] | None = None,
 ) -> Iterator[tuple[int, Float[Tensor, "n c rows *rest"]]]:
-    """Yield `sliding_logits` from top to bottom, each band as soon as no further window reaches it.
+    """Yield `sliding_logits` in bands from top to bottom, each as soon as it is complete.
 
-    **Convention.** What is held at any time is one row of windows, whatever the height of the image. The bands one
-    below the other are exactly `sliding_logits`.
+    **Convention.** Only one row of windows is in memory at a time, whatever the height of the image. Stacked, the bands
+    are exactly the result of `sliding_logits`.
 
     Args:
-        model: as for `sliding_logits`.
-        images: (N, K, H, W), or with one or three spatial axes.
-        window: size of a window in pixels, a number for each spatial axis.
-        stride: step between windows in pixels, at most the window; half of the window by default.
+        model: see `sliding_logits`.
+        images: images (N, K, *space), with one to three spatial axes.
+        window: size of a window in pixels, one number for each spatial axis.
+        stride: step between windows in pixels, at most `window`; by default half of it.
 
     Yields:
-        (first row, logits of the rows from there on).
+        (first row, logits of the rows that begin there).
 
     Raises:
-        TypeError: `images` that are not float, or a net that returns something else.
-        ValueError: a `window` or `stride` that does not fit.
+        TypeError: `images` is not a float tensor, or the net does not return logits.
+        ValueError: `window` or `stride` does not fit.
 
     Example:
         >>> import torch
@@ -109,7 +110,7 @@ def sliding_bands(
     held: Tensor | None = None
     for number, top in enumerate(tops):
         row = _row(model, images, top, grid)
-        if held is not None:  # the rows that the windows above have seen as well
+        if held is not None:  # the rows that the windows above cover as well
             shared = tops[number - 1] + grid.window[0] - top
             row.narrow(2, 0, shared).add_(held.narrow(2, grid.window[0] - shared, shared))
         end = tops[number + 1] if number + 1 < len(tops) else height
@@ -124,7 +125,7 @@ def sliding_bands(
 
 
 def window_starts(length: int, window: int, stride: int) -> tuple[int, ...]:
-    """First pixel of each window along an axis; the last one ends with the axis."""
+    """The first pixel of each window along an axis; the last window ends with the axis."""
     return (0,) if length <= window else (*range(0, length - window, stride), length - window)
 
 
@@ -146,7 +147,7 @@ def _grid(model: object, images: Tensor, window: Sequence[int], stride: Sequence
 
 
 def _row(model: Callable[[Tensor], Any], images: Tensor, top: int, grid: _Grid) -> Tensor:
-    """Sum of the logits of all windows that begin at row `top`, at the images' size but for the height."""
+    """Sum of the logits of all windows that begin at row `top`, with the size of the images except for the height."""
     rows = images.narrow(2, top, grid.window[0])
     total: Tensor | None = None
     for place in product(*grid.starts[1:]):
@@ -168,7 +169,7 @@ def _row(model: Callable[[Tensor], Any], images: Tensor, top: int, grid: _Grid) 
 
 
 def _coverage(length: int, window: int, starts: Sequence[int], like: Tensor) -> Tensor:
-    """How many windows see each pixel of an axis."""
+    """The number of windows that cover each pixel of an axis."""
     place = torch.arange(length, device=like.device)
     count = torch.zeros(length, dtype=like.dtype, device=like.device)
     for start in starts:

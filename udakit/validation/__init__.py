@@ -1,4 +1,4 @@
-"""Is it getting better, without a target label? Scores of a net on unlabelled images."""
+"""Scores of a net on unlabelled images, which show whether adaptation helps without target labels."""
 
 from udakit.validation.confidence_threshold import ConfidenceThreshold, fit_temperature
 from udakit.validation.consistency import ConsistencyScore, consistency_score

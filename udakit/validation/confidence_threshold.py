@@ -1,4 +1,4 @@
-"""Expected accuracy on target, from a confidence threshold found on labelled source (ATC)."""
+"""Estimate the accuracy on target images with a confidence threshold from labelled source images (ATC)."""
 
 from __future__ import annotations
 
@@ -23,29 +23,30 @@ from udakit.pseudo_labels.class_quantile import _BITS
 
 
 class ConfidenceThreshold(FullPrecisionState):
-    r"""Estimate the accuracy on unlabelled target images by a threshold that is right on labelled source.
+    r"""Estimate the accuracy on unlabelled target images with a threshold that fits labelled source images.
 
     $$t: \ \frac1N \#\{p \in \text{source} : s_p > t\} = \text{accuracy on source}, \qquad
     \text{estimate} = \frac1M \#\{p \in \text{target} : s_p > t\}$$
 
-    with the confidence $s = \max_c \operatorname{softmax}(z / T)_c$.
+    where the confidence is $s = \max_c \operatorname{softmax}(z / T)_c$.
 
-    **Convention.** Detached. `fit` counts confidences in a histogram with fixed bins, evenly spaced in -log2(1 - s) as
-    those of `ClassQuantileSelector`; of the bin in which the threshold lies the same share counts on target as on
-    source, so that ties, at 1.0 above all, leave the source's accuracy exact. Counts add up over batches and ranks.
-    NaN before the first `fit`, and for a batch without a valid pixel. A NaN confidence counts as wrong and as 0.
+    **Convention.** The results are detached. `fit` counts confidences in a histogram with fixed bins, evenly spaced in
+    -log2(1 - s) like those of `ClassQuantileSelector`. From the bin with the threshold, the same fraction counts on
+    target images as on source images. The accuracy on source is therefore exact in spite of ties, which are common at
+    1.0. Counts add up over batches and ranks. The estimate is NaN before the first `fit` and for a batch without a
+    valid pixel. A NaN confidence counts as wrong, with confidence 0.
 
-    **Source.** ATC (Garg et al. 2022), by maximum confidence. It estimates accuracy and selects nothing; it holds where
-    confidence and accuracy shift together, which pseudo-label training can undo.
+    **Source.** ATC (Garg et al. 2022), with the maximum confidence. It estimates the accuracy and does not select
+    anything. It works if confidence and accuracy change together, which training on pseudo-labels can destroy.
 
     Attributes:
-        histogram: int64 buffer (bins,), source pixels by confidence.
-        correct: int64 buffer (), source pixels that are predicted rightly.
+        histogram: int64 buffer (bins,), number of source pixels by confidence.
+        correct: int64 buffer (), number of source pixels that are predicted correctly.
 
     Args:
         kind: "logits" | "probabilities".
-        temperature: T > 0 of a calibrated confidence (`fit_temperature`); for logits only.
-        bins: of the histogram.
+        temperature: T > 0, which calibrates the confidence (see `fit_temperature`); for logits only.
+        bins: number of bins of the histogram.
         ignore_index: the label of the pixels to ignore.
 
     Example:
@@ -78,18 +79,18 @@ class ConfidenceThreshold(FullPrecisionState):
 
     @property
     def accuracy(self) -> Float[Tensor, ""]:
-        """Accuracy on source; NaN before the first `fit`."""
+        """Accuracy on the source images; NaN before the first `fit`."""
         return (self.correct.double() / self.histogram.sum()).float()
 
     @property
     def threshold(self) -> Float[Tensor, ""]:
-        """Lower edge of the bin in which the threshold lies."""
+        """Lower edge of the bin that contains the threshold."""
         share = self._share()
         counted = (share > 0).sum()
         return 1 - torch.exp2(-(self.bins - counted) * (_BITS / self.bins))
 
     def reset(self) -> None:
-        """Forget the source."""
+        """Forget the source images."""
         self.histogram.zero_()
         self.correct.zero_()
 
@@ -97,16 +98,17 @@ class ConfidenceThreshold(FullPrecisionState):
     def fit(
         self, logits: Float[Tensor, "n c *space"], labels: Integer[Tensor, "n *space"], *, sync: bool = False
     ) -> None:
-        """Take in a labelled batch of the source.
+        """Update the histogram with a labelled batch of source images.
 
         Args:
-            logits: (N, C, *space), or probabilities by `kind`.
-            labels: class ids or `ignore_index`; other ids are ignored, too.
-            sync: add the counts of all ranks; every rank must call. Without a process group: one rank.
+            logits: logits (N, C, *space), or probabilities with `kind="probabilities"`.
+            labels: class ids or `ignore_index`, (N, *space); other ids are ignored, too.
+            sync: whether to add up the counts of all ranks; every rank must make the call. Without a process group
+                there is one rank.
 
         Raises:
-            TypeError: tensors of another dtype.
-            ValueError: shapes or devices that do not match.
+            TypeError: a tensor has the wrong dtype.
+            ValueError: the shapes or devices do not match.
         """
         predicted, bins = self._bins(logits)
         check_labels_like(labels, logits)
@@ -120,18 +122,18 @@ class ConfidenceThreshold(FullPrecisionState):
     def estimate(
         self, logits: Float[Tensor, "n c *space"], *, valid: Bool[Tensor, "n *space"] | None = None
     ) -> Float[Tensor, ""]:
-        """Return the expected accuracy on a batch; over batches of one size the mean of it is that of all.
+        """Return the expected accuracy on a batch. For batches of the same size, take the mean over the batches.
 
         Args:
-            logits: (N, C, *space), or probabilities by `kind`.
+            logits: logits (N, C, *space), or probabilities with `kind="probabilities"`.
             valid: True where a pixel counts.
 
         Returns:
-            Float32 in [0, 1].
+            The expected accuracy in [0, 1], float32.
 
         Raises:
             TypeError: `logits` is not a float tensor, or `valid` is not bool.
-            ValueError: shapes or devices that do not match.
+            ValueError: the shapes or devices do not match.
         """
         _, bins = self._bins(logits)
         if valid is not None:
@@ -160,7 +162,7 @@ class ConfidenceThreshold(FullPrecisionState):
         return counts.index_add(0, bins.flatten(), where.flatten().long())
 
     def _share(self) -> Tensor:
-        """Share of each bin that counts as right: 1 above the threshold's, 0 below, a fraction in it."""
+        """Fraction of each bin that counts as correct: 1 above the bin of the threshold, 0 below, a fraction in it."""
         above = self.histogram.flip(0).cumsum(0).flip(0) - self.histogram
         share = ((self.correct - above).double() / self.histogram.clamp_min(1)).clamp(0, 1)
         return share.where(self.histogram.sum() > 0, torch.nan)
@@ -180,27 +182,28 @@ def fit_temperature(
     temperature_range: tuple[float, float] = (0.05, 20.0),
     ignore_index: int = 255,
 ) -> Float[Tensor, ""]:
-    r"""Temperature that calibrates a net on labelled pixels.
+    r"""Find the temperature that calibrates a net on labelled pixels.
 
     $$\arg\min_T \ \frac1N \sum_p \operatorname{CE}(z_p / T,\ y_p)$$
 
-    **Convention.** Detached. The loss is convex in 1 / T: its slope is bisected in log T. A net without an error
-    gives an end of the range. Everything ignored gives 1, or the end of the range that is nearest to it.
+    **Convention.** The result is detached. The loss is convex in 1 / T, and its slope is bisected in log T. A net that
+    makes no error gives one end of the range. If all pixels are ignored, the result is 1, or the end of the range that
+    is nearest to 1.
 
     **Source.** Guo et al. 2017.
 
     Args:
-        logits: (N, C, *space) of labelled source images that the net was not trained on.
-        labels: class ids or `ignore_index`; other ids are ignored, too.
-        temperature_range: (lowest, highest) T.
+        logits: logits (N, C, *space) of labelled source images that the net was not trained on.
+        labels: class ids or `ignore_index`, (N, *space); other ids are ignored, too.
+        temperature_range: lowest and highest T.
         ignore_index: the label of the pixels to ignore.
 
     Returns:
-        () float32.
+        The temperature, (), float32.
 
     Raises:
-        TypeError: tensors of another dtype.
-        ValueError: shapes that do not match, or a range that is none.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: the shapes do not match, or the range is invalid.
 
     Example:
         >>> import torch
@@ -227,7 +230,7 @@ def fit_temperature(
     for _ in range(24):
         middle = ends.mean()
         p = (scores / middle.exp()).softmax(1)
-        # The derivative by 1 / T: above 0 where T is too small.
+        # The derivative with respect to 1 / T, which is positive if T is too small.
         slope = torch.where(known, (p * scores).sum(1) - target, 0).sum()
         ends = torch.where(torch.stack([slope > 0, slope <= 0]), middle, ends)
     return torch.where(known.any(), ends.mean().exp(), min(max(1.0, low), high)).float()

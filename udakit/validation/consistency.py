@@ -1,4 +1,4 @@
-"""How far a net's two predictions of the same scene agree, counted as IoU and not as pixels."""
+"""Agreement between two predictions of a net for the same scene, measured as IoU."""
 
 from __future__ import annotations
 
@@ -33,35 +33,35 @@ def consistency_score(
     scope: Scope = "image",
     valid: Bool[Tensor, "n *space"] | None = None,
 ) -> Float[Tensor, "n"] | Float[Tensor, ""]:
-    r"""Agreement of two predictions: mean IoU of their label maps, or the agreement inside their foregrounds.
+    r"""Agreement of two predictions: the mean IoU of their label maps, or the agreement inside their foregrounds.
 
     $$\frac{1}{|K|} \sum_{c \in K} \frac{|A_c \cap B_c|}{|A_c \cup B_c|}, \qquad
     1 - \frac{\#\{p \in F : a_p \ne b_p\}}{\#F}, \quad F = \{p : a_p \ne \text{background or } b_p \ne
     \text{background}\}$$
 
-    without and with a `background`; a and b are the two arg-max maps, $A_c$ and $B_c$ their pixels of class c, and K
-    the classes that either map has.
+    The first formula is without a `background` and the second with one. Here a and b are the two arg-max maps, $A_c$
+    and $B_c$ are their pixels of class c, and K is the set of classes in either map.
 
-    **Convention.** Detached. Counted over the `valid` pixels of each image, or of the whole batch. NaN where the union
-    is empty: there is nothing to compare, and a mean over images leaves it out (`nanmean`). A pixel at which a net says
-    NaN agrees with nothing.
+    **Convention.** The result is detached. Pixels are counted over the `valid` pixels of each image or of the whole
+    batch. If the union is empty, there is nothing to compare and the result is NaN; use `nanmean` for a mean over
+    images. A pixel with a NaN prediction agrees with nothing.
 
-    **Source.** With a background: the consistency score of CMR (Kutra et al. 2026), which takes the median over images.
-    Without: ours.
+    **Source.** With a background, this is the consistency score of CMR (Kutra et al. 2026), which takes the median over
+    images. Without one, the score is ours.
 
     Args:
-        logits: one prediction: logits or probabilities, only the arg-max matters.
-        perturbed_logits: the other, of the same pixels.
-        background: the class that counts only where the other map has something else; None treats all classes alike.
+        logits: one prediction, as logits or probabilities; only the arg-max matters.
+        perturbed_logits: the other prediction, for the same pixels.
+        background: the class that counts only where the other map has another class; None treats all classes equally.
         scope: "image" | "batch".
         valid: True where a pixel counts.
 
     Returns:
-        In [0, 1], higher is more consistent: (N,) float32 for "image", () for "batch".
+        The agreement in [0, 1], higher is more consistent, float32: (N,) for "image" or () for "batch".
 
     Raises:
         TypeError: a map is not a float tensor, or `valid` is not bool.
-        ValueError: unlike shapes, an unknown `scope`, or a `background` that is no class.
+        ValueError: the shapes do not match, `scope` is unknown, or `background` is not a class.
 
     Example:
         >>> import torch
@@ -80,19 +80,19 @@ def consistency_score(
 
 
 class ConsistencyScore(FullPrecisionState):
-    """[`consistency_score`][udakit.validation.consistency_score] of a whole data set, from its batches.
+    """[`consistency_score`][udakit.validation.consistency_score] of a whole data set, accumulated over its batches.
 
-    **Convention.** Intersections and unions (int64) add up over batches and, with `sync`, over ranks, bit by bit as in
-    one process. A call takes a batch in and returns that batch's own scores, as the function does.
+    **Convention.** Intersections and unions (int64) add up over batches and, with `sync`, over ranks; the result is
+    bit-equal to that of one process. A call adds a batch and returns the scores of that batch, like the function.
 
     Attributes:
-        overlap: int64 buffer (2, C): pixels in the intersection and in the union of each class. With a background the
-            first column has the agreeing pixels inside the foregrounds and those foregrounds.
+        overlap: int64 buffer (2, C), the pixels in the intersection and in the union of each class. With a background,
+            the first column holds the number of agreeing pixels inside the foregrounds and the size of the foregrounds.
 
     Args:
-        num_classes: C, two at least.
-        background: as in the function.
-        scope: of what a call returns: "image" | "batch".
+        num_classes: C, at least 2.
+        background: see the function.
+        scope: "image" | "batch", for the result of a call.
 
     Example:
         >>> import torch
@@ -117,13 +117,13 @@ class ConsistencyScore(FullPrecisionState):
 
     @property
     def class_iou(self) -> Float[Tensor, "c"]:
-        """IoU of each class between the two predictions, NaN for a class that neither has."""
+        """IoU of each class between the two predictions, (C,); NaN for a class that is in neither."""
         if self.background is not None:
-            raise ValueError("Expected `background` to be None for a score of each class, but got a background.")
+            raise ValueError("Expected `background` to be None for scores of single classes, but got a background.")
         return _ratio(self.overlap[0], self.overlap[1])
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Reset to the initial state."""
         self.overlap.zero_()
 
     def forward(
@@ -133,7 +133,7 @@ class ConsistencyScore(FullPrecisionState):
         *,
         valid: Bool[Tensor, "n *space"] | None = None,
     ) -> Float[Tensor, "n"] | Float[Tensor, ""]:
-        """Take in a batch and return its own scores; the arguments are those of the function."""
+        """Add a batch and return its scores. The arguments are those of the function."""
         check_scores("logits", logits)
         if logits.shape[1] != self.num_classes:
             raise ValueError(f"Expected `logits` to have {self.num_classes} classes, but got {shape_of(logits)}.")
@@ -146,7 +146,7 @@ class ConsistencyScore(FullPrecisionState):
         __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def compute(self, *, sync: bool = False) -> Float[Tensor, ""]:
-        """Return the score of all pixels seen so far, of all ranks with `sync`; NaN before the first."""
+        """Return the score of all pixels so far, with `sync` those of all ranks; NaN before the first batch."""
         return _score(sum_ranks(self.overlap) if sync else self.overlap, self.background is not None)
 
     def extra_repr(self) -> str:
@@ -161,7 +161,7 @@ def _check_background(background: int | None, classes: int) -> None:
 
 
 def _overlap(logits: Tensor, perturbed: Tensor, valid: Tensor | None, background: int | None) -> Tensor:
-    """Pixels in the intersection and in the union of each class, or of the foregrounds: (N, 2, C) int64."""
+    """Pixels in the intersection and in the union of each class, or of the foregrounds, (N, 2, C) int64."""
     check_scores("perturbed_logits", perturbed)
     check_same_shape(perturbed, logits, name="perturbed_logits", reference_name="logits")
     if valid is not None:

@@ -1,4 +1,4 @@
-"""Which of several nets agrees most with all of them together (EnsV)."""
+"""Find the net that agrees most with the ensemble of several nets (EnsV)."""
 
 from __future__ import annotations
 
@@ -33,26 +33,27 @@ def ensemble_agreement(
     kind: EnsembleKind = "probabilities",
     valid: Bool[Tensor, "n *space"] | None = None,
 ) -> Float[Tensor, "k"]:
-    r"""Share of pixels on which each candidate agrees with the arg-max of the candidates' mean.
+    r"""Fraction of pixels at which each candidate agrees with the arg-max of the candidates' mean.
 
     $$a_k = \frac{1}{N} \#\{p : \arg\max_c P^{(k)}_{pc} = \arg\max_c \tfrac1K \sum_j P^{(j)}_{pc}\}$$
 
-    **Convention.** Detached. Counted over the `valid` pixels; 0 where there is none. A pixel at which a candidate holds
-    a NaN or an infinity takes no part in the mean, and that candidate disagrees there.
+    **Convention.** The result is detached. It is counted over the `valid` pixels, and is 0 if there are none. A
+    candidate that is NaN or infinite at a pixel is left out of the mean there, and counts as disagreeing.
 
     **Source.** EnsV (Hu et al. 2024), which keeps the candidate with the highest agreement.
 
     Args:
-        probabilities: (K, N, C, *space), or K tensors (N, C, *space): the candidates' probabilities of one batch.
+        probabilities: probabilities of the candidates for one batch, as one tensor (K, N, C, *space) or as K tensors
+            (N, C, *space).
         kind: "probabilities" | "logits".
         valid: True where a pixel counts.
 
     Returns:
-        (K,) float32 in [0, 1]; higher is closer to the ensemble.
+        The agreement of each candidate in [0, 1], (K,), float32; higher is closer to the ensemble.
 
     Raises:
         TypeError: a map is not a float tensor, or `valid` is not bool.
-        ValueError: no candidate, unlike shapes, or an unknown `kind`.
+        ValueError: there is no candidate, the shapes do not match, or `kind` is unknown.
 
     Example:
         >>> import torch
@@ -66,17 +67,17 @@ def ensemble_agreement(
 
 
 class EnsembleAgreement(FullPrecisionState):
-    """[`ensemble_agreement`][udakit.validation.ensemble_agreement] over a whole data set, from its batches.
+    """[`ensemble_agreement`][udakit.validation.ensemble_agreement] over a whole data set, accumulated over its batches.
 
-    **Convention.** Counts (int64) add up over batches and, with `sync`, over ranks, bit by bit as in one process. A
-    call takes a batch in and returns that batch's own agreement.
+    **Convention.** Counts (int64) add up over batches and, with `sync`, over ranks; the result is bit-equal to that of
+    one process. A call adds a batch and returns the agreement on that batch.
 
     Attributes:
-        agreeing: int64 buffer (K,).
-        pixels: int64 buffer ().
+        agreeing: int64 buffer (K,), number of pixels at which each candidate agrees.
+        pixels: int64 buffer (), number of valid pixels.
 
     Args:
-        candidates: K.
+        candidates: K, the number of candidates.
         kind: "probabilities" | "logits".
 
     Example:
@@ -101,19 +102,17 @@ class EnsembleAgreement(FullPrecisionState):
         self.register_buffer("pixels", torch.zeros((), dtype=torch.int64))
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Reset to the initial state."""
         self.agreeing.zero_()
         self.pixels.zero_()
 
     def forward(
         self, probabilities: Candidates, *, valid: Bool[Tensor, "n *space"] | None = None
     ) -> Float[Tensor, "k"]:
-        """Take in a batch and return its own agreement; the arguments are those of the function."""
+        """Add a batch and return the agreement on it. The arguments are those of the function."""
         maps = _candidates(probabilities, self.kind)
         if len(maps) != self.candidates:
-            raise ValueError(
-                f"Expected `probabilities` to be those of {self.candidates} candidates, but got {len(maps)}."
-            )
+            raise ValueError(f"Expected `probabilities` to have {self.candidates} candidates, but got {len(maps)}.")
         check_device("agreeing", self.agreeing, maps[0], "probabilities")
         agreeing, pixels = _agreement(maps, self.kind, valid)
         self.agreeing.add_(agreeing)
@@ -124,7 +123,7 @@ class EnsembleAgreement(FullPrecisionState):
         __call__ = forward  # a call has forward's types; nn.Module's has none
 
     def compute(self, *, sync: bool = False) -> Float[Tensor, "k"]:
-        """Return the agreement over all pixels seen so far, of all ranks with `sync`; 0 before the first."""
+        """Return the agreement over all pixels so far, with `sync` those of all ranks; 0 before the first batch."""
         counts = torch.cat([self.agreeing, self.pixels.view(1)])
         counts = sum_ranks(counts) if sync else counts
         return counts[:-1] / counts[-1].clamp_min(1)
@@ -141,7 +140,7 @@ def _candidates(probabilities: Candidates, kind: EnsembleKind) -> list[Tensor]:
             f"but got {kind_of(probabilities)}."
         )
     if len(probabilities) == 0:
-        raise ValueError("Expected `probabilities` to have one candidate at least, but got none.")
+        raise ValueError("Expected `probabilities` to have at least one candidate, but got none.")
     maps = list(probabilities)
     for x in maps:
         check_scores("probabilities", x, kind)
@@ -151,7 +150,7 @@ def _candidates(probabilities: Candidates, kind: EnsembleKind) -> list[Tensor]:
 
 @torch.no_grad()
 def _agreement(maps: list[Tensor], kind: str, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pixels on which each agrees, (K,) int64, and pixels that count, () int64."""
+    """The number of pixels at which each agrees, (K,) int64, and of pixels that count, () int64."""
     if valid is not None:
         check_mask_like(valid, maps[0], reference_name="probabilities")
     total, labels, sound = torch.zeros_like(upcast(maps[0])), [], []

@@ -1,4 +1,4 @@
-"""Scores of a net's predictions on unlabelled images, streamed over a data set in one pass."""
+"""Scores of a net's predictions on unlabelled images, computed in one pass over a data set."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from udakit._checks import (
 from udakit._reduce import KINDS, LOG_2, Kind, full_precision, select, upcast
 from udakit._state import FullPrecisionState, gather_ranks, sum_ranks
 
-_PIECE = 2**18  # numbers that stay in a core's cache from the softmax to the sums
+_PIECE = 2**18  # numbers that fit the cache of a core from the softmax to the sums
 _DENSITY_TEMPERATURE = 0.05
 
 
 class LabelFreeScores(FullPrecisionState):
-    r"""Seven scores of softmax maps, from sums over the pixels of a data set.
+    r"""Seven scores of softmax maps, computed from sums over the pixels of a data set.
 
-    With $P$ the $N \times C$ matrix of the probabilities of all pixels, $\bar p$ its mean row and $G = P^\top P$:
+    Let $P$ be the $N \times C$ matrix of the probabilities of all pixels, $\bar p$ its mean row and $G = P^\top P$.
 
-    | key | value | better, by its source |
+    | key | value | better, according to its source |
     |---|---|---|
     | `confidence` | $\frac1N \sum_p \max_c P_{pc}$ | higher |
     | `negative_entropy` | $\frac1N \sum_{p,c} P_{pc} \log P_{pc}$ | higher |
@@ -40,34 +40,36 @@ class LabelFreeScores(FullPrecisionState):
     | `neighbourhood_density` | mean row entropy of $\operatorname{softmax}(f f^\top / 0.05)$ | higher |
     | `matrix_norm` | $\left(\frac{1}{N C} \sum_{p,c} P_{pc}^4\right)^{1/4}$ | higher |
 
-    for $f$ the unit rows of $P$ at `samples` random pixels of one image; the mean runs over pixels and images.
+    Here $f$ are the unit rows of $P$ at `samples` random pixels of an image, and the mean is over these pixels and all
+    images.
 
-    **Which direction holds.** Not the source's everywhere. Ranked against the true mIoU, the nuclear norm, information
-    maximisation, the class correlation and the density follow the *share* of the rarer class: right on one pair,
-    upside down on the same pair backwards. Confidence, entropy and the matrix norm cannot tell a collapsed net from a
-    good one. `ConsistencyScore` times `confidence` held best; docs/results/scores.md has the numbers.
+    **Which direction is right.** The direction of the source does not hold everywhere. Compared with the true mIoU, the
+    nuclear norm, information maximisation, the class correlation and the density follow the *share* of the rarer class:
+    they are right on one pair and reversed on the same pair backwards. Confidence, entropy and the matrix norm cannot
+    tell a collapsed net from a good one. `ConsistencyScore` times `confidence` was the most reliable;
+    docs/results/scores.md has the numbers.
 
-    **Convention.** No gradient. The state is C x C sums (float64) and counts (int64), never a map; one process that
-    sees all batches and several that merge have the same counts, and sums within 1e-6. `neighbourhood_density` draws
-    its pixels, with replacement and a pixel's similarity to itself kept, so that there merged values are the same in
-    distribution only. A pixel that is not `valid` takes no part, whatever it holds. A NaN at a valid pixel is an error
-    of `compute`, the only method that reads from the device.
+    **Convention.** There is no gradient. The state consists of C x C sums (float64) and counts (int64), never of a map.
+    Merged over several processes, the counts are equal to those of one process, and the sums are within 1e-6.
+    `neighbourhood_density` draws its pixels with replacement and includes the similarity of a pixel to itself; merged
+    values are equal only in distribution. Pixels that are not `valid` are left out, whatever their values. With a NaN
+    at a valid pixel, `compute` raises an error. It is the only method that reads from the device.
 
-    **Source.** Entropy and its difference to the entropy of the mean: Morerio et al. 2018, Shi and Sha 2012. Nuclear
-    norm: Cui et al. 2020 (BNM). Class correlation: Tu et al. 2023. Density: Saito et al. 2021 (SND), as its
-    segmentation code has it, but for a division by one image less. Matrix norm: Xie et al. 2024 (MaNo), which replaces
-    the softmax by a Taylor polynomial for nets that are not confident; here P is the softmax.
+    **Source.** Entropy, and its difference to the entropy of the mean: Morerio et al. 2018, Shi and Sha 2012. Nuclear
+    norm: Cui et al. 2020 (BNM). Class correlation: Tu et al. 2023. Density: Saito et al. 2021 (SND), as in its
+    segmentation code, which however divides by one image less. Matrix norm: Xie et al. 2024 (MaNo), which replaces the
+    softmax with a Taylor polynomial for nets that are not confident; here P is always the softmax.
 
     Attributes:
-        class_pixels: int64 buffer (C,), pixels of each predicted class.
-        pixels: int64 buffer (), valid pixels so far.
-        gram: float64 buffer (C, C), G.
+        class_pixels: int64 buffer (C,), number of pixels of each predicted class.
+        pixels: int64 buffer (), number of valid pixels so far.
+        gram: float64 buffer (C, C), the matrix G.
 
     Args:
-        num_classes: C, two at least.
+        num_classes: C, at least 2.
         kind: "logits" | "probabilities".
-        samples: pixels an image for `neighbourhood_density`; 0 leaves it out, of the work and of the result.
-        generator: draws them; on the device of the logits.
+        samples: number of pixels per image for `neighbourhood_density`; 0 leaves this score out.
+        generator: generator of the draw of these pixels, on the device of the logits.
 
     Example:
         >>> import torch
@@ -112,25 +114,25 @@ class LabelFreeScores(FullPrecisionState):
 
     @property
     def class_share(self) -> Float[Tensor, "c"]:
-        """Share of the pixels seen so far that are predicted as each class; 0 before the first."""
+        """Fraction of the pixels so far that are predicted as each class, (C,); 0 before the first batch."""
         return self.class_pixels.double() / self.pixels.clamp_min(1)
 
     def reset(self) -> None:
-        """Forget what was seen."""
+        """Reset to the initial state."""
         for buffer in self.buffers():
             buffer.zero_()
 
     @torch.no_grad()
     def update(self, logits: Float[Tensor, "n c *space"], *, valid: Bool[Tensor, "n *space"] | None = None) -> None:
-        """Take in a batch.
+        """Update the sums with a batch.
 
         Args:
-            logits: (N, C, *space), or probabilities by `kind`.
+            logits: logits (N, C, *space), or probabilities with `kind="probabilities"`.
             valid: True where a pixel counts.
 
         Raises:
             TypeError: `logits` is not a float tensor, or `valid` is not bool.
-            ValueError: shapes or devices that do not match.
+            ValueError: the shapes or devices do not match.
         """
         check_scores("logits", logits, self.kind)
         if logits.shape[1] != self.num_classes:
@@ -149,17 +151,17 @@ class LabelFreeScores(FullPrecisionState):
         self.pixels.add_(maps.shape[0] * maps.shape[2] if valid is None else valid.sum())
 
     def _add(self, scores: Tensor, valid: Tensor | None) -> None:
-        """Sums over a piece (n, C, pixels), in its precision; pieces add up in float64."""
+        """Add the sums over a piece (n, C, pixels), computed in its precision and added up in float64."""
         scores = upcast(scores)
         if valid is not None:
             scores = select(valid.unsqueeze(1).expand_as(scores), scores)
         top = scores.amax(1, keepdim=True)
         depth = scores - top
-        first = _first_zero(depth)  # by itself: `max` with indices takes as long as all else here, on the CPU
+        first = _first_zero(depth)  # separately: on the CPU, `max` with indices takes as long as everything else here
         if valid is not None:
             first = first.where(valid, self.num_classes)
         if self.kind == "logits":
-            # In units of log 2, and no further than where 2^x is 0, so that 0 * -inf is 0.
+            # In units of log 2, clamped where 2^x is 0, so that 0 * -inf does not occur.
             depth.mul_(1 / LOG_2).clamp_min_(-1100.0)
             p = depth.exp2()
             total = p.sum(1)
@@ -186,7 +188,7 @@ class LabelFreeScores(FullPrecisionState):
         if valid is None:
             index, some = pick % max(pixels, 1), torch.ones(n, dtype=torch.bool, device=device)
         else:
-            # The k-th valid pixel is the first at which k + 1 of them have been counted.
+            # The k-th valid pixel is the first at which the count of valid pixels reaches k + 1.
             so_far = valid.cumsum(1)
             number = so_far[:, -1:]
             index, some = torch.searchsorted(so_far, pick % number.clamp_min(1) + 1), number.squeeze(1) > 0
@@ -200,7 +202,7 @@ class LabelFreeScores(FullPrecisionState):
         self.images.add_(some.sum())
 
     def merged(self) -> LabelFreeScores:
-        """Scores of the batches of all ranks, on every rank; this object keeps its own. Every rank must call."""
+        """Return the merged scores of all ranks. This object keeps its own; every rank must make the call."""
         whole = LabelFreeScores(self.num_classes, kind=self.kind, samples=self.samples, generator=self.generator)
         whole.to(self.gram.device)
         integers = ("class_pixels", "pixels", "images")
@@ -213,26 +215,27 @@ class LabelFreeScores(FullPrecisionState):
         return whole
 
     def compute(self, *, sync: bool = False) -> dict[str, Float[Tensor, ""]]:
-        """Return the scores of all pixels seen so far. Reads from the device: call it once an evaluation.
+        """Return the scores of all pixels so far. It reads from the device, so call it once per evaluation.
 
         Args:
-            sync: of all ranks' pixels; every rank must call. Without a process group: one rank.
+            sync: whether to use the pixels of all ranks; every rank must make the call. Without a process group there
+                is one rank.
 
         Returns:
-            Float64 scalars by the keys of the class.
+            The scores, float64 scalars, by the keys listed above.
 
         Raises:
-            ValueError: no valid pixel so far, or a NaN or infinity at one.
+            ValueError: there was no valid pixel so far, or one was NaN or infinite.
         """
         if sync:
             return self.merged().compute()
         if self.pixels == 0:
-            raise ValueError("Expected `update` to have been given a valid pixel before `compute`, but got none.")
+            raise ValueError("Expected `update` to be called with a valid pixel before `compute`, but got none.")
         state = torch.cat([self.sums, self.gram.flatten(), self.density.flatten()])
         if not state.isfinite().all():
             raise ValueError(
                 f"Expected `logits` to be finite at every valid pixel, but got NaN or infinity among {int(self.pixels)}"
-                " pixels. Such a net has no score; `reset` starts anew."
+                " pixels. Such a net has no score; call `reset` to start again."
             )
         n, mean = self.pixels.double(), self.probabilities / self.pixels
         confidence, entropy, fourth = self.sums / n
@@ -255,14 +258,14 @@ class LabelFreeScores(FullPrecisionState):
 
 
 def _first_zero(depth: Tensor) -> Tensor:
-    """Index of the first 0 along axis 1 of what is 0 or below, its size where there is none (a NaN)."""
+    """Index of the first 0 along axis 1, where all values are at most 0; the axis's size if there is none (NaN)."""
     c = depth.shape[1]
     rank = torch.arange(c, 0, -1, dtype=depth.dtype, device=depth.device).view(1, -1, 1)
     return c - depth.sign().add_(1).mul_(rank).amax(1).nan_to_num_(0).long()
 
 
 def _pieces(maps: Tensor, valid: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Cut (N, C, pixels) so that a piece fits the CPU's cache; a GPU takes all of it at once."""
+    """Cut (N, C, pixels) into pieces that fit the cache of a CPU; a GPU takes everything at once."""
     n, c, pixels = maps.shape
     if maps.device.type != "cpu" or torch.compiler.is_compiling() or maps.numel() <= _PIECE:
         yield maps, valid

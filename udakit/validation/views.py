@@ -1,4 +1,4 @@
-"""Consistency under views of an image that leave its labels where they are: mirror, shift, crop, rotation."""
+"""Consistency of predictions under views of an image that can be undone: mirror, shift, crop, rotation."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ Inverse = Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
 
 
 class View(NamedTuple):
-    """A change of the image and its way back: `view_consistency(model, images, *view)`.
+    """A transformation of images and its inverse for logits: `view_consistency(model, images, *view)`.
 
     Attributes:
-        transform: images (N, K, *space) to images.
-        inverse: the logits of the transformed images, at their size, back to the pixels of the untouched ones: logits,
-            or (logits, valid) where some pixels have no counterpart.
+        transform: function from images (N, K, *space) to images.
+        inverse: function that maps the logits of the transformed images, at their size, back to the pixels of the
+            original images. It returns logits, or (logits, valid) if some pixels have no counterpart.
     """
 
     transform: Transform
@@ -56,32 +56,33 @@ def view_consistency(
     scope: Scope = "image",
     valid: Bool[Tensor, "n *space"] | None = None,
 ) -> Float[Tensor, "n"] | Float[Tensor, ""]:
-    r"""How far a net contradicts itself on another view of the same image.
+    r"""Agreement of a net's predictions for an image and for another view of it.
 
     $$\operatorname{consistency}\left(f(x),\ \text{inverse}(f(\text{transform}(x)))\right)$$
 
-    with [`consistency_score`][udakit.validation.consistency_score].
+    where the consistency is [`consistency_score`][udakit.validation.consistency_score].
 
-    **Convention.** Detached; logits of another size are brought to the images' size, linearly, before `inverse`. The
-    net keeps its train or eval mode: call `model.eval()`. Pixels that the view loses are left out.
+    **Convention.** The result is detached. Logits of another size are resized linearly to the images before `inverse`.
+    The net keeps its train or eval mode, so call `model.eval()` first. Pixels that are not in the view are left out.
 
-    **Source.** CMR (Kutra et al. 2026) perturbs with noise; that views keep the labels' places, and IoU, are ours.
+    **Source.** CMR (Kutra et al. 2026), which perturbs images with noise. Geometric views and the IoU are ours.
 
     Args:
-        model: any callable from images to logits (N, C, *space'), or to what holds them (`.logits`, "out").
-        images: the batch.
-        transform: images to images; `*view` of a `View` fills in this argument and the next.
-        inverse: logits of the transformed images to logits, or to (logits, valid).
-        background: as in `consistency_score`, like all further options.
+        model: any callable that takes images and returns logits (N, C, *space'), or an output that holds them
+            (`.logits`, "out").
+        images: the batch of images, (N, K, *space).
+        transform: function from images to images; `*view` of a `View` gives this argument and the next.
+        inverse: function from the logits of the transformed images to logits, or to (logits, valid).
+        background: see `consistency_score`, which has all options below.
         scope: "image" | "batch".
         valid: True where a pixel counts.
 
     Returns:
-        (N,) float32 in [0, 1], () for scope "batch"; NaN where there is nothing to compare.
+        The consistency in [0, 1], float32, (N,) for "image" or () for "batch"; NaN if there is nothing to compare.
 
     Raises:
-        TypeError: `images` that are not float, or a net that returns something else.
-        ValueError: shapes that do not match, an unknown `scope`, or a `background` that is no class.
+        TypeError: `images` is not a float tensor, or the net does not return logits.
+        ValueError: the shapes do not match, `scope` is unknown, or `background` is not a class.
 
     Example:
         >>> import torch
@@ -100,7 +101,7 @@ def view_consistency(
 def view_logits(
     model: Callable[[Tensor], Any], images: Tensor, transform: Transform, inverse: Inverse
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The two predictions that `view_consistency` compares, and where both are known (None: everywhere)."""
+    """The two predictions that `view_consistency` compares, and the mask where both exist (None: everywhere)."""
     check_callable("model", model, "model(images)")
     check_callable("transform", transform, "transform(images)")
     check_callable("inverse", inverse, "inverse(logits)")
@@ -126,7 +127,8 @@ def _logits_at(model: Callable[[Tensor], Any], images: Tensor) -> Tensor:
     check_scores("model(images)", logits)
     if logits.ndim != images.ndim:
         raise ValueError(
-            f"Expected `model(images)` to have the axes of `images` {shape_of(images)}, but got {shape_of(logits)}."
+            f"Expected `model(images)` to have the number of axes of `images` {shape_of(images)}, but got "
+            f"{shape_of(logits)}."
         )
     same = logits.shape[2:] == images.shape[2:]
     return logits if same else interpolate(upcast(logits), images.shape[2:])
@@ -141,31 +143,33 @@ def mirror_consistency(
     valid: Bool[Tensor, "n *space"] | None = None,
     axis: int = -1,
 ) -> Float[Tensor, "n"] | Float[Tensor, ""]:
-    r"""How far a net contradicts itself on the mirror image: mean IoU of its two label maps.
+    r"""Agreement of a net's predictions for an image and for its mirror image, as mean IoU of the two label maps.
 
     $$\operatorname{mIoU}\left(\arg\max f(x),\ \operatorname{flip} \arg\max f(\operatorname{flip} x)\right)$$
 
-    Higher is better. It kept its sign on the five pairs of our study.
+    Higher is better. The direction was right on all five pairs of our study.
 
-    **Convention.** [`view_consistency`][udakit.validation.view_consistency] of `mirror_view(axis)`. For one number of a
-    data set add up intersections and unions with [`ConsistencyScore`][udakit.validation.ConsistencyScore].
+    **Convention.** This is [`view_consistency`][udakit.validation.view_consistency] with `mirror_view(axis)`. For a
+    single number over a data set, add up intersections and unions with
+    [`ConsistencyScore`][udakit.validation.ConsistencyScore].
 
     **Source.** Ours.
 
     Args:
-        model: any callable from images to logits (N, C, *space'), or to what holds them (`.logits`, "out").
-        images: the batch.
-        background: as in `consistency_score`.
+        model: any callable that takes images and returns logits (N, C, *space'), or an output that holds them
+            (`.logits`, "out").
+        images: the batch of images, (N, K, *space).
+        background: see `consistency_score`.
         scope: "image" | "batch".
         valid: True where a pixel counts.
-        axis: a spatial axis of `images` along which the labels may be mirrored.
+        axis: spatial axis of `images` to mirror; the labels must stay valid when mirrored along it.
 
     Returns:
-        (N,) float32 in [0, 1], () for scope "batch"; NaN where there is nothing to compare.
+        The consistency in [0, 1], float32, (N,) for "image" or () for "batch"; NaN if there is nothing to compare.
 
     Raises:
-        TypeError: `images` that are not float, or a net that returns something else.
-        ValueError: shapes that do not match, or an option out of range.
+        TypeError: `images` is not a float tensor, or the net does not return logits.
+        ValueError: the shapes do not match, or an option is out of range.
 
     Example:
         >>> import torch
@@ -177,7 +181,7 @@ def mirror_consistency(
 
 
 def mirror_view(axis: int = -1) -> View:
-    """Mirror along a spatial axis, the last by default; its own way back.
+    """Mirror images along a spatial axis, by default the last one.
 
     Example:
         >>> import torch
@@ -196,9 +200,9 @@ def mirror_view(axis: int = -1) -> View:
 
 
 def shift_view(offset: Sequence[int]) -> View:
-    """Move the scene by whole pixels, an entry for each spatial axis; the border's pixels are repeated.
+    """Shift images by whole pixels, with one number for each spatial axis. The border pixels are repeated.
 
-    A shift by less than the net's stride shows how much its answer depends on where its grid lies.
+    A shift by less than the net's stride shows how much the prediction depends on the position of its grid.
 
     Example:
         >>> import torch
@@ -214,7 +218,7 @@ def shift_view(offset: Sequence[int]) -> View:
         _check_axes("offset", steps, x)
         inside = torch.ones(x.shape[:1] + x.shape[2:], dtype=torch.bool, device=x.device)
         for axis, step in enumerate(steps, 2):
-            # Clamped indices repeat the border, also where the shift exceeds the image.
+            # Clamped indices repeat the border, even if the shift is larger than the image.
             wanted = torch.arange(x.shape[axis], device=x.device) - sign * step
             index = wanted.clamp(0, x.shape[axis] - 1)
             x = x.index_select(axis, index)
@@ -225,9 +229,9 @@ def shift_view(offset: Sequence[int]) -> View:
 
 
 def crop_view(margin: Sequence[tuple[int, int]]) -> View:
-    """Cut the image's borders off, (before, after) for each spatial axis: the net sees the rest without its context.
+    """Crop (before, after) pixels of each spatial axis, so that the net sees the rest without its context.
 
-    Keep the size that is left a multiple of the net's stride.
+    The remaining size should be a multiple of the net's stride.
 
     Example:
         >>> import torch
@@ -262,7 +266,7 @@ def crop_view(margin: Sequence[tuple[int, int]]) -> View:
 
 
 def rotation_view(degrees: float) -> View:
-    """Turn the image about its centre; for images (N, K, H, W) alone. Beyond the border its pixels are repeated.
+    """Rotate images (N, K, H, W) about their centre. The border pixels are repeated.
 
     Example:
         >>> import torch
@@ -279,7 +283,7 @@ def rotation_view(degrees: float) -> View:
         n, _, h, w = x.shape
         values = upcast(x)
         cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-        # Centres of pixels, in pixels from the image's centre: a rotation there is none in [-1, 1] unless H = W.
+        # Pixel centres, in pixels from the centre of the image. In [-1, 1] this would be a rotation only if H = W.
         down = (torch.arange(h, dtype=values.dtype, device=x.device) - (h - 1) / 2).view(h, 1)
         right = (torch.arange(w, dtype=values.dtype, device=x.device) - (w - 1) / 2).view(1, w)
         column, row = (cos * right - sin * down) * (2 / w), (sin * right + cos * down) * (2 / h)
@@ -294,12 +298,12 @@ def rotation_view(degrees: float) -> View:
 
 def _per_axis(name: str, values: Sequence[int]) -> list[int]:
     if not is_sequence(values) or not all(is_integer(v) for v in values):
-        raise ValueError(f"Expected `{name}` to be an integer for each spatial axis, but got {values!r}.")
+        raise ValueError(f"Expected `{name}` to be one integer for each spatial axis, but got {values!r}.")
     return list(values)
 
 
 def _check_axes(name: str, values: Sequence[Any], x: Tensor) -> None:
     if len(values) != x.ndim - 2:
         raise ValueError(
-            f"Expected `{name}` to have an entry for each spatial axis of {shape_of(x)}, but got {len(values)}."
+            f"Expected `{name}` to have one entry for each spatial axis of {shape_of(x)}, but got {len(values)}."
         )
