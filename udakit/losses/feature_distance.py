@@ -28,7 +28,7 @@ def feature_distance_loss(
     gradient is the unit vector of the difference, and exactly 0 where the features are equal. Without any valid pixel
     the loss is 0, not NaN.
 
-    **Source.** DAFormer (Hoyer et al. 2022). It compares with frozen ImageNet features at the pixels whose majority
+    **Source.** DAFormer (Hoyer et al. 2022). It compares with frozen ImageNet features at the pixels where the majority
     label (`udakit.downscale_labels`, ratio 0.75) is a thing class. Its released code returns NaN when no pixel is
     selected.
 

@@ -95,7 +95,7 @@ def draw_classes(
         num_classes: C, the number of classes.
         fraction: fraction of the present candidates to draw, in [0, 1].
         rounding: "up" | "down", for the number of classes to draw.
-        scope: "image" | "batch", whose classes each image draws from.
+        scope: "image" | "batch", the source of the classes that an image draws from.
         candidates: the classes that may be drawn, as ids or as bool (C,); None for all.
         include_ignore: whether the ignored pixels count as one more class, which may be drawn.
         ignore_index: the label of ignored pixels.

@@ -93,7 +93,7 @@ class CrossDomainMix(nn.Module):
         blend: beta in [0, 1], the weight of the augmentation.
         fraction: fraction of the present classes to draw.
         rounding: "down" | "up", for the number of classes to draw.
-        scope: "image" | "batch", whose classes each image draws from.
+        scope: "image" | "batch", the source of the classes that an image draws from.
         candidates: the classes that may be drawn; None for all.
         include_ignore: whether the ignored pixels count as one more class.
         paste_ignore: whether ignored pixels always take the augmented side.

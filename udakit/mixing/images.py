@@ -128,7 +128,7 @@ def check_images(
     every step.
 
     Args:
-        images: (N, K, *space).
+        images: images, (N, K, *space).
         mean: channel means that the images were normalised with; None if they were not shifted.
         std: channel standard deviations that the images were normalised with; None if they were not scaled.
         tolerance: how far a value may be outside [0, 1], for example after bicubic resizing.

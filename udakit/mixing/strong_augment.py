@@ -51,7 +51,7 @@ def strong_augment(
     and hue), which also permutes these four and uses a blur kernel of 10 % of the image.
 
     Args:
-        images: (N, K, *space).
+        images: images, (N, K, *space).
         draw: result of `draw_strong_augment`, on the same device.
         mean: channel means that the images were normalised with, as K numbers or a (K,) tensor; None if they are in [0,
             1].

@@ -28,7 +28,7 @@ def target_paste(
     A missing weight counts as 1 if the other side has one. `target` may be the result of a class mix, which already
     contains pasted source classes. Pass their mask as `extra_mask` to paste them whatever the confidence.
 
-    **Source.** EHTDI (ACM MM 2022), whose released loss takes only the first image of the batch.
+    **Source.** EHTDI (ACM MM 2022). Its released loss uses only the first image of the batch.
 
     Args:
         source: labelled batch to paste onto; a plain tuple (images, labels[, weight]) is accepted.

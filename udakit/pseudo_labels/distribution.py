@@ -174,7 +174,7 @@ class DistributionAlignment(FullPrecisionState):
         """Align the predictions of a target batch.
 
         Args:
-            logits: class scores, or probabilities by `kind`.
+            logits: class scores before the softmax, (N, C, *space), or class probabilities with `kind="probabilities"`.
             kind: "logits" | "probabilities".
             valid: False where a pixel does not count for `target_share`; it is still aligned.
 

@@ -195,7 +195,7 @@ class Selector(nn.Module):
         """Select pseudo-labels.
 
         Args:
-            logits: class scores, or probabilities by `kind`.
+            logits: class scores before the softmax, (N, C, *space), or class probabilities with `kind="probabilities"`.
             features: features for the selectors that compare with prototypes; the others do not use them.
             kind: "logits" | "probabilities".
             valid: False where a pixel is left out, for example outside `row_mask`.
