@@ -56,6 +56,23 @@ def test_a_score_that_rises_in_both_directions_says_something_else():
     assert len(asked) == 3
 
 
+def test_enlarged_images_go_through_the_net_one_at_a_time():
+    """Four images of 1024 x 2048 at scale 2.8 would not fit."""
+    seen = []
+
+    class Counting(Mean):
+        def forward(self, images):
+            seen.append(len(images))
+            return super().forward(images)
+
+    images = torch.rand(3, 3, 16, 24)
+    whole = Rescaled(Mean(), 2.0)
+    alone = torch.cat([whole(image).logits for image in images.split(1)])
+    assert torch.equal(Rescaled(Counting(), 2.0)(images).logits, alone)
+    Rescaled(Counting(), 0.5)(images)
+    assert seen == [1, 1, 1, 3]
+
+
 def test_a_rescaled_net_answers_at_the_size_that_came():
     images = torch.rand(2, 3, 31, 48)
     for factor in (0.35, 1 / math.sqrt(2), 2.8):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,7 +30,13 @@ class Rescaled(nn.Module):
         self.net, self.factor = net, factor
 
     def forward(self, images: Tensor) -> SegOutput:
-        """Enlarge or shrink, predict, and bring the logits back."""
+        """Enlarge or shrink, predict, and bring the logits back; enlarged images one at a time, for memory's sake."""
+        if self.factor > 1 and len(images) > 1:
+            each = [self(image) for image in images.split(1)]
+            joined = (
+                torch.cat(parts) for parts in zip(*((x.logits, x.features, x.encoded) for x in each), strict=True)
+            )
+            return SegOutput(*joined, tuple(images.shape[2:]))
         size = images.shape[2:]
         seen = [max(1, round(side * self.factor)) for side in size]
         out = self.net(F.interpolate(images, seen, mode="bilinear", antialias=self.factor < 1))
