@@ -66,7 +66,7 @@ PUBLISHED = {
 
 
 def configure(pair: str, part: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
-    """The run of a part: the policy's DACS that labels by batch statistics, with DACS' own selection in place of the policy's."""
+    """The run of a part: the policy's DACS with batch statistics, and DACS' own selection in place of the policy's."""
     config = adaptation.configure(pair, POLICY, seed, data_root, cache)
     (stage,) = config.stages
     options = {**stage.options, **SELECTION, **PARTS[part][1]}
