@@ -213,7 +213,7 @@ def test_sampler_errors() -> None:
         RareClassSampler(torch.zeros(3, 2))
     for wrong in (-1.0, float("nan")):
         with pytest.raises(
-            ValueError, match="`class_pixels` to be pixel counts, finite and at least 0, but got others"
+            ValueError, match="`class_pixels` to be pixel counts, finite and at least 0, but got other values"
         ):
             RareClassSampler(torch.tensor([[wrong, 2.0]]))
     with pytest.raises(ValueError, match=r"`min_pixels` to be at least 0, but got -1"):

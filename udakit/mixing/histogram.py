@@ -13,9 +13,11 @@ from udakit.mixing.style import check_content_style
 # The sign, the exponent and the first three mantissa bits of a float: 8 cells per octave for each sign.
 CELL_BITS = 12
 CELLS = 1 << CELL_BITS
+HALF = CELLS // 2  # the cells of negative numbers, whose bits count from zero downwards
 REST = 32 - CELL_BITS
-EXACT = 2**10  # up to this many pixels, sorting is faster than counting
-SAMPLES = 2**15  # number of pixels of a channel that decide how bins are distributed over cells
+EXACT = 2**12  # up to this many pixels, sorting is faster than counting
+STRIPE = 2**16  # elements counted at once on the CPU: their ids, of 8 bytes each, stay in its cache
+SAMPLES = 2**13  # number of pixels of a channel that decide how bins are distributed over cells
 
 
 def histogram_transfer(
@@ -29,7 +31,7 @@ def histogram_transfer(
 
     Bins are narrow where an image has many values, so a far outlier (such as -32767 for missing data) does not take
     bins from the other values. Ranks are resolved to about 1 / `bins` of the pixels. All values of a bin get the rank
-    of its middle, so equal values stay equal. Only images of at most 1024 pixels are sorted, which makes their ranks
+    of its middle, so equal values stay equal. Only images of at most 4096 pixels are sorted, which makes their ranks
     exact.
 
     A NaN in the style makes that channel of that image NaN and no other; `check_images` finds it. A NaN in the content
@@ -61,6 +63,7 @@ def histogram_transfer(
     x, s = (image.detach().float().flatten(2) for image in (content, style))
     if max(x.shape[2], s.shape[2]) <= EXACT:
         return restore(_exact(x, s).view(content.shape), content)
+    bins = min(bins, 2**20)  # what float32 tells apart
     own_bins, own_counts, _, _ = _histogram(x, bins)
     _, counts, first, wide = _histogram(s, bins)
     # Ranks in the two distributions as exact integers, with the common denominator 2 * own pixels * style pixels.
@@ -80,54 +83,73 @@ def histogram_transfer(
 
 def _exact(x: Tensor, s: Tensor) -> Tensor:
     """The style's value at the middle rank of each pixel of (N, K, P)."""
-    # searchsorted cannot handle NaN, and warns about strides.
-    x = x.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=-float("inf")).contiguous()
-    own, values = x.sort(dim=2).values, s.sort(dim=2).values
-    twice = torch.searchsorted(own, x) + torch.searchsorted(own, x, right=True)
-    value = values.gather(2, (twice * s.shape[2] - 1) // (2 * x.shape[2]))
-    return torch.where(values[:, :, -1:].isnan(), values[:, :, -1:], value)  # sorting puts NaN last
+    x = x.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=-float("inf"))  # a NaN equals no other
+    (own, order), values = x.sort(dim=2), s.sort(dim=2).values
+    # Equal values are a group, and have one rank.
+    group = torch.zeros_like(order)
+    group[:, :, 1:] = (own[:, :, 1:] != own[:, :, :-1]).cumsum(2)
+    one = torch.ones((), dtype=torch.int64, device=x.device)
+    counts = torch.zeros_like(order).scatter_add_(2, group, one.expand_as(group))
+    twice = 2 * counts.cumsum(2) - counts
+    rank = (twice * s.shape[2] - 1) // (2 * x.shape[2])  # of groups behind the last one it is that of no pixel
+    value = values.gather(2, rank.clamp_max(s.shape[2] - 1)).gather(2, group)
+    value = torch.where(values[:, :, -1:].isnan(), values[:, :, -1:], value)  # a NaN is the last of those sorted
+    return torch.empty_like(value).scatter_(2, order, value)
 
 
 def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """The bin of each value (in stripes), the count of each bin, and the first bin and the number of bins of each cell.
+    """The bin of each value in stripes, the count of each bin; of each cell the first bin, and how many bins it has.
 
-    A cell is split into equal bins in proportion to its number of pixels, plus one. Where an image has twice the
-    pixels, its bins are half as wide. A sample of the pixels decides the proportions; the bins count all pixels.
+    A cell is split into as many equal bins as its share of `bins` tells, and one more: with twice the pixels an image
+    has bins half as wide there. For the share some of the pixels do; the bins count all of them.
     """
     pixels = torch.zeros(*x.shape[:2], CELLS, dtype=torch.int64, device=x.device)
     one = torch.ones((), dtype=torch.int64, device=x.device)
-    some = _cell(_key(x[:, :, :: max(x.shape[2] // SAMPLES, 1)]))
-    pixels.scatter_add_(2, some, one.expand_as(some))
-    keys = [_key(block) for block in row_blocks(x)]
-    wide = pixels * bins // max(some.shape[2], 1) + 1
+    some = x[:, :, :: x.shape[2] // SAMPLES | 1]  # an odd step visits all columns of the usual widths
+    at = ((some.view(torch.int32) >> REST) + HALF).long()
+    pixels.scatter_add_(2, at, one.expand_as(at))
+    wide = _by_value(pixels) * bins // max(some.shape[2], 1) + 1
     first = wide.cumsum(2) - wide
-    # One look-up for both: the first bin above, the number of bins below.
-    packed = (first << 32) | wide
+    start, step = _lines(first, wide, bins)
+    rows = torch.arange(HALF, HALF + len(start), CELLS, dtype=torch.int32, device=x.device).view(*x.shape[:2], 1)
     counts = torch.zeros(*x.shape[:2], bins + CELLS, dtype=torch.int64, device=x.device)
     indices: list[Tensor] = []
-    for key in keys:
-        found = packed.gather(2, _cell(key))
-        index = ((key & (2**REST - 1)) * (found & 0xFFFFFFFF) >> REST) + (found >> 32)
+    for block in row_blocks(x, STRIPE):
+        bits = block.view(torch.int32)
+        at = (bits >> REST).add_(rows).flatten()
+        place = (bits & (2**REST - 1)).float()
+        # Two roundings, not one of `addcmul`, which a processor may leave out here and there: equal values stay equal.
+        place.mul_(step.index_select(0, at).view_as(place)).add_(start.index_select(0, at).view_as(place))
+        index = place.long()
         counts.scatter_add_(2, index, one.expand_as(index))
         indices.append(index.int())
     return indices, counts, first, wide
 
 
+def _lines(first: Tensor, wide: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Start and step of the straight line on which the last bits of a float give its bin, for cells by their bits.
+
+    A line ends a little below the first bin of the next cell, so that no rounding to float32 reaches it.
+    """
+    start, length = first.float(), wide.float() - (bins + CELLS) / 2**22
+    step = length / 2**REST
+    start[..., :HALF] += length[..., :HALF]  # of a negative number more is less
+    step[..., :HALF].neg_()
+    # -0.0 is 0.0, and so is what is nearest to it.
+    start[..., HALF - 1] = start[..., HALF]
+    step[..., HALF - 1] = 0
+    return _by_value(start).flatten(), _by_value(step).flatten()
+
+
+def _by_value(cells: Tensor) -> Tensor:
+    """Cells in the order of their values, of cells in the order of their bits; or the other way round."""
+    return torch.cat([cells[..., :HALF].flip(-1), cells[..., HALF:]], dim=-1)
+
+
 def _cells(first: Tensor, bins: int) -> Tensor:
-    """The cell of each bin: the number of cells that begin up to it, minus one."""
+    """The cell of each bin: how many cells begin up to it, but for one."""
     begins = torch.zeros(*first.shape[:2], bins, dtype=torch.int64, device=first.device)
     return begins.scatter_(2, first, 1).cumsum(2) - 1
-
-
-def _key(x: Tensor) -> Tensor:
-    """Floats as int32 in the same order: their bits, reversed in order for negative floats; -0.0 equals 0.0."""
-    bits = (x + 0.0).view(torch.int32)
-    return torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF)
-
-
-def _cell(key: Tensor) -> Tensor:
-    cell: Tensor = key >> REST
-    return (cell + CELLS // 2).long()
 
 
 def _float(key: Tensor) -> Tensor:

@@ -90,11 +90,11 @@ def per_channel(values: Channels, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(1, -1, *(1,) * (like.ndim - 2))
 
 
-def row_blocks(x: Tensor) -> Sequence[Tensor]:
+def row_blocks(x: Tensor, block: int = BLOCK) -> Sequence[Tensor]:
     """Stripes along the first spatial axis on the CPU; a GPU and a compiler take the whole image."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= BLOCK:
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= block:
         return (x,)
-    return torch.split(x, max(BLOCK * x.shape[2] // x.numel(), 1), dim=2)
+    return torch.split(x, max(block * x.shape[2] // x.numel(), 1), dim=2)
 
 
 def join(blocks: Sequence[Tensor]) -> Tensor:
