@@ -391,3 +391,28 @@ def test_distillation_in_blocks_is_the_formula(
     (first,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_entropy_in_blocks_is_that_of_one_piece(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large maps on the CPU: values, gradients and second derivatives, with a NaN where nothing counts."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(2, 5, 128, 160, generator=generator, dtype=torch.float64)
+    valid = torch.rand(2, 128, 160, generator=generator) > 0.3
+    logits[0, 1].masked_fill_(~valid[0], float("nan"))
+    logits = logits.to(dtype).requires_grad_()
+    grad = torch.rand(2, 128, 160, generator=generator, dtype=torch.float64)
+
+    def derivatives() -> list[Tensor]:
+        loss = udakit.entropy_loss(logits, valid=valid, reduction="none")
+        (once,) = torch.autograd.grad((loss * grad).sum(), logits)
+        loss = udakit.entropy_loss(logits, valid=valid, reduction="none")
+        (first,) = torch.autograd.grad((loss * grad).sum(), logits, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), logits)
+        return [loss.detach(), once, first.detach(), second]
+
+    blocks = derivatives()
+    assert udakit.entropy_loss(logits.detach(), valid=valid) == udakit.entropy_loss(logits, valid=valid)
+    monkeypatch.setattr("udakit.losses.entropy.LARGE", 2**40)
+    for found, expected in zip(blocks, derivatives(), strict=True):
+        torch.testing.assert_close(found, expected)

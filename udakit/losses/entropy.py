@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,21 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_flag, check_mask_like, check_option, check_scores, check_weight_like
-from udakit._reduce import KINDS, Kind, Reduction, check_reduction, guard, reduce_pixels, upcast
+from udakit._reduce import (
+    BLOCK,
+    KINDS,
+    LARGE,
+    Kind,
+    Reduction,
+    check_reduction,
+    exp_,
+    guard,
+    plain,
+    reduce_pixels,
+    select,
+    upcast,
+    zero_where_not_,
+)
 
 
 def entropy_loss(
@@ -62,15 +76,74 @@ def entropy_loss(
         check_mask_like(valid, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
-    x = guard(upcast(logits), valid)
-    if kind == "logits":
-        log_p = F.log_softmax(x, dim=1)
+    x = upcast(logits)
+    if kind == "logits" and _in_blocks(x):
+        loss: Tensor = _Entropy.apply(
+            plain(x), None if valid is None else plain(valid), x.requires_grad and torch.is_grad_enabled()
+        )[0]
+    elif kind == "logits":
+        log_p = F.log_softmax(guard(x, valid), dim=1)
         loss = -(log_p.exp() * log_p).sum(dim=1)
     else:
+        x = guard(x, valid)
         loss = -(x * x.clamp_min(torch.finfo(x.dtype).tiny).log()).sum(dim=1)  # p = 0 adds 0, with a finite gradient
     if normalize and logits.shape[1] > 1:
         loss = loss / math.log(logits.shape[1])
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+
+
+def _in_blocks(x: Tensor) -> bool:
+    """Whether blocks are faster. They are not for small maps, on a GPU (launches), or under a compiler that fuses."""
+    return x.device.type == "cpu" and x.numel() >= LARGE and not torch.compiler.is_compiling()
+
+
+class _Entropy(torch.autograd.Function):
+    """Entropy of the softmax of (N, C, *space) at each pixel, and its gradient, block by block in the cache.
+
+    dH / dx = -p (log p + H), exactly 0 at pixels that are not valid.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, valid: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+        maps = x.flatten(2)
+        mask = None if valid is None else valid.flatten(1).unsqueeze(1)
+        n, c, size = maps.shape
+        loss = maps.new_empty((n, size))
+        kept = torch.empty_like(maps, memory_format=torch.contiguous_format) if keep else maps.new_empty((0,))
+        pixels = max(BLOCK // c, 1)
+        buffers = maps.new_empty((2, c * min(pixels, size)))
+        for i in range(n):
+            for j in range(0, size, pixels):
+                at = slice(i, i + 1), slice(None), slice(j, j + pixels)
+                log_p, p = buffers[:, : maps[at].numel()].view(2, *maps[at].shape)
+                torch.log_softmax(maps[at], dim=1, out=log_p)
+                exp_(p.copy_(log_p))
+                out = kept[at] if keep else p
+                h = loss[at[0], at[2]]
+                torch.sum(torch.mul(p, log_p, out=out), dim=1, out=h)
+                if keep:
+                    out.addcmul_(p, h.unsqueeze(1), value=-1).neg_()  # `h` is -H so far
+                    if mask is not None:
+                        zero_where_not_(mask[at], out)
+        return loss.neg_().view(n, *x.shape[2:]), kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:2], output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+        if grad is None:
+            return None, None, None
+        x, valid, kept = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: in operations that have a derivative
+            log_p = F.log_softmax(x if valid is None else torch.where(valid.unsqueeze(1), x, 0), dim=1)
+            p = log_p.exp()
+            slope = -p * (log_p - (p * log_p).sum(1, keepdim=True)) * grad.unsqueeze(1)
+            return slope if valid is None else select(valid.unsqueeze(1), slope), None, None
+        return (kept * grad.flatten(1).unsqueeze(1)).view(x.shape), None, None
 
 
 def _check_options(normalize: bool, kind: str, reduction: str) -> None:
