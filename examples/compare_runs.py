@@ -1,16 +1,16 @@
-"""Which of several runs to use, and which of their nets: ranked without target labels, on one HTML page.
+"""Rank several runs and their nets without target labels, on one HTML page.
 
     python examples/compare_runs.py runs/a runs/b                        # ranks them, writes runs_compared.html
     python examples/compare_runs.py --sweep sweep.yaml --config examples/configs/dacs_toy.yaml --out runs/sweep
 
-A sweep is a YAML list of settings, each a mapping of changes to the configuration; a number is a place in a list, and
-`name`, if given, is the folder of the run. Settings that are finished are not run again.
+A sweep is a YAML list of settings. Each is a mapping of changes to the configuration, in which a number is an index of
+a list, and `name`, if given, is the folder of the run. Finished settings are not run again.
 
     - {name: plain}
     - {name: quantile, stages.1.options.selector: class_quantile, stages.1.options.class_quantile: 0.6}
     - {name: slower, stages.1.lr: 0.00003}
 
-Where target has labels the page also says how right the choice without them was.
+If there are target labels, the page also says how good the choice without them was.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.interrupts import NOTHING_TORN, end_with, leave_at_once
 
 if __name__ == "__main__":
-    leave_at_once(NOTHING_TORN)  # from the first moment on
+    leave_at_once(NOTHING_TORN)  # as early as possible
 
 import argparse
 import tempfile
@@ -54,7 +54,7 @@ class Comparison:
     def __init__(self, runs: Sequence[RunNets], score: str) -> None:
         self.score, self.sign = score.lstrip("-"), -1 if score.startswith("-") else DIRECTIONS[score]
         if len(pairs := {run.pair for run in runs}) > 1:
-            raise ValueError(f"Expected runs on one pair, since scores compare on the same images, but got {pairs}.")
+            raise ValueError(f"Expected runs on one pair, because scores compare on the same images, but got {pairs}.")
         for run in runs:
             if self.score not in run.last["scores"]:
                 known = sorted(run.last["scores"])
@@ -62,12 +62,12 @@ class Comparison:
         self.runs = sorted(runs, key=lambda run: self.value(self.best(run)), reverse=True)
 
     def value(self, net: dict[str, Any]) -> float:
-        """Of the score, the higher the better."""
+        """The value of the score; higher is better."""
         found = net["scores"].get(self.score)
         return float("-inf") if found is None else self.sign * found
 
     def best(self, run: RunNets) -> dict[str, Any]:
-        """The net of a run that the score likes most; its source-only net is one of them."""
+        """The net of a run with the best score, which may be its source-only net."""
         return max(self.nets(run), key=self.value)
 
     def nets(self, run: RunNets) -> list[dict[str, Any]]:
@@ -94,13 +94,13 @@ class Comparison:
             "",
             "![The score along each run; a star is the source-only net](score.png)\n",
             *self.how_right(),
-            f"\n## The {min(TOP, len(self.all_nets))} nets that the score likes most\n",
+            f"\n## The {min(TOP, len(self.all_nets))} nets with the best score\n",
             *self.table_of_nets(),
         ]
         return "\n".join(lines) + "\n"
 
     def table_of_runs(self) -> list[str]:
-        """A row a run: what is chosen, what it scores, what the source-only net and the last student score."""
+        """One row per run: the chosen net and its score, and the scores of the source-only net and the last student."""
         lines = [
             "| run | recipe | seed | chosen | chosen | source-only | last | mIoU chosen | source-only | last | best |",
             "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -125,7 +125,7 @@ class Comparison:
         return lines
 
     def table_of_nets(self) -> list[str]:
-        """A row a net, best first."""
+        """One row per net, best first."""
         lines = [f"| net | run | {self.score.replace('_', ' ')} | mIoU |", "|---|---|---:|---:|"]
         for run, net in self.all_nets[:TOP]:
             cells = [title(net), run.folder.name, number(net["scores"][self.score], 3), number(net["truth_miou"], 1)]
@@ -133,7 +133,7 @@ class Comparison:
         return lines
 
     def how_right(self) -> list[str]:
-        """What the labels say of the choice, where there are any."""
+        """What the labels say about the choice, if there are any."""
         known = [(self.value(net), net["truth_miou"]) for _, net in self.all_nets if net["truth_miou"] is not None]
         if len(known) < 2:
             return ["Target has no labels: nothing says how right this is.\n"]
@@ -141,7 +141,7 @@ class Comparison:
         rho = spearman([value for value, _ in known], [truth for _, truth in known])
         last = [run.last["truth_miou"] for run in self.runs if run.last["truth_miou"] is not None]
         return [
-            "## How right it was\n",
+            "## How good the choice was\n",
             f"Target has labels, which took no part in the choice. The chosen net has an mIoU of {chosen:.1f}, the "
             f"best of all {best:.1f}: the choice loses {best - chosen:.1f}. The last student of a run taken blindly "
             f"has {sum(last) / len(last):.1f} in the mean. Spearman's rank correlation over {len(known)} nets: "
@@ -178,7 +178,7 @@ class Comparison:
 
 
 def finish(figure: Any, axis: Any, x: str, y: str, path: Path) -> None:
-    """Label, save, close."""
+    """Label, save and close the figure."""
     axis.set_xlabel(x)
     axis.set_ylabel(y)
     axis.grid(alpha=0.3)
@@ -189,7 +189,7 @@ def finish(figure: Any, axis: Any, x: str, y: str, path: Path) -> None:
 
 
 def title(net: dict[str, Any]) -> str:
-    """A net as a table and the run's own report name it: a step counts within its stage."""
+    """Name of a net in tables and in the run's own report; steps count within their stage."""
     if net["net"] == "source_only":
         return "source-only net"
     return f"{net['stage']}, {net['net']} of step {net['stage_step']}"
@@ -220,13 +220,13 @@ def settings_of(sweep: Path, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
     for index, entry in enumerate(listed):
         name = str(entry.get("name", f"setting{index + 1}"))
         if name in found:
-            raise ValueError(f"Expected the settings of {sweep} to have names of their own, but {name!r} comes twice.")
+            raise ValueError(f"Expected the settings of {sweep} to have different names, but {name!r} occurs twice.")
         found[name] = changed(base, {key: value for key, value in entry.items() if key != "name"})
     return found
 
 
 def sweep(options: argparse.Namespace) -> list[Path]:
-    """Run every setting that is not finished; returns the folders of those that are."""
+    """Run every setting that is not finished. Returns the folders of all finished runs."""
     import train_gta2cs
 
     base = yaml.safe_load(options.config.read_text(encoding="utf-8"))
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Run what is left of a sweep, rank all runs, and write the page."""
+    """Run the remaining settings of a sweep, rank all runs, and write the page."""
     if options.score.lstrip("-") not in DIRECTIONS:
         raise ValueError(f"Expected `score` to be one of {[*DIRECTIONS]}, but got {options.score!r}.")
     folders = [*options.runs, *(sweep(options) if options.sweep else [])]

@@ -3,10 +3,10 @@
     python examples/export.py --checkpoint runs/toy/stage2_dacs/last.pt --out exported
     python examples/export.py --checkpoint ... --out exported --formats "[onnx]" --size "[512,1024]" --net teacher
 
-What is exported takes RGB images (N, 3, H, W) as floats in [0, 1], normalises them itself and returns logits
-(N, C, H, W). N is free, H and W are those of `size`. Every exported file is run once on random images and compared
-with the net; the largest difference is printed, and more than 1e-4 of the largest logit is an error.
-ONNX needs `pip install -e ".[export]"`.
+The exported net takes RGB images (N, 3, H, W) as floats in [0, 1], normalises them and returns logits (N, C, H, W). N
+is free; H and W are given by `size`. Every exported file is run on random images and compared with the net. The largest
+difference is printed, and a difference above 1e-4 of the largest logit is an error. ONNX needs `pip install -e
+".[export]"`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.interrupts import NOTHING_TORN, end_with, leave_at_once
 
 if __name__ == "__main__":
-    leave_at_once(NOTHING_TORN)  # from the first moment on
+    leave_at_once(NOTHING_TORN)  # as early as possible
 
 import copy
 import json
@@ -43,7 +43,7 @@ from gta2cs.options import FAULTS, in_a_line, read_options
 
 Format = Literal["onnx", "torch_export", "torchscript", "safetensors"]
 Run = Callable[[Tensor], Tensor]
-# The paragraphs behind the table of scores without labels.
+# The paragraphs after the table of scores without labels.
 VERDICT = re.compile(r"^#+ Without labels\n+(?:\|[^\n]*\n|\n)*(.*?)(?=^#|\Z)", re.DOTALL | re.MULTILINE)
 TOLERANCE = 1e-4  # of the largest logit
 console = Console(soft_wrap=True)
@@ -56,7 +56,7 @@ class Config:
     checkpoint: Path
     """A checkpoint of train_gta2cs.py."""
     out: Path
-    """The folder to write into."""
+    """Folder for the results."""
     formats: list[Format] = field(default_factory=lambda: ["onnx", "torch_export", "safetensors"])
     """Any of onnx, torch_export, torchscript, safetensors."""
     net: str = "student"
@@ -64,11 +64,11 @@ class Config:
     size: tuple[int, int] | None = None
     """(height, width) of the images; the default is the crop of training."""
     classes: Path | None = None
-    """classes.yaml, for a pair "folder" whose folders are gone."""
+    """Path of classes.yaml, for a pair "folder" if its folders no longer exist."""
 
 
 class Deployed(nn.Module):
-    """A net with its normalisation, which returns logits alone."""
+    """A net with its normalisation, which returns only logits."""
 
     mean: Tensor
     std: Tensor
@@ -80,13 +80,13 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, C, H, W) of RGB images (N, 3, H, W) in [0, 1]."""
+        """Return the logits (N, C, H, W) of RGB images (N, 3, H, W) in [0, 1]."""
         logits: Tensor = self.net((images - self.mean) / self.std).logits
         return logits
 
 
 def main(config: Config) -> dict[str, float]:
-    """Write every format; returns the largest difference to the net of each, relative to the largest logit."""
+    """Write every format. Returns the largest difference of each to the net, relative to the largest logit."""
     trained = Trained.open(config.checkpoint, config.classes)
     net = Deployed(trained.net(config.net), *trained.image_format.statistics).eval()
     height, width = config.size or trained.config["data"]["crop"]
@@ -158,14 +158,14 @@ def write_torchscript(net: nn.Module, example: Tensor, out: Path) -> tuple[Path,
     """The older format, for libtorch: `torch.jit.load("model.torchscript.pt")(images)`."""
     path = out / "model.torchscript.pt"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the size is fixed by the trace, and that torch.export is newer is known
+        warnings.simplefilter("ignore")  # known: the trace fixes the size, and torch.export is newer
         torch.jit.trace(net, example).save(str(path))
         loaded = torch.jit.load(str(path))
     return path, loaded
 
 
 def write_safetensors(net: nn.Module, example: Tensor, out: Path) -> tuple[Path, Run]:
-    """The tensors alone, under our names: `net.weights` and `init` of train_gta2cs.py read them."""
+    """Only the tensors, with our names; `net.weights` and `init` of train_gta2cs.py can load them."""
     from safetensors.torch import load_file, save_file
 
     path = out / "model.safetensors"
@@ -190,7 +190,7 @@ WRITERS: dict[Format, Callable[[nn.Module, Tensor, Path], tuple[Path, Run]]] = {
 
 
 def model_card(config: Config, trained: Trained, net: nn.Module, size: tuple[int, int]) -> str:
-    """What the net is, what it was trained on and how good it is known to be."""
+    """Describe the net, its training data and its known quality."""
     run, classes, format = trained.config, trained.classes, trained.image_format
     pair = "folders of your own" if run["data"]["pair"] == "folder" else run["data"]["pair"]
     adapted = any(stage["recipe"] != "source_only" for stage in run["stages"])
@@ -217,9 +217,9 @@ def model_card(config: Config, trained: Trained, net: nn.Module, size: tuple[int
         f"batch {run['batch_size']}, crops of {run['data']['crop'][0]} x {run['data']['crop'][1]}. "
         f"The net is the {config.net} of `{trained.path}` and has {parameters / 1e6:.2f} million parameters.",
         "Data sets and ImageNet weights have licences of their own.",
-        "## What it reaches",
+        "## Quality on labelled images",
         scores_of(trained, config.net),
-        "## What it is worth by scores without labels",
+        "## Quality according to scores without labels",
         verdict_of(trained.path) or "No verdict was recorded in this run.",
         "## Configuration",
         f"```json\n{json.dumps(run, indent=2)}\n```",
@@ -228,7 +228,7 @@ def model_card(config: Config, trained: Trained, net: nn.Module, size: tuple[int
 
 
 def scores_of(trained: Trained, name: str) -> str:
-    """Latest IoU on labelled target images, where there were any."""
+    """The latest IoU on labelled target images, if there were any."""
     nets = trained.history["scores"][-1]["nets"] if trained.history["scores"] else {}
     score = nets.get(name) or (next(iter(nets.values())) if len(nets) == 1 else None)
     if score is None:
@@ -241,7 +241,7 @@ def scores_of(trained: Trained, name: str) -> str:
 
 
 def verdict_of(checkpoint: Path) -> str:
-    """What the report of the run says about its nets without a label of target."""
+    """What the report of the run says about its nets without target labels."""
     for folder in checkpoint.resolve().parents[:2]:
         report = folder / "report.md"
         if report.is_file():

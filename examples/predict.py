@@ -1,4 +1,4 @@
-"""Label images with a net of train_gta2cs.py, or score it again.
+"""Segment images with a net from train_gta2cs.py, or evaluate it again.
 
     python examples/predict.py --checkpoint runs/toy/stage2_dacs/last.pt --images photos --out predictions
     python examples/predict.py --checkpoint ... --images ... --out ... --window "[512,1024]"  # large
@@ -6,8 +6,8 @@
 
 For `photos/a/b.jpg` it writes, at the image's own size, `labels/a/b.png` (class ids 0..C-1, with the palette),
 `overlays/a/b.png` (the colours over the image) and `confidence/a/b.png` (largest class probability, 255 is 1), and
-`classes.yaml` with the names of the ids. A bad file is named, skipped and named again at the end; the exit status is
-then 1. Results that exist are replaced only with `--overwrite`, images never.
+`classes.yaml` with the names of the ids. A file that cannot be read is reported, skipped, and listed again at the end;
+the exit status is then 1. Existing results are replaced only with `--overwrite`, and images never.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.interrupts import NOTHING_TORN, end_with, leave_at_once, stop_if_asked
 
 if __name__ == "__main__":
-    leave_at_once(NOTHING_TORN)  # from the first moment on
+    leave_at_once(NOTHING_TORN)  # as early as possible
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -54,33 +54,33 @@ class Config:
     """What to predict, and how."""
 
     checkpoint: Path
-    """A checkpoint of train_gta2cs.py, or the folder of a run: then the net that the run chose."""
+    """A checkpoint of train_gta2cs.py, or the folder of a run to use the net that the run chose."""
     images: Path | None = None
-    """A folder of images, searched with its subfolders, or one image."""
+    """An image, or a folder of images, including its subfolders."""
     out: Path | None = None
-    """The folder to write into."""
+    """Folder for the results."""
     evaluate: bool = False
-    """Score the net on the target images that the run was scored on."""
+    """Evaluate the net on the target images of the run's own evaluation."""
     net: str = ""
     """student, teacher, or another prefix in the checkpoint. The default is the student; for --evaluate, every net."""
     arch: str | None = None
-    """Architecture of a net of the checkpoint that is not built like the student."""
+    """Architecture of the net, if it differs from the student's."""
     encoder: str | None = None
-    """Encoder of a net of the checkpoint that is not built like the student."""
+    """Encoder of the net, if it differs from the student's."""
     window: tuple[int, int] | None = None
     """(height, width) of sliding windows. The default is the whole image at once."""
     stride: tuple[int, int] | None = None
     """(height, width) between two windows. The default is half a window."""
     size: Literal["native", "training"] | tuple[int, int] = "native"
-    """Size of the images that the net sees: native, training, or (height, width). Results have the image's own size."""
+    """Size of the images for the net: native, training, or (height, width). Results have the original size."""
     value_range: tuple[float, float] | None = None
-    """The values (low, high) of the images that are black and white. The default is the run's."""
+    """Values (low, high) that mean black and white in the images. The default is that of the run."""
     overlay: float = 0.5
-    """Share of the class colours in the overlays, in 0..1."""
+    """Opacity of the class colours in the overlays, in 0..1."""
     overwrite: bool = False
     """Replace results of an earlier run."""
     classes: Path | None = None
-    """A classes.yaml, for a pair "folder" whose folders are gone."""
+    """Path of classes.yaml, for a pair "folder" if its folders no longer exist."""
     data_root: Path | None = None
     """For --evaluate: the folder of the data sets, if they have moved."""
     source_root: Path | None = None
@@ -88,9 +88,9 @@ class Config:
     target_root: Path | None = None
     """For --evaluate: the folder of the target set, if it has moved."""
     limit: int | None = None
-    """For --evaluate: the number of images, from the first. The default is all."""
+    """For --evaluate: the number of images to use. The default is all."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where the net runs."""
+    """Device to run the net on."""
 
 
 def parse(arguments: list[str] | None = None) -> Config:
@@ -99,7 +99,7 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 
 def main(config: Config) -> int:
-    """Evaluate, or predict a folder. Returns the exit status."""
+    """Evaluate the net, or segment a folder. Returns the exit status."""
     check_window(config.window, config.stride)
     if not 0 <= config.overlay <= 1:
         raise ValueError(f"Expected `overlay` to be in [0, 1], but got {config.overlay}.")
@@ -108,7 +108,7 @@ def main(config: Config) -> int:
         score(config, trained)
         return 0
     if config.images is None or config.out is None:
-        raise ValueError("Expected `images` and `out`, or `evaluate`, but got neither: there is nothing to do.")
+        raise ValueError("Expected `images` and `out`, or `evaluate`, but got neither.")
     bad = predict(config, trained, config.images, config.out)
     if bad:
         console.print(f"[yellow]Skipped {len(bad)} bad files:[/]")
@@ -122,7 +122,7 @@ def main(config: Config) -> int:
 
 
 def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[Path, str]:
-    """Label every image; returns what could not be, with the reason."""
+    """Segment every image. Returns the images that failed, with the reasons."""
     classes = trained.classes
     jobs, bad = plan(images, out)
     check_writable(out)
@@ -145,7 +145,7 @@ def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[P
                 labels, confidence = segment_or_explain(config, net, image, size, format)
                 save_results(out, name, image, labels, confidence, classes, config.overlay)
             except WriteError:
-                raise  # a full disk is no fault of the image, and the next one would not fit either
+                raise  # a full disk is not the image's fault, and the next one would not fit either
             except (OSError, ValueError) as error:
                 bad[image_path] = str(error)
                 progress.console.print(f"[yellow]Skipped {escape(str(image_path))}: {escape(str(error))}[/]")
@@ -157,12 +157,14 @@ def predict(config: Config, trained: Trained, images: Path, out: Path) -> dict[P
 
 
 def plan(images: Path, out: Path) -> tuple[dict[Path, Path], dict[Path, str]]:
-    """Images with the names of their results below the folders of `out`, and those that have no name of their own."""
+    """Return the images with the names of their results in `out`, and the images with a name clash."""
     if images.is_file():
         found, root = [images], images.parent
     elif images.is_dir():
         if out.resolve().is_relative_to(images.resolve()):
-            raise ValueError(f"Expected `out` outside the image folder {images}, but got {out}: it would be searched.")
+            raise ValueError(
+                f"Expected `out` outside of the image folder {images}, but got {out}: it would be searched."
+            )
         found, root = sorted(p for p in images.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), images
     else:
         raise FileNotFoundError(f"Expected `images` to be a folder or an image, but there is no {images}.")
@@ -184,7 +186,7 @@ def plan(images: Path, out: Path) -> tuple[dict[Path, Path], dict[Path, str]]:
 
 
 def check_out(jobs: dict[Path, Path], out: Path, *, overwrite: bool) -> None:
-    """Refuse before any work what would replace a file that is not ours to replace."""
+    """Refuse, before any work, to replace files that must not be replaced."""
     results = [out / kind / name for kind in KINDS for name in jobs.values()]
     taken = {path.resolve() for path in jobs}
     clash = [path for path in results if path.resolve() in taken]
@@ -193,15 +195,15 @@ def check_out(jobs: dict[Path, Path], out: Path, *, overwrite: bool) -> None:
     existing = [path for path in (*results, out / "classes.yaml") if path.exists()]
     if existing and not overwrite:
         raise FileExistsError(
-            f"Expected `out` to be free of results, but {len(existing)} files exist, for example {existing[0]}. "
-            "--overwrite replaces them."
+            f"Expected `out` to have no results yet, but {len(existing)} files exist, for example {existing[0]}. "
+            "Use --overwrite to replace them."
         )
 
 
 def segment_or_explain(
     config: Config, net: torch.nn.Module, image: Tensor, size: Size | None, format: ImageFormat
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Segment one image; too little memory is the image's fault, anything else is not."""
+    """Segment one image. Running out of memory becomes an error of this image; other errors stop the program."""
     try:
         return segment(
             net, image, window=config.window, stride=config.stride, size=size, device=config.device, format=format
@@ -209,7 +211,7 @@ def segment_or_explain(
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
             height, width = image.shape[-2:]
-            raise OSError(f"{height} x {width} pixels do not fit into memory: a smaller --window needs less") from error
+            raise OSError(f"{height} x {width} pixels do not fit into memory; use a smaller --window") from error
         raise
 
 
@@ -222,9 +224,9 @@ def save_results(
     classes: ClassSet,
     share: float,
 ) -> None:
-    """Write the three pictures of one image, each whole or not at all."""
+    """Write the three pictures of one image, each completely or not at all."""
     ids = Image.fromarray(labels).convert("L")
-    ids.putpalette(classes.palette.tobytes())  # turns the mode to "P": the ids stay, viewers see the colours
+    ids.putpalette(classes.palette.tobytes())  # changes the mode to "P": the ids stay, and viewers show the colours
     mixed = (1 - share) * viewable(image) + share * colorize(labels, classes.palette)
     pictures = (ids, Image.fromarray(mixed.round().astype(np.uint8)), (255 * confidence).round().astype(np.uint8))
     for kind, picture in zip(KINDS, pictures, strict=True):
@@ -232,7 +234,7 @@ def save_results(
 
 
 def save_png(path: Path, picture: Image.Image) -> None:
-    """Write a file whole or not at all."""
+    """Write a file completely or not at all."""
     with replacing(path) as temporary:
         picture.save(temporary, format="PNG")
 
@@ -242,7 +244,7 @@ def save_png(path: Path, picture: Image.Image) -> None:
 
 
 def score(config: Config, trained: Trained) -> dict[str, Score]:
-    """Score the nets of the checkpoint as training did, and print its table."""
+    """Evaluate the nets of the checkpoint as training did, and print its table."""
     pair = trained.pair(data_root=config.data_root, source_root=config.source_root, target_root=config.target_root)
     if pair.target_val is None:
         raise ValueError(
@@ -263,7 +265,7 @@ def score(config: Config, trained: Trained) -> dict[str, Score]:
                 limit=config.limit,
                 batch_size=8 if config.window is None else 1,
             )
-        rows[row] = Score.from_json(found.to_json())  # rounded as training keeps it, so that no last digit differs
+        rows[row] = Score.from_json(found.to_json())  # rounded as in training, so that the last digits agree
     console.print(rich_table(rows, pair.classes))
     return rows
 
@@ -273,7 +275,7 @@ def score(config: Config, trained: Trained) -> dict[str, Score]:
 
 
 def load(config: Config, trained: Trained, name: str) -> torch.nn.Module:
-    """One net of the checkpoint, where it is to work."""
+    """Load a net of the checkpoint to its device."""
     changes = {k: v for k, v in {"arch": config.arch, "encoder": config.encoder}.items() if v is not None}
     return trained.net(name, **changes).to(config.device, memory_format=torch.channels_last)
 

@@ -3,13 +3,14 @@
     python examples/train_gta2cs.py                                    # the built-in toy pair: two CPU cores, minutes
     python examples/train_gta2cs.py --config examples/configs/dacs_gta2cs.yaml --data.data_root /data
     python examples/train_gta2cs.py --config ... --check-data     # what is missing or wrong in the folders?
-    torchrun --nproc_per_node 4 examples/train_gta2cs.py --config ...  # several processes: batch_size is per process
-    OMP_NUM_THREADS=1 python examples/train_gta2cs.py             # compute threads; the default is one a free core
+    torchrun --nproc_per_node 4 examples/train_gta2cs.py --config ...  # several processes; batch_size is per process
+    OMP_NUM_THREADS=1 python examples/train_gta2cs.py             # compute threads; by default one per free core
 
-A run is a list of stages, each a recipe with its steps; a stage starts from the student of the stage before it. Read
-`main` for the run, `train_stage` for the loop, `gta2cs/recipes/` for the methods (a recipe is a Module whose forward is
-the training loss) and `gta2cs/observers.py` for all that only looks on. Everything of step k is a function of (seed, k,
-global sample index), but for the net's own dropout of (seed, k, process), so `--resume` continues exactly.
+A run is a list of stages. Each stage is a recipe with a number of steps, and starts from the student of the stage
+before it. Read `main` for the run, `train_stage` for the loop, `gta2cs/recipes/` for the methods (the forward of a
+recipe Module returns the training loss) and `gta2cs/observers.py` for everything that only observes. All of step k is a
+function of (seed, k, global sample index), and dropout is a function of (seed, k, process), so `--resume` continues
+exactly.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from gta2cs.interrupts import NOTHING_DONE, end_with, leave_at_once, said_where, stop_if_asked
 
 if __name__ == "__main__":
-    leave_at_once(NOTHING_DONE)  # from the first moment on
+    leave_at_once(NOTHING_DONE)  # as early as possible
 
 import dataclasses
 import os
@@ -83,12 +84,12 @@ console = Console(soft_wrap=True)
 def train_stage(
     run: Run, index: int, student: torch.nn.Module, previous: Recipe | None, sampler: Any
 ) -> tuple[Recipe, dict[str, Any]]:
-    """Run one stage; returns its recipe and its history of losses and scores."""
+    """Run one stage. Returns its recipe and its history of losses and scores."""
     config = run.config
     state = StageState.build(run, index, student, previous)
     if not state.resume():
         prepare(state)
-    if run.is_main and state.done < state.steps:  # not before: a run that may not be resumed keeps its own
+    if run.is_main and state.done < state.steps:  # not earlier, because a run that may not be resumed keeps its own
         report.write_text(config.out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
 
     step = TrainingStep(state)
@@ -108,7 +109,7 @@ def train_stage(
 
 
 class TrainingStep:
-    """One optimiser step: everything random in it is a function of (seed, step, sample)."""
+    """One optimiser step. Everything random in it is a function of (seed, step, sample)."""
 
     def __init__(self, state: StageState) -> None:
         self.state, run = state, state.run
@@ -120,7 +121,7 @@ class TrainingStep:
         """Forward, backward, optimiser, teachers."""
         state, device = self.state, self.state.run.device
         began, step = time.perf_counter(), state.done
-        # Dropout and the like draw from the global generator: it, too, is a function of the step.
+        # Dropout and similar layers draw from the global generator, so it is seeded by the step, too.
         torch.manual_seed(sample_generator(state.seed, step, self.rank, "net").initial_seed())
         for group, base in zip(self.optimizer.param_groups, state.base_lrs, strict=True):
             group["lr"] = base * lr_factor(step, state.steps, state.stage)
@@ -144,7 +145,7 @@ def lr_factor(step: int, steps: int, stage: Stage) -> float:
 
 
 def prepare(state: StageState) -> None:
-    """Let the recipe look at the images of both domains once, before its first step."""
+    """Let the recipe see images of both domains once, before its first step."""
     run = state.run
     match_source_scale(state)
     state.recipe.prepare(
@@ -160,7 +161,7 @@ def prepare(state: StageState) -> None:
 
 
 def match_source_scale(state: StageState) -> None:
-    """Before the first step of adaptation: find the scale of target, by a net that has learned source."""
+    """Find the scale of the target domain before adaptation starts, with a net that was trained on source."""
     run, data = state.run, state.run.config.data
     wanted = state.recipe.MATCH_SCALE if data.match_scale is None else data.match_scale
     trained = state.index > 0 or (run.config.init is not None and run.config.net.take == "all")
@@ -182,7 +183,7 @@ def match_source_scale(state: StageState) -> None:
 
 
 def stage_data(state: StageState, sampler: Any) -> StepData:
-    """Crops of both domains as a map from step to batch."""
+    """Return the crops of both domains as a map from step to batch."""
     run, data = state.run, state.run.config.data
     scale = data.source_scale
     if run.source_factor is not None:
@@ -202,7 +203,7 @@ def stage_data(state: StageState, sampler: Any) -> StepData:
 
 
 def plain_batches(run: Run) -> Callable[[int, int], Iterator[Batch]]:
-    """Return a function of (start, stop) that yields steps of crops as they are: not scaled, the same for all ranks."""
+    """Return a function of (start, stop) that yields crops of these steps, not scaled and equal on all ranks."""
     config, pair = run.config, run.pair
     data = StepData(
         pair.source_train, pair.target_train, batch_size=config.batch_size, crop=config.data.crop, seed=config.seed
@@ -231,7 +232,7 @@ def rare_class_sampler(run: Run) -> Any:
 
 
 def open_pair(config: Config) -> Pair:
-    """Open the two domains; with `data.oracle` labelled target images stand in for source."""
+    """Open the two domains. With `data.oracle`, labelled target images replace the source."""
     data = config.data
     pair = build_pair(
         data.pair,
@@ -253,7 +254,7 @@ def open_pair(config: Config) -> Pair:
         return pair
     if pair.target_train_labelled is None:
         raise ValueError(
-            f"Expected `data.pair` to label its target training set for `data.oracle`, but {data.pair!r} does not."
+            f"Expected `data.pair` to have target training labels for `data.oracle`, but {data.pair!r} has none."
         )
     return dataclasses.replace(pair, source_train=pair.target_train_labelled())
 
@@ -263,7 +264,7 @@ def open_pair(config: Config) -> Pair:
 
 
 def main(config: Config) -> dict[str, Score]:
-    """Train every stage, then write the report. Returns the table's rows."""
+    """Train every stage, then write the report. Returns the rows of its table."""
     if config.check_data:
         found = checked(config)
         console.print(found)
@@ -283,7 +284,7 @@ def main(config: Config) -> dict[str, Score]:
 
 
 def checked(config: Config) -> CheckReport:
-    """Report on the data, and on options that cannot be: one fault does not keep the others from being found."""
+    """Report all problems of the data and of the options, instead of stopping at the first one."""
     try:
         found = check_data(open_pair(config))
     except (OSError, ValueError) as error:  # no folder: still a report
@@ -296,16 +297,16 @@ def checked(config: Config) -> CheckReport:
 
 
 def train(run: Run) -> dict[str, Score]:
-    """Train every stage of a run whose folder is ours, then write the report."""
+    """Train every stage, with the folder of the run locked, then write the report."""
     config, pair = run.config, run.pair
     torch.manual_seed(config.seed)
     student = config.net.build(len(pair.classes.names), config.data.channels)
     if config.init is not None:
         load_init(student, config.init, take=config.net.take)
     if run.is_main and not config.resume:
-        clear_folder(config.out)  # not before: what the net starts from may be in it
+        clear_folder(config.out)  # not earlier, because the net may start from a file in it
     resume_choice(run)
-    start_tracking(run.accelerator, config)  # not before: a run that is refused leaves nothing there
+    start_tracking(run.accelerator, config)  # not earlier, so that a refused run leaves no trace there
 
     rows: dict[str, Score] = {}
     nets: dict[str, torch.nn.Module] = {}
@@ -320,11 +321,11 @@ def train(run: Run) -> dict[str, Score]:
         title = row_title(config, index)
         for name, net in recipe.nets().items():
             row = title if len(recipe.nets()) == 1 else f"{title}, {name}"
-            if history["scores"]:  # without any target label there is no score against truth
+            if history["scores"]:  # without target labels there is no score against the truth
                 rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
-            nets[row] = copy_net(net)  # the next stage goes on from it
+            nets[row] = copy_net(net)  # the next stage starts from it
         if stage.recipe == "source_only" and pair.target_val is not None:
-            crops = (batch.target_images for batch in plain_batches(run)(0, 50))  # the same whatever came before
+            crops = (batch.target_images for batch in plain_batches(run)(0, 50))  # the same crops, whatever ran before
             adapted = with_bn_statistics(student, crops)
             rows[f"{title} + BatchNorm statistics of target"] = score_on_target(run, adapted)
 
@@ -340,7 +341,7 @@ def train(run: Run) -> dict[str, Score]:
 
 
 def check_stages(config: Config) -> None:
-    """Refuse an unknown recipe or option before any data is looked at."""
+    """Refuse an unknown recipe or option before any data is read."""
     if not config.stages:
         raise ValueError("Expected `stages` to name at least one recipe, but got an empty list.")
     for stage in config.stages:
@@ -351,13 +352,13 @@ def check_stages(config: Config) -> None:
             if config.data.channels != 3 and asks_for(options, "translate", style):
                 raise ValueError(
                     f"Expected `translate` of {stage.recipe} to be fourier, histogram or none for `data.channels` "
-                    f"{config.data.channels}, but got {style!r}, which takes images of three channels."
+                    f"{config.data.channels}, but got {style!r}, which needs images with three channels."
                 )
     check_select(config)
 
 
 def asks_for(options: Any, key: str, value: object) -> bool:
-    """Whether options, or options inside them, have this value."""
+    """Whether the options, or nested options, have this value for the key."""
     if dataclasses.is_dataclass(options):
         options = vars(options)
     if not isinstance(options, dict):
@@ -387,21 +388,21 @@ def make_accelerator(config: Config) -> Accelerator:
 
 
 def row_title(config: Config, index: int) -> str:
-    """Name of a stage's row in the table: its recipe, with its number where the recipe came before."""
+    """Name of a stage's row in the table: its recipe, with a number if the recipe occurs several times."""
     recipe = config.stages[index].recipe
     came_before = recipe in [stage.recipe for stage in config.stages[:index]]
     return f"{recipe} (stage {index + 1})" if came_before else recipe
 
 
 def words_of(error: Exception) -> str:
-    """The message of an error of ours; of one in a process that loads data, what stands below that process's trace."""
+    """The message of an error. For an error in a data-loading process, the text below the trace of that process."""
     below = re.match(r"Caught .*\n\w+: ((?:Expected|Cannot) .*)\Z", str(error), re.DOTALL)
     said = below[1].rstrip() if below else str(error)
     return said if said.startswith(("Expected", "Cannot")) else ""
 
 
 def command() -> int:
-    """Run from the command line; one process speaks for all."""
+    """Run from the command line; only one process prints."""
 
     def run() -> None:
         main(parse())

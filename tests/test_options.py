@@ -44,7 +44,7 @@ def test_help_explains_and_prints_no_internals(capsys: pytest.CaptureFixture[str
     assert "Namespace(" not in text
     assert "<class" not in text
     assert "default: source_only for 300 steps, then dacs for 450 steps)" in text
-    assert "Images of each domain per process. (type: int, default: 4)" in text
+    assert "Number of images of each domain per process. (type: int, default: 4)" in text
     assert "(height, width) of the training crops." in text
 
 
@@ -70,7 +70,7 @@ def test_a_stage_that_is_not_there(place: str) -> None:
 
 def test_predict_explains_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(help_of(capsys, predict.parse, "--help").split())
-    assert "A folder of images, searched with its subfolders, or one image." in text
+    assert "An image, or a folder of images, including its subfolders." in text
 
 
 def tiny(out: Path, **changes: object) -> train_gta2cs.Config:

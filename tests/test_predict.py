@@ -157,7 +157,7 @@ def test_nothing_is_overwritten_unasked(checkpoint, images, tmp_path):
     assert run(*arguments, "--overwrite") == 0
     assert read_ids(out / "labels" / "a.png").shape == (64, 96)
 
-    with pytest.raises(ValueError, match="outside the image folder"):
+    with pytest.raises(ValueError, match="outside of the image folder"):
         run("--checkpoint", checkpoint, "--images", images, "--out", images / "out")
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels" / "a.png").write_bytes(before)

@@ -39,8 +39,8 @@ def main(
     mix = ClassMix(CLASSES)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     student, optimizer = accelerator.prepare(student, optimizer)
-    # All their state is in buffers: registered, they are in every checkpoint, and a resumed run goes on as it was.
-    # Forgotten, a resumed run would label with a random teacher, and say nothing.
+    # All their state is in buffers. Once registered, they are in every checkpoint, and a resumed run continues exactly.
+    # Without this, a resumed run would silently use a random teacher.
     accelerator.register_for_checkpointing(teacher, select)
 
     losses = []
@@ -58,8 +58,8 @@ def main(
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad()
-        # The student moves only when the gradients of `accumulate` batches are together. An update for every batch
-        # would give the teacher a memory that is `accumulate` times shorter than its decay says.
+        # The student changes only after the gradients of `accumulate` batches. With an update for every batch, the
+        # memory of the teacher would be `accumulate` times shorter than its decay says.
         if accelerator.sync_gradients:
             teacher.update(student)
             losses.append(accelerator.gather(loss.detach()[None]).mean().item())

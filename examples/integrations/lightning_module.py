@@ -47,7 +47,7 @@ def make_module(student: nn.Module) -> Any:
             self.teacher.update(self.student)
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            # Of the student alone: `self.parameters()` would hold the teacher's as well.
+            # Only the student's: `self.parameters()` would include those of the teacher.
             return torch.optim.AdamW(self.student.parameters(), lr=1e-4)
 
     return Adaptation()
@@ -64,7 +64,7 @@ def main(steps: int = 2, size: int = 64, **trainer: Any) -> Any:
         "source": DataLoader(TensorDataset(images, labels), batch_size=2, shuffle=True),
         "target": DataLoader(TensorDataset(torch.randn(6, 3, size, size)), batch_size=2, shuffle=True),
     }
-    # The domains have unequal lengths: an epoch ends with the longer one, the shorter one starts again.
+    # The domains differ in length: an epoch ends with the longer one, and the shorter one starts again.
     both = CombinedLoader(loaders, mode="max_size_cycle")
     module = make_module(student)
     lightning.Trainer(max_steps=steps, **trainer).fit(module, both)

@@ -2,8 +2,8 @@
 
     python examples/integrations/medical_numpy.py
 
-Nothing in the losses, mixing, selectors or teachers asks for three channels; only colour operations (strong
-augmentation, colour and Fourier transfer) do, and colour is not what two scanners differ in.
+Losses, mixing, selectors and teachers work with any number of channels. Only colour operations need three, and two
+scanners do not differ in colour.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def main(steps: int = 2, size: int = 64, seed: int = 0) -> list[float]:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     source_values, source_ids = volumes(8, size, contrast=1.0, seed=0)
-    target_values, _ = volumes(8, size, contrast=0.5, seed=1)  # its labels are not looked at
+    target_values, _ = volumes(8, size, contrast=0.5, seed=1)  # its labels are not used
     source_images, target_images = to_images(source_values), to_images(target_values)
-    # Labels are int64 or uint8, nothing else: int16 would have to be widened somewhere, -1 does not fit into uint8.
+    # Labels must be int64 or uint8. int16 has to be converted, and -1 does not fit into uint8.
     source_labels = torch.from_numpy(source_ids.astype(np.int64))
 
     student = nn.Sequential(
@@ -61,9 +61,9 @@ def main(steps: int = 2, size: int = 64, seed: int = 0) -> list[float]:
     # `ignore_index` is a parameter everywhere: -1 here, from the files to the loss.
     prototypes = ClassPrototypes(len(CLASSES), 16, momentum=0.01, ignore_index=-1)
     select = BilateralConsensus(prototypes, ignore_index=-1)
-    # Nine pixels of ten are background. It is never pasted: organs and lesions come onto the target slices.
+    # Nine of ten pixels are background. It is never pasted: only organs and lesions are pasted onto target slices.
     mix = ClassMix(len(CLASSES), candidates=[1, 2], ignore_index=-1)
-    rare = torch.tensor([0.2, 1.0, 5.0])  # class_weight enters the numerator only: absent lesions change no mean
+    rare = torch.tensor([0.2, 1.0, 5.0])  # does not change the divisor: absent lesions do not matter
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
 
     losses = []

@@ -3,7 +3,7 @@
     pip install monai
     python examples/integrations/monai_volumes.py
 
-The lines that udakit adds are marked with (+). Every part takes (N, C, D, H, W) as it takes (N, C, H, W).
+The lines that udakit adds are marked with (+). Every part accepts (N, C, D, H, W) as well as (N, C, H, W).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def batches(steps: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def harder(scans: Tensor) -> Tensor:
-    """Other contrast, other brightness, noise: what another scanner does. MONAI's Rand... transforms do it as well."""
+    """Change contrast and brightness and add noise, like another scanner. MONAI's Rand... transforms work as well."""
     shape = (len(scans), 1, 1, 1, 1)
     return scans * (0.7 + 0.6 * torch.rand(shape)) + 0.4 * torch.randn(shape) + 0.1 * torch.randn(scans.shape)
 
@@ -43,7 +43,7 @@ def main(steps: int = 2, size: int = 16) -> list[float]:
     source_loss = DiceCELoss(to_onehot_y=True, softmax=True)
 
     teacher = EMATeacher(student, decay=0.99)  # (+)
-    # (+) A threshold that follows the net, lower for classes it predicts less: a lesion is rare and never very sure.
+    # (+) A threshold that follows the net and is lower for rare classes: lesions are rare, with low confidence.
     select = AdaptiveThresholdSelector(CLASSES, momentum=0.99)
     mix = ClassMix(CLASSES)  # (+) half of the classes of a source scan are pasted into a target scan
 
@@ -54,7 +54,7 @@ def main(steps: int = 2, size: int = 16) -> list[float]:
         labelled = SegBatch(source, source_labels.squeeze(1))
         mixed, _ = mix(labelled, SegBatch(target, pseudo.labels, pseudo.weight))
         loss = source_loss(student(source), source_labels)
-        # (+) "mean_all": where few voxels are trusted the loss is small.
+        # (+) "mean_all": if few voxels are trusted, the loss is small.
         z = student(harder(mixed.images))
         loss = loss + cross_entropy(z, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
         optimizer.zero_grad()

@@ -1,9 +1,9 @@
-"""segmentation_models_pytorch with one logit a pixel and a Dice loss of your own: defects, vessels, roads, tumours.
+"""segmentation_models_pytorch with one logit per pixel and your own Dice loss: defects, vessels, roads, tumours.
 
     python examples/integrations/one_logit.py
 
-The lines that udakit adds are marked with (+). `binary_logits` stands wherever a part asks for logits; the net, its
-sigmoid and its losses stay as they are.
+The lines that udakit adds are marked with (+). `binary_logits` is used wherever a part needs logits. The net, its
+sigmoid and its losses do not change.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def batches(steps: int, size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
 
 
 def dice_loss(logits: Tensor, labels: Tensor, pixel_weight: Tensor | None = None) -> Tensor:
-    """Your own loss of (N, 1, H, W) logits: it must learn about ignored pixels and weights, in one factor.
+    """Your own loss on logits (N, 1, H, W), with a new factor for ignored pixels and weights.
 
-    A pixel without a label counts in neither sum. Leaving it as background would teach the net that nothing is there.
+    A pixel without a label counts in neither sum. As background, it would teach the net that nothing is there.
     """
-    counts = (labels != IGNORE).to(logits.dtype)  # (+) rejected pseudo-labels take no part
+    counts = (labels != IGNORE).to(logits.dtype)  # (+) rejected pseudo-labels do not count
     if pixel_weight is not None:
-        counts = counts * pixel_weight  # (+) and doubtful ones take less
+        counts = counts * pixel_weight  # (+) and uncertain ones count less
     p, foreground = logits.squeeze(1).sigmoid(), (labels == 1).to(logits.dtype)
     both = (p * foreground * counts).sum()
     return 1 - (2 * both + 1) / (((p + foreground) * counts).sum() + 1)
@@ -44,15 +44,15 @@ def main(steps: int = 2, size: int = 64, encoder: str = "resnet18", weights: str
     student = smp.Unet(encoder, encoder_weights=weights, classes=1).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
 
-    teacher = EMATeacher(student, decay=0.999)  # (+) returns what the student returns: one logit a pixel
-    # (+) 0.9 for either class: foreground above a sigmoid of 0.9, background below 0.1, and nothing in between.
+    teacher = EMATeacher(student, decay=0.999)  # (+) returns one logit per pixel, like the student
+    # (+) 0.9 for both classes: foreground above a sigmoid of 0.9, background below 0.1, nothing in between.
     select = ThresholdSelector(0.9, ignore_index=IGNORE)
     mix = ClassMix(2)  # (+) pastes the foreground, or the background, of source onto target
     augment = StrongAugment(mean=MEAN, std=STD)  # (+)
 
     losses = []
     for source_images, source_labels, target_images in batches(steps, size):
-        pseudo = select(binary_logits(teacher(target_images)))  # (+) one logit alone would be refused
+        pseudo = select(binary_logits(teacher(target_images)))  # (+) a single logit would be refused
         target = SegBatch(target_images, pseudo.labels, pseudo.weight)  # (+)
         mixed, _ = mix(SegBatch(source_images, source_labels), target)  # (+)
 

@@ -1,9 +1,9 @@
-"""Semi-supervised adaptation: labelled source, many target images, and labels for a few of those.
+"""Semi-supervised adaptation: labelled source images, many target images, and labels for a few of them.
 
     python examples/integrations/semi_supervised.py
 
-The third stream is small. Its labels are worth more than all others, and seen so often that a net learns them by heart:
-they are mixed into everything, rather than repeated as they are.
+The third stream is small. Its labels are the most valuable ones, but a net sees them so often that it memorises them.
+They are therefore mixed into everything instead of being repeated unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CLASSES = 19
 
 
 def batches(steps: int, size: int, few: int = 3) -> Iterator[tuple[SegBatch, SegBatch, Tensor]]:
-    """Stand in for three loaders: source, the few labelled target images again and again, unlabelled target."""
+    """Stand in for three loaders: source, the few labelled target images (repeated), and unlabelled target."""
     known = SegBatch(torch.randn(few, 3, size, size), torch.randint(CLASSES, (few, size, size)))
     for step in range(steps):
         source = SegBatch(torch.randn(2, 3, size, size), torch.randint(CLASSES, (2, size, size)))
@@ -41,10 +41,10 @@ def main(steps: int = 2, size: int = 64, known_weight: float = 1.0) -> list[floa
         target = SegBatch(target_images, pseudo.labels, pseudo.weight)
 
         # Three pairs, one function: `class_mix` does not care which side has true labels. A batch without a weight
-        # counts fully, so in each mixture only the pseudo-labelled pixels are weighed down.
+        # counts fully, so only the pseudo-labelled pixels of each mixture get a lower weight.
         source_on_target, _ = mix(source, target)
-        known_on_target, _ = mix(known, target)  # the same camera on both sides: only the labels differ in trust
-        source_on_known, _ = mix(source, known)  # two true labels: a supervised batch from between the domains
+        known_on_target, _ = mix(known, target)  # the same camera on both sides; one has less reliable labels
+        source_on_known, _ = mix(source, known)  # true labels on both sides: a supervised batch between the domains
 
         loss = cross_entropy(student(source.images), source.labels)
         loss = loss + known_weight * cross_entropy(student(known.images), known.labels)

@@ -30,24 +30,24 @@ def main(steps: int = 2, size: int = 64, encoder: str = "resnet18", weights: str
     student = smp.Unet(encoder, encoder_weights=weights, classes=CLASSES).train()
     optimizer = torch.optim.AdamW(student.parameters(), lr=6e-5)
 
-    # (+) The teacher is a copy that follows. With `warmup` its first updates copy the student: right for a student that
-    # starts from ImageNet, whose first predictions are worth nothing. For a source-trained student: warmup=False.
+    # (+) The teacher is a copy that follows the student. With `warmup`, its first updates copy the student. This is
+    # right for a student that starts from ImageNet. For a source-trained student, use warmup=False.
     teacher = EMATeacher(student, decay=0.999, warmup=True)
-    select = ConfidentRatioSelector(threshold=0.968)  # (+) every arg-max counts, by the share of confident pixels
+    select = ConfidentRatioSelector(threshold=0.968)  # (+) weight: the fraction of confident pixels
     mix = ClassMix(CLASSES)  # (+) half of the classes of a source image are pasted onto a target image
-    augment = StrongAugment(mean=MEAN, std=STD)  # (+) colours and blur; it needs to know how images were normalised
+    augment = StrongAugment(mean=MEAN, std=STD)  # (+) colours and blur; needs the normalisation of the images
 
     losses = []
     for source_images, source_labels, target_images in batches(steps, size):
-        # (+) The teacher sees the clean target image; the student gets the hard version of it. That difference is what
-        # the student learns from: on equal images it could only learn to agree with itself.
+        # (+) The teacher sees the clean target image and the student a harder version. The student learns from this
+        # difference; on equal images it could only learn to agree with itself.
         pseudo = select(teacher(target_images))
         target = SegBatch(target_images, pseudo.labels, pseudo.weight)
         mixed, _ = mix(SegBatch(source_images, source_labels), target)
 
-        # Two forward passes, so that BatchNorm never averages the statistics of source and mixed images.
+        # Two forward passes, so that BatchNorm does not mix the statistics of source and mixed images.
         loss = cross_entropy(student(source_images), source_labels)
-        # (+) "mean_all": where few pixels are trusted the loss is small, instead of those few weighing more.
+        # (+) "mean_all": if few pixels are trusted, the loss is small, instead of giving these few more weight.
         on_mixed = student(augment(mixed.images))
         loss = loss + cross_entropy(on_mixed, mixed.labels, pixel_weight=mixed.weight, reduction="mean_all")
 

@@ -1,11 +1,11 @@
-"""Source-free adaptation: a net that was trained on source, target images, and no source data any more.
+"""Source-free adaptation: a source-trained net and target images, without the source data.
 
     python examples/integrations/source_free.py
 
-Two steps. First, BatchNorm takes the statistics of target, which needs no gradient. Then only the normalisation layers
-learn, to make predictions decided for each pixel and diverse over the batch. Nothing holds a net without labels to its
-classes: the easiest way to agree with oneself is to predict one class everywhere. Each line that says "hold" is there
-against that, and a score that needs no label says which net to keep.
+There are two steps. First, BatchNorm is given the statistics of the target images, which needs no gradient. Then only
+the normalisation layers learn, so that predictions become confident for each pixel and diverse over the batch. Without
+labels, a net can collapse: the easiest way to agree with itself is to predict one class everywhere. Each line marked
+"hold" works against that, and a score without labels says which net to keep.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ class Adapted(NamedTuple):
     """The net to keep, when it was made, and the log of each step."""
 
     net: nn.Module
-    step: int  # 0: BatchNorm's statistics alone; -1: the net as it came
+    step: int  # 0: only new BatchNorm statistics; -1: the original net
     losses: list[float]
-    scores: dict[int, float]  # of each candidate, by its step
+    scores: dict[int, float]  # score of each candidate, by its step
     last: nn.Module  # the net of the last step, kept or not
 
 
 def has_batch_norm(net: nn.Module) -> bool:
-    """Whether there are statistics to estimate anew; transformers have none."""
+    """Whether there are statistics to re-estimate; transformers have none."""
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in net.modules())
 
 
 def mean_entropy(logits: Tensor) -> Tensor:
-    """TENT's loss: decided for each pixel. Nothing keeps a class alive."""
+    """TENT's loss, which makes each pixel confident. It can lose classes."""
     return entropy_loss(logits, normalize=False)
 
 
 def information_loss(logits: Tensor) -> Tensor:
-    """Mean entropy of the pixels less the entropy of their mean: decided, and not all the same.
+    """Mean entropy of the pixels minus the entropy of their mean: confident, but not all the same.
 
-    Hold: the second term is 0 for a net that predicts one class.
+    Hold: the second term is 0 for a net that predicts a single class.
     """
     mean = logits.softmax(1).mean((0, *range(2, logits.ndim)))
     return mean_entropy(logits) + (mean * mean.clamp_min(1e-12).log()).sum()
@@ -52,14 +52,14 @@ def information_loss(logits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def restore(net: nn.Module, source: dict[str, Tensor], probability: float) -> None:
-    """Put a few random numbers back to their source values (CoTTA). Hold: the net cannot drift away for good."""
+    """Reset a few random weights to their source values (CoTTA). Hold: the net cannot drift away permanently."""
     for name, p in net.named_parameters():
         if p.requires_grad:
             p.copy_(torch.where(torch.rand_like(p) < probability, source[name], p))
 
 
 def score(net: nn.Module, images: Tensor) -> float:
-    """How far the net agrees with itself on mirrored images, as an IoU: no label is needed."""
+    """How well the net agrees with itself on mirrored images, as an IoU without labels."""
     training = net.training
     with torch.no_grad():
         found = float(mirror_consistency(net.eval(), images, scope="batch"))
@@ -81,7 +81,7 @@ def adapt(
 ) -> Adapted:
     """Adapt a copy of `net` to the images `target` (M, 3, H, W) and return the best candidate.
 
-    Without `statistics` BatchNorm keeps those of source, and only scales and shifts move.
+    Without `statistics`, BatchNorm keeps the source statistics, and only scales and shifts change.
     """
     held_out, images = target[: max(2, len(target) // 4)], target
     batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
@@ -98,13 +98,13 @@ def adapt(
     student = adapt_batch_norm(net, batches) if statistics else copy_net(net)
     consider(student, 0)
 
-    # Hold: scales and shifts of the normalisations, and nothing else. They can undo what light, weather and camera do
-    # to features, but cannot forget a class.
+    # Hold: train only the scales and shifts of the normalisations. They can undo the effect of light, weather and
+    # camera on features, but they cannot forget a class.
     student.requires_grad_(False)
     learning = [p.requires_grad_() for p in norm_parameters(student)]
     source = {name: p.detach().clone() for name, p in student.named_parameters()}
     optimizer = torch.optim.Adam(learning, lr=lr)
-    student.train(statistics)  # in training mode BatchNorm works with the batch, and its running statistics follow
+    student.train(statistics)  # in training mode BatchNorm uses the batch, and its running statistics follow
     losses = []
     for step in range(1, steps + 1):
         loss = loss_of(student(batches[step % len(batches)]))
@@ -120,7 +120,7 @@ def adapt(
 
 def main(steps: int = 2, size: int = 64, net: nn.Module | None = None, target: Tensor | None = None) -> list[float]:
     """Adapt and return the losses; stand-ins are made for net and images."""
-    if net is None:  # yours: the checkpoint of whoever had the source data
+    if net is None:  # yours: the checkpoint that was trained on the source data
         net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, CLASSES, 1))
     if target is None:
         target = torch.randn(8, 3, size, size)

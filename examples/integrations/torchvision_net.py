@@ -1,9 +1,9 @@
-"""torchvision: features out of a net that returns only logits, for prototypes and DiGA's pseudo-labels.
+"""torchvision: get features from a net that returns only logits, for prototypes and DiGA's pseudo-labels.
 
     python examples/integrations/torchvision_net.py
 
-torchvision's nets return {"out": logits, "aux": ...} and keep their features to themselves. `FeatureTap` returns both
-from one forward pass, without a change to the net.
+torchvision's nets return {"out": logits, "aux": ...} but not their features. `FeatureTap` returns both from one forward
+pass, without changing the net.
 """
 
 from __future__ import annotations
