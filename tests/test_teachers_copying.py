@@ -257,6 +257,27 @@ def test_hooks_of_users_stay_behind() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in twin.modules())
 
 
+def test_a_global_of_an_attributes_name_is_no_store_of_the_net() -> None:
+    """A notebook that keeps `features = {}` beside a net with an attribute `features`."""
+    space: dict[str, Any] = {"nn": nn}
+    exec(
+        "features = {}\n"
+        "def leave(module, args, output):\n"
+        "    features['x'] = output\n"
+        "class Notebook(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.features = nn.Conv2d(3, 2, 1)\n"
+        "    def forward(self, x):\n"
+        "        return self.features(x)\n",
+        space,
+    )
+    net = space["Notebook"]()
+    net.features.register_forward_hook(space["leave"])
+    copy_net(net)(IMAGES)
+    assert not space["features"]
+
+
 def test_hooks_of_the_nets_library_come_along() -> None:
     """transformers hangs hooks on at the first pass, and knows that it did."""
     transformers = pytest.importorskip("transformers")

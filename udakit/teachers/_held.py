@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 import weakref
@@ -47,7 +48,9 @@ class Held:
             "torch",
             *(type(m).__module__.split(".")[0] for m in modules.values() if "." in type(m).__module__),
         }
-        self.stores = {id(x) for m in modules.values() for f in _methods(type(m)) for x in _stores(f)}
+        self.stores = {
+            id(x) for kind in {type(m) for m in modules.values()} for f in _methods(kind) for x in _stores(f)
+        }
         self.ids: set[int] = set()
         self.containers: set[int] = set()
         self._functions: list[tuple[str, str, Any]] = []  # what `deepcopy` shares
@@ -134,7 +137,7 @@ class Held:
                 f"has a hook, {_title(function)}, a function that refers to the net. On a copy it would still work for "
                 "the original. Remove it until the copy is made.",
             )
-        kept = own or (function.__module__.split(".")[0] in self.packages and _is_pure(hook))
+        kept = own or ((function.__module__ or "").split(".")[0] in self.packages and _is_pure(hook))
         if not kept and any(id(x) in self.stores for x in _stores(function)):
             raise copy_error(
                 name,
@@ -167,8 +170,7 @@ def _parts(x: Any) -> list[Any]:
                 cells.append(cell.cell_contents)
             except ValueError:  # the cell is still empty
                 continue
-        known = (x.__globals__.get(name) for name in x.__code__.co_names)
-        nets = [g for g in known if isinstance(g, (nn.Module, types.MethodType))]
+        nets = [g for g in _globals(x) if isinstance(g, (nn.Module, types.MethodType))]
         return [*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values(), *vars(x).values(), *nets]
     if isinstance(x, types.MethodType):
         return [x.__func__, x.__self__]
@@ -191,9 +193,29 @@ def _methods(kind: type) -> list[types.FunctionType]:
 
 def _stores(function: types.FunctionType) -> list[object]:
     """The lists, sets and dicts that a function uses from outside: global ones and those of a closure."""
-    known = [function.__globals__.get(name) for name in function.__code__.co_names]
-    known += [x for x in _parts(function) if not isinstance(x, nn.Module)]
-    return [x for x in known if isinstance(x, (dict, list, set, deque))]
+    found: list[object] = []
+    stack: list[object] = [function]
+    seen: set[int] = set()
+    while stack:
+        x = stack.pop()
+        if isinstance(x, (dict, list, set, deque)):
+            found.append(x)
+        elif isinstance(x, types.FunctionType) and id(x) not in seen:  # what a decorator wraps is in a closure
+            seen.add(id(x))
+            stack += [*_parts(x), *(g for g in _globals(x) if not isinstance(g, types.FunctionType))]
+    return found
+
+
+def _globals(function: types.FunctionType) -> list[object]:
+    """The global objects that a function uses. An attribute of the same name is none of them."""
+    return [function.__globals__.get(name) for name in _global_names(function.__code__)]
+
+
+@functools.cache
+def _global_names(code: types.CodeType) -> tuple[str, ...]:
+    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _global_names(part)]
+    used = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+    return tuple(dict.fromkeys(used + inner))
 
 
 def _is_pure(function: object) -> bool:
@@ -202,7 +224,7 @@ def _is_pure(function: object) -> bool:
         return isinstance(function, _ATOMS)
     named: list[object] = []
     if isinstance(function, types.FunctionType):
-        named = [function.__globals__.get(name) for name in function.__code__.co_names]
+        named = _globals(function)
     return all(map(_is_pure, _parts(function))) and not any(isinstance(x, (Mapping, *_CONTAINERS)) for x in named)
 
 
