@@ -90,14 +90,23 @@ class _SumMembers(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.dtype = values.dtype
-        by_pixel = values.shape[2] >= LANES * 128 and values.device.type == "cpu" and not torch.compiler.is_compiling()
-        sums = _sums_by_pixel if by_pixel else _sums_by_product
+        ctx.by_pixel = (
+            values.shape[2] >= LANES * 128 and values.device.type == "cpu" and not torch.compiler.is_compiling()
+        )
+        sums = _sums_by_pixel if ctx.by_pixel else _sums_by_product
         return sums(upcast(values), ids, num_classes)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (ids,) = ctx.saved_tensors
         rows = F.pad(gradient, (0, 0, 0, 1)).transpose(1, 2).contiguous().to(ctx.dtype)
+        if ctx.by_pixel and not torch.is_grad_enabled():
+            result = rows.new_empty(*rows.shape[:2], ids.shape[1])
+            for own, row, k in zip(
+                result, rows, ids.int(), strict=True
+            ):  # which `gather` refuses
+                torch.index_select(row, 1, k, out=own)
+            return result, None, None
         return rows.gather(2, ids.unsqueeze(1).expand(-1, rows.shape[1], -1)), None, None
 
 
