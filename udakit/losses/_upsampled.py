@@ -138,10 +138,8 @@ class _Upsampling:
             return F.interpolate(x, (stop, self.width), mode="bilinear", align_corners=self.align_corners)
         first, last = self._source_rows(start, stop)
         x = self.x[:, :, first:last].to(self.dtype)
-        low, high, weight = self.tables[1]
-        shape = (*x.shape[:3], self.width)
-        # On the CPU `gather` is the fast one along the last axis, `index_select` along the others.
-        x = (x.gather(3, low.expand(shape)) * (1 - weight)).addcmul_(x.gather(3, high.expand(shape)), weight)
+        x = F.interpolate(x.flatten(0, 1), self.width, mode="linear", align_corners=self.align_corners)
+        x = x.view(*self.x.shape[:2], last - first, self.width)
         low, high, weight = (table[start:stop] for table in self.tables[0])
         weight = weight[:, None]
         x, above = x.index_select(2, low - first), x.index_select(2, high - first)

@@ -102,9 +102,7 @@ class _SumMembers(torch.autograd.Function):
         rows = F.pad(gradient, (0, 0, 0, 1)).transpose(1, 2).contiguous().to(ctx.dtype)
         if ctx.by_pixel and not torch.is_grad_enabled():
             result = rows.new_empty(*rows.shape[:2], ids.shape[1])
-            for own, row, k in zip(
-                result, rows, ids.int(), strict=True
-            ):  # which `gather` refuses
+            for own, row, k in zip(result, rows, ids.int(), strict=True):  # which `gather` refuses
                 torch.index_select(row, 1, k, out=own)
             return result, None, None
         return rows.gather(2, ids.unsqueeze(1).expand(-1, rows.shape[1], -1)), None, None
