@@ -102,7 +102,8 @@ class Comparison:
     def table_of_runs(self) -> list[str]:
         """One row per run: the chosen net and its score, and the scores of the source-only net and the last student."""
         lines = [
-            "| run | recipe | seed | chosen | chosen | source-only | last | mIoU chosen | source-only | last | best |",
+            "| run | recipe | seed | chosen net | its score | of source-only | of the last | true mIoU of the chosen "
+            "| of source-only | of the last | of the best |",
             "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
         ]
         for run in self.runs:
@@ -231,17 +232,23 @@ def sweep(options: argparse.Namespace) -> list[Path]:
 
     base = yaml.safe_load(options.config.read_text(encoding="utf-8"))
     settings = settings_of(options.sweep, base)
+    runs = {}
+    for name, config in settings.items():  # all of them, before the first one trains
+        (options.out / name).mkdir(parents=True, exist_ok=True)
+        file = options.out / f"{name}.yaml"
+        report.write_text(file, yaml.safe_dump(config, sort_keys=False))
+        runs[name] = train_gta2cs.parse(["--config", str(file), f"--out={options.out / name}", "--resume"])
+        try:
+            train_gta2cs.check_stages(runs[name])
+        except ValueError as error:
+            raise ValueError(f"{error} This is the setting {name!r} of {options.sweep}; nothing was run.") from None
     done = []
-    for name, config in settings.items():
+    for name, run in runs.items():
         folder = options.out / name
-        folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "history.json").is_file():
-            report.write_text(options.out / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False))
             console.rule(escape(name))
             try:
-                train_gta2cs.main(
-                    train_gta2cs.parse(["--config", f"{options.out / name}.yaml", f"--out={folder}", "--resume"])
-                )
+                train_gta2cs.main(run)
             except (ValueError, RuntimeError, ArithmeticError, OSError) as error:
                 console.print(f"[yellow]{escape(name)} is left out: {escape(str(error))}[/]")
                 continue

@@ -113,6 +113,28 @@ def test_settings_of_a_sweep(tmp_path):
             compare_runs.settings_of(path, base)
 
 
+def test_a_wrong_option_of_a_sweep_is_found_before_anything_runs(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("- {name: plain}\n- {name: typo, stages.1.options.selectr: argmax}\n")
+    monkeypatch.setattr(train_gta2cs, "main", lambda run: pytest.fail("trained"))
+    assert compare_runs.main(["--sweep", str(path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "selectr" in said
+    assert "This is the setting 'typo' of" in said
+
+
+def test_folders_of_two_people_do_not_compare(tmp_path):
+    for name, root in (("a", "/one"), ("b", "/two")):
+        folder = write_run(tmp_path / name, [0.6], [], pair="folder")
+        saved = json.loads((folder / "history.json").read_text())
+        saved["config"]["data"]["data_root"] = root
+        (folder / "history.json").write_text(json.dumps(saved))
+    runs = [read_run(tmp_path / name) for name in "ab"]
+    with pytest.raises(ValueError, match=r"Expected runs on one pair, .*'folder /one'"):
+        compare_runs.Comparison(runs, "confident_consistency")
+    assert compare_runs.Comparison(runs[:1] * 2, "confident_consistency").text().startswith("# folder /one: 2 runs")
+
+
 def test_a_sweep_runs_what_is_not_finished(tmp_path, monkeypatch, capsys):
     config, path, out = tmp_path / "base.yaml", tmp_path / "sweep.yaml", tmp_path / "out"
     config.write_text(yaml.safe_dump({"seed": 0, "stages": [{"recipe": "dacs", "steps": 5}]}))

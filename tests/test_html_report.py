@@ -108,6 +108,16 @@ def test_the_table_is_the_markdown_table_with_the_best_marked(report):
     assert swatches == ["background:rgb(128,64,128)", "background:rgb(70,130,180)"]
 
 
+def test_words_stand_left_and_a_column_of_equals_is_not_marked(tmp_path):
+    table = "| net | run | score | seed |\n|---|---|---:|---:|\n| a | plain | 0.4 | 3 |\n| b | slow | 0.5 | 3 |\n"
+    page = Page(render(table, tmp_path))
+    assert [kind for _, kind, _ in page.cells] == [
+        *(None, "words", None, None),
+        *(None, "words", None, None),
+        *(None, "words", "best", None),
+    ]
+
+
 def test_text_is_shown_as_it_was_written(tmp_path):
     text = render("## A <b> & **bold** `x < 1`\n\n- one\n- two\n\nsee [there](https://example.org/a?b=1)\n", tmp_path)
     assert "<h2>A &lt;b&gt; &amp; <strong>bold</strong> <code>x &lt; 1</code></h2>" in text

@@ -489,5 +489,5 @@ def test_the_generator_reaches_a_wrapped_augment_and_a_builtin_needs_none() -> N
 
 
 def test_a_list_of_bools_is_no_list_of_ids() -> None:
-    with pytest.raises(ValueError, match="A mask is a bool tensor"):
+    with pytest.raises(ValueError, match="Pass a mask as a bool tensor"):
         udakit.ClassMix(3, candidates=[False, False, True])

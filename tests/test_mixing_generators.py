@@ -42,7 +42,7 @@ def test_a_batch_draws_what_its_images_draw_alone(name: str) -> None:
 @pytest.mark.parametrize("name", DRAWS)
 @pytest.mark.parametrize("given", [seeded(2), ()])
 def test_another_number_of_generators_is_refused(name: str, given: Sequence[torch.Generator]) -> None:
-    with pytest.raises(ValueError, match=r"Expected `generator` to be one or a list of 3, .* but got"):
+    with pytest.raises(ValueError, match=r"Expected `generator` to be one generator or a list of 3, .* but got"):
         DRAWS[name](slice(None), given)
 
 

@@ -53,7 +53,10 @@ def test_the_gain_is_said_with_the_classes_that_made_it() -> None:
     assert report.gain_sentence(dict(reversed(rows.items()))) == "", "a gain is over source-only"
     (_, before), (_, after) = rows.items()
     text = report.gain_sentence({"source_only": after, "dacs": before})
-    assert text.startswith("**dacs loses 9.2 points of mIoU over source_only**")
+    assert text.startswith("**dacs loses 9.2 points of mIoU against source_only**")
+    assert report.gain_sentence({"source_only": before, "chosen": before}) == (
+        "**chosen is level with source_only** (mIoU 30.0)."
+    )
 
 
 def test_no_best_in_a_column_of_zeros(tmp_path: Path) -> None:
@@ -70,6 +73,9 @@ def test_curves_have_the_colours_of_the_panels(tmp_path: Path, monkeypatch: pyte
     def note(figure, path):
         axis = next(a for a in figure.axes if "sure enough" in a.get_title())
         drawn.update({line.get_label(): list(line.get_color()) for line in axis.lines})
+        assert [a.get_title() for a in figure.axes] == ["loss", axis.get_title()], "nothing was scored"
+        left, right = (a.get_position() for a in figure.axes)
+        assert right.x0 - left.x1 < 0.2, "a gap where the other two would be"
 
     monkeypatch.setattr(report, "_save", note)
     report.save_curves(tmp_path / "curves.png", [stage], classes)

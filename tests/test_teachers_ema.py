@@ -550,6 +550,7 @@ def test_a_device_that_is_none(device: Any, error: type[Exception]) -> None:
         draw_box_mask(2, (4, 4), device=device)
 
 
+@needs_fake_cuda
 def test_the_average_may_live_on_another_device() -> None:
     with FakeTensorMode():
         net = make_net()

@@ -179,6 +179,8 @@ def parse(arguments: list[str] | None = None) -> Config:
     named = any(a.partition("=")[0] == "--config" for a in arguments)  # a file gives everything that is not the default
     toy = [] if named else [str(TOY)]
     config = read_options(Config, with_places(arguments, toy), files=toy)
+    if config.check_data and not named and not any(a.startswith("--stages") for a in arguments):
+        config.stages = []  # those of the toy pair, which nobody chose for other data
     if config.dry_run:  # the run itself, whether it is finished or not, is not touched
         config.out = config.out / "dry_run"
     return config

@@ -90,7 +90,10 @@ def read_run(folder: Path) -> RunNets:
         before = sum(stage["steps"] for stage in stages[: adapting[0]])
         start = _net(before, "source_only", first["source_only"], known)
     recipe = " → ".join(stages[i]["name"] for i in adapting)
-    return RunNets(folder, config["data"]["pair"], recipe, config["seed"], start, checkpoints, choice)
+    pair, data = config["data"]["pair"], config["data"]
+    if pair == "folder" and (root := data.get("target_root") or data.get("data_root")):
+        pair = f"folder {root}"  # scores of two people's folders do not compare
+    return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice)
 
 
 def headline(means: dict[str, float]) -> float:

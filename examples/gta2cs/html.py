@@ -36,6 +36,7 @@ th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align
 th { vertical-align: bottom; font-weight: 600 }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page);
                                  white-space: normal; min-width: 7rem; max-width: 40vw }
+th.words, td.words { text-align: left }
 td.best { background: var(--best) }
 .swatch { display: block; height: .35rem; border-radius: .2rem; margin-bottom: .2rem }
 figure { margin: 1.5rem 0 }
@@ -62,7 +63,8 @@ def render(text: str, folder: Path, classes: ClassSet | None = None) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(_plain(title))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n"
-        "<footer>In each column of a table the largest value is marked, unless it is 0.</footer>\n</body>\n</html>\n"
+        "<footer>In each column of a table the largest value is marked, unless it is 0 or all are equal.</footer>\n"
+        "</body>\n</html>\n"
     )
 
 
@@ -96,16 +98,18 @@ def _table(lines: list[str], classes: ClassSet | None) -> str:
     colors = {} if classes is None else dict(zip(classes.names, classes.palette.tolist(), strict=True))
     values = np.array([[_number(cell) for cell in row] for row in rows]).reshape(len(rows), len(head))
     best = np.where(np.isnan(values), -np.inf, values).max(0, initial=-np.inf)
+    best[(values == best).all(0)] = 0  # nothing stands out
+    words = [' class="words"' if column and np.isnan(values[:, column]).all() else "" for column in range(len(head))]
     parts = ["<tr>"]
-    for cell in head:
+    for cell, kind in zip(head, words, strict=True):
         r, g, b = colors.get(_plain(cell), (0, 0, 0))
         swatch = f'<span class="swatch" style="background:rgb({r},{g},{b})"></span>' if _plain(cell) in colors else ""
-        parts.append(f'<th scope="col">{swatch}{_inline(cell)}</th>')
+        parts.append(f'<th scope="col"{kind}>{swatch}{_inline(cell)}</th>')
     parts.append("</tr>")
     for row, numbers in zip(rows, values, strict=True):
         parts.append("<tr>")
-        for cell, number, most in zip(row, numbers, best, strict=True):
-            mark = ' class="best"' if len(rows) > 1 and number == most != 0 else ""
+        for cell, number, most, kind in zip(row, numbers, best, words, strict=True):
+            mark = ' class="best"' if len(rows) > 1 and number == most != 0 else kind
             parts.append(f"<td{mark}>{_inline(cell)}</td>")
         parts.append("</tr>")
     return '<div class="scroll"><table>' + "".join(parts) + "</table></div>"

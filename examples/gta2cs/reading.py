@@ -135,7 +135,10 @@ class ImageFormat:
             if pixels.dtype == np.uint8:
                 return pixels
             low, high = float(pixels.min(initial=0)), float(pixels.max(initial=0))
-            likely = [0, 65535] if pixels.dtype == np.uint16 else [0, 1] if 0 <= low <= high <= 1 else [low, high]
+            likely = str([0, 1] if 0 <= low <= high <= 1 else [low, high])
+            if pixels.dtype == np.uint16:
+                bits = max(9, int(high).bit_length())
+                likely = "[0, 65535]" + (f", or [0, {2**bits - 1}] of a camera of {bits} bits" if bits < 16 else "")
             raise ValueError(
                 f"Expected the image {path} to have 8 bits a channel or a stated range, but it holds {pixels.dtype} "
                 f"from {low:g} to {high:g}. Say which values are black and white with `data.source_range` or "

@@ -11,6 +11,7 @@ import numpy as np
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.gridspec import GridSpec
 from matplotlib.ticker import LogFormatter
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called "a$b"
@@ -53,8 +54,11 @@ def gain_sentence(rows: dict[str, Score]) -> str:
     if len(rows) < 2 or not first.startswith("source_only") or np.isnan(gain):
         return ""
     mean = next(iter(after.means))
-    verb, points = ("gains" if gain >= 0 else "loses"), f"{abs(gain):.1f}"
-    text = f"**{last} {verb} {points} points of {mean} over {first}** ({before.miou:.1f} → {after.miou:.1f})"
+    if abs(gain) < 0.05:  # the chosen net may be the source-only one
+        return f"**{last} is level with {first}** ({mean} {after.miou:.1f})."
+    verb, points = ("gains" if gain > 0 else "loses"), f"{abs(gain):.1f}"
+    against = "over" if gain > 0 else "against"
+    text = f"**{last} {verb} {points} points of {mean} {against} {first}** ({before.miou:.1f} → {after.miou:.1f})"
     changes = {c: after.iou[c] - before.iou[c] for c in after.iou if not np.isnan(after.iou[c] - before.iou[c])}
     ordered = sorted(changes, key=lambda c: -changes[c])
     up = [f"{c} {changes[c]:+.1f}" for c in ordered[:3] if changes[c] >= 0.05]
@@ -173,8 +177,8 @@ def save_curves(path: Path, stages: list[dict[str, Any]], classes: ClassSet | No
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if not axis.get_legend_handles_labels()[0]:  # a run without pseudo-labels keeps none
-            axis.set_visible(False)
+        if not axis.get_legend_handles_labels()[0]:  # no pseudo-labels, or a target without any label
+            figure.delaxes(axis)
         elif axis in (left, middle, free):
             axis.legend(fontsize=7, frameon=False)
         else:  # a line a class: below, where it covers none of them
@@ -182,6 +186,9 @@ def save_curves(path: Path, stages: list[dict[str, Any]], classes: ClassSet | No
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")  # the default one writes formulas, and they are off: see above
     left.yaxis.set_minor_formatter(LogFormatter())
+    figure.set_size_inches(14 * len(figure.axes) / 3, 3.8)
+    for place, axis in zip(GridSpec(1, len(figure.axes), figure), figure.axes, strict=True):
+        axis.set_subplotspec(place)  # no gap where one was left out
     figure.tight_layout()
     _save(figure, path)
 
