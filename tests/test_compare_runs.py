@@ -104,7 +104,7 @@ def test_settings_of_a_sweep(tmp_path):
     assert settings["setting2"]["stages"][1] == {"recipe": "dacs", "lr": 1e-4, "options": {"selector": "argmax"}}
     assert settings["setting2"]["seed"] == 3
     for text, message in (
-        ("- {name: a}\n- {name: a}\n", "'a' comes twice"),
+        ("- {name: a}\n- {name: a}\n", "'a' occurs twice"),
         ("- {stages.7.lr: 1}\n", "'stages.7.lr' to be a path"),
         ("seed: 1\n", "to be a list of settings"),
     ):
