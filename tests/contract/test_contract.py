@@ -1,6 +1,7 @@
 """Every check of `checks.py` over every operation of the registry, as test_<check>[operation]."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -35,6 +36,27 @@ def _test(check: str) -> Callable[[Operation], None]:
 
 for _check in CHECKS:
     globals()[f"test_{_check}"] = _test(_check)
+
+
+# Size from which a map is large, and below which an image is sorted: the examples are far smaller than both.
+THRESHOLDS = {"LARGE": 1, "EXACT": 0}
+OF_LARGE_MAPS = ("gradcheck", "half", "strides", "extreme_values", "subclass", "nan_outside")
+
+
+@pytest.mark.parametrize("check", OF_LARGE_MAPS)
+@pytest.mark.parametrize(
+    "op", [op for op in all_operations() if op.kind != "draw" and op.space != "none"], ids=lambda op: op.name
+)
+def test_large_maps(op: Operation, check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done by other means for large maps on the CPU is held to the same, on the maps of the examples."""
+    if check in op.exempt:
+        pytest.skip(f"exempt: {op.exempt[check]}")
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("udakit."):
+            for threshold in THRESHOLDS.keys() & vars(module).keys():
+                monkeypatch.setattr(module, threshold, THRESHOLDS[threshold])
+    torch.manual_seed(0)
+    getattr(checks, check)(checks.as_used(op))
 
 
 @pytest.mark.slow
