@@ -204,7 +204,7 @@ def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):
     monkeypatch.setattr(choosing, "measure", broken)
     with pytest.raises(
         ValueError,
-        match=r"Expected a label-free score of the student of source_only, step 2, but there is none\. Expected `log",
+        match=r"Expected a label-free score of the student of source_only, step 2, but got none\. Expected `log",
     ):
         train_gta2cs.main(tiny(tmp_path))
     assert not (tmp_path / "best.pt").exists()

@@ -193,7 +193,10 @@ def test_a_later_candidate_has_to_be_ahead_by_more_than_differences_that_say_not
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"candidates": {}}, "`candidates` to name at least one"), ({"trial": 1.0}, r"`trial` to be a share in \[0, 1\)")],
+    [
+        ({"candidates": {}}, "`candidates` to name at least one"),
+        ({"trial": 1.0}, r"`trial` to be a fraction in \[0, 1\)"),
+    ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):

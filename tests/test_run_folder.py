@@ -82,7 +82,7 @@ def test_a_run_is_replaced_only_when_asked(tmp_path: Path, left: str) -> None:
     write_text(tmp_path / left, "an hour of work")
     (tmp_path / "stage1_dacs").mkdir(exist_ok=True)
     (tmp_path / "stage1_dacs" / ".12-ab.tmp").write_text("a piece of a process that was killed")
-    with pytest.raises(FileExistsError, match=rf"holds one, .*{left}\. --resume .*, --overwrite"), own_folder(tmp_path):
+    with pytest.raises(FileExistsError, match=rf"holds one, .*{left}\. Use --resume .* --overwrite"), own_folder(tmp_path):
         pass
     with own_folder(tmp_path, resume=True):
         assert (tmp_path / left).read_text() == "an hour of work"
@@ -208,7 +208,7 @@ def test_a_second_run_an_interrupt_and_a_forgotten_resume(
 
     step = load_checkpoint(checkpoint)["step"]
     said = refused(tmp_path, monkeypatch, capsys)
-    assert "--resume goes on with it, --overwrite replaces it." in said
+    assert "Use --resume to continue it or --overwrite to replace it." in said
     assert load_checkpoint(checkpoint)["step"] == step
 
 

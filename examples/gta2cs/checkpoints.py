@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without pickled code, and refused in plain words."""
+"""Checkpoints, written completely or not at all, and read without pickled code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gta2cs.files import replacing
 
 
 def save_checkpoint(path: Path, value: dict[str, Any]) -> None:
-    """Write a checkpoint atomically: a run that dies meanwhile, or fills the disk, leaves the one before."""
+    """Write a checkpoint atomically. If the run dies or the disk fills up, the previous one stays."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         noting = _Noting(file)
         try:
@@ -30,7 +30,7 @@ def save_checkpoint(path: Path, value: dict[str, Any]) -> None:
 
 
 class _Noting:
-    """A file that remembers why writing failed, since torch replaces the reason."""
+    """A file that remembers why writing failed, because torch replaces the reason."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -50,7 +50,7 @@ class _Noting:
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Read what `torch.save` wrote, tensors and plain values alone; says which file when that cannot be."""
+    """Read tensors and plain values that `torch.save` wrote. Errors name the file."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a checkpoint, but there is no file {path}.")
@@ -81,8 +81,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu", needs: tuple
         needs: keys that it must have besides `recipe`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is none, or lacks a part.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a checkpoint, or a part is missing.
     """
     value = read_tensors(path, device)
     wrong = f"Expected {path} to be a checkpoint of train_gta2cs.py, but"
@@ -117,13 +117,13 @@ def checked_json(text: str, key: str, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise ValueError(f"{wrong} is no JSON.") from None
+        raise ValueError(f"{wrong} is not JSON.") from None
     checks = {key: value}
     if key == "config" and isinstance(value, dict):
         checks |= {name: value.get(name) for name in ("data", "net")}
         stages = value["stages"] if isinstance(value.get("stages"), list) else []
         if not all(isinstance(stage, dict) and isinstance(stage.get("recipe"), str) for stage in stages):
-            raise ValueError(f"{wrong} has stages that are none.")
+            raise ValueError(f"{wrong} has invalid stages.")
     for name, given in checks.items():
         for part, kind in _SHAPES[name].items():
             if not isinstance(given, Mapping) or not isinstance(given.get(part), kind):

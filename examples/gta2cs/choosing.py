@@ -1,4 +1,4 @@
-"""Which net of a run is deployed, decided without target labels: `best.pt`, the alarm and the verdict.
+"""Choose the net of a run to deploy, without target labels: `best.pt`, the alarm and the verdict.
 
 Candidates are the source-only net (the net that the first adapting stage starts from) and, at every evaluation, the
 student and the teacher. `select` says how one is chosen: `last`, `source_or_last`, or the score to be highest.
@@ -43,7 +43,7 @@ GUARD = DEFAULT  # what `source_or_last` compares by
 
 @dataclass
 class Choice:
-    """The net that is deployed: whose it is, and the score that it was chosen by."""
+    """The deployed net: where it comes from, and the score for which it was chosen."""
 
     recipe: str
     stage: int
@@ -54,14 +54,14 @@ class Choice:
 
     @property
     def title(self) -> str:
-        """As a table's row names it."""
+        """Name of the net in a row of a table."""
         if self.recipe == SOURCE_ONLY and self.net == SOURCE_ONLY:
             return "source-only net"
         return f"{self.recipe}, {self.net} of step {self.step}"
 
 
 def check_select(config: Config) -> None:
-    """Refuse an unknown score before any data is looked at."""
+    """Refuse an unknown score before any data is read."""
     allowed = ["last", "source_or_last", *DIRECTIONS]
     if config.select.lstrip("-") not in allowed:
         raise ValueError(f"Expected `select` to be one of {allowed}, but got {config.select!r}.")
@@ -73,12 +73,12 @@ def check_select(config: Config) -> None:
 
 
 def first_adapting(config: Config) -> int | None:
-    """Index of the first stage that looks at target, None where there is none."""
+    """Index of the first stage that uses target images; None if there is none."""
     return next((i for i, stage in enumerate(config.stages) if stage.recipe != SOURCE_ONLY), None)
 
 
 class Choosing:
-    """At every evaluation: label-free scores of each net, the alarm, and `best.pt` where a net is the best so far."""
+    """At every evaluation, compute label-free scores, check the alarm, and write `best.pt` for the best net so far."""
 
     def __init__(self, state: StageState) -> None:
         self.state, run = state, state.run
@@ -128,7 +128,7 @@ class Choosing:
             run.console.print(f"  without labels, {shown.replace('_', ' ')}, %: {', '.join(values)}")
 
     def _offer(self, recipe: str, name: str, net: nn.Module, found: LabelFree, *, step: int) -> None:
-        """Take a net as the one to deploy where `select` says so."""
+        """Make a net the one to deploy, if `select` says so."""
         run, select = self.state.run, self.state.run.config.select
         index = self.state.index
         ends = index == len(run.config.stages) - 1 and step == self.state.steps
@@ -153,7 +153,7 @@ class Choosing:
 
 
 def score_without_labels(run: Run, net: nn.Module, whose: str, views: Sequence[str] = ()) -> LabelFree:
-    """Score a net on the few target training images that every net of the run is scored on."""
+    """Score a net on the target training images that are used for every net of the run."""
     config = run.config
     try:
         return measure(
@@ -166,11 +166,11 @@ def score_without_labels(run: Run, net: nn.Module, whose: str, views: Sequence[s
             device=run.device,
         )
     except ValueError as error:
-        raise NoScoreError(f"Expected a label-free score of {whose}, but there is none. {error}") from error
+        raise NoScoreError(f"Expected a label-free score of {whose}, but got none. {error}") from error
 
 
 class ShareAlarm:
-    """Warns once of a class whose predicted share collapses or explodes against the source-only net's."""
+    """Warn once about a class if its predicted share collapses or explodes compared with the source-only net."""
 
     def __init__(self, names: Sequence[str], reference: Sequence[float] | None, factor: float = FACTOR) -> None:
         self.names, self.reference, self.factor = names, reference, factor
@@ -196,12 +196,12 @@ class ShareAlarm:
 
 
 def best_path(run: Run) -> Path:
-    """Where the chosen net lies."""
+    """Path of the chosen net."""
     return run.config.out / "best.pt"
 
 
 def save_choice(run: Run, state: StageState, net: nn.Module) -> None:
-    """Write the chosen net as the student of a checkpoint: what reads the others reads this one."""
+    """Write the chosen net as the student of a checkpoint, so that it can be read like the others."""
     saved = {
         "recipe": {f"student.{k}": v for k, v in net.state_dict().items()},
         "step": state.done,
@@ -213,7 +213,7 @@ def save_choice(run: Run, state: StageState, net: nn.Module) -> None:
 
 
 def resume_choice(run: Run) -> None:
-    """Start afresh, or go on from the choice of the run that is resumed."""
+    """Start a new choice, or continue the choice of a resumed run."""
     path = best_path(run)
     if run.config.resume and path.is_file():
         saved = json.loads(load_checkpoint(path)["choice"])
@@ -234,7 +234,7 @@ def chosen_net(run: Run, like: nn.Module) -> nn.Module:
 
 
 def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
-    """The end of a report: which net to use, by which score, by how much, and how far to trust that."""
+    """The end of a report: which net to use, by which score, by how much, and how reliable this is."""
     choice, source = run.choice, run.source_only
     if choice is None:
         return "No net was chosen: no evaluation took place.\n"

@@ -30,7 +30,7 @@ class Score:
 
     @classmethod
     def of(cls, confusion: Tensor, classes: ClassSet) -> Score:
-        """Divide once, at the end: rows of `confusion` are the truth."""
+        """Compute the score from a confusion matrix with the truth in its rows."""
         matrix = confusion.cpu().double().numpy()
         hit = np.diag(matrix)
         union = matrix.sum(0) + matrix.sum(1) - hit
@@ -43,7 +43,7 @@ class Score:
 
     @property
     def miou(self) -> float:
-        """The first of the named means: the one that headlines."""
+        """The first of the named means, which is the headline."""
         return next(iter(self.means.values()))
 
     def to_json(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Score:
 def predict(
     net: nn.Module, image: Tensor, device: torch.device | str = "cpu", format: ImageFormat | None = None
 ) -> Tensor:
-    """Class probabilities (C, H, W) of one image (K, H, W), as its data set returns it, at its own size."""
+    """Class probabilities (C, H, W) of one image (K, H, W) from a data set, at its own size."""
     return class_probabilities(net, normalise(image[None].to(device), format))[0]
 
 
@@ -77,12 +77,12 @@ def evaluate(
     batch_size: int = 8,
     trimap: int = 0,
 ) -> Score:
-    """Score a net in eval mode on a labelled data set (or its first `limit` images); modes are restored afterwards.
+    """Score a net in eval mode on a labelled data set, or on its first `limit` images. Modes are restored afterwards.
 
-    With `trimap` > 0 the last of the means, "boundary", is the first one over the pixels that are at most so far from
-    a true boundary: how sharp the edges are, whatever the size of the regions.
+    With `trimap` > 0, the last mean, "boundary", is the first mean over the pixels within this distance of a true
+    boundary. It shows how sharp the edges are, whatever the size of the regions.
 
-    Ranks share the images and come to the same score, of rank 0's net: its buffers are the ones that are saved.
+    The ranks share the images and get the same score, that of rank 0's net, whose buffers are saved.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     net = of_rank_0(net)
@@ -107,7 +107,7 @@ def evaluate(
 
 
 def of_rank_0(net: nn.Module) -> nn.Module:
-    """The net itself, or among several processes a copy with rank 0's buffers: those that are saved."""
+    """The net itself, or with several processes a copy with the buffers of rank 0, which are saved."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return net
     net = copy_net(net)
@@ -117,7 +117,7 @@ def of_rank_0(net: nn.Module) -> nn.Module:
 
 
 def near_boundary(labels: Tensor, distance: int, ignore_index: int = 255) -> Tensor:
-    """Pixels with another class at most `distance` rows and columns away; ignored pixels are nobody's neighbours."""
+    """Pixels with another class within `distance` rows and columns; ignored pixels do not count as neighbours."""
     ignored = labels == ignore_index
     high, low = labels.float().masked_fill(ignored, -torch.inf), -labels.float().masked_fill(ignored, torch.inf)
     widest, lowest = (F.max_pool2d(x, 2 * distance + 1, stride=1, padding=distance) for x in (high, low))
@@ -131,7 +131,7 @@ def class_probabilities(net: nn.Module, images: Tensor) -> Tensor:
 
 @contextmanager
 def evaluating(net: nn.Module) -> Iterator[None]:
-    """Put a net in eval mode for the length of a block, then give every submodule its own mode back."""
+    """Context in which a net is in eval mode; afterwards every submodule gets its own mode back."""
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
     try:
@@ -142,9 +142,9 @@ def evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def with_bn_statistics(net: nn.Module, images: Iterable[Tensor]) -> nn.Module:
-    """Copy a net and estimate its BatchNorm statistics anew on batches of normalised images: nothing else adapts.
+    """Copy a net and re-estimate its BatchNorm statistics on batches of normalised images, without other changes.
 
-    The cheapest adaptation there is, and the row that every other method has to beat.
+    This is the cheapest adaptation, and the row that every other method has to beat.
     """
     adapted = copy_net(net)
     bn_statistics(adapted, images)

@@ -1,4 +1,4 @@
-"""Scores that need no target label, of a net on a fixed few of the unlabelled target training images."""
+"""Scores of a net without labels, on a small fixed set of target training images."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ UNRELIABLE = (
 
 
 class NoScoreError(ValueError):
-    """A net without a score: its logits are not finite."""
+    """A net has no score, because its logits are not finite."""
 
 
 @dataclass
 class LabelFree:
-    """What one net's predictions say about it, without a label."""
+    """Scores of a net from its predictions, without labels."""
 
     scores: dict[str, float]
     shares: list[float]  # of the pixels predicted as each class
@@ -89,12 +89,12 @@ class LabelFree:
 
 
 def views_of(select: str, views: Sequence[str]) -> list[str]:
-    """The views that are asked for and the one that `select` needs, in the order of `VIEWS`."""
+    """The requested views and the one that `select` needs, in the order of `VIEWS`."""
     return [view for view in VIEWS if view in views or select.lstrip("-").startswith(f"{view}_")]
 
 
 def picked(count: int, wanted: int) -> list[int]:
-    """As many indices as wanted, evenly spread and always the same."""
+    """The given number of indices, evenly spread and always the same."""
     wanted = min(count, wanted)
     return [count * (2 * i + 1) // (2 * wanted) for i in range(wanted)]
 
@@ -122,7 +122,7 @@ def measure(
         ValueError: no image, or a NaN among the logits.
     """
     if len(images) == 0:
-        raise ValueError("Expected target training images for the label-free scores, but there is none.")
+        raise ValueError("Expected target training images for the label-free scores, but there are none.")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     net, c = of_rank_0(net), len(classes.names)
     generator = torch.Generator(device).manual_seed(rank)  # the same pixels at every evaluation

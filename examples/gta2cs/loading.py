@@ -1,4 +1,4 @@
-"""Batches that are a function of (seed, step, sample): no loader state to resume, no effect of workers or ranks.
+"""Batches as a function of (seed, step, sample), independent of workers and ranks, without loader state to resume.
 
 Sample s of step k draws its index, scale, crop and flip from a generator seeded with (seed, k, s, stream). Rank r of n
 with batch b takes the samples r b ... r b + b - 1 of each step, so n ranks see what one process sees with batch n b.
@@ -35,7 +35,7 @@ class Batch(NamedTuple):
 
 
 class Draws(Protocol):
-    """What a rare-class sampler offers: one draw -> (image index, class that the crop should show, or None)."""
+    """The interface of a rare-class sampler: a draw returns (image index, class that the crop should show or None)."""
 
     def draw(self, generator: torch.Generator) -> tuple[int, int | None]:
         """Draw with `generator` alone."""
@@ -63,7 +63,7 @@ def normalise(images: Tensor, format: ImageFormat | None = None) -> Tensor:
 
 
 def sample_generator(seed: int, step: int, sample: int, stream: str) -> torch.Generator:
-    """A fresh CPU generator that depends on all four, and on nothing else."""
+    """A new CPU generator that depends only on these four numbers."""
     digest = hashlib.blake2b(f"{seed}/{step}/{sample}/{stream}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
@@ -73,8 +73,8 @@ class StepData(Dataset[Batch]):
 
     Args:
         source: labelled set.
-        target: unlabelled set, or None for training on source alone.
-        batch_size: samples of each domain on this rank.
+        target: unlabelled set, or None for training on source only.
+        batch_size: number of samples of each domain on this rank.
         crop: (height, width) of the crops.
         seed: of all draws.
         source_scale: range of the random scale (log-uniform); (1, 1) leaves the pixels alone.
@@ -161,7 +161,7 @@ class StepData(Dataset[Batch]):
 def step_loader(
     data: StepData, *, start: int = 0, stop: int, workers: int = 0, pin_memory: bool = False
 ) -> DataLoader[Batch]:
-    """Batches of the steps start ... stop - 1. To resume, begin at the step: there is no other state."""
+    """Batches of the steps start ... stop - 1. To resume, start at the step; there is no other state."""
     return QuietLoader(
         data,
         batch_size=None,
@@ -173,7 +173,7 @@ def step_loader(
 
 
 class QuietLoader(DataLoader[Any]):
-    """Ctrl-C is for the process that asked for the data: its workers end with it, without a trace of their own."""
+    """A loader whose workers end with the main process on Ctrl-C, without printing a trace."""
 
     def __iter__(self) -> Any:
         """Start the workers."""
@@ -184,7 +184,7 @@ class QuietLoader(DataLoader[Any]):
 def evaluation_batches(
     data: Labelled | Unlabelled, *, batch_size: int = 8, workers: int = 0, indices: Sequence[int] | None = None
 ) -> Iterator[tuple[Tensor, Tensor | None, list[int]]]:
-    """Whole images in order: (normalised images, labels int64 or None, positions); one batch never mixes sizes."""
+    """Whole images in order: (normalised images, labels int64 or None, positions), of one size in a batch."""
     chosen = range(len(data)) if indices is None else indices
     loader = QuietLoader(
         data,
@@ -227,7 +227,7 @@ def crop_image(image: Tensor, window: Window, crop: Size) -> Tensor:
 
 
 def crop_label(label: Tensor, window: Window, crop: Size) -> Tensor:
-    """Apply the same to labels, by index: nearest, never a float; 255 outside the image."""
+    """Apply the same to labels by index (nearest, never through float), with 255 outside of the image."""
     rows = window.top + nearest_index(window.height, window.scaled[0])
     columns = window.left + nearest_index(window.width, window.scaled[1])
     region = label[rows[:, None], columns[None, :]]

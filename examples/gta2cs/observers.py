@@ -1,4 +1,4 @@
-"""What looks at a stage while it trains: each observer is called after every step and decides itself what is due.
+"""Observers of a stage. Each is called after every step and decides itself what is due.
 
 An observer is a function of (state, losses). It writes what it finds into `state.history`, and prints through
 `state.run.console`; the order of the list in `train_stage` is the order in which they see a step.
@@ -23,13 +23,13 @@ Observer = Callable[[StageState, Losses], None]
 
 
 class LossLog:
-    """Every `log_every` steps: the terms of the loss, what was kept of each class, quantities of each class."""
+    """Log the terms of the loss, the kept fraction and other quantities of each class, every `log_every` steps."""
 
     def __init__(self, run: Run) -> None:
         self.alarm = ClassAlarm(run.pair.classes.names)
 
     def __call__(self, state: StageState, losses: Losses) -> None:
-        """Read the losses from the device: nowhere else does a step wait for it."""
+        """Read the losses from the device. This is the only place where a step waits for it."""
         run = state.run
         if not state.due(run.config.log_every):
             return
@@ -47,7 +47,7 @@ class LossLog:
 
 
 class ClassAlarm:
-    """Warns once when the teacher all but stops predicting a class that it knew: the usual way a run goes wrong."""
+    """Warn once if the teacher nearly stops predicting a class that it predicted before, the usual way a run fails."""
 
     def __init__(self, names: tuple[str, ...], patience: int = 5, floor: float = 0.05) -> None:
         self.names, self.patience, self.floor = names, patience, floor
@@ -55,7 +55,7 @@ class ClassAlarm:
         self.warned: set[int] = set()
 
     def shares(self, selection: Any) -> dict[str, float]:
-        """Note one step; returns the kept share of each class that was predicted."""
+        """Add one step. Returns the kept fraction of each class that was predicted."""
         predicted, kept = selection.predicted.tolist(), selection.kept.tolist()
         self.predicted.append(predicted)
         return {n: k / p for n, p, k in zip(self.names, predicted, kept, strict=True) if p > 0}
@@ -77,10 +77,10 @@ class ClassAlarm:
 
 
 class Scoring:
-    """Every `eval_every` steps: IoU of each of the recipe's nets on labelled target images that no step sees."""
+    """Every `eval_every` steps, score each net of the recipe on labelled target images not used for training."""
 
     def __call__(self, state: StageState, losses: Losses) -> None:
-        """Score where it is due."""
+        """Score, if it is due."""
         run, history = state.run, state.history
         if not state.due(run.config.eval_every) or run.pair.target_val is None:
             return
@@ -99,7 +99,7 @@ class Scoring:
 
 
 def score_on_target(run: Run, net: nn.Module) -> Score:
-    """Score a net on the labelled part of target that no training step sees; two images of it in a dry run."""
+    """Score a net on labelled target images that are not used for training; on two images in a dry run."""
     config, pair = run.config, run.pair
     assert pair.target_val is not None
     limit = 2 if config.dry_run else None
@@ -107,16 +107,16 @@ def score_on_target(run: Run, net: nn.Module) -> Score:
 
 
 class Saving:
-    """Every `save_every` steps a checkpoint; comes last, so that the history in it has all of this step."""
+    """Save a checkpoint every `save_every` steps. It comes last, so that the saved history is complete."""
 
     def __call__(self, state: StageState, losses: Losses) -> None:
-        """Save where it is due."""
+        """Save, if it is due."""
         if state.due(state.run.config.save_every):
             state.save()
 
 
 class ProgressLine:
-    """A bar that is rewritten; where the output is no terminal a plain line instead, each `log_every` steps."""
+    """Show a progress bar, or a plain line every `log_every` steps if the output is not a terminal."""
 
     def __init__(self, state: StageState) -> None:
         console = state.run.console

@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, nothing of an earlier run lost unasked."""
+"""The folder of a run. Only one process may use it, and nothing of an earlier run is lost without a request."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ except ImportError:  # not on Windows: there nothing is locked
 
 
 class FolderInUse(OSError):
-    """Another process trains into this folder."""
+    """Another process uses this folder."""
 
 
 LOCK = "run.lock"
@@ -32,9 +32,9 @@ LEFT = ("stage*/*.pt", "*.pt", "results.json", "history.json", "report.md", "rep
 
 @contextmanager
 def own_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
-    """Hold a folder for the length of a block. What an earlier run left stays until `clear_folder`.
+    """Lock a folder for a block. Files of an earlier run stay until `clear_folder`.
 
-    The lock belongs to the process, not to the file: it is free as soon as the process ends, however that happens.
+    The lock belongs to the process, not to the file. It is released as soon as the process ends, however that happens.
 
     Raises:
         WriteError: a folder that cannot be written.
@@ -46,8 +46,8 @@ def own_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -
         held = left_by_a_run(folder)
         if held and not (resume or overwrite):
             raise FileExistsError(
-                f"Expected `out` to be free of runs, but {folder} holds one, for example {held[0]}. "
-                "--resume goes on with it, --overwrite replaces it."
+                f"Expected `out` to have no run yet, but {folder} holds one, for example {held[0]}. "
+                "Use --resume to continue it or --overwrite to replace it."
             )
         remove_pieces(folder)
         file.truncate(0)
@@ -60,12 +60,12 @@ def own_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -
 
 
 def left_by_a_run(folder: Path) -> list[Path]:
-    """Files that an earlier run left, and that a new one would replace."""
+    """Files of an earlier run that a new one would replace."""
     return sorted(path for pattern in LEFT for path in folder.glob(pattern))
 
 
 def clear_folder(folder: Path) -> None:
-    """Remove what an earlier run left: a later --resume must not find its stages, nor a reader its table."""
+    """Remove the files of an earlier run, so that neither a later --resume nor a reader finds them."""
     for path in left_by_a_run(folder):
         path.unlink()
 
@@ -82,7 +82,7 @@ def _locked(folder: Path) -> TextIO:
         except BlockingIOError:
             file.close()
             raise FolderInUse(
-                f"Expected `out` to be of one run alone, but {_owner(folder)} is at work in {folder}. "
+                f"Expected `out` to be used by one run only, but {_owner(folder)} is at work in {folder}. "
                 "Wait for it, end it, or choose another --out."
             ) from None
         except OSError as error:  # a file system without locks

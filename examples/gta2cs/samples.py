@@ -1,4 +1,4 @@
-"""Samples in memory: label formats, and the two kinds of data set, one of which has no labels to give."""
+"""Label formats, and the two kinds of data set, with and without labels."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ Size = tuple[int, int]  # (height, width), as in tensors; folders and papers say
 
 @dataclass(frozen=True, eq=False)
 class LabelFormat:
-    """How label files become train ids: read the raw ids, then look them up.
+    """How label files are turned into train ids: read the raw ids, then look them up.
 
-    `table` is uint8 (256,), raw id -> train id or 255. `expected` are the raw ids that such a file may hold: with
-    `strict` another one is an error at once, otherwise it reads as 255 and only `check_data` reports it. `doubt_masks`
-    says that nobody stated what 255 means, so that files of 0 and 255 alone may be masks with 255 for the foreground.
+    `table` is uint8 (256,) and maps a raw id to a train id or 255. `expected` are the raw ids that a file may contain.
+    With `strict`, another id is an error; otherwise it is read as 255 and only `check_data` reports it. `doubt_masks`
+    says that the meaning of 255 was not given, so files with only 0 and 255 may be masks in which 255 is the
+    foreground.
     """
 
     table: np.ndarray
@@ -53,7 +54,7 @@ class LabelFormat:
 
     @classmethod
     def of_folder(cls, ids: Ids, count: int) -> LabelFormat:
-        """Build for a set of one's own with `count` classes: ids as they are, mapped, or told by their colours."""
+        """Build the format of your own data with `count` classes: ids as stored, mapped ids, or colours."""
         plain = {i: i for i in range(count)}
         if ids is None:
             return replace(cls.of_table(plain, read_ids, strict=True), doubt_masks=True)
@@ -83,7 +84,7 @@ class LabelFormat:
         return "`ids: {" + ", ".join(entries) + "}`"
 
     def unexpected(self, raw: np.ndarray) -> list[int]:
-        """Raw ids that such a file should not hold."""
+        """Raw ids that such a file should not contain."""
         return sorted({int(i) for i in np.unique(raw)} - self.expected)
 
 
@@ -115,7 +116,7 @@ class Remembered:
 
 
 class Unlabelled(Dataset[Tensor]):
-    """Images only: `[i]` -> (K, H, W), see `ImageFormat`. It is given no labels and no label paths to return any."""
+    """Images only: `[i]` returns (K, H, W), see `ImageFormat`. It has neither labels nor paths of labels."""
 
     def __init__(
         self,
@@ -146,7 +147,7 @@ class Unlabelled(Dataset[Tensor]):
 class Labelled(Dataset[tuple[Tensor, Tensor]]):
     """Images with train ids: `[i]` -> (image (K, H, W), see `ImageFormat`, label uint8 (H, W), 255 = ignore).
 
-    With `native_labels` the label keeps the size of its file while the image is resized: evaluation at full size.
+    With `native_labels`, the label keeps the size of its file while the image is resized, for evaluation at full size.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class Labelled(Dataset[tuple[Tensor, Tensor]]):
         _preload([self.images, self.labels], title)
 
     def without_labels(self) -> Unlabelled:
-        """Return the images alone; nothing of the result leads to the labels."""
+        """Return only the images; the result has no access to the labels."""
         paths = [image for image, _ in self.paths]
         return Unlabelled(self.names, self.images, paths=paths, image_format=self.image_format)
 
@@ -214,7 +215,7 @@ def resize_image(image: Tensor, size: Size | None) -> Tensor:
 
 
 def resize_label(label: Tensor, size: Size | None) -> Tensor:
-    """Nearest by pixel centres: an index, so that no id passes through a float."""
+    """Nearest neighbour by pixel centres, as an index, so that no id passes through float."""
     if size is None or label.shape == size:
         return label
     rows, columns = (nearest_index(old, new) for old, new in zip(label.shape, size, strict=True))
@@ -242,7 +243,7 @@ def _preload(stores: Sequence[Store], title: str) -> None:
 
 
 def progress(items: Sized, title: str) -> Iterable[int]:
-    """Iterate with a bar, for work that can take longer than a second; short work stays silent."""
+    """Iterate with a progress bar, which appears only if the work takes more than a second."""
     return track(items, title, transient=True, disable=len(items) < 50 or not get_console().is_terminal)  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""One stage of a run while it trains: what its observers look at, and what a checkpoint holds."""
+"""The state of a stage while it trains, which observers read and checkpoints store."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gta2cs.recipes import RECIPES, Recipe
 
 @dataclass
 class Run:
-    """What all stages share: the configuration, the two domains, the device, and where to print."""
+    """What all stages share: the configuration, the two domains, the device and the console."""
 
     config: Config
     pair: Pair
@@ -45,7 +45,7 @@ class Run:
         return bool(self.accelerator.is_main_process)
 
     def where(self) -> str:
-        """Where the run stands between its stages and how it goes on, for who has to stop it here."""
+        """Say how far the run is between its stages and how to continue it, for whoever stops it here."""
         stages = self.config.stages
         if self.finished == len(stages):
             return f"Stopped before the report was whole; all {len(stages)} stages are done, --resume writes it."
@@ -110,20 +110,20 @@ class StageState:
 
     @property
     def seed(self) -> int:
-        """Seed of data and draws: another one in each stage."""
+        """Seed of data and draws, different in each stage."""
         return self.run.config.seed + 1_000_003 * self.index
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoints of this stage lie."""
+        """Folder of the checkpoints of this stage."""
         return self.run.config.out / f"stage{self.index + 1}_{self.stage.recipe}"
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and at the end (0: only there), happens now."""
+        """Whether something that is done every so many steps and at the end (0: only at the end) is due now."""
         return self.done == self.steps or (every > 0 and self.done % every == 0)
 
     def resume(self) -> bool:
-        """Go on from `last.pt` where it exists and is of this run. The step alone says what data come next."""
+        """Continue from `last.pt` if it exists and belongs to this run. The step alone decides which data come next."""
         checkpoint, accelerator = self.folder / "last.pt", self.run.accelerator
         if not (self.run.config.resume and checkpoint.is_file()):
             return False
@@ -173,7 +173,7 @@ class StageState:
             self.saved = self.done
 
     def where(self) -> str:
-        """Where the run stands and how it goes on, for who has to stop it here."""
+        """Say how far the run is and how to continue it, for whoever stops it here."""
         stage = f"stage {self.index + 1} of {len(self.run.config.stages)} ({self.stage.recipe})"
         if self.saved:
             kept = f"the last checkpoint is of step {self.saved}"
@@ -185,7 +185,7 @@ class StageState:
 
 
 def parameters_agree(net: nn.Module, accelerator: Accelerator) -> bool:
-    """Whether all processes hold the same weights: cheap insurance against a rank that went its own way."""
+    """Whether all processes have the same weights, a cheap check that no rank has diverged."""
     total = torch.stack([p.detach().float().sum() for p in net.parameters()]).sum()
     totals = accelerator.gather(total[None])
     return bool((totals == totals[0]).all())

@@ -1,4 +1,4 @@
-"""The methods, each a `Recipe`: a Module whose forward is the training loss."""
+"""The methods. Each is a `Recipe`, a Module whose forward returns the training loss."""
 
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, Shared
 from gta2cs.recipes.combined import Combined

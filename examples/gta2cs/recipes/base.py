@@ -1,4 +1,4 @@
-"""What a recipe is: a Module whose forward is the training loss, and whose state_dict is everything a run must save."""
+"""The base of all recipes: forward returns the training loss, and state_dict holds everything a run must save."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ T = TypeVar("T")
 class Draws:
     """The random draws of one step, a function of (seed, step, global sample index) and of nothing else.
 
-    Sample i draws from a generator of its own, so that the draws depend neither on the batch size of a rank nor on
-    what was drawn before a crash: resuming needs no saved random state.
+    Sample i draws from its own generator. The draws therefore depend neither on the batch size of a rank nor on earlier
+    draws, and resuming needs no saved random state.
     """
 
     def __init__(self, seed: int, step: int, samples: Sequence[int], device: torch.device) -> None:
@@ -31,7 +31,7 @@ class Draws:
 
     @cached_property
     def generators(self) -> list[torch.Generator]:
-        """One generator a sample, seeded on first use."""
+        """One generator for each sample, seeded on first use."""
         return [
             torch.Generator(self.device).manual_seed(
                 sample_generator(self.seed, self.step, sample, "draws").initial_seed()
@@ -46,7 +46,7 @@ class Draws:
 
 
 class Shared(NamedTuple):
-    """What a further student may learn from: the batches that the first one saw, and the teacher on clean target."""
+    """What another student may learn from: the batches of the first one, and the teacher on clean target images."""
 
     source: SegBatch
     mixed: SegBatch
@@ -55,7 +55,7 @@ class Shared(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Named losses, already weighted: their sum is minimised.
+    """Named losses, already weighted. Their sum is minimised.
 
     `selection` (a `Selection` of the pseudo-labels) and `per_class`, named quantities of (C,), are for the log.
     """
@@ -67,12 +67,12 @@ class Losses(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """What is backpropagated."""
+        """The sum of the losses, which is backpropagated."""
         return torch.stack([term.float() for term in self.terms.values()]).sum()
 
 
 class Preparation(NamedTuple):
-    """What a recipe may look at before its first step: images of both domains, and no target label."""
+    """What a recipe may see before its first step: images of both domains, and no target labels."""
 
     batches: Callable[[int, int], Iterable[Batch]]  # of the steps start ... stop - 1, as a function of the step
     seed: int = 0
@@ -85,8 +85,9 @@ class Preparation(NamedTuple):
 class Recipe(nn.Module):
     """A training method around a student net.
 
-    `forward(batch, draws)` gives the losses of a step; `after_step()` follows the optimiser's step and moves teachers.
-    Subclasses name their options in the dataclass `Options`; `student` is the net that is optimised and deployed.
+    `forward(batch, draws)` returns the losses of a step. `after_step()` is called after the optimiser's step and
+    updates the teachers. Subclasses define their options in the dataclass `Options`. `student` is the net that is
+    optimised and deployed.
     """
 
     FIXED: ClassVar[tuple[str, ...]] = ()  # inherited options that the method leaves no choice about
@@ -113,7 +114,7 @@ class Recipe(nn.Module):
         self.normalised_with(MEAN, STD)
 
     def normalised_with(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Say which mean and deviation of each channel the images were normalised with."""
+        """Set the mean and standard deviation of each channel that the images were normalised with."""
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
 
@@ -137,17 +138,17 @@ class Recipe(nn.Module):
         raise NotImplementedError
 
     def prepare(self, data: Preparation) -> None:
-        """Look at the images once, before the first step; a resumed run loads what came of it instead."""
+        """Look at the images once, before the first step. A resumed run loads the result instead."""
 
     def after_step(self) -> None:
-        """Move what is not moved by gradients. Called once after each optimiser step."""
+        """Update everything that has no gradients. Called once after each optimiser step."""
 
     def nets(self) -> dict[str, nn.Module]:
-        """Return the nets that a table reports, by name; the first is the one that is deployed."""
+        """Return the nets to report, by name. The first one is deployed."""
         return {"student": self.student}
 
     def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """Optimiser groups of whatever learns beside the student; the arguments are those of the student's groups."""
+        """Optimiser groups of everything else that learns; the arguments are those of the student's groups."""
         return []
 
     @classmethod
@@ -161,14 +162,14 @@ class Recipe(nn.Module):
     ) -> Recipe:
         """Make the recipe.
 
-        `make_net(**changes)` builds a further net like the student, or unlike it; `previous` is the recipe of the
-        stage before, from which teachers can be taken over.
+        `make_net(**changes)` builds another net like the student, with changes. `previous` is the recipe of the stage
+        before, whose teachers can be used.
         """
         return cls(student, num_classes, cls.parse(options))
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """Names that `options` may have."""
+        """The allowed names of `options`."""
         return [f.name for f in fields(cls.Options) if f.name not in cls.FIXED]
 
     @classmethod

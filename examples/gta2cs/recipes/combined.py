@@ -1,4 +1,4 @@
-"""Decide by the label-free score, not by hand: the scale of source, how the teacher labels, which candidate goes on.
+"""Decide with a label-free score: the scale of the source, how the teacher labels, and which candidate continues.
 
 Ours; no paper has it. No fixed setting serves every pair of domains, and falling losses do not show which one does.
 What tells them apart without a target label is how far a net contradicts itself on the mirror image, times how sure it
@@ -51,7 +51,7 @@ SHARED: dict[str, Any] = {
 
 
 class Combined(Recipe):
-    """DACS, with the candidate that the label-free score keeps."""
+    """DACS with the candidate that the label-free score chooses."""
 
     IDLE_PARAMETERS = True
     MATCH_SCALE = True
@@ -98,7 +98,7 @@ class Combined(Recipe):
         if not parsed.candidates:
             raise ValueError("Expected `candidates` to name at least one, but got an empty table.")
         if not 0 <= parsed.trial < 1:
-            raise ValueError(f"Expected `trial` to be a share in [0, 1), but got {parsed.trial}.")
+            raise ValueError(f"Expected `trial` to be a fraction in [0, 1), but got {parsed.trial}.")
         first = next(m for m in student.modules() if isinstance(m, nn.Conv2d))
         colours = {} if first.in_channels == 3 else {"translate": "histogram"}  # other images have none
         shared = {**SHARED, **colours, **parsed.shared}
@@ -135,10 +135,11 @@ class Combined(Recipe):
 
     @torch.no_grad()
     def match_style(self, source: Tensor) -> None:
-        """Turn `translate` off for candidates whose target images in the style of source are understood worse.
+        """Turn `translate` off for candidates that predict worse on target images in the style of the source.
 
-        A net contradicts itself least on images that look like those it has learned from. Where target images in the
-        style of source are not such images, source images in the style of target are not like target either.
+        A net contradicts itself least on images that look like its training images. If target images in the style of
+        the source do not look like the source, then source images in the style of the target do not look like the
+        target.
         """
         own = self.consistency(self.student, self.images)
         styles = [candidate.options.translate for candidate in self.candidates.values()]
@@ -156,23 +157,23 @@ class Combined(Recipe):
         self.apply_styles()
 
     def apply_styles(self) -> None:
-        """Let each candidate know what was found."""
+        """Tell each candidate the result."""
         for styled, candidate in zip(self.styled.tolist(), self.candidates.values(), strict=True):
             if not styled:
                 candidate.options.translate = "none"
 
     @property
     def active(self) -> Dacs:
-        """The candidate whose step it is."""
+        """The candidate that trains in this step."""
         turn = self.done % len(self.candidates) if self.kept < 0 else self.kept
         return list(self.candidates.values())[turn]  # type: ignore[return-value]
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
-        """Return the losses of the candidate whose step it is."""
+        """Return the losses of the candidate that trains in this step."""
         return self.active(batch, draws)  # type: ignore[no-any-return]
 
     def after_step(self) -> None:
-        """Move the active teacher; at the end of the trial keep the candidate with the best score."""
+        """Update the active teacher. At the end of the trial, keep the candidate with the best score."""
         self.active.after_step()
         self.done += 1
         if self.kept < 0 and self.done >= self.trial_steps:
@@ -212,7 +213,7 @@ class Combined(Recipe):
         return metric.class_iou.where(scores.class_share >= PRESENT, torch.nan), float(scores.compute()["confidence"])
 
     def agree(self, position: int) -> int:
-        """What rank 0 says: the ranks' running statistics, and so their scores, differ a little."""
+        """Use the scores of rank 0, because running statistics, and so scores, differ slightly between ranks."""
         if not dist.is_initialized():
             return position
         said = torch.tensor(position, device=self.images.device)
@@ -220,7 +221,7 @@ class Combined(Recipe):
         return int(said)
 
     def keep(self, position: int) -> None:
-        """Make one candidate the deployed one; the others rest from now on."""
+        """Deploy one candidate; the others are not trained any more."""
         self.kept = position
         self.student = list(self.candidates.values())[position].student  # type: ignore[assignment]
 

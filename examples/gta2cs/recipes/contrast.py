@@ -1,6 +1,6 @@
-"""Contrasts of the student's features with what each class is among the teacher's features of source.
+"""Contrast between the student's features and the classes in the teacher's source features.
 
-Of the whole distribution (SePiCo), or of its mean alone.
+A class is represented by its whole distribution (SePiCo) or by its mean.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from udakit import (
 
 
 class Contrast(nn.Module):
-    """Labels and weights at the size of features: of the cells that one class fills to three quarters."""
+    """Labels and weights at the size of features, for cells of which one class covers at least three quarters."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class DistributionContrast(Contrast):
         self.temperature = temperature
 
     def update(self, teacher_features: Tensor, labels: Tensor) -> None:
-        """Take in the teacher's features of a source batch."""
+        """Update the statistics with the teacher's features of a source batch."""
         unit = nn.functional.normalize(teacher_features.float(), dim=1)
         self.distributions.update(unit, self.small(labels, unit), sync=True)
 
@@ -76,7 +76,7 @@ class PrototypeContrast(Contrast):
         self.prototypes = ClassPrototypes(num_classes, dim, momentum=momentum)
 
     def update(self, teacher_features: Tensor, labels: Tensor) -> None:
-        """Move the prototypes to the teacher's features of a source batch."""
+        """Update the prototypes with the teacher's features of a source batch."""
         self.prototypes.update(teacher_features, self.small(labels, teacher_features), sync=True)
 
     def forward(self, features: Tensor, batch: SegBatch) -> Tensor:

@@ -1,6 +1,6 @@
-"""DACS (Tranheden et al., WACV 2021): an EMA teacher labels target images, classes of source are pasted onto them.
+"""DACS (Tranheden et al., WACV 2021): an EMA teacher labels target images, and source classes are pasted onto them.
 
-With the extras that everybody compares with: DAFormer's feature distance and several ways to select pseudo-labels.
+It includes common extras: DAFormer's feature distance and several ways to select pseudo-labels.
 """
 
 from __future__ import annotations
@@ -154,13 +154,13 @@ class Dacs(TargetStyled):
         return Losses(terms, selection_of(options, labelled, pseudo), shared)
 
     def prepare(self, data: Preparation) -> None:
-        """The translator, and for `rectified` the centroids of target."""
+        """Prepare the translator, and for `rectified` the class centroids of the target."""
         super().prepare(data)
         if self.rectified is not None:
             self.rectified.prepare(data.batches(0, CENTROID_BATCHES))
 
     def translate(self, batch: Batch, draws: Draws) -> Tensor:
-        """Give a share of the source images the style of a target image."""
+        """Give some of the source images the style of a target image."""
         if self.options.translate == "none":
             return batch.source_images
         share = self.options.translate_share
@@ -203,13 +203,13 @@ class Dacs(TargetStyled):
 
 
 def pseudo_loss(output: Any, pseudo: PseudoLabels | SegBatch, kind: str = "cross_entropy") -> Tensor:
-    """Loss with pseudo-labels, over all pixels: a doubtful one weighs less, it does not make the others weigh more."""
+    """Loss with pseudo-labels, averaged over all pixels, so uncertain pixels do not raise the weight of others."""
     loss = getattr(output, kind)
     return loss(pseudo.labels, pixel_weight=pseudo.weight, reduction="mean_all")  # type: ignore[no-any-return]
 
 
 def make_projection(reference: nn.Module) -> nn.Module:
-    """VFM-UDA++'s projection, to as many channels as the frozen net's encoder has."""
+    """VFM-UDA++'s projection to the number of channels of the frozen encoder."""
     first = next(m for m in reference.modules() if isinstance(m, nn.Conv2d))
     with torch.no_grad():
         dim = reference.eval().encode(torch.zeros(1, first.in_channels, 64, 64)).shape[1]  # type: ignore[operator]
@@ -217,7 +217,7 @@ def make_projection(reference: nn.Module) -> nn.Module:
 
 
 def make_selector(options: Any, num_classes: int) -> nn.Module:
-    """Build the pseudo-label selector that the options name."""
+    """Build the pseudo-label selector of the options."""
     if options.selector == "argmax":
         return ArgmaxSelector()
     if options.selector == "threshold":
@@ -232,7 +232,7 @@ def make_selector(options: Any, num_classes: int) -> nn.Module:
 
 
 def selection_of(options: Any, logits: Tensor, pseudo: PseudoLabels) -> Selection:
-    """What was kept of each class. `confident_ratio` keeps all with one weight: there, what was confident."""
+    """What was kept of each class. For `confident_ratio`, which keeps everything, the confident pixels."""
     if options.selector != "confident_ratio":
         return Selection(logits, pseudo.labels, pseudo.weight)
     confident = pseudo.confidence, pseudo.weight, options.threshold

@@ -1,7 +1,7 @@
 """DiGA (Shen et al., CVPR 2023): distil to generalise, then adapt without thresholds.
 
 Two recipes for two stages. `diga_warmup` trains on labelled source and distils between two renderings of the same
-source image; target is a style there, nothing more. `diga` adapts: the labels of the previous stage's net are kept
+source image; the target is used only as a style there. `diga` adapts: the labels of the previous stage's net are kept
 where the nearest class centroid agrees. A second `diga` stage in a config is the paper's second round: the student of
 the first labels target anew.
 """
@@ -68,7 +68,7 @@ class DigaWarmup(TargetStyled):
         return self.both(*self.views)
 
     def crdomix(self, batch: Batch, draws: Draws) -> Tensor:
-        """Half of the classes from an augmented rendering, the rest in the style of target: the layout stays."""
+        """Mix half of the classes of an augmented rendering with the target-styled rendering. The layout stays."""
         images, blend = batch.source_images, self.options.blend
         augmented = blend * self.augment(images, draws) + (1 - blend) * images
         if not self.options.crdomix:
@@ -92,7 +92,7 @@ class DigaWarmup(TargetStyled):
 
 
 class Diga(DigaWarmup):
-    """Self-training on labels that classifier and nearest centroid agree on, with the distillation still on."""
+    """Self-training on labels on which classifier and nearest centroid agree, together with the distillation."""
 
     FIXED = ()
 
@@ -121,7 +121,7 @@ class Diga(DigaWarmup):
         self.selector = own.get(options.selector) or make_selector(options, num_classes)
 
     def prepare(self, data: Preparation) -> None:
-        """Class centroids of target: the mean over one pass with the labeller, of what it predicts."""
+        """Compute class centroids of the target: the mean features of the predicted classes, over one pass."""
         super().prepare(data)
         mean = target_centroids(self.labeller, self.prototypes, data.batches(0, CENTROID_BATCHES))
         self.prototypes.set_(mean.prototypes, mean.counts)

@@ -58,7 +58,7 @@ class DudaPre(Recipe):
         make_net: Callable[..., nn.Module],
         previous: Recipe | None = None,
     ) -> DudaPre:
-        """Make the recipe; the large net is built like the small one but for the keys of `large`."""
+        """Make the recipe. The large net is built like the small one, except for the keys of `large`."""
         parsed = cls.parse(options)
         if parsed.base not in BASES:
             raise ValueError(f"Expected `base` to be one of {sorted(BASES)}, but got {parsed.base!r}.")
@@ -71,11 +71,11 @@ class DudaPre(Recipe):
         return cls(student, num_classes, parsed, base)  # type: ignore[arg-type]
 
     def prepare(self, data: Preparation) -> None:
-        """What the base recipe wants to see."""
+        """Let the base recipe prepare."""
         self.base.prepare(data)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
-        """Return the losses of one step: the large student's and, marked `small_`, the small one's."""
+        """Return the losses of one step; those of the small student have the prefix `small_`."""
         large = self.base(batch, draws)
         source, mixed, target_images, teacher_logits = large.shared
         terms = {
@@ -91,7 +91,7 @@ class DudaPre(Recipe):
         return Losses(terms, large.selection)
 
     def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """The large student learns as the small one does, with whatever its recipe learns beside it."""
+        """The large student, with the options of the small one, and whatever else its recipe trains."""
         large = param_groups(self.base.student, lr=lr, head_multiplier=head_multiplier)  # type: ignore[arg-type]
         return [*large, *self.base.extra_param_groups(lr, head_multiplier)]
 
@@ -218,20 +218,20 @@ class Duda(SelfTraining):
         return Losses(terms, Selection(fused), per_class=per_class)
 
     def _masked_kd(self, seen: Any, fused: Tensor, valid: Tensor | None) -> Tensor:
-        """Plain distillation of what the teachers make of the whole images."""
+        """Plain distillation of the teachers' predictions for the whole images."""
         return kd_loss(
             seen.logits, fused, temperature=self.options.temperature, teacher_kind="probabilities", valid=valid
         )
 
     def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """The projection learns beside the student, at the rate of the student's decoder: it, too, starts at random."""
+        """The projection. It starts at random, so it learns at the rate of the student's decoder."""
         if self.projected is None:
             return []
         return [{"params": list(self.projected.parameters()), "lr": lr * head_multiplier}]
 
 
 def read_large(path: Path, wanted: list[str], make_net: Callable[[], nn.Module]) -> dict[str, nn.Module]:
-    """Large nets by name from a checkpoint: of `duda_pre`, or of a self-training recipe that adapted the large net."""
+    """Read large nets by name from a checkpoint of `duda_pre` or of a recipe that adapted the large net."""
     saved = load_checkpoint(path)["recipe"]
     base = "base." if any(name.startswith("base.") for name in saved) else ""
     large = {}

@@ -1,8 +1,8 @@
 """EHTDI (Li et al., ACM MM 2022): target boundaries with labels, and contrast between two views at two levels.
 
 One stage, no distillation. Source classes are pasted onto target (ClassMix), confident target regions onto source, so
-that the edges of target regions get labels on both sides; a boundary term weighs those edges again. Two views of the
-same mixed image are contrasted pixel by pixel and class by class.
+that the edges of target regions get labels on both sides. A boundary term gives these edges more weight. Two views of
+the same mixed image are contrasted pixel by pixel and class by class.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""ProDA's selection: fixed soft labels of the net that the stage starts from, rectified by centroids of target."""
+"""ProDA's selection: fixed soft labels of the stage's initial net, rectified by class centroids of the target."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CENTROID_BATCHES = 50  # of target, for the first centroids
 class RectifiedLabels(nn.Module):
     """A frozen copy of the student as it is now, and centroids that follow the teacher's features.
 
-    The stage has to start from a trained net: its labels are never made anew, only weighed anew.
+    The stage must start from a trained net, because its labels are never renewed, only re-weighted.
     """
 
     def __init__(self, student: nn.Module, num_classes: int, *, mode: Any, momentum: float) -> None:
@@ -28,7 +28,7 @@ class RectifiedLabels(nn.Module):
         self.select = RectifiedSelector(self.prototypes)
 
     def prepare(self, batches: Iterable[Batch]) -> None:
-        """Centroids of target: the mean over one pass."""
+        """Compute the class centroids of the target as the mean over one pass."""
         mean = target_centroids(self.labeller, self.prototypes, batches)
         self.prototypes.set_(mean.prototypes, mean.counts)
 
@@ -43,7 +43,7 @@ class RectifiedLabels(nn.Module):
 
 @torch.no_grad()
 def target_centroids(labeller: nn.Module, like: ClassPrototypes, batches: Iterable[Batch]) -> ClassPrototypes:
-    """Mean feature of each class that the labeller predicts on target."""
+    """Mean feature of each class that the labelling net predicts on target images."""
     mean = ClassPrototypes(like.num_classes, like.dim, mode="mean").to(like.counts.device)
     for batch in batches:
         output = labeller(batch.target_images)
@@ -52,5 +52,5 @@ def target_centroids(labeller: nn.Module, like: ClassPrototypes, batches: Iterab
 
 
 def classes_at_features(output: Any) -> Tensor:
-    """Arg-max at feature size: of the logits at those pixels alone, not of all."""
+    """Arg-max at the size of the features, computed only for those pixels."""
     return F.interpolate(output.logits, output.features.shape[-2:], mode="nearest").argmax(1)

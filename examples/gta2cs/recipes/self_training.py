@@ -1,4 +1,4 @@
-"""What the self-training recipes share: an EMA teacher, class draws, a policy for BatchNorm, styles of target."""
+"""Shared code of the self-training recipes: EMA teacher, class draws, BatchNorm policy, and target styles."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ S = TypeVar("S", bound="TargetStyled")
 
 
 class SelfTraining(Recipe):
-    """A student, and a teacher that is its exponential moving average."""
+    """A student, and a teacher with the moving average of its weights."""
 
     @dataclass
     class Options(Recipe.Options):
-        """Options of every self-training recipe; where a paper differs, its config says so."""
+        """Options of every self-training recipe. Configurations of papers change some of them."""
 
         ema: float = 0.99  # the papers: 0.999 over 40k to 250k steps
         ema_warmup: bool = False  # True when the student starts from ImageNet instead of from a source-trained net
@@ -71,7 +71,7 @@ class SelfTraining(Recipe):
         return {"student": self.student, "teacher": self.teacher.module}
 
     def look(self, labeller: nn.Module, images: Tensor) -> Any:
-        """Output of the net that labels target images; with `mirror_teacher` its logits stand for two views."""
+        """Output of the net that labels target images. With `mirror_teacher`, its logits are those of two views."""
         with torch.no_grad():
             if not self.options.mirror_teacher:
                 return labeller(images)
@@ -85,7 +85,7 @@ class SelfTraining(Recipe):
             return dataclasses.replace(outputs[0], head_logits=mean, size=None)
 
     def aligned(self, logits: Tensor, source_labels: Tensor, valid: Tensor | None) -> Tensor:
-        """Logits on target whose class shares are those of source's labels; the same ones without `align`."""
+        """Logits on target images with the class shares of the source labels; unchanged without `align`."""
         if self.alignment is None:
             return logits
         with torch.no_grad():
@@ -93,14 +93,14 @@ class SelfTraining(Recipe):
             return as_logits(self.alignment(logits, valid=valid))
 
     def both(self, first: Tensor, second: Tensor) -> tuple[Any, Any]:
-        """Student outputs of two batches, in one forward or in two: BatchNorm sees them together or apart."""
+        """Student outputs of two batches. BatchNorm sees them together (one forward pass) or separately (two)."""
         if self.options.batch_norm == "separate":
             return self.student(first), self.on_mixed(second)
         joint = self.student(torch.cat([first, second]))
         return joint.split(len(first), len(second))  # type: ignore[no-any-return]
 
     def on_mixed(self, images: Tensor) -> Any:
-        """Student output of mixed images, whose statistics are recorded or only used."""
+        """Student output of mixed images. BatchNorm records their statistics or only uses them."""
         with nullcontext() if self.options.record_mixed else keep_statistics(self.student):
             return self.student(images)
 
@@ -148,7 +148,7 @@ class SelfTraining(Recipe):
 
 
 def as_logits(probabilities: Tensor) -> Tensor:
-    """Logits with that softmax: what follows need not know that two views or a prior are behind it."""
+    """Logits with this softmax, so that later code need not know about two views or a prior."""
     return probabilities.clamp_min(torch.finfo(torch.float32).tiny).log()
 
 
@@ -178,11 +178,11 @@ class TargetStyled(SelfTraining):
         make_net: Callable[..., nn.Module],
         previous: Recipe | None = None,
     ) -> S:
-        """Make the recipe; a translator that the stage before has trained is taken over."""
+        """Make the recipe. A translator that the stage before has trained is used again."""
         return cls(student, num_classes, cls.parse(options)).translating(make_net, previous)
 
     def translating(self: S, make_net: Callable[..., nn.Module], previous: Recipe | None) -> S:
-        """Say where the translator comes from, where there is to be one."""
+        """Say where the translator comes from, if there is one."""
         trained = getattr(previous, "translator", None)
         if self.translator is not None and trained is not None and int(trained.steps) > 0:
             self.translator.load_state_dict(trained.state_dict())
@@ -218,15 +218,16 @@ class TargetStyled(SelfTraining):
 
 
 class Selection:
-    """How the pseudo-labels of a step fared, per predicted class: pixels predicted, pixels kept (by their weight).
+    """The number of predicted and of kept pixels of each class in a step, kept ones by their weight.
 
-    Counted when asked for: few steps are logged, and the arg-max of full-size logits costs as much as a loss.
+    They are counted only on request, because few steps are logged, and the arg-max at full size costs as much as a
+    loss.
     """
 
     def __init__(
         self, logits: Tensor, labels: Tensor | None = None, weight: Tensor | Callable[[], Tensor] | None = None
     ) -> None:
-        """Without `labels` and `weight` every pixel was kept; a `weight` to be called is made where it is counted."""
+        """Without `labels` and `weight`, every pixel was kept. A callable `weight` is called for the counts."""
         self._logits, self._labels, self._weight = logits.detach(), labels, weight
 
     @cached_property

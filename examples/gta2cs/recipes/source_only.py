@@ -1,4 +1,4 @@
-"""Training on labelled source alone: the baseline, and the warm start of everything else."""
+"""Training on labelled source images only: the baseline, and the start of all other recipes."""
 
 from __future__ import annotations
 
