@@ -431,7 +431,7 @@ def test_unreadable_files_are_reported_and_raised_by_name(tmp_path: Path) -> Non
     for index, message in ((0, r"Cannot read .*images/a\.png"), (1, r"Cannot read .*labels/b\.png")):
         with pytest.raises(OSError, match=message):
             data[index]
-    with pytest.raises(ValueError, match=r"c\.png to hold one class id a pixel .* but its mode is RGB"):
+    with pytest.raises(ValueError, match=r"c\.png to hold one class id per pixel .* but its mode is RGB"):
         data[2]
     report = check_data(data)
     assert {kind: len(found) for kind, found in report.problems.items()} == {"unreadable": 2, "refused": 1}

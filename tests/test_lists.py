@@ -61,7 +61,7 @@ def test_names_of_a_list(tmp_path: Path, text: str, names: list[str]) -> None:
     [
         ("0001", ValueError, r"train\.txt to mean one image in .*, but 1 mean several: 0001 \(images/seq1/0001"),
         ("seq3/0001", FileNotFoundError, r"train\.txt to be an image in .*images, but 1 of 1 are missing: seq3/0001"),
-        ("a\nseq1/0001\na.png", ValueError, r"train\.txt to name each image once, but 1 come again: a\.png"),
+        ("a\nseq1/0001\na.png", ValueError, r"train\.txt to name each image once, but 1 are repeated: a\.png"),
         ("\n \n", ValueError, r"Expected .*train\.txt to name one image a line, but it is empty"),
         ("a".encode("utf-16"), ValueError, r"train\.txt to be UTF-8 text, but it is UTF-16\. Save it as UTF-8"),
         ("a".encode("utf-16-le"), ValueError, r"train\.txt to be UTF-8 text, but it holds zero bytes"),
@@ -95,7 +95,7 @@ def test_the_check_looks_at_all_images_where_a_list_names_none(tmp_path: Path, t
 
 def test_two_images_or_two_labels_of_one_name_are_refused(tmp_path: Path) -> None:
     root = make_folder(tmp_path / "images", "a.png", "a.jpg")
-    with pytest.raises(ValueError, match=r"one file a name, but found .*a\.jpg and .*a\.png: which one is 'a'"):
+    with pytest.raises(ValueError, match=r"one file for each name, but found .*a\.jpg and .*a\.png: which one is 'a'"):
         folder(root, "train", TWO)
     assert any(
         "which one is 'a'" in line for line in check_data(folder(root, "train", TWO, strict=False).labelled()).lines()

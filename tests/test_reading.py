@@ -282,7 +282,7 @@ def test_statistics_are_stated_or_those_of_imagenet() -> None:
     assert ImageFormat(2, mean=(0.1, 0.2), std=(1, 2)).statistics == ((0.1, 0.2), (1, 2))
     with pytest.raises(ValueError, match=r"`data.mean` and `data.std` for images of 5 channels"):
         ImageFormat(5).statistics  # noqa: B018
-    with pytest.raises(ValueError, match=r"Expected `mean` to hold 2 numbers, one a channel, but got \(0.1,\)"):
+    with pytest.raises(ValueError, match=r"Expected `mean` to hold 2 numbers, one per channel, but got \(0.1,\)"):
         ImageFormat(2, mean=(0.1,))
     with pytest.raises(ValueError, match=r"Expected `std` to be positive"):
         ImageFormat(1, std=(0.0,))

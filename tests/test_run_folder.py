@@ -82,7 +82,8 @@ def test_a_run_is_replaced_only_when_asked(tmp_path: Path, left: str) -> None:
     write_text(tmp_path / left, "an hour of work")
     (tmp_path / "stage1_dacs").mkdir(exist_ok=True)
     (tmp_path / "stage1_dacs" / ".12-ab.tmp").write_text("a piece of a process that was killed")
-    with pytest.raises(FileExistsError, match=rf"holds one, .*{left}\. Use --resume .* --overwrite"), own_folder(tmp_path):
+    refused = pytest.raises(FileExistsError, match=rf"holds one, .*{left}\. Use --resume .* --overwrite")
+    with refused, own_folder(tmp_path):
         pass
     with own_folder(tmp_path, resume=True):
         assert (tmp_path / left).read_text() == "an hour of work"

@@ -1,6 +1,6 @@
-"""What is missing or wrong in the files of a pair, by file name, before a run finds out.
+"""Find what is missing or wrong in the files of a pair, by file name, before a run does.
 
-It is the one command that never dies of a file: whatever a file does to its reader becomes a row of the report.
+No file stops this command: every error while reading a file becomes a row of the report.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Seen:
-    """What the images and labels of a set are like."""
+    """Properties of the images and labels of a set."""
 
     depths: Counter[str] = field(default_factory=Counter)
     bands: Counter[int] = field(default_factory=Counter)
@@ -44,7 +44,7 @@ class Seen:
     compared: int = 0
 
     def add(self, found: Decoded) -> None:
-        """Note an image as it is stored."""
+        """Add an image as it is stored."""
         self.depths[found.depth] += 1
         self.bands[found.pixels.shape[2]] += 1
         self.sizes[found.size] += 1
@@ -63,7 +63,7 @@ class Seen:
 
 @dataclass
 class CheckReport:
-    """What `check_data` found: a row a set, and problems by kind, each naming its file."""
+    """The result of `check_data`: one row for each set, and the problems by kind, each with its file."""
 
     rows: list[tuple[str, int, int, list[str]]] = field(default_factory=list)  # set, images, labelled, absent classes
     problems: dict[str, list[str]] = field(default_factory=dict)
@@ -81,7 +81,7 @@ class CheckReport:
         self.problems.setdefault(kind, []).append(what)
 
     def table(self) -> Table:
-        """One row a set, with its number of problems."""
+        """One row for each set, with its number of problems."""
         table = Table("set", "images", "with label", "problems", "classes that never occur")
         for name, images, labels, absent in self.rows:
             count = sum(what.startswith(f"{name}: ") for found in self.problems.values() for what in found)
@@ -91,7 +91,7 @@ class CheckReport:
         return table
 
     def values(self) -> Table:
-        """One row a set: how its image files are stored, and what the net will see of them."""
+        """One row for each set: how its image files are stored, and what the net gets."""
         table = Table("set", "width x height", "channels", "depth", "values", "turned by EXIF", "mean", "std")
         for name, seen in self.seen.items():
             if seen.sizes:
@@ -103,7 +103,7 @@ class CheckReport:
         return table
 
     def histogram(self) -> Table:
-        """One row a class: its share of the labelled pixels of each set, in percent."""
+        """One row for each class: its share of the labelled pixels of each set, in percent."""
         sets = [name for name, seen in self.seen.items() if seen.pixels.any()]
         table = Table("class, % of labelled pixels", *sets)
         counts = [self.seen[name].pixels for name in sets]
@@ -123,7 +123,7 @@ class CheckReport:
         return lines
 
     def __rich__(self) -> Group:
-        """Print the tables, what is good to know, then the problems."""
+        """Print the tables, then hints, then the problems."""
         tables = [self.table()]
         tables += [self.values()] if any(seen.sizes for seen in self.seen.values()) else []
         tables += [self.histogram()] if self.names and any(seen.pixels.any() for seen in self.seen.values()) else []
@@ -131,7 +131,7 @@ class CheckReport:
 
 
 def nothing_opened(error: Exception) -> CheckReport:
-    """What there is to report of a pair whose folders are not even there."""
+    """The report on a pair if its folders do not exist."""
     return CheckReport(problems={"refused": [str(error)]})
 
 
@@ -144,9 +144,9 @@ class Mismatch(NamedTuple):
 
 
 def check_data(data: Pair | Labelled | Unlabelled, classes: ClassSet | None = None) -> CheckReport:
-    """Read every file once: missing pairs, unreadable files, sizes that differ, unexpected ids, each by file name.
+    """Read every file once and report missing pairs, unreadable files, different sizes and unexpected ids by file name.
 
-    Open the pair with `build_pair(..., strict=False)`, so that missing files reach the report instead of raising.
+    Open the pair with `build_pair(..., strict=False)`, so that missing files are reported instead of raising an error.
     """
     report = CheckReport()
     if not isinstance(data, Labelled | Unlabelled):
@@ -240,9 +240,9 @@ def _check_label(
 
 
 def _better_turned(pixels: np.ndarray, label: np.ndarray) -> str | None:
-    """How the label has to be turned so that its boundaries lie on the image's edges; "" for as it is.
+    """How to turn the label so that its boundaries match the edges of the image; "" if it is right as it is.
 
-    Compared is the mean edge under the boundaries. None where there is no boundary, or no edge, to compare.
+    It compares the mean edge strength at the boundaries. The result is None if there is no boundary or no edge.
     """
     step = max(1, max(label.shape) // 256)
     grey, small = pixels[::step, ::step].mean(2, dtype=np.float64), label[::step, ::step]
@@ -268,7 +268,7 @@ def _orientation_hint(image: Decoded, label: tuple[int, ...]) -> str:
 
 
 def _explain_sizes(report: CheckReport, name: str, wrong: list[Mismatch], seen: Seen) -> None:
-    """Labels that have the size of other images of the set: were they paired with the wrong ones?"""
+    """Find labels with the size of other images of the set, which may be paired with the wrong images."""
     others = [path for path, size, label in wrong if seen.sizes[label] and label != size[::-1]]
     if others:
         report.notes.append(

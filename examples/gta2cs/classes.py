@@ -1,4 +1,4 @@
-"""The classes of a pair, and the `classes.yaml` that names them for a set of your own."""
+"""The classes of a pair, and the file `classes.yaml` that names them for your own data."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ class ClassesFile(NamedTuple):
 def load_classes(path: str | Path) -> ClassesFile:
     """Read a `classes.yaml`; every fault is a ValueError that names the file.
 
-    Its keys are `names`, a list; and, if wanted, `palette` (a colour a class, to show), `scores` ({mean: class ids}),
-    and how label files are read: `ids` ({raw id: class id or 255}) or `colors` ({name: colour, or a list of them},
-    with `ignore` for colours that do not count; `colors: palette` for those of the palette).
+    Its keys are `names`, a list, and optionally `palette` (the colour of each class in pictures), `scores` ({mean:
+    class ids}), and how label files are read: `ids` ({raw id: class id or 255}) or `colors` ({name: colour, or a list
+    of them}, with `ignore` for colours to ignore; `colors: palette` for those of the palette).
     """
     path = Path(path)
     try:
@@ -88,7 +88,7 @@ class _Words(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that comes twice: YAML would silently take the last."""
+    """Refuses repeated keys, of which YAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

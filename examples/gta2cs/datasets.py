@@ -1,7 +1,7 @@
-"""Source and target domains: `build_pair("gta2cs", data_root="data")` is all that the training script needs.
+"""Source and target domains: `build_pair("gta2cs", data_root="data")` opens all data that the training script needs.
 
-The layouts of the data sets are in `layouts`, what a set can return in `samples`, the search for faults in `checking`;
-their public names can be imported from here.
+The layouts of the data sets are in `layouts`, the kinds of sets in `samples`, and the check for problems in `checking`.
+Their public names can be imported from here.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ PAIRS = ("toy", *FOLDERS)
 
 @dataclass(frozen=True)
 class Pair:
-    """A source and a target domain. `target_train` cannot return labels; the oracle has to ask for them by name.
+    """A source and a target domain. `target_train` cannot return labels; the oracle must ask for them explicitly.
 
-    `target_val` is None where no target image has a label: the normal case outside benchmarks.
+    `target_val` is None if no target image has a label, which is the normal case outside of benchmarks.
     """
 
     name: str
@@ -129,7 +129,7 @@ class Pair:
     problems: tuple[str, ...] = ()  # of the pair itself, kept for check_data; then `classes` are only stand-ins
 
     def preload(self) -> None:
-        """Fill the caches now, with progress bars (a set without a cache is left alone)."""
+        """Fill the caches now, with progress bars; sets without a cache are skipped."""
         for title, data in self.sets().items():
             if isinstance(data.images, Remembered) and data.images.kept is not None:
                 data.preload(f"Loading {title}")
@@ -170,28 +170,28 @@ def build_pair(
     Args:
         name: one of `PAIRS`.
         data_root: folder that holds the data sets; without it the environment variable UDAKIT_DATA.
-        source_root: folder of the source set itself, where it is not under `data_root`.
+        source_root: folder of the source data, if it is not in `data_root`.
         target_root: the same for the target.
-        source_list: names of the source images to use (a list, or a text file), for the published subsets.
+        source_list: names of the source images to use (a list, or a text file), for published subsets.
         source_size: (height, width) that source images and labels are resized to on load, "native" for none; without
             it the published setting (`PUBLISHED_SIZES`).
         target_size: the same for target images. Validation labels always keep their own size.
-        channels: of the images, as the net takes them; a grey image also serves as three.
-        mean: of each channel, to normalise with; without it ImageNet's, for one channel or three.
-        std: the same for the standard deviation.
-        source_range: the values (low, high) of source files that are black and white, for more than 8 bits.
-        target_range: the same for target.
-        cache: keep decoded images in memory; without it only for the small pairs.
-        classes: for "folder": the classes, where there is no classes.yaml.
+        channels: number of channels for the net; a grey image can be used with three.
+        mean: mean of each channel for normalisation; by default that of ImageNet, for one or three channels.
+        std: standard deviation of each channel, likewise.
+        source_range: values (low, high) that mean black and white in source files with more than 8 bits.
+        target_range: the same for target files.
+        cache: whether to keep decoded images in memory; by default only for small pairs.
+        classes: for "folder": the classes, if there is no classes.yaml.
         ids: for "folder": raw label id, or colour (r, g, b), -> class id, of both domains; without it those of the
             classes.yaml beside each.
-        strict: raise when files are missing. False leaves that to `check_data`.
+        strict: whether to raise if files are missing; otherwise `check_data` reports them.
         toy_counts: scenes of the toy pair (source train, target train, target val).
         toy_size: (height, width) of the toy scenes.
 
     Raises:
-        ValueError: an unknown pair or option.
-        FileNotFoundError: a folder, list, image or label that is not there, by name.
+        ValueError: the pair or an option is unknown.
+        FileNotFoundError: a folder, list, image or label does not exist; the message names it.
     """
     if name not in PAIRS:
         raise ValueError(f"Expected `name` to be one of {PAIRS}, but got {name!r}.")
@@ -367,7 +367,7 @@ def _root(pair: str, given: str | Path | None, data_root: str | Path | None, fol
             return candidate
     raise FileNotFoundError(
         f"Expected a folder {' or '.join(map(str, candidates))} for {pair!r}, but found none. "
-        "`data_root`, `source_root` and `target_root` say where the data is."
+        "Set `data_root`, `source_root` or `target_root` to the folder of the data."
     )
 
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all: what stops halfway leaves the old one, and no piece of the new one."""
+"""Write files completely or not at all. If writing stops halfway, the old file stays and no piece of the new one."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class WriteError(OSError):
-    """A file that could not be written, with the reason in words."""
+    """A file could not be written; the message gives the reason."""
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path`, of this call alone; what is written there takes the place of `path`.
+    """Yield a unique temporary name next to `path`. What is written there replaces `path` at the end.
 
     Ctrl-C and SIGTERM wait until the file is in place.
 
     Raises:
-        WriteError: naming the file and the space that is left; the temporary file is gone, `path` is as it was.
+        WriteError: the file could not be written. The message names the file and the free space; the temporary file is
+            removed, and `path` is unchanged.
     """
     temporary = path.with_name(f".{os.getpid()}-{secrets.token_hex(4)}.tmp")
     with postponed():
@@ -43,13 +44,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_pieces(folder: Path) -> None:
-    """Remove temporary files that killed processes left; only for who holds the folder's lock."""
+    """Remove the temporary files of killed processes. Call this only with the lock of the folder."""
     for piece in (*folder.glob("*.tmp"), *folder.glob(".*.tmp"), *folder.glob("stage*/*.tmp")):
         piece.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text; folders on the way are made."""
+    """Write text, and make missing folders."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -60,7 +61,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder and try it, before hours of work are to be written there."""
+    """Make a folder and check that it is writable, before hours of work have to be written there."""
     probe = folder / f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)

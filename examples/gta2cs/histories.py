@@ -1,4 +1,4 @@
-"""What a run's folder tells about its nets: scores without labels and, where target has labels, the true mIoU."""
+"""Read the scores of a run's nets from its folder: without labels and, if there are target labels, the true mIoU."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def read_run(folder: Path) -> RunNets:
     """Read `history.json` of a finished run, or the checkpoints of one that was stopped.
 
     Raises:
-        FileNotFoundError: neither is there.
-        ValueError: a run of before there were label-free scores.
+        FileNotFoundError: there is neither.
+        ValueError: the run is older than the label-free scores.
     """
     path = folder / "history.json"
     if path.is_file():
@@ -80,7 +80,7 @@ def read_run(folder: Path) -> RunNets:
                     place = {"stage": name, "stage_step": entry["step"]}
                     checkpoints.append(_net(before + entry["step"], net, found, known) | place)
     if not checkpoints:
-        raise ValueError(f"Expected {folder} to have label-free scores, but it has none: it is of an earlier version.")
+        raise ValueError(f"Expected {folder} to have label-free scores, but it is from an earlier version.")
     first = stages[adapting[0]]
     start = None
     if "source_only" in first:
@@ -97,12 +97,12 @@ def read_run(folder: Path) -> RunNets:
 
 
 def headline(means: dict[str, float]) -> float:
-    """The mean that counts: with CARLA, which has no bicyclist, the one over the ten classes of both domains."""
+    """The headline mean. For CARLA, which has no bicyclists, it is over the ten classes of both domains."""
     return means["mIoU10"] if "mIoU10" in means else next(iter(means.values()))
 
 
 def all_scores(found: dict[str, Any]) -> dict[str, float | None]:
-    """The scores as they were kept, and consistency over the classes that are present alone."""
+    """The stored scores, and the consistency over only the classes that are present."""
     scores = {**found["scores"]}
     for view, iou in found.get("class_iou", {}).items():
         present = [value for value in iou if value is not None]

@@ -1,4 +1,4 @@
-"""HRDA around any net: the whole image at half size, a detail at full size, and attention that says which to trust."""
+"""HRDA around any net: the whole image at half size, a detail at full size, and attention that weights them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from udakit import crop_detail, draw_detail_box, fuse_scales, sliding_logits
 
 
 class HRDANet(nn.Module):
-    """One net at two scales, fused by a head of its own on the context's features.
+    """One net at two scales, fused by an attention head on the features of the context.
 
     In training the detail is a crop of half of each side, in one place for the batch, drawn from torch's generator,
     which the loop seeds at each step as for dropout. Otherwise the details of the whole image come from windows of half
@@ -28,7 +28,7 @@ class HRDANet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> SegOutput:
-        """Fused logits; in training the detail's beside them, for their share of the loss."""
+        """Return the fused logits, and in training also those of the detail, for their part of the loss."""
         height, width = images.shape[-2:]
         half = (height // 2, width // 2)
         context = self.net(F.interpolate(images, half, mode="bilinear", align_corners=False))
@@ -87,7 +87,7 @@ class HRDANet(nn.Module):
         return self.net.pyramid(images)
 
     def param_groups(self, *, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """The net's groups; the attention learns as fast as the decoder."""
+        """The groups of the net; the attention has the learning rate of the decoder."""
         groups = param_groups(self.net, lr=lr, head_multiplier=head_multiplier)
         attention = {"name": "attention", "params": list(self.attention.parameters()), "lr": lr * head_multiplier}
         return [*groups, attention]

@@ -1,7 +1,6 @@
-"""A run's report as one page that can be mailed: `report.md` with its pictures inside, no other file, no script.
+"""The report of a run as a single HTML file with its pictures inside, without scripts.
 
-Only what our reports use of Markdown is understood: headings, paragraphs, tables, lists, quotes of code, bold, links
-and pictures.
+It supports only the Markdown that our reports use: headings, paragraphs, tables, lists, code, bold, links and pictures.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ code { font-size: .9em }
 
 
 def write_html(report: Path, classes: ClassSet | None = None) -> Path:
-    """Write `report.html` beside `report.md`; class columns of its tables carry the classes' colours."""
+    """Write `report.html` next to `report.md`; class columns of its tables have the colours of the classes."""
     text = report.read_text(encoding="utf-8")
     path = report.with_suffix(".html")
     write_text(path, render(text, report.parent, classes))
@@ -136,7 +135,7 @@ def _inline(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """The words alone, as a class is called."""
+    """The plain text, for the names of classes."""
     parts = ESCAPED.split(text)  # between escaped characters
     return "".join(part if i % 2 else part.replace("**", "").replace("`", "") for i, part in enumerate(parts)).strip()
 

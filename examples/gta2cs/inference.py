@@ -1,4 +1,4 @@
-"""A trained net on images of any size: what a checkpoint holds, whole images, and windows that slide over them."""
+"""Use a trained net on images of any size: read a checkpoint, and segment whole images or sliding windows."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ NETS = {"student": "student", "teacher": "teacher.module", **LARGE}
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint of train_gta2cs.py, opened: its configuration says all that is needed to use its nets."""
+    """An opened checkpoint of train_gta2cs.py. Its configuration has everything that is needed to use its nets."""
 
     path: Path
     config: dict[str, Any]
@@ -44,7 +44,7 @@ class Trained:
 
     @classmethod
     def open(cls, path: Path, classes_file: Path | None = None) -> Trained:
-        """Read a checkpoint; of a run's folder, the net that was chosen."""
+        """Read a checkpoint. For the folder of a run, read the chosen net."""
         path = path / "best.pt" if path.is_dir() else path
         saved = load_checkpoint(path, needs=("config", "history"))
         recipe = saved["recipe"]
@@ -53,7 +53,7 @@ class Trained:
 
     @cached_property
     def classes(self) -> ClassSet:
-        """Names and colours: of `classes_file`, of the pair, or as the last evaluation named them."""
+        """Names and colours from `classes_file`, from the pair, or from the last evaluation."""
         with _as_it_says(self.path):
             return self._classes()
 
@@ -85,7 +85,7 @@ class Trained:
 
     @property
     def seen_size(self) -> Size | None:
-        """(height, width) that the run resized its target images to, None for none."""
+        """Size (height, width) of the run's target images after loading; None if they were not resized."""
         given = self.config["data"].get("target_size")
         if isinstance(given, list):
             return (given[0], given[1])
@@ -102,10 +102,10 @@ class Trained:
             return ImageFormat(data.get("channels", 3), (given[0], given[1]) if given else None, mean, std)
 
     def net(self, name: str = "student", **changes: str) -> SegNet:
-        """Build one of its nets, in eval mode: a key of `NETS` or any prefix of the recipe's tensors.
+        """Build one of its nets in eval mode, by a key of `NETS` or any prefix of the recipe's tensors.
 
-        DUDA's large nets are built as the run's options say; `changes` (`arch`, `encoder`) are for any other net that
-        is not built like the student.
+        DUDA's large nets are built by the options of the run. `changes` (`arch`, `encoder`) are for other nets that are
+        not built like the student.
         """
         options = {**self.config["net"], **(self._large if name in LARGE else {}), **changes}
         if options["arch"] != "hf_segformer" or options["encoder"] in MIT:
@@ -126,7 +126,7 @@ class Trained:
             return DudaPre.parse(given[0]).large  # type: ignore[no-any-return]
 
     def pair(self, **roots: Path | None) -> Pair:
-        """Open the pair it was trained on, from where the folders are now if `roots` name them."""
+        """Open the pair that it was trained on; `roots` are the new paths of moved folders."""
         data = self.config["data"]
         options = {k: data[k] for k in ("data_root", "source_root", "target_root", "source_size", "target_size")}
         options |= {k: v for k, v in roots.items() if v is not None}
@@ -142,7 +142,7 @@ def _as_it_says(path: Path) -> Iterator[None]:
         yield
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, StopIteration, TypeError) as error:
         raise ValueError(
-            f"Expected {path} to be a checkpoint of train_gta2cs.py, but what it says of its run makes no sense "
+            f"Expected {path} to be a checkpoint of train_gta2cs.py, but its description of the run is invalid "
             f"({type(error).__name__}: {error})."
         ) from error
 
@@ -154,7 +154,7 @@ class Logits(NamedTuple):
 
 
 class SlidingWindow(nn.Module):
-    """A net that looks at one window at a time; the windows' logits are averaged."""
+    """A net that processes one window at a time and averages the logits of the windows."""
 
     def __init__(self, net: nn.Module, window: Size, stride: Size | None = None) -> None:
         super().__init__()
@@ -186,8 +186,8 @@ def probability_bands(
 ) -> Iterator[tuple[int, Tensor]]:
     """Class probabilities of normalised images (N, 3, H, W) from top to bottom: (first row, (N, C, rows, W)).
 
-    Without a window there is one band, the whole image. With one, every pixel's logits are averaged over the windows
-    that see it, and what is held at any time is one row of windows, whatever the height of the image.
+    Without a window there is one band, the whole image. With a window, the logits of a pixel are averaged over the
+    windows that cover it, and only one row of windows is in memory at a time.
     """
     stride = check_window(window, stride)
     if window is None:
@@ -211,13 +211,13 @@ def segment(
     """Label map (H, W) uint8 and confidence (H, W) float32 of one image (K, H, W) as it was read, at its own size.
 
     Args:
-        net: in eval mode, on `device`.
-        image: of any size.
-        window: (height, width) of the windows; without it the whole image at once.
-        stride: of the windows, half a window by default.
-        size: (height, width) that the net sees; its probabilities are brought back to the image's size (bilinear).
-        device: where the net is.
-        format: says how images are normalised, by default with ImageNet's values.
+        net: net in eval mode, on `device`.
+        image: image of any size.
+        window: (height, width) of the windows; None for the whole image at once.
+        stride: stride of the windows; by default half a window.
+        size: (height, width) for the net; its probabilities are resized to the size of the image (bilinear).
+        device: device of the net.
+        format: how images are normalised; by default with the values of ImageNet.
     """
     height, width = image.shape[-2:]
     seen = normalise(resize_image(image, size)[None].to(device), format)

@@ -1,8 +1,8 @@
-"""SIGINT (Ctrl-C) and SIGTERM (schedulers, `kill`): one line and status 130, wherever they strike.
+"""Handle SIGINT (Ctrl-C) and SIGTERM (schedulers, `kill`) with one line and status 130, whenever they come.
 
-A KeyboardInterrupt can get lost: torch's archive writer raises an error of its own in its place, a finaliser swallows
-it. So a signal is noted as well as raised, and whoever catches an error asks `asked_to_stop`. Files are written with
-signals postponed. Only the main thread of a process hears signals; elsewhere nothing here does anything.
+A KeyboardInterrupt can get lost: torch's archive writer raises its own error instead, and a finaliser swallows it.
+Signals are therefore recorded as well as raised, and code that catches an error checks `asked_to_stop`. Signals are
+postponed while files are written. Only the main thread of a process receives signals; elsewhere this does nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _postponing = False
 
 
 def leave_at_once(words: str = "") -> None:
-    """From here on a signal ends the process with this line: while modules load, and when all is done."""
+    """Let a signal end the process with this line, while modules are loading or when everything is done."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         _leave("" if _asked else words)
@@ -37,14 +37,14 @@ def leave_at_once(words: str = "") -> None:
 
 
 def end_with(status: int) -> NoReturn:
-    """End a command that has said all it had to say."""
+    """End a command that has finished its output."""
     leave_at_once()
     sys.exit(status)
 
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """For a block: a signal raises KeyboardInterrupt and is noted; a second one ends the process at once."""
+    """Context in which a signal raises KeyboardInterrupt and is recorded; a second one ends the process at once."""
     global _asked
     _asked, owner = False, os.getpid()
 
@@ -70,7 +70,7 @@ def heard() -> Iterator[None]:
 
 
 def asked_to_stop(error: BaseException | None = None) -> bool:
-    """Whether a signal has come, even where `error` took the place of its KeyboardInterrupt."""
+    """Whether a signal has come, even if `error` replaced its KeyboardInterrupt."""
     if not _asked and "DataLoader worker" in str(error):  # it got the group's signal, ours may be a moment behind
         with suppress(KeyboardInterrupt):
             time.sleep(0.5)
@@ -78,14 +78,14 @@ def asked_to_stop(error: BaseException | None = None) -> bool:
 
 
 def stop_if_asked() -> None:
-    """Raise the KeyboardInterrupt of a signal once more, if it was lost."""
+    """Raise the KeyboardInterrupt of a signal again, if it was lost."""
     if _asked:
         raise KeyboardInterrupt
 
 
 @contextmanager
 def said_where(words: Callable[[], str]) -> Iterator[None]:
-    """Give a KeyboardInterrupt that comes out of a block its words, unless it has some."""
+    """Context that gives a KeyboardInterrupt a message, unless it has one."""
     try:
         yield
     except (KeyboardInterrupt, Exception) as error:
@@ -97,7 +97,7 @@ def said_where(words: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def postponed() -> Iterator[None]:
-    """For a block that must not be torn: a signal is delivered after it; a second one at once, should a disk hang."""
+    """Context that delays a signal until its end; a second signal is delivered at once, in case a disk hangs."""
     global _postponing
     if _postponing or threading.current_thread() is not threading.main_thread():
         yield
@@ -126,7 +126,7 @@ def postponed() -> Iterator[None]:
 
 @contextmanager
 def kept_from_children() -> Iterator[None]:
-    """Processes that are started in a block never hear SIGINT: Ctrl-C is for the one that started them."""
+    """Context in which new processes ignore SIGINT, because Ctrl-C is for the process that started them."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

@@ -1,7 +1,7 @@
 """Data sets as they are shipped. Every layout is one small function that returns a `Listing`.
 
-A `Listing` says which image belongs to which label and how the label files are read: ids are mapped in memory, nothing
-is converted on disk.
+A `Listing` says which image belongs to which label, and how label files are read. Ids are mapped in memory; nothing is
+converted on disk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TRAIN_IDS = {i: i for i in range(len(CITYSCAPES_CLASSES))}
 
 
 class Item(NamedTuple):
-    """One image, and where its label is or would be."""
+    """An image, and the path where its label is or would be."""
 
     name: str
     image: Path
@@ -113,8 +113,8 @@ class Listing:
 def gta5(root: str | Path, *, keep: Sequence[int] | None = None) -> Listing:
     """GTA5: `images/*.png` and `labels/*.png` of the same name, palette PNGs whose indices are Cityscapes ids.
 
-    All pairs that are there are used (the full set has 24,966; some copies have 24,941). Files that a converter left
-    behind (`*_labelTrainIds.png`) are not read.
+    All existing pairs are used (the full set has 24,966; some copies have 24,941). Files of converters
+    (`*_labelTrainIds.png`) are not read.
     """
     root, labels = Path(root), _Names()
     images = _find(root / "images", "*", ".png")
@@ -148,8 +148,8 @@ def acdc(root: str | Path, split: str, *, condition: str = "*", keep: Sequence[i
 def dark_zurich(root: str | Path, split: str, *, time: str = "night", keep: Sequence[int] | None = None) -> Listing:
     """Dark Zurich: `rgb_anon/train/<time>/<sequence>/` (no labels exist), `rgb_anon/val/` with `gt/val/`.
 
-    Images that lie in `rgb_anon/<split>/` without a folder for the time of day are taken to be of `time`; those in the
-    folder of another time never.
+    Images in `rgb_anon/<split>/` without a folder for the time of day count as `time`. Images in the folder of another
+    time are not used.
     """
     below = Path(root) / "rgb_anon" / split
     sorted_by_time = any((below / other).is_dir() for other in ("day", "twilight", "night"))
@@ -158,7 +158,7 @@ def dark_zurich(root: str | Path, split: str, *, time: str = "night", keep: Sequ
 
 
 def folder(root: str | Path, split: str, classes: ClassSet, *, ids: Ids = None, strict: bool = True) -> Listing:
-    """`images/`, `labels/` and `<split>.txt`, one name a line with or without its ending; labels are one-channel PNGs.
+    """`images/`, `labels/` and `<split>.txt` with one name per line, ending optional; labels are one-channel PNGs.
 
     Without any list, "train" is all images. `ids` maps raw ids, or colours (r, g, b), to class ids; without it labels
     hold class ids or 255. `strict=False` turns faults of the list and of the names into entries of `problems`.
@@ -203,7 +203,7 @@ def folder(root: str | Path, split: str, classes: ClassSet, *, ids: Ids = None, 
     doubts = [f"{' and '.join(map(str, found))}: which one is {found[0].stem!r}?" for found in several]
     if doubts and strict:
         raise ValueError(
-            f"Expected one file a name, but found {some(doubts)} Move one away, or list images with their ending."
+            f"Expected one file for each name, but found {some(doubts)} Move one away, or list names with endings."
         )
     return Listing(items, LabelFormat.of_folder(ids, len(classes)), str(root), [*problems, *doubts])
 
@@ -217,8 +217,8 @@ def list_of(root: Path, split: str) -> Path | None:
 def read_synthia_ids(path: Path) -> np.ndarray:
     """First channel of SYNTHIA's 16-bit, three-channel PNG.
 
-    Pillow keeps the high byte of such a file, which is 0 for every class id; a net then trains on nothing. A file that
-    has been saved again with 8 bits has lost its ids for good and is refused.
+    Pillow keeps the high byte of such a file, which is 0 for every class id, so a net would learn nothing. A file that
+    was saved again with 8 bits has lost its ids and is refused.
     """
     pixels = decode_png(path)
     if pixels.dtype == np.uint8 and pixels.max(initial=0) <= 3:
@@ -332,7 +332,7 @@ def _faults(found: Found, count: int, where: str, root: str, *, strict: bool) ->
         )
     if strict and found.repeated:
         raise ValueError(
-            f"Expected {where} to name each image once, but {len(found.repeated)} come again: {some(found.repeated)}."
+            f"Expected {where} to name each image once, but {len(found.repeated)} are repeated: {some(found.repeated)}."
         )
     listed = Path(where).name
     return [

@@ -1,4 +1,4 @@
-"""A translator that is learned: source images in the style of a target image, by a small encoder and decoder.
+"""A learned translator: a small encoder and decoder that give source images the style of a target image.
 
 DiGA trains such a net on both domains before its warm-up, and freezes it. This one is small enough for a CPU: features
 at strides 1, 2 and 4 take the channel means and deviations of a target image (AdaIN, Huang and Belongie 2017) and are
@@ -92,7 +92,7 @@ def train_translator(
     resume: bool = False,
     console: Console | None = None,
 ) -> None:
-    """Train in place for `steps` steps with Adam, the learning rate falling linearly to 0; then freeze.
+    """Train in place for `steps` steps with Adam and a learning rate that falls linearly to 0, then freeze.
 
     Args:
         translator: initialised by the caller: a function of the seed.
@@ -156,7 +156,7 @@ def translator_losses(
 
 
 class _Eye:
-    """The finer stages of an ImageNet encoder, frozen. No Module: it is part of no state_dict."""
+    """The finer stages of a frozen ImageNet encoder. It is not a Module, so it is not in a state_dict."""
 
     def __init__(self, net: SegNet) -> None:
         self.net = net.requires_grad_(False).eval()
@@ -167,7 +167,7 @@ class _Eye:
 
 
 def _style_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Of means in units of the wanted deviation, and of the logarithms of the deviations: free of scale."""
+    """Distance of means in units of the target's deviation, plus that of the log deviations; independent of scale."""
     (mean, deviation), (wanted_mean, wanted) = statistics(x), statistics(y)
     floor = 0.1 * wanted.mean(dim=1, keepdim=True)  # a channel that hardly fires would dominate otherwise
     deviation, wanted = deviation + floor, wanted + floor

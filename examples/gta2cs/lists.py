@@ -1,4 +1,4 @@
-"""Text that names files: read as UTF-8 whatever the locale, and compared as paths."""
+"""Lists of file names, read as UTF-8 whatever the locale, and compared as paths."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_text(path: Path) -> str:
 
 
 def read_list(path: Path) -> list[str]:
-    """Lines that are not empty; of image and label in two columns, the image."""
+    """The lines that are not empty. If they have two columns, image and label, only the image."""
     if not os.path.lexists(path):
         raise FileNotFoundError(f"Expected a list of image names {path}, but it does not exist.")
     return lines_of(read_text(path).split("\n"))
@@ -57,7 +57,7 @@ def lines_of(lines: Iterable[str]) -> list[str]:
 
 
 class Found(NamedTuple):
-    """What a list of names came to."""
+    """The result of looking up a list of names."""
 
     positions: list[int]  # of the named files, in the list's order, each once
     absent: list[str]
@@ -66,7 +66,7 @@ class Found(NamedTuple):
 
 
 class Known(NamedTuple):
-    """How a list may call a file."""
+    """The names that a list may use for a file."""
 
     names: tuple[str, ...]  # its own, which nothing else may be
     paths: tuple[str, ...]  # below the root of its data set
@@ -75,9 +75,9 @@ class Known(NamedTuple):
 def find_names(names: Sequence[str], files: Sequence[Known]) -> Found:
     r"""Find the file that each name means.
 
-    A name means the file that has it; else the one with whose path it agrees from the end as far as both go, so that
-    `00003`, `images/00003.png` and `C:\data\gta\images\00003.png` mean one file, and `seq1/0001` never means
-    `seq2/0001`. An ending counts only where it tells two files apart.
+    A name means the file with that name. Otherwise it means the file whose path agrees with it from the end, as far as
+    both go, so that `00003`, `images/00003.png` and `C:\data\gta\images\00003.png` mean one file, and `seq1/0001` never
+    means `seq2/0001`. An ending counts only where it tells two files apart.
     """
     exact: dict[tuple[str, ...], set[int]] = {}
     ends: dict[str, set[tuple[tuple[str, ...], int]]] = {}
@@ -114,7 +114,7 @@ def _same_end(first: tuple[str, ...], second: tuple[str, ...]) -> bool:
 
 
 def parts_of(name: str, *, suffix: bool = True) -> tuple[str, ...]:
-    """The components of a path of any system, composed Unicode; without its ending where it is that of an image."""
+    """The components of a path of any system, in composed Unicode and without the ending of an image file."""
     path = PurePosixPath(unicodedata.normalize("NFC", name.replace("\\", "/")))
     if not suffix and path.suffix.lower() in IMAGE_SUFFIXES:
         path = path.with_suffix("")

@@ -1,4 +1,4 @@
-"""Masks saved as 0 and 255, in a set whose tables do not say what 255 means: their foreground would be ignored."""
+"""Detect masks saved as 0 and 255 if no table says what 255 means, because their foreground would be ignored."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Masks:
         return cls(len({int(format.table[raw]) for raw in known}))
 
     def add(self, path: Path, ids: set[int]) -> None:
-        """Note the raw ids of a file."""
+        """Add the raw ids of a file."""
         others = bool(ids - {0, IGNORE})
         self.files += 1
         if ids == {0, IGNORE}:
@@ -48,11 +48,11 @@ class Masks:
 
     @property
     def settled(self) -> bool:
-        """Whether no further file can make them masks."""
+        """Whether the result is final, whatever further files contain."""
         return bool(self.beside or (self.plain and self.classes != 2))
 
     def fault(self, where: str) -> str | None:
-        """What is wrong, and the table that reads such files; None where 255 means what it always does."""
+        """What is wrong, and the table to read such files; None if 255 has its usual meaning."""
         if self.settled or not (self.masks or (self.blank and not self.plain)):
             return None
         if not self.plain:
@@ -69,7 +69,7 @@ class Masks:
         )
 
     def note(self) -> str | None:
-        """What is no fault, but worth a look."""
+        """A remark that is not an error."""
         if self.classes != 2 or not (self.masks and self.beside):
             return None
         return (
@@ -79,7 +79,7 @@ class Masks:
 
 
 def refuse_masks(labels: Sequence[Path], format: LabelFormat, where: str) -> None:
-    """Refuse a set whose foreground would be ignored; of a large one a part of the files is looked at."""
+    """Refuse a set if its foreground would be ignored. In a large set, only some files are read."""
     found = Masks.of(format)
     for path in labels[:: -(-len(labels) // LIMIT) or 1]:
         try:
@@ -93,7 +93,7 @@ def refuse_masks(labels: Sequence[Path], format: LabelFormat, where: str) -> Non
 
 
 def ids_of(raw: np.ndarray) -> set[int]:
-    """The ids that occur."""
+    """The ids that occur in a file."""
     if raw.dtype == np.uint8:
         return set(np.flatnonzero(np.bincount(raw.ravel(), minlength=256)).tolist())
     return set(np.unique(raw).tolist())

@@ -1,8 +1,8 @@
-"""How much larger are things in the target images? Found without a label, before adaptation begins.
+"""Estimate without labels how much larger objects are in the target images, before adaptation begins.
 
-A net contradicts itself least on target images of the scale that it was trained at. So the net that adaptation starts
-from is scored on the same unlabelled target images at several scales (mirror consistency times confidence, as
-everywhere), and source crops are then scaled by what makes target look like source. Ours; no paper has it.
+A net contradicts itself least on target images at the scale of its training. The net that adaptation starts from is
+therefore scored on the same unlabelled target images at several scales (mirror consistency times confidence). Source
+crops are then scaled so that they match the target. This is ours; no paper has it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MARGIN = 0.01  # differences of a hundredth say nothing: then the scale stays
 
 
 class Rescaled(nn.Module):
-    """A net that sees images enlarged by a factor; its logits have the size of the images that came."""
+    """A net that sees images enlarged by a factor. Its logits have the size of the given images."""
 
     def __init__(self, net: nn.Module, factor: float) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Rescaled(nn.Module):
 
 
 def match_scale(score: Callable[[nn.Module], LabelFree], net: nn.Module) -> tuple[float, dict[float, float]]:
-    """Climb from 1 to the scale of target images at which the net contradicts itself least.
+    """Search, starting from 1, the scale of target images at which the net contradicts itself least.
 
     Args:
         score: scores a net on target images, without labels.

@@ -1,4 +1,4 @@
-"""Options of a script: the fields of a dataclass, from YAML files and the command line, with `--help` that explains."""
+"""Options of a script: the fields of a dataclass, read from YAML files and the command line, with helpful `--help`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAULTS: tuple[type[Exception], ...] = (OSError, ValueError)  # what a user can m
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Defaults and types as people write them, not as Python prints them."""
+    """Shows defaults and types as people write them."""
 
     def _expand_help(self, action: Any) -> str:
         text = re.sub(r"<class '(\w+\.)*(\w+)'>", r"\2", super()._expand_help(action))
@@ -37,9 +37,9 @@ def read_options(
 
     Args:
         kind: a dataclass; the docstring under each field is its help.
-        arguments: those of the command line by default.
-        flags: options that may stand without a value, such as "--evaluate".
-        files: YAML files whose values replace the defaults.
+        arguments: the arguments; by default those of the command line.
+        flags: options that may be given without a value, such as "--evaluate".
+        files: YAML files with values that replace the defaults.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -51,7 +51,7 @@ def read_options(
 
 
 def changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with some values set, each by its path: `stages.1.options.selector`."""
+    """A configuration with some values changed, each by its path, such as `stages.1.options.selector`."""
     config = copy.deepcopy(base)
     for path, value in changes.items():
         place: Any = config
@@ -64,7 +64,7 @@ def changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             place[last] = value
         except (IndexError, KeyError, TypeError, AttributeError):
             raise ValueError(
-                f"Expected {path!r} to be a path in the configuration, but there is no such place."
+                f"Expected {path!r} to be a path in the configuration, but there is no such path."
             ) from None
     return config
 
@@ -77,14 +77,14 @@ def in_a_line(
     words: Callable[[Exception], str] = str,
     quiet: bool = False,
 ) -> int:
-    """Run a command. What the user can mend or has asked for is said in one line, without a trace.
+    """Run a command. Errors of the user and interrupts are reported in one line, without a trace.
 
     Args:
         run: the command; its result, if any, is the exit status.
-        stopped: what to say after Ctrl-C or SIGTERM, unless the KeyboardInterrupt has words of its own.
-        faults: errors that are the user's.
-        words: message of such an error; "" for one that wants a trace after all.
-        quiet: say nothing.
+        stopped: message after Ctrl-C or SIGTERM, unless the KeyboardInterrupt has its own.
+        faults: errors that the user can fix.
+        words: function that returns the message of such an error, or "" if a trace is needed after all.
+        quiet: whether to print nothing.
     """
     try:
         with heard(), said_where(lambda: stopped):

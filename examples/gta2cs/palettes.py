@@ -1,4 +1,4 @@
-"""Colours that are told apart: in CIE Lab, where a distance is how different two colours look."""
+"""Colours that are easy to tell apart, chosen in CIE Lab, where distances match what the eye sees."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lab(colours: np.ndarray) -> np.ndarray:
 
 
 def far_apart(count: int) -> np.ndarray:
-    """Colours (count, 3) uint8, each as far as possible from those before it, from black (ignored) and from white."""
+    """Colours (count, 3) uint8, each as far as possible from the previous ones, from black (ignored) and from white."""
     grid = np.stack(np.meshgrid(LEVELS, LEVELS, LEVELS, indexing="ij"), axis=-1).reshape(-1, 3)
     where = lab(grid)
     distance = np.minimum(*(np.linalg.norm(where - lab(np.full((1, 3), v)), axis=1) for v in (0.0, 255.0)))
@@ -34,7 +34,7 @@ def far_apart(count: int) -> np.ndarray:
 
 
 def on_white(colour: np.ndarray, lightest: float = 75.0) -> np.ndarray:
-    """The colour, darkened until a thin line of it shows on a white page."""
+    """The colour, darkened until a thin line is visible on a white page."""
     colour = np.asarray(colour, float)
     while lab(colour[None])[0, 0] > lightest:
         colour = 0.95 * colour

@@ -1,8 +1,8 @@
-"""Weights of other makes: whole nets of segmentation_models_pytorch, torchvision and transformers, or an encoder alone.
+"""Load foreign weights: whole nets of segmentation_models_pytorch, torchvision and transformers, or only an encoder.
 
 `load_weights(net, "my_unet.pth")` finds out by name and shape which tensor goes where. It reads a file of `torch.save`
 or of safetensors, or the folder of `save_pretrained`, also inside a training checkpoint and under any prefix
-("module.", "student."). What arrived and what did not is said in one line, and too little is an error.
+("module.", "student."). One line says what was and was not loaded, and too little is an error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BACKBONE = re.compile(r"(^|\.)backbone\.")
 
 
 class WeightsError(RuntimeError):
-    """Weights that are not there, or not of this net."""
+    """The weights do not exist or do not belong to this net."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,17 @@ class Loaded:
 
 
 def load_weights(net: SegNet, path: Path | str, *, take: Take = "all") -> Loaded:
-    """Copy the weights of a file or folder into a net of `build_net`, and print what arrived.
+    """Copy the weights of a file or folder into a net of `build_net`, and print what was loaded.
 
     Args:
-        net: changed in place.
+        net: the net, which is changed in place.
         path: a file of `torch.save` or safetensors, or a folder of `save_pretrained`.
-        take: "all" wants the whole net, or the whole encoder of a file that holds no more; "encoder" leaves decoder
-            and head as they are; "some" takes what fits, however little.
+        take: "all" needs the whole net, or the whole encoder if the file holds no more; "encoder" does not change
+            decoder and head; "some" takes all that fits, however little.
 
     Raises:
-        FileNotFoundError: nothing to read at `path`.
-        ValueError: an unknown `take`, or a file without tensors.
+        FileNotFoundError: there is nothing to read at `path`.
+        ValueError: `take` is unknown, or the file has no tensors.
         WeightsError: fewer than 95 % of the tensors were found.
     """
     if take not in TAKES:
@@ -113,7 +113,7 @@ def load_weights(net: SegNet, path: Path | str, *, take: Take = "all") -> Loaded
 
 
 def load_init(net: SegNet, path: Path, *, take: Take = "all") -> None:
-    """Load what a run starts from: the student of a checkpoint of train_gta2cs.py, or a net of another make."""
+    """Load the start of a run: the student of a checkpoint of train_gta2cs.py, or a foreign net."""
     if path.is_file() and path.suffix != ".safetensors":
         value = read_tensors(path)
         if isinstance(value, dict) and "recipe" in value:
@@ -123,7 +123,7 @@ def load_init(net: SegNet, path: Path, *, take: Take = "all") -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file or of a folder, under the names they have there."""
+    """All tensors of a file or of a folder, with their names there."""
     if path.is_dir():
         found = next((path / name for name in FILES if (path / name).is_file()), None)
         if found is None:
@@ -151,7 +151,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def match(net: SegNet, state: Mapping[str, Tensor], path: Path) -> Loaded:
-    """Find each tensor of the net in a file: under the net's own names or the foreign ones, and one prefix for all."""
+    """Find each tensor of the net in a file, by our names or the foreign ones, with one prefix for all."""
     own = {name: value for name, value in net.state_dict().items() if name.startswith(tuple(f"{p}." for p in PARTS))}
     own = {name: value for name, value in own.items() if value.is_floating_point()}
     schemes = [{name: name for name in own}, {name: net.foreign_name(name) for name in own}]
@@ -188,7 +188,7 @@ def of_colours(weight: Tensor, channels: int) -> Tensor:
 
 
 def fits_colours(there: Tensor, here: Tensor) -> bool:
-    """Whether the one is a convolution of RGB images, and the other the same of another number of channels."""
+    """Whether one is a convolution of RGB images and the other the same for another number of channels."""
     alike = there.ndim == here.ndim == 4 and there.shape[0] == here.shape[0] and there.shape[2:] == here.shape[2:]
     return alike and there.shape[1] == 3 != here.shape[1]
 

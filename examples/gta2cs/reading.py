@@ -1,7 +1,7 @@
-"""The one reader of images and the one of labels: training, `--check-data` and predict.py decode every file here.
+"""The reader of images and the reader of labels for training, `--check-data` and predict.py.
 
-A file is read as it is stored, turned upright by its own EXIF orientation, and refused by name where its values would
-have to be guessed.
+A file is read as it is stored and turned upright by its EXIF orientation. If its values would have to be guessed, it is
+refused by name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _BANDS = "SCIQ"  # the axes of a TIFF that can be bands: samples, channels, unna
 
 
 class Decoded(NamedTuple):
-    """A file's values as they are stored, upright."""
+    """The stored values of a file, turned upright."""
 
     pixels: np.ndarray  # (H, W, bands)
     mode: str  # what the file says it is: RGB, L, P, I;16, 5 bands ...
@@ -56,16 +56,16 @@ class Decoded(NamedTuple):
 
     @property
     def depth(self) -> str:
-        """The type of the values, for people: "8 bit", "16 bit", "float32"."""
+        """The type of the values in words: "8 bit", "16 bit", "float32"."""
         kind = self.pixels.dtype
         return "1 bit" if kind == np.bool_ else f"{8 * kind.itemsize} bit" if kind.kind == "u" else str(kind)
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """How image files become tensors (channels, H, W): uint8 as stored, or float32 in 0..255 by a stated range.
+    """How image files are turned into tensors (channels, H, W): uint8 as stored, or float32 in 0..255 by a given range.
 
-    `value_range` are the values that become 0 and 255; what lies outside is clipped. Files of more than 8 bits need it.
+    `value_range` are the values that become 0 and 255; values outside are clipped. Files with more than 8 bits need it.
     """
 
     channels: int = 3
@@ -78,7 +78,8 @@ class ImageFormat:
             raise ValueError(f"Expected `channels` to be at least 1, but got {self.channels}.")
         for name, given in (("mean", self.mean), ("std", self.std)):
             if given is not None and len(given) != self.channels:
-                raise ValueError(f"Expected `{name}` to hold {self.channels} numbers, one a channel, but got {given}.")
+                wanted = f"{self.channels} numbers, one per channel"
+                raise ValueError(f"Expected `{name}` to hold {wanted}, but got {given}.")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"Expected `std` to be positive, but got {self.std}.")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
@@ -86,7 +87,7 @@ class ImageFormat:
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation to normalise with: as stated, else ImageNet's for one channel or three."""
+        """Mean and standard deviation for normalisation: as given, or those of ImageNet for one or three channels."""
         known = {1: GREY, 3: (MEAN, STD)}.get(self.channels)
         if known is None and (self.mean is None or self.std is None):
             raise ValueError(
@@ -123,7 +124,7 @@ class ImageFormat:
             return pixels[..., :1]  # a grey image that was saved as colours
         raise ValueError(
             f"Expected the image {path} to have {self.channels} channel{'s' * (self.channels > 1)}, but it has {count} "
-            f"({found.mode}). `data.channels` says how many the net takes."
+            f"({found.mode}). Set `data.channels` to the number of channels for the net."
         )
 
     def _values(self, pixels: np.ndarray, path: Path) -> np.ndarray:
@@ -140,8 +141,8 @@ class ImageFormat:
                 bits = max(9, int(high).bit_length())
                 likely = "[0, 65535]" + (f", or [0, {2**bits - 1}] of a camera of {bits} bits" if bits < 16 else "")
             raise ValueError(
-                f"Expected the image {path} to have 8 bits a channel or a stated range, but it holds {pixels.dtype} "
-                f"from {low:g} to {high:g}. Say which values are black and white with `data.source_range` or "
+                f"Expected the image {path} to have 8 bits per channel or a given range, but it holds {pixels.dtype} "
+                f"from {low:g} to {high:g}. Set the values of black and white with `data.source_range` or "
                 f"`data.target_range` (--value_range of predict.py), for example {likely}."
             )
         low, high = self.value_range
@@ -150,7 +151,7 @@ class ImageFormat:
 
 
 class ColourTable:
-    """Reads colour-coded labels: `{(r, g, b): class id or 255}`, any other colour is refused."""
+    """Reads colour-coded labels with a table `{(r, g, b): class id or 255}`. Any other colour is refused."""
 
     def __init__(self, ids: Mapping[Colour, int]) -> None:
         codes = sorted((_code(np.array(colour)).item(), train) for colour, train in ids.items())
@@ -175,7 +176,7 @@ class ColourTable:
             raise ValueError(
                 f"Expected the label {path} to hold only the colours of classes.yaml, but it also holds "
                 f"{len(colours)} other{'s' * (len(colours) > 1)}: {', '.join(most)}. "
-                "Colours that count for nothing belong under `ignore` of its `colors`."
+                "List colours to ignore under `ignore` of its `colors`."
             )
         return self.ids[place]
 
@@ -190,8 +191,8 @@ def read_ids(path: Path) -> np.ndarray:
     found = _label(path, decode(path, palette=False))
     if found.pixels.shape[2] != 1:
         raise ValueError(
-            f"Expected the label {path} to hold one class id a pixel (palette or grey PNG), but its mode is "
-            f"{found.mode}. If its colours mean classes, say which under `colors` in classes.yaml."
+            f"Expected the label {path} to hold one class id per pixel (palette or grey PNG), but its mode is "
+            f"{found.mode}. If its colours mean classes, list them under `colors` in classes.yaml."
         )
     ids: np.ndarray = found.pixels[..., 0]
     if ids.dtype.kind == "f":
@@ -223,11 +224,11 @@ def decode(path: Path, *, palette: bool = True) -> Decoded:
 
 
 class Refused(Exception):
-    """A whole file whose content is not what is meant: its message goes to the user as it is."""
+    """A readable file with unsuitable content; its message is shown to the user unchanged."""
 
 
 def viewable(image: Tensor) -> np.ndarray:
-    """An image (K, H, W) as people see it: uint8 (H, W, 3), grey or its first three channels."""
+    """An image (K, H, W) for display: uint8 (H, W, 3), grey or with its first three channels."""
     shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
     return shown.float().round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
 
@@ -263,7 +264,7 @@ def _label(path: Path, found: Decoded) -> Decoded:
     if found.lossy:
         raise ValueError(
             f"Expected the label {path} to be stored without loss, but it is a {found.lossy} file inside, whose "
-            "compression changes ids at every boundary. Export it anew as PNG."
+            "compression changes ids at every boundary. Export it again as PNG."
         )
     return found
 
@@ -329,7 +330,7 @@ def _decode_tiff(path: Path) -> Decoded:
         import tifffile
     except ImportError as error:
         raise Refused(
-            f"{path} is a TIFF of several bands or pages, or of more than 8 bits: reading it needs tifffile "
+            f"{path} is a TIFF with several bands or pages, or with more than 8 bits. Reading it needs tifffile "
             "(pip install tifffile)."
         ) from error
     with tifffile.TiffFile(path) as file:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: a Markdown table, curves, and panels of predictions."""
+"""Results of a run to look at: a Markdown table, curves, and panels of predictions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from gta2cs.palettes import on_white
 
 
 def markdown_table(rows: dict[str, Score], classes: ClassSet) -> str:
-    """One line a net: the named means, then IoU per class, in percent."""
+    """One line for each net: the named means, then the IoU of each class, in percent."""
     means = list(classes.scores)
     lines = [
         "| net | " + " | ".join([f"**{cell(m)}**" for m in means] + [cell(c) for c in classes.names]) + " |",
@@ -48,7 +48,7 @@ def cell(name: str) -> str:
 
 
 def gain_sentence(rows: dict[str, Score]) -> str:
-    """What the last row gained over source-only, and which classes made it; empty where either was not scored."""
+    """The gain of the last row over source-only and the classes with most of it; empty if either has no score."""
     (first, before), (last, after) = next(iter(rows.items())), list(rows.items())[-1]
     gain = after.miou - before.miou
     if len(rows) < 2 or not first.startswith("source_only") or np.isnan(gain):
@@ -68,7 +68,7 @@ def gain_sentence(rows: dict[str, Score]) -> str:
 
 
 def rich_table(rows: dict[str, Score], classes: ClassSet) -> Table:
-    """The same table, one column a net, for the terminal."""
+    """The same table for the terminal, with one column for each net."""
     table = Table(title="IoU in percent on target, last checkpoint", title_justify="left")
     table.add_column("class")
     for name in rows:
@@ -82,14 +82,14 @@ def rich_table(rows: dict[str, Score], classes: ClassSet) -> Table:
 
 
 def colorize(labels: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Class ids to colours; whatever is no class is black."""
+    """Turn class ids into colours; ids that are not a class become black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
     return table[labels]
 
 
 def save_panels(path: Path, rows: list[dict[str, np.ndarray]], classes: ClassSet) -> None:
-    """One line an image: columns by name; 2-D uint8 arrays are label maps, 2-D float arrays are confidences."""
+    """Draw one line per image with named columns; 2-D uint8 arrays are label maps, 2-D float arrays confidences."""
     names = list(rows[0])
     height, width = rows[0][names[0]].shape[:2]
     figure, axes = plt.subplots(
@@ -119,7 +119,7 @@ def save_panels(path: Path, rows: list[dict[str, np.ndarray]], classes: ClassSet
 def save_curves(path: Path, stages: list[dict[str, Any]], classes: ClassSet | None = None) -> None:
     """Losses, mIoU, the kept share of each predicted class, and what else is logged for each class, over all steps.
 
-    With `classes` a class has the colour that it has in the panels, darker where that would not show on white.
+    With `classes`, a class has the same colour as in the panels, darkened if it would not show on white.
     """
     logged = [entry.get("per_class", {}) for stage in stages for entry in stage["losses"]]
     quantities = list(dict.fromkeys(quantity for entry in logged for quantity in entry))
@@ -202,7 +202,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def progress_bar(console: Console, *, disable: bool = False) -> Progress:
-    """One line that is rewritten: what is done of how much, the time that is left, and the field `status`."""
+    """A progress bar with the number of steps done, the remaining time and the field `status`."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the table in the terminal, results.json, report.md and .html, panels and curves."""
+"""The results of a finished run: the table in the terminal, results.json, report.md and .html, panels and curves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gta2cs.stage import Run
 def write_report(run: Run, rows: dict[str, Score], nets: dict[str, nn.Module], histories: list[dict[str, Any]]) -> None:
     """Write table, curves and panels into the run's folder, and the table to the terminal.
 
-    A part that fails is named and left out: the run is over, and no picture is worth losing its numbers.
+    A part that fails is reported and left out, so that a problem with a picture does not lose the numbers.
     """
     config, pair = run.config, run.pair
     report.write_json(config.out / "results.json", {name: score.to_json() for name, score in rows.items()})
@@ -56,7 +56,7 @@ def _written(run: Run, name: str, write: Callable[[], object]) -> bool:
 
 
 def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -> str:
-    """The report: scores against truth where target has labels, scores without labels, and the verdict."""
+    """The report: scores against the truth if there are target labels, scores without labels, and the verdict."""
     config, pair = run.config, run.pair
     seconds, steps = sum(h["seconds"] for h in histories), sum(h["steps"] for h in histories)
     text = f"# {config.data.pair}: {' → '.join(s.recipe for s in config.stages)}\n\n"
@@ -83,7 +83,7 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
 
 
 def panels_of(run: Run, nets: dict[str, nn.Module]) -> list[dict[str, np.ndarray]]:
-    """Four target images: truth, where the run began, what it came to, and how sure that is."""
+    """Panels of four target images: truth, first prediction, last prediction, and its confidence."""
     pair = run.pair
     count = len(pair.target_train if pair.target_val is None else pair.target_val)
     picked = [count * (2 * i + 1) // 8 for i in range(4)]

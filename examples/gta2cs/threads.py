@@ -1,8 +1,8 @@
-"""Compute threads that sleep while they wait, and no more of them than there are cores to run on.
+"""Compute threads that sleep while they wait, at most one for each available core.
 
-Import and call before torch: its thread pool reads these variables once. Two compute threads that spin while they wait
-for each other make a busy machine ten times slower; a thread that sleeps costs an idle one nothing measurable.
-A value that the user has set stays: `OMP_NUM_THREADS=1 python examples/train_gta2cs.py`.
+Import and call this before torch, whose thread pool reads these variables once. Threads that spin while they wait for
+each other make a busy machine ten times slower. Threads that sleep have no measurable cost on an idle one. Values set
+by the user stay: `OMP_NUM_THREADS=1 python examples/train_gta2cs.py`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def considerate_threads() -> None:
 
 
 def available_cores(cgroup: Path = CGROUP) -> int:
-    """Cores that this process may use: its affinity, and the quota of its container where there is one."""
+    """The number of cores that this process may use, by its affinity and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota(cgroup)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def _quota(cgroup: Path) -> float | None:
-    """Cores that the control group grants, of version 2 ("50000 100000" or "max 100000") or 1; None without a limit."""
+    """The cores allowed by the control group, of version 2 ("50000 100000", "max 100000") or 1; None: no limit."""
     try:
         if (limits := cgroup / "cpu.max").is_file():
             granted, period = limits.read_text(encoding="ascii").split()

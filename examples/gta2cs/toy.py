@@ -8,11 +8,11 @@
    and windows follow the perspective, and adds light and haze.
 3. `expose` is the camera: vignette, blur, noise.
 
-A `Style` says what a domain looks like and how its streets are furnished. Every camera image lies somewhere between the
-two styles: a few are nearly as clean as the game, most are far from it. That is what self-training needs, an easy end
-to start from. The gap is more than a shift of feature statistics: the camera world wears the game's colours and
-textures on the *wrong* classes (pale paved roads beside dark smooth sidewalks, mossy buildings, brick-coloured trees),
-so that only shape and layout tell them apart.
+A `Style` says what a domain looks like and how its streets are furnished. Every camera image is somewhere between the
+two styles: a few are nearly as clean as the game, and most are far from it. Self-training needs such easy images to
+start from. The gap is more than a shift of feature statistics: the camera world uses the game's colours and textures on
+the *wrong* classes (pale paved roads next to dark smooth sidewalks, mossy buildings, brick-coloured trees), so that
+only shape and layout tell the classes apart.
 """
 
 import functools
@@ -164,7 +164,7 @@ def render(domain: Domain, seed: int, size: tuple[int, int] = (128, 192)) -> tup
 
 
 def _between(clean: Style, strange: Style, rng: np.random.Generator) -> Style:
-    """`strange`, its appearance drawn back towards `clean` by a random amount that differs a little between classes."""
+    """`strange`, moved towards the appearance of `clean` by a random amount that varies a little between classes."""
     share = rng.beta(*SEVERITY)
     by_class = np.clip(share + rng.normal(0, 0.12, len(CLASSES) + 1), 0, 1).astype(np.float32)
     values = {field.name: getattr(strange, field.name) for field in fields(Style)}
@@ -188,7 +188,7 @@ class Camera:
 
     @classmethod
     def draw(cls, style: Style, size: tuple[int, int], rng: np.random.Generator) -> "Camera":
-        """A camera as the style has them."""
+        """Draw a camera of the style."""
         h, w = size[0] * SUPERSAMPLE, size[1] * SUPERSAMPLE
         angle = rng.uniform(-style.roll, style.roll)
         rotation = np.array([[np.cos(angle), np.sin(angle)], [np.sin(angle), -np.cos(angle)]])  # turns y downwards too
@@ -472,7 +472,7 @@ def shade(canvas: Canvas) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expose(colour: np.ndarray, style: Style, rng: np.random.Generator) -> np.ndarray:
-    """What the camera makes of the light: vignette, blur, noise; uint8."""
+    """The image of the camera, with vignette, blur and noise, uint8."""
     h, w, _ = colour.shape
     y, x = np.linspace(-1, 1, h, dtype=np.float32)[:, None], np.linspace(-1, 1, w, dtype=np.float32)
     colour = colour * (1 - style.vignette * 0.5 * (x * x + y * y))[..., None]

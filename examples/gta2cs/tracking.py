@@ -1,4 +1,4 @@
-"""Trackers (tensorboard, wandb, mlflow) through accelerate: what the report shows at the end, while a run goes on."""
+"""Trackers (tensorboard, wandb, mlflow) through accelerate, which show the content of the report during a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROJECT = "udakit"
 
 
 def check_tracker(accelerator: Accelerator, config: Config) -> None:
-    """Refuse a tracker that is not installed: accelerate leaves it out in silence."""
+    """Refuse a tracker that is not installed, because accelerate would silently skip it."""
     if config.log_with != "none" and not accelerator.log_with:
         raise ModuleNotFoundError(
             f"Expected the package of `log_with: {config.log_with}` to be installed, but it is not: "
@@ -26,7 +26,7 @@ def check_tracker(accelerator: Accelerator, config: Config) -> None:
 
 
 def start_tracking(accelerator: Accelerator, config: Config) -> None:
-    """Open the tracker, if any, under the name of the run's folder, and tell it the configuration."""
+    """Open the tracker, if any, with the name of the run's folder, and send the configuration."""
     if config.log_with == "none":
         return
     own = {"wandb": {"dir": str(config.out), "name": config.out.name}, "mlflow": {"run_name": config.out.name}}
@@ -34,10 +34,10 @@ def start_tracking(accelerator: Accelerator, config: Config) -> None:
 
 
 class Tracking:
-    """Sends losses, kept shares and scores to the tracker as they are logged."""
+    """Sends losses, kept fractions and scores to the tracker when they are logged."""
 
     def __call__(self, state: StageState, losses: Losses) -> None:
-        """Send what the observers before have put into the history at this step."""
+        """Send what the previous observers added to the history in this step."""
         run, history = state.run, state.history
         values: dict[str, Any] = {}
         if history["losses"] and (entry := history["losses"][-1])["step"] == state.done:
@@ -72,7 +72,7 @@ def send_pictures(accelerator: Accelerator, folder: Path, step: int) -> None:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of plain values, which every tracker takes."""
+    """Flatten nested settings to plain values, which every tracker accepts."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:

@@ -1,4 +1,4 @@
-"""Source images in the style of target, without training: what the recipes call by name."""
+"""Training-free translators that give source images the style of the target, by name for the recipes."""
 
 from __future__ import annotations
 

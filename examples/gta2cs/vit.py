@@ -1,4 +1,4 @@
-"""A plain vision transformer of timm (ViT, DINOv2) with a light head, in the frame of the other nets."""
+"""A plain vision transformer of timm (ViT, DINOv2) with a light head and the interface of the other nets."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class ViTSegNet(SegNet):
         return mask_tokens(tokens, self._token_mask, self.mask_token).view_as(output)
 
     def param_groups(self, *, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
-        """Encoder groups layer by layer, by timm: each block learns `layer_decay` times as fast as the one above."""
+        """Encoder groups by layer, from timm: each block has `layer_decay` times the learning rate of the next."""
         groups: list[dict[str, Any]] = []
         for group in param_groups_layer_decay(
             self.encoder, layer_decay=self.layer_decay, weight_decay_exclude_1d=False, no_weight_decay_list=()
