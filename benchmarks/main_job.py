@@ -8,7 +8,8 @@ The job runs in a fresh process with 60 steps a stage and one evaluation at the 
 multiplied by the steps of the whole job, that of an evaluation by its evaluations, and that of a rendered scene by the
 scenes that the draws are expected to touch. All else happens once. The clocks are those of `step_overhead.py`.
 
-One row is as the README runs it, by the clock on the wall. The other has one thread, by processor time.
+One row is as the README runs it, by the clock on the wall. The other has one thread, by processor time. A third has
+the net's passes and the optimiser in other ways, which could make the job shorter.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -36,6 +38,8 @@ import train_gta2cs as job  # before all that imports torch: it sets the number 
 
 IMPORT = time.perf_counter() - _BEGAN[0], time.process_time() - _BEGAN[1]
 
+import torch
+
 from benchmarks.harness import PAGES, Results, markdown_table, parser_for, write_section
 from benchmarks.step_overhead import BACKWARD, NETS, OPTIMIZER, Clock, Stretch, clocks
 from gta2cs import choosing, observers, toy
@@ -43,6 +47,7 @@ from gta2cs.loading import StepData
 from gta2cs.stage import StageState
 
 ROWS: dict[str, dict[str, str]] = {"as the README runs it": {}, "one thread": {"OMP_NUM_THREADS": "1"}}
+WAYS = "other ways"
 STEPS = 60  # of each stage
 REST, CROPS, SCENES = "rest of a step", "crops", "rendering the scenes"
 
@@ -144,6 +149,40 @@ def profile(steps: int, now: Callable[[], float]) -> dict[str, Any]:
     }
 
 
+def ways(turns: int = 7) -> dict[str, float]:
+    """Milliseconds of processor time of the job's net and optimiser in other ways, in turns, on one thread."""
+    torch.set_num_threads(1)
+    full = job.parse([])
+    images = torch.randn(full.batch_size, 3, *full.data.crop)
+    wide = images.to(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    plain = full.net.build(7, 3).train()
+    net = full.net.build(7, 3).to(memory_format=torch.channels_last).train()
+
+    def passes(net: torch.nn.Module, images: torch.Tensor, half: bool = False) -> Callable[[], None]:
+        def call() -> None:
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                total = net(images).head_logits.float().sum()
+            total.backward()
+
+        return call
+
+    calls: dict[str, Callable[[], Any]] = {
+        "net, forward and backward, as it is": passes(net, wide),
+        "the same, channels first": passes(plain, images),
+        "the same, bfloat16": passes(net, wide, half=True),
+        "AdamW, as it is": torch.optim.AdamW(net.parameters(), lr=1e-5).step,
+        "AdamW, fused": torch.optim.AdamW(net.parameters(), lr=1e-5, fused=True).step,
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(turns + 1):
+        for name, call in calls.items():
+            began = time.process_time()
+            call()
+            times[name].append(1e3 * (time.process_time() - began))
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
 def scenes(draws: int, each: int = 400, validation: int = 60) -> float:
     """Scenes of both domains that so many uniform draws of each touch, on average, and those that are scored."""
     return 2 * each * (1 - (1 - 1 / each) ** draws) + validation
@@ -195,30 +234,39 @@ def table(results: Results) -> str:
         if any(rows[n].get(line, 0) >= 0.005 * totals[n] for n in rows)
     ]
     body.append(["all", *(f"{totals[n]:.0f}" for n in rows)])
-    steps = next(iter(results.rows.values()))["steps"]
+    steps = " and ".join(dict.fromkeys(str(results.rows[name]["steps"]) for name in rows))
+    other = ""
+    if WAYS in results:
+        found = [[name, f"{ms:.1f}"] for name, ms in results.rows[WAYS]["milliseconds"].items()]
+        other = f"\n\nOne step of one batch in other ways:\n\n{markdown_table(['one thread', 'ms'], found)}"
     return (
         f"{markdown_table(['seconds (share)', *rows], body)}\n\n"
         f"From {steps} steps of each stage and one evaluation after each, multiplied to the whole job; as the README "
         "runs it by the clock on the wall, one thread by processor time. Parts under half a percent are left out."
+        f"{other}"
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = parser_for(__doc__, "main_job.json", page=PAGES / "step.md")
-    parser.add_argument("--one", choices=list(ROWS), help="measure one row here and print it")
+    parser.add_argument("--one", choices=[*ROWS, WAYS], help="measure one row here and print it")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each stage")
     options = parser.parse_args(arguments)
+    if options.one == WAYS:
+        print(json.dumps({"milliseconds": ways()}))
+        return
     if options.one:
         now = time.process_time if options.one == "one thread" else time.perf_counter
         print(json.dumps(profile(options.steps, now)))
         return
     results = Results(options.results)
-    for name in results.waiting(ROWS if not options.table else (), again=options.again):
+    for name in results.waiting([*ROWS, WAYS] if not options.table else (), again=options.again):
         command = [sys.executable, str(Path(__file__).resolve()), "--one", name, "--steps", str(options.steps)]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | ROWS[name]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | ROWS.get(name, {})
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         results.add(name, json.loads(done.stdout.splitlines()[-1]))
-        print(f"{name}: {sum(lines_of(results.rows[name]).values()):.0f} s for the whole job", flush=True)
+        if name in ROWS:
+            print(f"{name}: {sum(lines_of(results.rows[name]).values()):.0f} s for the whole job", flush=True)
     if not options.no_table:
         write_section("main job", table(results), options.page)
 

@@ -104,6 +104,7 @@ def test_the_main_job_is_its_steps_and_evaluations(tmp_path: Path) -> None:
     row = {"measured": measured, "times": times, "stages": stages, "steps": 3, "scenes": 1}
     results = harness.Results(tmp_path / "results.json")
     results.add("one thread", row)
+    results.add(main_job.WAYS, {"milliseconds": {"fused": 4.25}})
     page = tmp_path / "page.md"
     page.write_text(MARKED.format("main job"))
     main_job.main(["--table", "--results", str(results.path), "--page", str(page)])
@@ -115,11 +116,23 @@ def test_the_main_job_is_its_steps_and_evaluations(tmp_path: Path) -> None:
     assert f"| scores, during training | 8.0 ({8 / total:.0%}) |" in text
     assert f"| rendering the scenes | 6.0 ({6 / total:.0%}) |" in text
     assert "optimiser" not in text
+    assert "| fused | 4.2 |" in text
 
 
 def test_scenes_of_few_draws_are_each_drawn_once() -> None:
     assert main_job.scenes(1, each=400, validation=0) == pytest.approx(2)
     assert main_job.scenes(10**5, each=400, validation=60) == pytest.approx(860)
+
+
+@pytest.mark.slow
+def test_other_ways_of_the_main_job() -> None:
+    threads = torch.get_num_threads()
+    try:
+        found = main_job.ways(1)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(found) == 5
+    assert all(ms > 0 for ms in found.values())
 
 
 @pytest.mark.slow
