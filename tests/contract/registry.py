@@ -57,6 +57,9 @@ CHECKS = (
     "wrong_options",  # every option refuses every wrong value, by name
 )
 
+# The checks that also run with the thresholds of large maps lowered, so that the examples are large.
+OF_LARGE_MAPS = ("gradcheck", "half", "strides", "extreme_values", "subclass", "nan_outside")
+
 # Parts of a check that an entry can be exempted from as "<check>.<part>", leaving the rest of the check in force.
 PARTS = {
     "extreme_values": ("float16", "bfloat16", "one_class", "one_image"),

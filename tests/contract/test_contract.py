@@ -5,12 +5,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 import udakit
 from contract import checks
-from contract.registry import CHECKS, PARTS, Operation, Sample, all_operations
+from contract.registry import CHECKS, OF_LARGE_MAPS, PARTS, Operation, Sample, all_operations
 
 
 def _base(op: Operation) -> str:
@@ -40,7 +41,6 @@ for _check in CHECKS:
 
 # Size from which a map is large, and below which an image is sorted: the examples are far smaller than both.
 THRESHOLDS = {"LARGE": 1, "EXACT": 0}
-OF_LARGE_MAPS = ("gradcheck", "half", "strides", "extreme_values", "subclass", "nan_outside")
 
 
 @pytest.mark.parametrize("check", OF_LARGE_MAPS)
@@ -57,6 +57,36 @@ def test_large_maps(op: Operation, check: str, monkeypatch: pytest.MonkeyPatch) 
                 monkeypatch.setattr(module, threshold, THRESHOLDS[threshold])
     torch.manual_seed(0)
     getattr(checks, check)(checks.as_used(op))
+
+
+@every_operation
+def test_numbers_of_any_kind(op: Operation) -> None:
+    """An option that takes 1.0 takes 1 and NumPy's numbers, and gives the same."""
+    ex = checks.make(op)
+    public = getattr(udakit, _base(op), None)
+    parameters = inspect.signature(public.__init__ if inspect.isclass(public) else public).parameters.values()
+    options = [p.name for p in parameters if str(p.annotation).startswith("float")]
+    if not options:
+        pytest.skip("has no number among its options")
+    for name in options:
+        for number in (0.0, 0.5, 1.0):
+            expected = _result(ex, name, number)
+            whole = (int(number), np.int64(number)) if number != 0.5 else ()
+            for other in (np.float32(number), np.float64(number), *whole):
+                found = _result(ex, name, other)
+                assert (expected is None) == (found is None), f"{name}={other!r}"
+                if expected is not None:
+                    checks.assert_equal(found, expected, f"{name}={other!r}")
+
+
+def _result(ex: checks.Example, name: str, value: object) -> list[torch.Tensor] | None:
+    """What the operation gives with one option replaced; None where it refuses the value."""
+    call = checks._with_option(ex.op, ex.call(), name, value)
+    torch.manual_seed(0)
+    try:
+        return checks.outputs(ex.op.function, call, call.options, 0)
+    except (ValueError, TypeError):
+        return None
 
 
 @pytest.mark.slow

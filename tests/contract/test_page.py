@@ -13,7 +13,7 @@ import torch
 
 import udakit
 from contract import checks
-from contract.registry import CHECKS, FAMILIES, Operation, all_operations
+from contract.registry import CHECKS, FAMILIES, OF_LARGE_MAPS, Operation, all_operations
 from contract.wrong_options import WRONG
 
 PAGE = Path(__file__).parents[2] / "docs" / "contract.md"
@@ -93,6 +93,8 @@ def page() -> str:
                 "*Entries* are those that a check is not exempt from. "
                 "A check skips an entry in which it finds nothing to look at, and says so.",
                 table(["check", "what must hold", "entries", "exempt"], counted),
+                "Large maps are worked on by other means on the CPU, in blocks or by operations on bits. "
+                f"Six checks run over these, too: {', '.join(f'`{check}`' for check in OF_LARGE_MAPS)}.",
                 "## Nets, images and tensors of any kind",
                 f"- **Dimensions**: {filled['space']} entries take maps. "
                 "One or three spatial axes give what two give, or are refused by name.\n"

@@ -78,9 +78,7 @@ def entropy_loss(
         check_weight_like(pixel_weight, logits)
     x = upcast(logits)
     if kind == "logits" and _in_blocks(x):
-        loss: Tensor = _Entropy.apply(
-            plain(x), None if valid is None else plain(valid), x.requires_grad and torch.is_grad_enabled()
-        )[0]
+        loss: Tensor = _Entropy.apply(plain(x), None if valid is None else plain(valid))[0]
     elif kind == "logits":
         log_p = F.log_softmax(guard(x, valid), dim=1)
         loss = -(log_p.exp() * log_p).sum(dim=1)
@@ -94,7 +92,8 @@ def entropy_loss(
 
 def _in_blocks(x: Tensor) -> bool:
     """Whether blocks are faster. They are not for small maps, on a GPU (launches), or under a compiler that fuses."""
-    return x.device.type == "cpu" and x.numel() >= LARGE and not torch.compiler.is_compiling()
+    grows = x.requires_grad and torch.is_grad_enabled()
+    return grows and x.device.type == "cpu" and x.numel() >= LARGE and not torch.compiler.is_compiling()
 
 
 class _Entropy(torch.autograd.Function):
@@ -104,12 +103,12 @@ class _Entropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, valid: Tensor | None, keep: bool) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         maps = x.flatten(2)
         mask = None if valid is None else valid.flatten(1).unsqueeze(1)
         n, c, size = maps.shape
         loss = maps.new_empty((n, size))
-        kept = torch.empty_like(maps, memory_format=torch.contiguous_format) if keep else maps.new_empty((0,))
+        kept = torch.empty_like(maps, memory_format=torch.contiguous_format)
         pixels = max(BLOCK // c, 1)
         buffers = maps.new_empty((2, c * min(pixels, size)))
         for i in range(n):
@@ -118,32 +117,30 @@ class _Entropy(torch.autograd.Function):
                 log_p, p = buffers[:, : maps[at].numel()].view(2, *maps[at].shape)
                 torch.log_softmax(maps[at], dim=1, out=log_p)
                 exp_(p.copy_(log_p))
-                out = kept[at] if keep else p
-                h = loss[at[0], at[2]]
-                torch.sum(torch.mul(p, log_p, out=out), dim=1, out=h)
-                if keep:
-                    out.addcmul_(p, h.unsqueeze(1), value=-1).neg_()  # `h` is -H so far
-                    if mask is not None:
-                        zero_where_not_(mask[at], out)
+                slope, h = kept[at], loss[at[0], at[2]]
+                torch.sum(torch.mul(p, log_p, out=slope), dim=1, out=h)
+                slope.addcmul_(p, h.unsqueeze(1), value=-1).neg_()  # `h` is -H so far
+                if mask is not None:
+                    zero_where_not_(mask[at], slope)
         return loss.neg_().view(n, *x.shape[2:]), kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:2], output[1])
+        ctx.save_for_backward(*inputs, output[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
         if grad is None:
-            return None, None, None
+            return None, None
         x, valid, kept = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: in operations that have a derivative
             log_p = F.log_softmax(x if valid is None else torch.where(valid.unsqueeze(1), x, 0), dim=1)
             p = log_p.exp()
             slope = -p * (log_p - (p * log_p).sum(1, keepdim=True)) * grad.unsqueeze(1)
-            return slope if valid is None else select(valid.unsqueeze(1), slope), None, None
-        return (kept * grad.flatten(1).unsqueeze(1)).view(x.shape), None, None
+            return slope if valid is None else select(valid.unsqueeze(1), slope), None
+        return (kept * grad.flatten(1).unsqueeze(1)).view(x.shape), None
 
 
 def _check_options(normalize: bool, kind: str, reduction: str) -> None:

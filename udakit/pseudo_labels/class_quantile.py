@@ -135,7 +135,7 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         counts = counts[:size].view_as(self.histogram)
         if self.sync:
             counts = sum_ranks(counts)
-        moved = (counts.sum(1, keepdim=True) > 0) * (1 - self.momentum)  # an absent class keeps its histogram
+        moved = (counts.sum(1, keepdim=True) > 0) * (1.0 - self.momentum)  # an absent class keeps its histogram
         self.histogram.lerp_(counts.to(self.histogram.dtype), moved)
 
     def _lowest_bin(self) -> Tensor:
