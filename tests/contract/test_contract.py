@@ -59,6 +59,21 @@ def test_large_maps(op: Operation, check: str, monkeypatch: pytest.MonkeyPatch) 
     getattr(checks, check)(checks.as_used(op))
 
 
+# What has no value without a pixel is NaN, as its docstring says.
+NAN_WITHOUT_IMAGES = {"consistency_score[background]", "ConfidenceThreshold"}
+
+
+@every_operation
+def test_no_images(op: Operation) -> None:
+    """A batch of no images passes: losses are 0, and nothing is NaN that its docstring does not say."""
+    out, gradients = checks.run_with_gradients(checks.make(op, n=0))
+    if op.kind == "loss":
+        assert all((x == 0).all() for x in out)
+    elif op.name not in NAN_WITHOUT_IMAGES:
+        assert not any(x.isnan().any() for x in out if x.is_floating_point())
+    assert all(x.isfinite().all() for x in gradients)
+
+
 @every_operation
 def test_numbers_of_any_kind(op: Operation) -> None:
     """An option that takes 1.0 takes 1 and NumPy's numbers, and gives the same."""
