@@ -130,6 +130,7 @@ def indent(line: str) -> int:
 
 def on_page_content(html: str, **_: Any) -> str:
     """Called by mkdocs with each page, after Markdown."""
+    html = re.sub(r"(?<=\d) %(?=\)(</strong>)?</td>)", "\u00a0%", html)  # "(8 %)" of a table stays on one line
     return FORMULA.sub(_mathml, html)
 
 

@@ -192,6 +192,8 @@ WRITERS: dict[Format, Callable[[nn.Module, Tensor, Path], tuple[Path, Run]]] = {
 def model_card(config: Config, trained: Trained, net: nn.Module, size: tuple[int, int]) -> str:
     """Describe the net, its training data and its known quality."""
     run, classes, format = trained.config, trained.classes, trained.image_format
+    low, high = format.value_range or (0, 255)
+    scale = "" if format.value_range is None else f", where 0 is {low:g} and 1 is {high:g} in the files of target"
     pair = "folders of your own" if run["data"]["pair"] == "folder" else run["data"]["pair"]
     adapted = any(stage["recipe"] != "source_only" for stage in run["stages"])
     kind, (mean, std) = "RGB" if format.channels == 3 else "values", format.statistics
@@ -200,8 +202,8 @@ def model_card(config: Config, trained: Trained, net: nn.Module, size: tuple[int
     lines = [
         f"# {run['net']['arch']} / {run['net']['encoder']}, {'adapted' if adapted else 'trained'} on {pair}",
         "## Use",
-        f"Input `images`: float32 (N, {format.channels}, {size[0]}, {size[1]}), {kind} in [0, 1]; they are normalised "
-        "inside. "
+        f"Input `images`: float32 (N, {format.channels}, {size[0]}, {size[1]}), {kind} in [0, 1]{scale}; "
+        "they are normalised inside. "
         f"Output `logits`: float32 (N, {len(classes.names)}, {size[0]}, {size[1]}); their arg-max is the class.",
         *(
             [

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 import export
 import train_gta2cs
 from gta2cs.checkpoints import save_checkpoint
+from gta2cs.inference import Trained
 from gta2cs.nets import build_net
 from gta2cs.pretrained import load_weights
 from gta2cs.toy import CLASSES
@@ -74,6 +75,14 @@ def test_onnxruntime_agrees_with_the_net(checkpoint: Path, tmp_path: Path) -> No
     shape = [d.dim_param or d.dim_value for d in graph.input[0].type.tensor_type.shape.dim]
     assert isinstance(shape[0], str), "N is fixed"
     assert shape[1:] == [3, 64, 80]
+
+
+def test_the_card_says_which_values_are_black_and_white(checkpoint: Path) -> None:
+    trained = Trained.open(checkpoint)
+    trained.config["data"]["target_range"] = [0, 4095]
+    net = torch.nn.Conv2d(3, len(CLASSES), 1)
+    text = export.model_card(export.Config(checkpoint, Path()), trained, net, (64, 64))
+    assert "RGB in [0, 1], where 0 is 0 and 1 is 4095 in the files of target; they are" in text
 
 
 def test_exported_tensors_start_a_new_run(checkpoint: Path, tmp_path: Path) -> None:
