@@ -119,4 +119,4 @@ def test_every_table_of_options_has_a_line_an_option() -> None:
     for match in hooks.OPTIONS.finditer(page):
         assert len(hooks.option_table(ROOT / match["path"], match["name"]).splitlines()) > 2, match["name"]
     table = hooks.option_table(ROOT / "examples" / "gta2cs" / "config.py", "NetConfig")
-    assert "| `take` | `Literal['all', 'encoder', 'some']` | `'all'` | What to take" in table
+    assert "| `take` | `Literal['all', 'encoder', 'some']` | `'all'` | What to load" in table
