@@ -68,6 +68,16 @@ def test_a_stage_that_is_not_there(place: str) -> None:
         train_gta2cs.parse([f"--{place}=1"])
 
 
+def test_a_wrong_option_is_said_in_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train_gta2cs.parse(["--batchsize", "3"])
+    said = capsys.readouterr().err
+    assert "unrecognized arguments: --batchsize" in said
+    assert len(said.splitlines()) <= 4
+    with pytest.raises(FileNotFoundError, match=r"Expected `config` to be a YAML file, but there is no nothere\.yaml"):
+        train_gta2cs.parse(["--config", "nothere.yaml", "--stages.0.steps", "3"])
+
+
 def test_predict_explains_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(help_of(capsys, predict.parse, "--help").split())
     assert "An image, or a folder of images, including its subfolders." in text

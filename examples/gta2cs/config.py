@@ -209,7 +209,9 @@ def with_places(arguments: list[str], files: list[str]) -> list[str]:
 
 
 def stages_of(file: str) -> Any:
-    """The stages in a configuration file. The parser reports errors of the file itself."""
+    """The stages that a configuration lists; the parser reports what is wrong inside the file."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"Expected `config` to be a YAML file, but there is no {file}.")
     try:
         return yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("stages")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):

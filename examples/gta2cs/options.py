@@ -45,7 +45,12 @@ def read_options(
     arguments = sys.argv[1:] if arguments is None else arguments
     arguments = [f"{a}=true" if a in flags else a for a in arguments]
     read: T = auto_cli(
-        kind, args=arguments, as_positional=False, default_config_files=files or [], formatter_class=HelpFormatter
+        kind,
+        args=arguments,
+        as_positional=False,
+        default_config_files=files or [],
+        formatter_class=HelpFormatter,
+        usage="%(prog)s [--option value ...]",  # a wrong option is said below it: not below a page of all of them
     )
     return read
 
