@@ -47,7 +47,7 @@ def test_guard_of_an_expanded_gradient(large: int, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("large", [0, 10_000])
 def test_cross_entropy_has_second_derivatives(weighted: bool, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["udakit.losses.cross_entropy"], "LARGE", large)
+    monkeypatch.setattr("udakit._reduce.LARGE", large)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 5, dtype=torch.float64, generator=g, requires_grad=True)
     labels = torch.tensor([[0, 1, 2, 255, 1], [255, 2, 0, 0, 1]])
@@ -56,7 +56,7 @@ def test_cross_entropy_has_second_derivatives(weighted: bool, large: int, monkey
 
 
 def test_cross_entropy_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["udakit.losses.cross_entropy"], "LARGE", 0)
+    monkeypatch.setattr("udakit._reduce.LARGE", 0)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=g, requires_grad=True)
     labels = torch.where(torch.rand(2, 4, 5, generator=g) < 0.3, 255, torch.randint(3, (2, 4, 5), generator=g))
@@ -189,3 +189,32 @@ def test_ids_far_apart_are_mapped_without_a_table_of_all_between(table: dict[int
     assert udakit.map_ids(ids.numpy(), table).tolist() == expected
     small = torch.tensor([0, 3, 7], dtype=torch.int32)
     assert udakit.map_ids(small, table, default=6).tolist() == [table.get(i, 6) for i in (0, 3, 7)]
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_large_maps_under_transforms_of_functions(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is faster on large maps has no rules for `torch.func`, and stays out of its way."""
+    monkeypatch.setattr("udakit._reduce.LARGE", 1)
+    g = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(2, 3, 4, 5, generator=g), torch.randint(3, (2, 4, 5), generator=g)
+    valid = labels > 0
+
+    def loss(x: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        x, labels, valid = x[None], labels[None], valid[None]
+        return (
+            udakit.cross_entropy(x, labels) + udakit.entropy_loss(x, valid=valid) + udakit.kd_loss(x, -x, valid=valid)
+        )
+
+    if transform == "jvp":
+        step = torch.randn(3, 4, 5, generator=g)
+        slope = torch.func.jvp(lambda y: loss(y, labels[0], valid[0]), (x[0],), (step,))[1]
+        y = x[0].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(y, labels[0], valid[0]), y)
+        torch.testing.assert_close(slope, (gradient * step).sum())
+        return
+    derivative = torch.func.grad(loss)
+    found = torch.vmap(derivative)(x, labels, valid) if transform == "vmap" else derivative(x[0], labels[0], valid[0])
+    for one, y, label, mask in zip(found if transform == "vmap" else [found], x, labels, valid, strict=False):
+        y = y.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(loss(y, label, mask), y)
+        torch.testing.assert_close(one, expected)

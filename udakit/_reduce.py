@@ -71,8 +71,7 @@ def top_class(scores: Tensor) -> Tensor:
 
 def by_blocks(scores: Tensor) -> bool:
     """Whether `top_by_blocks` is faster than `max`, which is not vectorised on the CPU."""
-    large = scores.numel() >= LARGE and scores.shape[1] <= 255
-    return large and scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    return is_large(scores) and scores.shape[1] <= 255
 
 
 def top_by_blocks(scores: Tensor, *, confidence: bool) -> tuple[Tensor, Tensor]:
@@ -119,8 +118,22 @@ def class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return torch.where(labels == ignore_index, num_classes, ids) if 0 <= ignore_index < num_classes else ids
 
 
-LARGE = 2**17  # number of elements from which `select` is faster with bits than with branches
+LARGE = 2**17  # number of elements from which our own passes on the CPU are faster than torch's operators
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def is_large(x: Tensor) -> bool:
+    """Whether blocks, or operations on bits, are faster than torch's operators: for large maps on the CPU.
+
+    On a GPU each block is a launch, a compiler fuses the operators, and `torch.func` has no rules for our own code.
+    """
+    large = x.numel() >= LARGE and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return large and not _is_transformed()
+
+
+def _is_transformed() -> bool:
+    """Whether `torch.func.vmap`, `grad` or `jvp` runs."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -129,9 +142,8 @@ def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
     On the CPU, `torch.where` branches at every element, which is five times slower for a large ragged mask. The
     arithmetic m x + (1 - m) y would let a NaN of the other side through. Operations on bits do not.
     """
-    small = x.numel() < LARGE
     pair = x.dtype if other is None else torch.promote_types(x.dtype, other.dtype)
-    if small or x.device.type != "cpu" or torch.compiler.is_compiling() or pair.itemsize not in _BITS:
+    if not is_large(x) or pair.itemsize not in _BITS:
         return torch.where(mask, x, 0 if other is None else other)
     x, other = x.to(pair), None if other is None else other.to(pair)
     selected: Tensor = _Select.apply(mask, x, other)
@@ -178,7 +190,8 @@ def guard(x: Tensor, valid: Tensor | None) -> Tensor:
     """
     if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
         return x
-    if x.numel() < LARGE or torch.compiler.is_compiling():  # a pass over a small map is faster than Python code
+    # A pass over a small map is faster than Python code.
+    if x.numel() < LARGE or torch.compiler.is_compiling() or _is_transformed():
         return torch.where(valid.unsqueeze(1), x, 0)
     guarded: Tensor = _Guard.apply(x, valid)
     return guarded

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import LARGE, select, zero_where_not_
+from udakit._reduce import is_large, select, zero_where_not_
 
 BLOCK = 2**20  # numbers of a piece: fewer would make short rows
 
@@ -41,7 +41,7 @@ def _inverse(length: Tensor) -> Tensor:
 
 
 def _in_pieces(x: Tensor) -> bool:
-    return x.numel() >= LARGE and x.ndim > 2 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.ndim > 2 and is_large(x)
 
 
 def _pieces(x: Tensor) -> Iterator[tuple[slice, slice, slice]]:

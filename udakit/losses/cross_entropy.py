@@ -18,11 +18,11 @@ from udakit._checks import (
     check_weight_option,
 )
 from udakit._reduce import (
-    LARGE,
     LOG_2,
     Reduction,
     check_reduction,
     guard,
+    is_large,
     plain,
     reduce_pixels,
     select,
@@ -112,7 +112,7 @@ def labelled_cross_entropy(
     weight = None if class_weight is None else class_weight.detach().to(logits.dtype)
     grows = logits.requires_grad and torch.is_grad_enabled()
     try:
-        if grows and _in_blocks(logits):
+        if grows and is_large(logits):
             loss: Tensor = _CrossEntropy.apply(plain(logits), plain(labels), weight, ignore_index)[0]
             return loss
         if grows:
@@ -123,11 +123,6 @@ def labelled_cross_entropy(
             f"Expected `labels` to hold ids 0..{logits.shape[1] - 1} or `ignore_index` {ignore_index}, but got others. "
             "udakit.check_labels lists them."
         ) from error
-
-
-def _in_blocks(logits: Tensor) -> bool:
-    """Whether blocks are faster. They are not for small maps, on a GPU (launches), or under a compiler that fuses."""
-    return logits.device.type == "cpu" and logits.numel() >= LARGE and not torch.compiler.is_compiling()
 
 
 class _CrossEntropy(torch.autograd.Function):

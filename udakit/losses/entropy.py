@@ -14,12 +14,12 @@ from udakit._checks import check_flag, check_mask_like, check_option, check_scor
 from udakit._reduce import (
     BLOCK,
     KINDS,
-    LARGE,
     Kind,
     Reduction,
     check_reduction,
     exp_,
     guard,
+    is_large,
     plain,
     reduce_pixels,
     select,
@@ -77,7 +77,7 @@ def entropy_loss(
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
     x = upcast(logits)
-    if kind == "logits" and _in_blocks(x):
+    if kind == "logits" and x.requires_grad and torch.is_grad_enabled() and is_large(x):
         loss: Tensor = _Entropy.apply(plain(x), None if valid is None else plain(valid))[0]
     elif kind == "logits":
         log_p = F.log_softmax(guard(x, valid), dim=1)
@@ -88,12 +88,6 @@ def entropy_loss(
     if normalize and logits.shape[1] > 1:
         loss = loss / math.log(logits.shape[1])
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
-
-
-def _in_blocks(x: Tensor) -> bool:
-    """Whether blocks are faster. They are not for small maps, on a GPU (launches), or under a compiler that fuses."""
-    grows = x.requires_grad and torch.is_grad_enabled()
-    return grows and x.device.type == "cpu" and x.numel() >= LARGE and not torch.compiler.is_compiling()
 
 
 class _Entropy(torch.autograd.Function):

@@ -18,7 +18,7 @@ from udakit._checks import (
     check_weight_like,
     shape_of,
 )
-from udakit._reduce import KINDS, LARGE, Kind, Reduction, check_reduction, guard, interpolate, reduce_pixels, upcast
+from udakit._reduce import KINDS, Kind, Reduction, check_reduction, guard, interpolate, is_large, reduce_pixels, upcast
 from udakit.losses._soft_cross_entropy import soft_cross_entropy
 
 Divergence = Literal["cross_entropy", "kl"]
@@ -97,7 +97,7 @@ def kd_loss(
     if pixel_weight is not None:
         check_weight_like(pixel_weight, student, reference_name="student_logits")
 
-    if teacher_kind == "logits" and _in_blocks(student):
+    if teacher_kind == "logits" and is_large(student):
         loss = soft_cross_entropy(student, teacher, temperature, valid, kl=divergence == "kl")
         return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
     student = guard(student, valid)
@@ -108,11 +108,6 @@ def kd_loss(
         loss = loss + torch.special.xlogy(target, target).sum(dim=1)
     loss = loss if temperature == 1 else temperature**2 * loss
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
-
-
-def _in_blocks(student: Tensor) -> bool:
-    """Whether blocks are faster. They are not on a GPU, where each is a launch, or if a compiler fuses the formula."""
-    return student.device.type == "cpu" and student.numel() >= LARGE and not torch.compiler.is_compiling()
 
 
 def match_logits(
