@@ -46,7 +46,7 @@ def check_rgb(name: str, images: Tensor, what: str) -> None:
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"Expected `{name}` to be (N, 3, H, W), but got {shape_of(images)}. "
-            f"{what} works on two-dimensional colour images with three channels."
+            f"{what} works on colour images: two-dimensional, with three channels."
         )
 
 
