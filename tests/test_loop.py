@@ -128,10 +128,10 @@ def test_a_refused_resume_changes_nothing_and_a_new_run_leaves_no_old_stage(tmp_
     assert "source_only" in rows  # a recipe that comes twice keeps both rows
     assert "source_only (stage 2)" in rows
     before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(ValueError, match=r"these differ: seed: 0 -> 7"):
+    with pytest.raises(ValueError, match=r"these values differ: seed: 0 -> 7"):
         train_gta2cs.main(tiny_config(tmp_path, *stages, resume=True, seed=7))
     assert (tmp_path / "config.yaml").read_text() == before
-    with pytest.raises(ValueError, match=r"stage2_source_only.* these differ: stages"):
+    with pytest.raises(ValueError, match=r"stage2_source_only.* these values differ: stages"):
         train_gta2cs.main(tiny_config(tmp_path, stages[0], train_gta2cs.Stage("source_only", lr=0.1), resume=True))
     assert (tmp_path / "config.yaml").read_text() == before
     train_gta2cs.main(tiny_config(tmp_path, stages[0]))

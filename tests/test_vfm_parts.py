@@ -64,7 +64,7 @@ def test_errors() -> None:
     tokens, mask = torch.zeros(2, 5, 3), torch.zeros(2, 5).bool()
     with pytest.raises(ValueError, match=r"Expected `mask` to be \(N, L\) matching `tokens`"):
         udakit.mask_tokens(tokens, mask[:, :4], torch.zeros(3))
-    with pytest.raises(ValueError, match=r"Expected `mask_token` to have the D = 3 numbers"):
+    with pytest.raises(ValueError, match=r"Expected `mask_token` to have D = 3 numbers"):
         udakit.mask_tokens(tokens, mask, torch.zeros(4))
     with pytest.raises(ValueError, match=r"Expected `ratio` to be in \[0, 1\]"):
         udakit.draw_token_mask(1, 4, ratio=2.0)

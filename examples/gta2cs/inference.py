@@ -112,9 +112,11 @@ class Trained:
             options["weights"] = "random"  # all tensors come from the checkpoint, none from a package or the hub
         decoder = options.pop("options", {})  # checkpoints of before it existed have none
         with _as_it_says(self.path):
-            net = build_net(
-                **decoder, **options, num_classes=len(self.classes.names), channels=self.image_format.channels
-            )
+            channels = self.image_format.channels
+            try:
+                net = build_net(**decoder, **options, num_classes=len(self.classes.names), channels=channels)
+            except ValueError as error:
+                raise ValueError(f"Cannot use the net of {self.path}: {error}") from error
         copy_net(net, self.recipe, NETS.get(name, name), self.path)
         return net.eval()  # type: ignore[return-value]
 
