@@ -72,6 +72,7 @@ TITLES = {
     "combined": "combined",
     "ablation_unmatched": "combined, scale not matched, labels by statistics of target batches",
     "ablation_plain": "combined, labels not class-balanced",
+    "ablation_constant": "combined, 60 % of each class throughout",
     "ablation_unstyled": "combined, source in its own colours",
     "oracle": "oracle",
 }
@@ -97,9 +98,10 @@ ABLATION: dict[str, dict[str, Any]] = {
     "ablation_unmatched": {"recipes": ["dacs"], "options": SETTINGS["batch"], "data": {"match_scale": False}},
     "ablation_plain": {
         "recipes": ["combined"],
-        "options": {"shared": {**SHARED, "selector": "confident_ratio"}},
+        "options": {"shared": {**SHARED, "selector": "confident_ratio", "share_end": None}},
         "own": True,
     },
+    "ablation_constant": {"recipes": ["combined"], "options": {"shared": {**SHARED, "share_end": None}}, "own": True},
     "ablation_unstyled": {"recipes": ["combined"], "options": {"shared": {**SHARED, "translate": "none"}}, "own": True},
 }
 BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of the scores

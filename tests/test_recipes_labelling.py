@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gta2cs.nets import build_net
-from gta2cs.recipes import Dacs, DigaWarmup, Draws, Duda, Ehtdi, SelfTraining
+from gta2cs.recipes import Dacs, DigaWarmup, Draws, Duda, Ehtdi, Preparation, SelfTraining
 from test_recipes_masked import CLASSES, batch, build, net, step
 from udakit import (
     AdaptiveThresholdSelector,
@@ -134,3 +134,35 @@ def test_the_warm_up_labels_nothing() -> None:
             DigaWarmup.parse({option: True})
         for recipe in (Dacs, Ehtdi, Duda, SelfTraining):
             assert recipe.parse({option: True}) is not None
+
+
+def test_the_share_of_each_class_rises_evenly_and_a_resumed_run_goes_on_from_it() -> None:
+    options = {"selector": "class_quantile", "share": 0.5, "share_end": 0.9}
+    recipe = build("dacs", net(), **options)
+    recipe.prepare(Preparation(lambda start, stop: [], steps=4))
+    shares = []
+    for _ in range(4):
+        recipe.after_step()
+        shares.append(recipe.selector.share)
+    assert shares == pytest.approx([0.6, 0.7, 0.8, 0.9])
+
+    stopped = build("dacs", net(), **options)
+    stopped.prepare(Preparation(lambda start, stop: [], steps=4))
+    for _ in range(2):
+        stopped.after_step()
+    resumed = build("dacs", net(), **options)
+    resumed.load_state_dict(stopped.state_dict())
+    assert resumed.selector.share == pytest.approx(0.7)
+    resumed.after_step()
+    assert resumed.selector.share == pytest.approx(0.8)
+
+    constant = build("dacs", net(), selector="class_quantile", share=0.5)
+    constant.after_step()
+    assert constant.selector.share == 0.5
+    assert "course" not in constant.state_dict()  # checkpoints of before stay readable
+
+
+@pytest.mark.parametrize("wrong", [{"selector": "argmax", "share_end": 0.9}, {"share_end": 1.1}, {"share_end": 0}])
+def test_a_rising_share_is_one_of_class_quantiles(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="`share_end` to be a share"):
+        build("dacs", net(), **{"selector": "class_quantile", **wrong})

@@ -47,6 +47,7 @@ class Dacs(TargetStyled):
         threshold: float = 0.968
         threshold_momentum: float = 0.99  # for adaptive (FreeMatch: 0.999 over some hundred thousand steps)
         share: float = 0.5  # of each predicted class, for class_quantile
+        share_end: float | None = None  # rising to this at the end of the stage, as CBST's does; None: it stays
         prototype_momentum: float = 1e-2  # for rectified (ProDA: 1e-4 over 80k steps and more)
         mix_weight: float = 1.0
         pseudo_loss: Literal["cross_entropy", "symmetric_cross_entropy"] = "cross_entropy"  # on pseudo-labels (ProDA)
@@ -67,6 +68,14 @@ class Dacs(TargetStyled):
                 student, num_classes, mode=options.teacher_mode, momentum=options.prototype_momentum
             )
         self.selector = nn.Identity() if self.rectified is not None else make_selector(options, num_classes)
+        self.steps, self.done = 0, 0
+        if options.share_end is not None:
+            if options.selector != "class_quantile" or not 0 < options.share_end <= 1:
+                raise ValueError(
+                    "Expected `share_end` to be a share in (0, 1], with `selector` class_quantile, "
+                    f"but got {options.share_end} with {options.selector}."
+                )
+            self.register_buffer("course", torch.tensor([0, 0]))  # steps done, steps of the stage: for a resumed run
         dim: int = student.feature_dim  # type: ignore[assignment]
         self.contrasts = nn.ModuleDict()
         if options.contrast > 0:
@@ -156,8 +165,28 @@ class Dacs(TargetStyled):
     def prepare(self, data: Preparation) -> None:
         """Prepare the translator, and for `rectified` the class centroids of the target."""
         super().prepare(data)
+        self.steps = data.steps
         if self.rectified is not None:
             self.rectified.prepare(data.batches(0, CENTROID_BATCHES))
+
+    def after_step(self) -> None:
+        """Move the teacher, and the share of each class that is kept."""
+        super().after_step()
+        self.done += 1
+        if self.options.share_end is not None:
+            self.course = self.course.new_tensor([self.done, self.steps])
+            self.move_share()
+
+    def move_share(self) -> None:
+        """From `share` to `share_end`, evenly."""
+        begin, end = self.options.share, self.options.share_end
+        self.selector.share = begin + (end - begin) * min(1.0, self.done / max(1, self.steps))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        if (saved := state_dict.get(prefix + "course")) is not None and self.options.share_end is not None:
+            self.done, self.steps = saved.tolist()
+            self.move_share()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def translate(self, batch: Batch, draws: Draws) -> Tensor:
         """Give some of the source images the style of a target image."""
