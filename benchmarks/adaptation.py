@@ -70,7 +70,7 @@ TITLES = {
     "diga": "DiGA",
     "ehtdi": "EHTDI",
     "combined": "combined",
-    "ablation_unmatched": "combined, scale not matched, labels by statistics of target batches",
+    "ablation_unmatched": "DACS, labels by statistics of target batches, scale not matched",
     "ablation_plain": "combined, labels not class-balanced",
     "ablation_constant": "combined, 60 % of each class throughout",
     "ablation_unstyled": "combined, source in its own colours",
@@ -83,8 +83,9 @@ EVERY = 100  # steps between scores
 SCALES = {"source_scale": (0.6, 1.7), "target_scale": (0.8, 1.25)}
 AUGMENT: dict[str, Any] = {"jitter": SHARED["jitter"]}
 MATCH = {"match_scale": True}  # of every row that adapts
-# ... and how DACS labels and selects. `combined` decides between them itself.
-SETTINGS: dict[str, dict[str, Any]] = {name: {**SHARED, **own} for name, own in CANDIDATES.items()}
+# ... and how DACS labels, which `combined` decides itself. Rows of DACS keep the same share of each class throughout.
+CONSTANT = {**SHARED, "share_end": None}
+SETTINGS: dict[str, dict[str, Any]] = {name: {**CONSTANT, **own} for name, own in CANDIDATES.items()}
 EHTDI = {
     "labels_from": "teacher",
     "mix_weight": 1.0,
@@ -98,10 +99,10 @@ ABLATION: dict[str, dict[str, Any]] = {
     "ablation_unmatched": {"recipes": ["dacs"], "options": SETTINGS["batch"], "data": {"match_scale": False}},
     "ablation_plain": {
         "recipes": ["combined"],
-        "options": {"shared": {**SHARED, "selector": "confident_ratio", "share_end": None}},
+        "options": {"shared": {**CONSTANT, "selector": "confident_ratio"}},
         "own": True,
     },
-    "ablation_constant": {"recipes": ["combined"], "options": {"shared": {**SHARED, "share_end": None}}, "own": True},
+    "ablation_constant": {"recipes": ["combined"], "options": {"shared": CONSTANT}, "own": True},
     "ablation_unstyled": {"recipes": ["combined"], "options": {"shared": {**SHARED, "translate": "none"}}, "own": True},
 }
 BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of the scores
