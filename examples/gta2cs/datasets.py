@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from gta2cs.checking import CheckReport, check_data
 from gta2cs.classes import ClassesFile, ClassSet, Ids, load_classes
@@ -33,6 +31,7 @@ from gta2cs.layouts import (
 from gta2cs.lists import read_list
 from gta2cs.reading import IGNORE, ImageFormat
 from gta2cs.samples import LabelFormat, Labelled, Remembered, Size, Unlabelled, rainbow
+from gta2cs.toy_scenes import labelled_scenes, unlabelled_scenes
 from udakit.labels import CITYSCAPES_CLASSES, CITYSCAPES_PALETTE, SYNTHIA_13_CLASSES, SYNTHIA_16_CLASSES
 
 __all__ = [
@@ -311,45 +310,15 @@ def _find_adverse(name: str, source: Path, target: Path, **_: object) -> _Found:
 def _toy_pair(counts: tuple[int, int, int], size: Size) -> Pair:
     from gta2cs.toy import CLASSES, PALETTE
 
-    def labelled(domain: str, first: int, count: int) -> Labelled:
-        scenes = _Scenes(domain, first, size)
-        names = [f"{domain}_{first + i:06d}" for i in range(count)]
-        images = Remembered(count, partial(_scene_image, scenes), cache=True)
-        return Labelled(names, images, Remembered(count, partial(_scene_label, scenes), cache=True))
-
-    source, target = labelled("game", 0, counts[0]), labelled("camera", 0, counts[1])
+    source, target = labelled_scenes("game", 0, counts[0], size), labelled_scenes("camera", 0, counts[1], size)
     return Pair(
         "toy",
         source,
-        # Drawn on its own: an unlabelled set shares nothing with labels, not even a cache.
-        Unlabelled(target.names, Remembered(counts[1], partial(_scene_image, _Scenes("camera", 0, size)), cache=True)),
-        labelled("camera", 1_000_000, counts[2]),
+        unlabelled_scenes("camera", 0, counts[1], size),
+        labelled_scenes("camera", 1_000_000, counts[2], size),
         ClassSet(tuple(CLASSES), np.asarray(PALETTE, np.uint8)),
         lambda: target,
     )
-
-
-class _Scenes:
-    """Draws toy scenes; the label of the last scene drawn is at hand when its image has just been asked for."""
-
-    def __init__(self, domain: str, first: int, size: Size) -> None:
-        self.domain, self.first, self.size = domain, first, size
-        self.last: tuple[int, np.ndarray, np.ndarray] | None = None
-
-    def draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        from gta2cs.toy import render
-
-        if self.last is None or self.last[0] != index:
-            self.last = (index, *render(self.domain, self.first + index, self.size))  # type: ignore[arg-type]
-        return self.last[1], self.last[2]
-
-
-def _scene_image(scenes: _Scenes, index: int) -> Tensor:
-    return torch.from_numpy(scenes.draw(index)[0]).permute(2, 0, 1).contiguous()
-
-
-def _scene_label(scenes: _Scenes, index: int) -> Tensor:
-    return torch.from_numpy(scenes.draw(index)[1])
 
 
 def _root(pair: str, given: str | Path | None, data_root: str | Path | None, folders: Sequence[str]) -> Path:
