@@ -76,6 +76,21 @@ TITLES = {
     "ablation_unstyled": "combined, source in its own colours",
     "oracle": "oracle",
 }
+# What was tried: title -> (row, row that it has to be compared with). The earlier rows cannot be run by name again.
+TRIED: dict[str, list[tuple[str, str]]] = {
+    "60 % of each class throughout": [("ablation_constant", "combined")],
+    "no random scales, jitter 0.2": [("tried_mild", "combined")],
+    "masked consistency (weight 1, ratio 0.7), 60 % throughout": [("tried_mic", "ablation_constant")],
+    "no random scales, 60 % throughout": [("tried_fixedscale", "dacs_batch")],
+    "jitter 0.2, 60 % throughout": [("tried_jit02", "dacs_batch")],
+    "learning rate 4e-4, 60 % throughout": [("tried_lr4", "dacs_batch")],
+    "a weight by confidence in place of class balance": [
+        ("tried_ratio", "dacs_batch"),
+        ("earlier_plain_matched", "earlier_balanced_matched"),
+    ],
+    "that, no random scales, jitter 0.2, learning rate 4e-4: the README's options": [("tried_readme", "combined")],
+}
+TRIED_PAGE = ROOT / "docs" / "methods" / "combined.md"
 WARM_UP = 20  # steps of linear warm-up of the learning rate, in every stage
 EVERY = 100  # steps between scores
 
@@ -322,6 +337,22 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\nSetting of DACS that the other pairs choose: {text}.\n"
 
 
+def tried(results: dict[str, Any]) -> str:
+    """Markdown: a line for what was tried, a column a pair; the last student, and in brackets its rival."""
+    pairs = [pair for pair in PAIRS if any(final(results, pair, row) for rows in TRIED.values() for row, _ in rows)]
+    if not pairs:
+        return "Not measured yet.\n"
+    lines = ["| | " + " | ".join(NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    for title, rows in TRIED.items():
+        cells = []
+        for pair in pairs:
+            both = [(final(results, pair, row), final(results, pair, other)) for row, other in rows]
+            found = [(own, base) for own, base in both if own and base]
+            cells.append(f"{statistics.mean(found[0][0]):.1f} ({statistics.mean(found[0][1]):.1f})" if found else "–")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def cell(results: dict[str, Any], pair: str, row: str) -> str:
     """Mean and spread of the last student's mIoU, and the share of the gap to the oracle that it closes."""
     values, base, top = (final(results, pair, name) for name in (row, "source_only", "oracle"))
@@ -400,6 +431,7 @@ def main() -> None:
         results = load(options.results)
         if options.table:
             write_section("one_policy", table(results), PAGE)
+            write_section("tried", tried(results), TRIED_PAGE)
         if options.study:
             write_json(options.study, study(results))
         return

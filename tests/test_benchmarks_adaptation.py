@@ -70,6 +70,16 @@ def test_table_has_gain_spread_and_share_of_the_gap():
     assert adaptation.table({}) == "Not measured yet.\n"
 
 
+def test_what_was_tried_stands_beside_the_row_that_has_all_else_alike():
+    runs = [run_of("toy", "combined", 0, 63.0), run_of("toy", "tried_readme", 0, 66.0)]
+    runs += [run_of("nuclei", "earlier_plain_matched", 0, 79.0), run_of("nuclei", "earlier_balanced_matched", 0, 91.0)]
+    text = adaptation.tried(results_of(runs))
+    assert "| | game → camera | nuclei |" in text
+    assert "the README's options | 66.0 (63.0) | – |" in text
+    assert "in place of class balance | – | 79.0 (91.0) |" in text
+    assert adaptation.tried({}) == "Not measured yet.\n"
+
+
 def test_the_study_has_every_scored_run_with_the_truth_of_its_start():
     runs = [run_of("nuclei", "combined", 0, 60.0, 0.7, 50.0), run_of("nuclei", "source_only", 0, 50.0)]
     (only,) = adaptation.study(results_of(runs))
