@@ -198,7 +198,8 @@ class LabelFreeScores(FullPrecisionState):
         rows = p / torch.linalg.vector_norm(p, dim=2, keepdim=True).clamp_min(1e-30)
         log_similarity = (rows @ rows.mT / _DENSITY_TEMPERATURE).log_softmax(2)
         entropy = -(log_similarity.exp() * log_similarity).sum(2).mean(1)
-        self.density.add_(entropy.where(some, 0).sum())
+        # Through a view: compiled by torch 2.10, a change of a 0-dimensional float64 buffer itself is lost.
+        self.density.view(1).add_(entropy.where(some, 0).sum())
         self.images.add_(some.sum())
 
     def merged(self) -> LabelFreeScores:
