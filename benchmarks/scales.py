@@ -43,9 +43,10 @@ def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> list[
     net = config.net.build(len(pair.classes.names))
     load_init(net, adaptation.warm_start(pair_name, seed, cache))
     found = []
+    shares = measure(net, pair.target_train, pair.classes).shares
     for position in range(-REACH, REACH + 1):
         seen = Rescaled(net, STEP**position)
-        unlabelled = measure(seen, pair.target_train, pair.classes)  # as the loop asks
+        unlabelled = measure(seen, pair.target_train, pair.classes, known=shares)  # as the loop asks
         truth = evaluate(seen, pair.target_val, pair.classes)
         found.append(
             {
@@ -62,7 +63,7 @@ def climbed(found: list[dict[str, Any]]) -> int:
     """Position that `match_scale` comes to."""
     score = {entry["position"]: entry["score"] for entry in found}
 
-    def known(net: nn.Module) -> LabelFree:
+    def known(net: nn.Module, shares: object) -> LabelFree:
         return LabelFree({DEFAULT: score[round(math.log(getattr(net, "factor", 1.0), STEP))]}, [])
 
     return round(math.log(match_scale(known, nn.Identity())[0], STEP))

@@ -27,7 +27,7 @@ def score_of(curve):
     """A score that depends on the scale alone, and the scales that were asked for."""
     asked = []
 
-    def score(net):
+    def score(net, known=None):
         factor = net.factor if isinstance(net, Rescaled) else 1.0
         asked.append(factor)
         return LabelFree({"confident_consistency": curve(math.log2(factor))}, [])
@@ -42,6 +42,19 @@ def test_the_scale_with_the_highest_score_is_found(best):
     assert math.log2(scale) == pytest.approx(best)
     assert sorted(asked) == pytest.approx(list(found))
     assert len(asked) == len(set(asked)) <= 2 + 3
+
+
+def test_a_scale_at_which_classes_are_lost_is_compared_by_the_classes_of_scale_1():
+    """One class everywhere never contradicts itself: the loop's score counts the lost one as 0."""
+    shares = [0.9, 0.1]
+    told = []
+
+    def score(net, known):
+        told.append(known)
+        return LabelFree({"confident_consistency": 0.5}, shares)
+
+    match_scale(score, Mean())
+    assert told == [None, shares, shares]
 
 
 def test_a_hundredth_changes_nothing():

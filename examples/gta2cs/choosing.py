@@ -29,6 +29,7 @@ from gta2cs.label_free import (
     measure,
     views_of,
 )
+from gta2cs.matching import MARGIN
 from gta2cs.observers import score_on_target
 from gta2cs.recipes import Losses
 from gta2cs.report import cell
@@ -86,7 +87,10 @@ class Choosing:
         state.history.setdefault("label_free", [])
         if state.index == self.first and state.done == 0:
             found = score_without_labels(
-                run, state.recipe.student, f"the net that {state.stage.recipe} starts from", run.config.score_views
+                run,
+                state.recipe.student,
+                whose=f"the net that {state.stage.recipe} starts from",
+                views=run.config.score_views,
             )
             state.history["source_only"] = found.to_json()
             if state.index == 0 and run.pair.target_val is not None:  # otherwise the stage before has scored it
@@ -106,7 +110,10 @@ class Choosing:
         nets = state.recipe.nets()
         found = {
             name: score_without_labels(
-                run, net, f"the {name} of {state.stage.recipe}, step {state.done}", run.config.score_views
+                run,
+                net,
+                whose=f"the {name} of {state.stage.recipe}, step {state.done}",
+                views=run.config.score_views,
             )
             for name, net in nets.items()
         }
@@ -152,8 +159,13 @@ class Choosing:
                 save_choice(run, self.state, net)
 
 
-def score_without_labels(run: Run, net: nn.Module, whose: str, views: Sequence[str] = ()) -> LabelFree:
-    """Score a net on the target training images that are used for every net of the run."""
+def score_without_labels(
+    run: Run, net: nn.Module, known: Sequence[float] | None = None, *, whose: str, views: Sequence[str] = ()
+) -> LabelFree:
+    """Score a net on the target training images that are used for every net of the run.
+
+    `known` are the class shares that it is compared with, by default those of the source-only net.
+    """
     config = run.config
     try:
         return measure(
@@ -162,7 +174,7 @@ def score_without_labels(run: Run, net: nn.Module, whose: str, views: Sequence[s
             run.pair.classes,
             count=2 if config.dry_run else config.score_images,
             views=views_of(config.select, [*views, "mirror"]),
-            known=run.source_only.shares if run.source_only else None,
+            known=known or (run.source_only.shares if run.source_only else None),
             device=run.device,
         )
     except ValueError as error:
@@ -263,6 +275,8 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
                 f"**Use the adapted net** (`best.pt`): the {choice.title}. Its {named} is {choice.value:.3f}, the "
                 f"source-only net's {before:.3f} ({choice.value - before:+.3f}), the last student's {last:.3f}."
             )
+            if choice.value - before < MARGIN:
+                lines.append("So small a difference says nothing: as far as this score can tell, the two are level.")
     lines.append(RELIABILITY.get(score, UNRELIABLE))
     alarms = [alarm for history in histories for alarm in history.get("alarms", [])]
     if alarms:

@@ -8,7 +8,7 @@ crops are then scaled so that they match the target. This is ours; no paper has 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,23 +44,26 @@ class Rescaled(nn.Module):
         return SegOutput(logits, out.features, out.encoded, tuple(size))
 
 
-def match_scale(score: Callable[[nn.Module], LabelFree], net: nn.Module) -> tuple[float, dict[float, float]]:
+def match_scale(
+    score: Callable[[nn.Module, Sequence[float] | None], LabelFree], net: nn.Module
+) -> tuple[float, dict[float, float]]:
     """Search, starting from 1, the scale of target images at which the net contradicts itself least.
 
     Args:
-        score: scores a net on target images, without labels.
+        score: scores a net on target images, without labels. It also takes the class shares at scale 1: a class that is
+            lost at another scale counts as 0 there, since what is predicted nowhere never contradicts itself.
         net: the net that adaptation starts from, trained on source.
 
     Returns:
         The scale, 1 where no other is better by `MARGIN` or both a smaller and a larger one are better than 1 (then the
         score says something else), and the score at each scale that was tried.
     """
-    found: dict[int, float] = {}
+    as_is = score(net, None)
+    found = {0: as_is.scores[DEFAULT]}
 
     def at(position: int) -> float:
         if position not in found:
-            scores = score(net if position == 0 else Rescaled(net, STEP**position)).scores
-            found[position] = scores[DEFAULT]
+            found[position] = score(Rescaled(net, STEP**position), as_is.shares).scores[DEFAULT]
         return found[position]
 
     best = 0
