@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from udakit._checks import check_option
@@ -128,12 +129,25 @@ def is_large(x: Tensor) -> bool:
     On a GPU each block is a launch, a compiler fuses the operators, and `torch.func` has no rules for our own code.
     """
     large = x.numel() >= LARGE and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return large and not _is_transformed()
+    return large and not is_transformed()
 
 
-def _is_transformed() -> bool:
-    """Whether `torch.func.vmap`, `grad` or `jvp` runs."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+def is_transformed() -> bool:
+    """Whether `torch.func.vmap`, `grad` or `jvp` runs, or forward-mode differentiation."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def refuse_tangents(x: Tensor) -> None:
+    """Raise if `x` has a tangent, because torch would let our own operators drop it without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        raise NotImplementedError(
+            "Forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) is not implemented for this "
+            "function. Use torch.autograd.grad or .backward()."
+        )
 
 
 def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -191,7 +205,7 @@ def guard(x: Tensor, valid: Tensor | None) -> Tensor:
     if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
         return x
     # A pass over a small map is faster than Python code.
-    if x.numel() < LARGE or torch.compiler.is_compiling() or _is_transformed():
+    if x.numel() < LARGE or torch.compiler.is_compiling() or is_transformed():
         return torch.where(valid.unsqueeze(1), x, 0)
     guarded: Tensor = _Guard.apply(x, valid)
     return guarded

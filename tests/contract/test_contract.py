@@ -1,12 +1,14 @@
 """Every check of `checks.py` over every operation of the registry, as test_<check>[operation]."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import udakit
 from contract import checks
@@ -69,6 +71,47 @@ def test_no_images(op: Operation) -> None:
     elif op.name not in NAN_WITHOUT_IMAGES:
         assert not any(x.isnan().any() for x in out if x.is_floating_point())
     assert all(x.isfinite().all() for x in gradients)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("way", ["jvp", "dual"])
+@every_operation
+def test_forward_mode(op: Operation, way: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A derivative in forward mode is that of `backward`, or an error: torch takes what an operator drops for 0."""
+    if large:
+        monkeypatch.setattr("udakit._reduce.LARGE", 1)
+    ex = checks.make(checks.as_used(op), c=3, d=3, h=4, w=4, dtype=torch.float64)
+    if not ex.grad:
+        pytest.skip("takes no gradient")
+    primals = tuple(x.detach().clone() for x in ex.inputs())
+    g = torch.Generator().manual_seed(0)
+    tangents = tuple(torch.randn(x.shape, dtype=x.dtype, generator=g) for x in primals)
+
+    def function(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        changed = ex
+        for i, x in zip(ex.grad, inputs, strict=True):
+            changed = changed.change(i, x)
+        return tuple(x for x in checks.run(changed) if x.is_floating_point())
+
+    try:
+        if way == "jvp":
+            slopes = torch.func.jvp(function, primals, tangents)[1]
+        else:
+            with forward_ad.dual_level():
+                out = function(*map(forward_ad.make_dual, primals, tangents))
+                slopes = tuple(forward_ad.unpack_dual(x).tangent for x in out)
+    except (NotImplementedError, RuntimeError) as error:
+        if re.search("(?i)forward.mode|forward AD|functorch", str(error)):
+            return
+        raise
+    leaves = tuple(x.clone().requires_grad_() for x in primals)
+    for x, slope in zip(function(*leaves), slopes, strict=True):
+        if x.requires_grad:
+            weight = torch.randn(x.shape, dtype=x.dtype, generator=g)
+            gradients = torch.autograd.grad(x, leaves, weight, retain_graph=True, allow_unused=True)
+            expected = sum((d * t).sum() for d, t in zip(gradients, tangents, strict=True) if d is not None)
+            assert slope is not None, "a tangent was dropped"
+            torch.testing.assert_close((slope * weight).sum(), torch.as_tensor(expected, dtype=x.dtype))
 
 
 @every_operation

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import LOG_2, full_precision, plain
+from udakit._reduce import LOG_2, full_precision, plain, refuse_tangents
 
 BLOCK = {"cpu": 1024, "other": 4096}  # pixels per side of a block: 4 MiB fit a CPU cache, 64 MiB keep launches few
 
@@ -22,6 +22,7 @@ BLOCK = {"cpu": 1024, "other": 4096}  # pixels per side of a block: 4 MiB fit a 
 def infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int | None) -> Tensor:
     """InfoNCE of each column of z (n, d, 2m); columns i and i + m are partners. Invalid ones give 0: (n, 2m)."""
     block = block or BLOCK.get(z.device.type, BLOCK["other"])
+    refuse_tangents(z)
     loss: Tensor = torch.ops.udakit.infonce(plain(z), None if valid is None else plain(valid), temperature, block)[0]
     return loss
 

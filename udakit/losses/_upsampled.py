@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from udakit._reduce import Kind, full_precision, plain, upcast, zero_where_not_
+from udakit._reduce import Kind, full_precision, plain, refuse_tangents, upcast, zero_where_not_
 from udakit.losses.cross_entropy import labelled_cross_entropy
 from udakit.losses.kd import Divergence, kd_loss, soften
 
@@ -35,6 +35,7 @@ def upsampled_loss(
     teacher_kind: Kind = "logits",
 ) -> Tensor:
     """Loss (N, H, W) of `logits` at `size` against labels of that size, or against a teacher's map of any size."""
+    refuse_tangents(logits)
     options = align_corners, chunk_rows or 0, ignore_index, temperature, divergence, teacher_kind
     loss: Tensor = torch.ops.udakit.upsampled_loss(plain(logits), plain(target), *size, *options)
     return loss

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_range, check_same_shape, check_scores
-from udakit._reduce import Reduction, check_reduction, guard, reduce_pixels
+from udakit._reduce import Reduction, check_reduction, guard, is_transformed, reduce_pixels
 from udakit.losses._soft_cross_entropy import soft_cross_entropy
 from udakit.losses.kd import kd_loss
 
@@ -91,7 +91,7 @@ def _check_options(reverse_weight: float, temperature: float, reduction: str) ->
 
 def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
     """`kd_loss` at each pixel, (N, *space)."""
-    if torch.compiler.is_compiling() and student.device.type != "cpu":
+    if is_transformed() or (torch.compiler.is_compiling() and student.device.type != "cpu"):
         return kd_loss(guard(student, valid), teacher, temperature=temperature, reduction="none")
     return soft_cross_entropy(student, teacher, temperature, valid)
 
