@@ -14,7 +14,7 @@ from gta2cs.checkpoints import load_checkpoint, load_net
 from gta2cs.datasets import build_pair
 from gta2cs.evaluation import evaluating
 from gta2cs.recipes import Combined, Preparation
-from gta2cs.recipes.combined import CANDIDATES, ahead
+from gta2cs.recipes.combined import CANDIDATES, SHARED, ahead, options_of
 from tiny import tiny_net
 
 TWO = {"a": {}, "b": {"selector": "argmax"}}
@@ -196,11 +196,39 @@ def test_a_later_candidate_has_to_be_ahead_by_more_than_differences_that_say_not
     [
         ({"candidates": {}}, "`candidates` to name at least one"),
         ({"trial": 1.0}, r"`trial` to be a fraction in \[0, 1\)"),
+        ({"images": 0}, "`images` to be at least 1"),
+        ({"images": "all"}, "`images` of recipe Combined to be a whole number, but got 'all'"),
+        ({"candidates": {"running": None}}, "`candidates` of recipe Combined to be a table"),
+        ({"shared": {"jiter": 0.3}}, r"'jiter'\. It is an option of candidate 'running' or of `shared`"),
+        ({"candidates": {"a": {"teacher_mode": "evl"}}}, r"`teacher_mode` .* one of \[.*'evl'\. .* candidate 'a'"),
+        ({"shared": {"share": "most"}}, "`share` of recipe Dacs to be a number, but got 'most'"),
+        ({"shared": {"translate": "colour"}}, "`translate` to be one of"),
     ],
 )
-def test_bad_options_are_named(options, message):
+def test_bad_options_are_named_before_any_data_is_read(options, message):
+    stages = [train_gta2cs.Stage("source_only", steps=1), train_gta2cs.Stage("combined", steps=1, options=options)]
     with pytest.raises(ValueError, match=message):
-        build(**options)
+        train_gta2cs.check_stages(train_gta2cs.Config(stages=stages))
+
+
+def test_another_selector_leaves_what_belongs_to_that_of_the_policy():
+    assert options_of({}, {})["share_end"] == SHARED["share_end"]
+    for shared, own in (({"selector": "argmax"}, {}), ({}, {"selector": "argmax"})):
+        given = options_of(shared, own)
+        assert "share_end" not in given
+        assert given["translate_share"] == SHARED["translate_share"]
+    recipe = build(candidates={"a": {}, "b": {"selector": "argmax"}})
+    assert [c.options.share_end for c in recipe.candidates.values()] == [SHARED["share_end"], None]
+
+
+def test_the_share_reaches_its_end_also_after_a_trial():
+    recipe = build(trial=0.5, images=1, match_style=False)
+    batch = SimpleNamespace(target_images=torch.randn(1, 3, 64, 64), source_images=torch.randn(1, 3, 64, 64))
+    recipe.prepare(Preparation(lambda start, stop: [batch] * (stop - start), steps=8))
+    for _ in range(8):
+        recipe.after_step()
+    assert recipe.active.done == 6  # two of the trial's four, and the four after it
+    assert recipe.active.selector.share == pytest.approx(SHARED["share_end"])
 
 
 def test_a_run_names_what_it_keeps(tmp_path, capsys):

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from rich.console import Console
@@ -174,11 +175,54 @@ class Recipe(nn.Module):
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> Any:
-        """Check the names of `options` and fill in the defaults."""
-        known = cls.option_names()
-        for name in options:
+        """Check the names and values of `options` and fill in the defaults."""
+        known, kinds = cls.option_names(), get_type_hints(cls.Options)
+        for name, value in options.items():
             if name not in known:
                 raise ValueError(
                     f"Expected the options of recipe {cls.__name__} to be among {known}, but got {name!r}."
                 )
-        return cls.Options(**options)
+            if not fits(value, kinds[name]):
+                raise ValueError(
+                    f"Expected `{name}` of recipe {cls.__name__} to be {words_of(kinds[name])}, but got {value!r}."
+                )
+        parsed = cls.Options(**options)
+        cls.check(parsed)
+        return parsed
+
+    @classmethod
+    def check(cls, options: Any) -> None:
+        """Refuse values that are out of range or do not go together. The loop asks before it reads any data."""
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from YAML is what the annotation of an option says."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if outer is Literal:
+        return value in inner
+    if outer in (Union, UnionType):
+        return any(fits(value, each) for each in inner)
+    if outer is list:
+        return isinstance(value, list | tuple) and all(fits(each, inner[0]) for each in value)
+    if outer is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def words_of(kind: Any) -> str:
+    """The annotation of an option, in words."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if outer is Literal:
+        return f"one of {list(inner)}"
+    if outer in (Union, UnionType):
+        return " or ".join(words_of(each) for each in inner)
+    if outer is list:
+        return f"a list, each {words_of(inner[0])}"
+    if outer is dict:
+        return "a table of options" if inner[1] is Any else f"a table, each value {words_of(inner[1])}"
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a name", type(None): "null"}
+    return names.get(kind, str(kind))

@@ -59,9 +59,11 @@ class Combined(Recipe):
 
     @dataclass
     class Options:
-        """Options of the recipe. A candidate is a name of `CANDIDATES`, or a name and options of its own."""
+        """Options of the recipe."""
 
-        candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CANDIDATES))
+        candidates: dict[str, dict[str, Any]] = field(  # a name, and the options of dacs that this one has of its own
+            default_factory=lambda: copy.deepcopy(CANDIDATES)
+        )
         shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all candidates, beside `SHARED`
         match_style: bool = True  # leave source in its own colours where target in those of source is understood worse
         trial: float = 0.0  # share of the steps in which the candidates take turns; 0: compared before the first step
@@ -78,12 +80,26 @@ class Combined(Recipe):
         self.register_buffer("images", torch.empty(0), persistent=True)
         # Steps done, steps of the trial, the candidate that was kept (-1: none yet): a resumed run goes on from it.
         self.register_buffer("progress", torch.tensor([0, 0, -1]))
-        self.register_buffer(
-            "styled", torch.ones(len(candidates), dtype=torch.bool)
-        )  # whose source takes target's style
+        # The candidates whose source images may take the style of target.
+        self.register_buffer("styled", torch.ones(len(candidates), dtype=torch.bool))
         self.done, self.trial_steps, self.kept = 0, 0, -1
         self.scores: dict[str, float] = {}
         self.console: Any = None
+
+    @classmethod
+    def check(cls, options: Any) -> None:
+        """Refuse what no trial can be held with, and options that a candidate does not have."""
+        if not options.candidates:
+            raise ValueError("Expected `candidates` to name at least one, but got an empty table.")
+        if not 0 <= options.trial < 1:
+            raise ValueError(f"Expected `trial` to be a fraction in [0, 1), but got {options.trial}.")
+        if options.images < 1:
+            raise ValueError(f"Expected `images` to be at least 1, but got {options.images}.")
+        for name, own in options.candidates.items():
+            try:
+                Dacs.parse(options_of(options.shared, own))
+            except ValueError as error:
+                raise ValueError(f"{error} It is an option of candidate '{name}' or of `shared`.") from error
 
     @classmethod
     def build(
@@ -96,20 +112,15 @@ class Combined(Recipe):
     ) -> Combined:
         """Make the candidates: the first around `student` itself, the others around nets like it."""
         parsed = cls.parse(options)
-        if not parsed.candidates:
-            raise ValueError("Expected `candidates` to name at least one, but got an empty table.")
-        if not 0 <= parsed.trial < 1:
-            raise ValueError(f"Expected `trial` to be a fraction in [0, 1), but got {parsed.trial}.")
         first = next(m for m in student.modules() if isinstance(m, nn.Conv2d))
-        colours = {} if first.in_channels == 3 else {"translate": "histogram"}  # other images have none
-        shared = {**SHARED, **colours, **parsed.shared}
         candidates = {}
         for name, own in parsed.candidates.items():
             net = student  # also of the others where nothing is trained before one is kept
             if candidates and parsed.trial > 0:
                 net = make_net(weights="random")
                 net.load_state_dict(student.state_dict())
-            candidates[name] = Dacs.build(net, num_classes, {**shared, **own}, make_net, previous)
+            given = options_of(parsed.shared, own, channels=first.in_channels)
+            candidates[name] = Dacs.build(net, num_classes, given, make_net, previous)
         return cls(num_classes, parsed, candidates)
 
     def prepare(self, data: Preparation) -> None:
@@ -126,11 +137,12 @@ class Combined(Recipe):
         if self.options.match_style:
             self.match_style(torch.stack(of_source[: self.options.images]))
         count = len(self.candidates)
-        self.trial_steps = count * int(self.options.trial * data.steps / count) if count > 1 else 0
+        turns = int(self.options.trial * data.steps / count) if count > 1 else 0
+        self.trial_steps = count * turns
         self.kept = 0 if count == 1 else -1
         self.progress = self.progress.new_tensor([0, self.trial_steps, self.kept])
-        for candidate in self.candidates.values():
-            candidate.prepare(data)
+        for candidate in self.candidates.values():  # with the steps that it trains for if it is kept
+            candidate.prepare(data._replace(steps=data.steps - self.trial_steps + turns))
         if self.kept < 0 and self.trial_steps == 0:
             self.decide()
 
@@ -245,13 +257,21 @@ class Combined(Recipe):
             self.done, self.trial_steps, kept = saved.tolist()
             self.keep(max(0, kept))  # `student` is the kept one's: known before its tensors are read
             self.kept = kept
-        self.styled = state_dict.setdefault(prefix + "styled", self.styled).to(
-            self.styled.device
-        )  # once there was none
+        styled = state_dict.setdefault(prefix + "styled", self.styled)  # checkpoints of before it existed have none
+        self.styled = styled.to(self.styled.device)
         self.apply_styles()
         if (images := state_dict.get(prefix + "images")) is not None:
             self.images = torch.empty_like(images, device=self.images.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def options_of(shared: dict[str, Any], own: dict[str, Any], channels: int = 3) -> dict[str, Any]:
+    """Options of a candidate: its own, before those of all candidates, before those of the policy."""
+    given = {**shared, **own}
+    policy = SHARED if channels == 3 else {**SHARED, "translate": "histogram"}  # other channels have no colours
+    if given.get("selector", SHARED["selector"]) != SHARED["selector"]:  # what only that selector has goes with it
+        policy = {name: value for name, value in policy.items() if name not in ("share", "share_end")}
+    return {**policy, **given}
 
 
 def means_of(found: list[list[tuple[Tensor, float]]]) -> list[float]:

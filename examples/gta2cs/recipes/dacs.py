@@ -70,11 +70,6 @@ class Dacs(TargetStyled):
         self.selector = nn.Identity() if self.rectified is not None else make_selector(options, num_classes)
         self.steps, self.done = 0, 0
         if options.share_end is not None:
-            if options.selector != "class_quantile" or not 0 < options.share_end <= 1:
-                raise ValueError(
-                    "Expected `share_end` to be a share in (0, 1], with `selector` class_quantile, "
-                    f"but got {options.share_end} with {options.selector}."
-                )
             self.register_buffer("course", torch.tensor([0, 0]))  # steps done, steps of the stage: for a resumed run
         dim: int = student.feature_dim  # type: ignore[assignment]
         self.contrasts = nn.ModuleDict()
@@ -90,6 +85,18 @@ class Dacs(TargetStyled):
         self.projection = (
             make_projection(reference) if reference is not None and options.feature_distillation > 0 else None
         )
+
+    @classmethod
+    def check(cls, options: Any) -> None:
+        """Refuse a rising share of what is no share of each class."""
+        super().check(options)
+        if options.share_end is None:
+            return
+        if options.selector != "class_quantile" or not 0 < options.share_end <= 1:
+            raise ValueError(
+                "Expected `share_end` to be a share in (0, 1], with `selector` class_quantile, "
+                f"but got {options.share_end} with {options.selector}."
+            )
 
     @classmethod
     def build(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,13 @@ class DudaPre(Recipe):
         self.base = base
 
     @classmethod
+    def check(cls, options: Any) -> None:
+        """Refuse an unknown base recipe, and options that it does not have."""
+        if options.base not in BASES:
+            raise ValueError(f"Expected `base` to be one of {sorted(BASES)}, but got {options.base!r}.")
+        BASES[options.base].parse(options.base_options)
+
+    @classmethod
     def build(
         cls,
         student: nn.Module,
@@ -60,8 +67,6 @@ class DudaPre(Recipe):
     ) -> DudaPre:
         """Make the recipe. The large net is built like the small one, except for the keys of `large`."""
         parsed = cls.parse(options)
-        if parsed.base not in BASES:
-            raise ValueError(f"Expected `base` to be one of {sorted(BASES)}, but got {parsed.base!r}.")
         if parsed.base == "ehtdi":  # which labels with its student unless told otherwise; here the teacher teaches
             parsed.base_options = {"labels_from": "teacher", **parsed.base_options}
         large = make_net(**parsed.large)
@@ -114,7 +119,7 @@ class Duda(SelfTraining):
         large: dict[str, Any] = field(default_factory=lambda: dict(LITE2))  # with large_from: as in `duda_pre`
         large_from: str = ""  # a checkpoint whose nets are the large teachers; empty: the stage before has them
         teachers: list[str] = field(default_factory=lambda: ["large teacher", "large student", OWN])
-        fuse: str = "mean"  # mean, max_confidence, agreement
+        fuse: Literal["mean", "max_confidence", "agreement"] = "mean"
         source_weight: float = 1.0
         kd_weight: float = 1.0
         temperature: float = 1.0
@@ -151,6 +156,14 @@ class Duda(SelfTraining):
             self.projected = ProjectedFeatureLoss(*dims, resize="student")
 
     @classmethod
+    def check(cls, options: Any) -> None:
+        """Refuse an unknown teacher."""
+        super().check(options)
+        for name in options.teachers:
+            if name not in (known := [*LARGE_PAIR, OWN]):
+                raise ValueError(f"Expected `teachers` to be among {known}, but got {name!r}.")
+
+    @classmethod
     def build(
         cls,
         student: nn.Module,
@@ -161,9 +174,6 @@ class Duda(SelfTraining):
     ) -> Duda:
         """Make the recipe; the large teachers come from a checkpoint or from the stage before."""
         parsed = cls.parse(options)
-        for name in parsed.teachers:
-            if name not in (known := [*LARGE_PAIR, OWN]):
-                raise ValueError(f"Expected `teachers` to be among {known}, but got {name!r}.")
         wanted = [name for name in parsed.teachers if name != OWN]
         if parsed.large_from:
             large = read_large(Path(parsed.large_from), wanted, lambda: make_net(**parsed.large))

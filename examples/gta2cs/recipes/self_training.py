@@ -165,9 +165,14 @@ class TargetStyled(SelfTraining):
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__(student, num_classes, options)
+        self.translator = Translator().requires_grad_(False) if options.translate == LEARNED else None
+
+    @classmethod
+    def check(cls, options: Any) -> None:
+        """Refuse an unknown style."""
+        super().check(options)
         if (name := options.translate) != LEARNED and name not in TRANSLATORS:
             raise ValueError(f"Expected `translate` to be one of {[*TRANSLATORS, LEARNED]}, but got {name!r}.")
-        self.translator = Translator().requires_grad_(False) if name == LEARNED else None
 
     @classmethod
     def build(
