@@ -8,6 +8,7 @@ import threading
 import types
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -335,26 +336,74 @@ def _closure_hook(net: nn.Module) -> None:
 
 
 STORE: dict[str, Tensor] = {}
+SPACE = types.SimpleNamespace()
+COUNTS: Counter[str] = Counter()
 
 
-def _store_of_the_code(net: nn.Module) -> None:
-    """The forward of the class reads what a hook leaves in a global dict."""
+class _Left(nn.Module):
+    """The code of the net reads what a hook leaves in a global store."""
 
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Identity()
-            self.layer.register_forward_hook(_leave)
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Identity()
+        self.layer.register_forward_hook(_leave)
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.layer(x)
-            return STORE["output"]
 
-    net.neck = Reader()
+class _InForward(_Left):
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x)
+        return STORE["output"]
+
+
+class _InAHelper(_Left):
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x)
+        return _read()
+
+
+class _InAProperty(_Left):
+    @property
+    def output(self) -> Tensor:
+        return STORE["output"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x)
+        return self.output
+
+
+class _InAStaticMethod(_Left):
+    @staticmethod
+    def output() -> Tensor:
+        return STORE["output"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x)
+        return self.output()
+
+
+class _InANamespace(_Left):
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer(x)
+        return SPACE.output
+
+
+class _InACounter(_Left):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * COUNTS["calls"]
+
+
+def _in_a_forward_of_its_own(net: nn.Module) -> None:
+    net.neck = _Left()
+    net.neck.forward = types.MethodType(_InForward.forward, net.neck)
+
+
+def _read() -> Tensor:
+    return STORE["output"]
 
 
 def _leave(module: nn.Module, args: Any, output: Tensor) -> None:
-    STORE["output"] = output
+    STORE["output"] = SPACE.output = output
+    COUNTS["calls"] += 1
 
 
 def _hook_on_self(net: nn.Module) -> None:
@@ -380,8 +429,15 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "default": (_default, r"submodule 'body' has a `forward` of its own"),
     "function over another net": (_foreign, r"the net itself has a `extra` of its own"),
     "closure hook over a store": (_closure_hook, r"submodule 'body' has a hook, _closure_hook.*refers to the net"),
-    "hook that leaves what the code reads": (
-        _store_of_the_code,
+    **{
+        f"hook that leaves what the code reads, {kind.__name__}": (
+            lambda net, kind=kind: setattr(net, "neck", kind()),
+            r"'neck.layer' has a hook, _leave, that shares a",
+        )
+        for kind in (_InForward, _InAHelper, _InAProperty, _InAStaticMethod, _InANamespace, _InACounter)
+    },
+    "hook that leaves what a forward of its own reads": (
+        _in_a_forward_of_its_own,
         r"'neck.layer' has a hook, _leave, that shares a",
     ),
     "closure hook over the net": (_hook_on_self, r"submodule 'body' has a hook, _hook_on_self"),
@@ -426,6 +482,15 @@ def test_the_way_out_leads_out(name: str) -> None:
     teacher.update(net)
     torch.testing.assert_close(second.body.weight, before + 0.5)
     assert net.body.weight.requires_grad
+
+
+def test_a_torchscript_net_is_refused_by_name() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        net = torch.jit.script(nn.Conv2d(3, 2, 1))
+    for part in (net, nn.Sequential(net)):
+        with pytest.raises(TypeError, match="to be a net in Python, but got a TorchScript module"):
+            EMATeacher(part)
 
 
 def test_a_module_must_be_another_net_of_the_same_kind() -> None:

@@ -57,6 +57,9 @@ class Held:
         for name, module in modules.items():
             for attribute, value in attributes(module):
                 self._visit(name, attribute, value)
+        for _, attribute, function in self._functions:
+            if attribute == "forward":
+                self.stores |= {id(x) for x in _stores(function)}
         for name, attribute, function in self._functions:
             if self._refers(function):
                 raise copy_error(
@@ -143,7 +146,8 @@ class Held:
                 name,
                 f"has a hook, {_title(function)}, that shares a list or dict with the code of the net. Without the "
                 "hook a copy would read what the original left there. Keep the list or dict as an attribute of the "
-                "net, and make the hook a method of the net.",
+                "net, and make the hook a method of the net; or, if the net does not need the hook, remove it until "
+                "the copy is made.",
             )
         return kept
 
@@ -186,28 +190,35 @@ def _parts(x: Any) -> list[Any]:
 
 
 def _methods(kind: type) -> list[types.FunctionType]:
-    """The functions of a class that torch does not define."""
+    """The functions of a class that torch does not define, including those of properties and static methods."""
     known = [base for base in kind.__mro__ if base is not object and base.__module__.split(".")[0] != "torch"]
-    return [f for base in known for f in vars(base).values() if isinstance(f, types.FunctionType)]
+    members = [f for base in known for f in vars(base).values()]
+    members += [f.fget for f in members if isinstance(f, property)]
+    members += [f.__func__ for f in members if isinstance(f, (staticmethod, classmethod))]
+    return [f for f in members if isinstance(f, types.FunctionType)]
 
 
-def _stores(function: types.FunctionType) -> list[object]:
-    """The lists, sets and dicts that a function uses from outside: global ones and those of a closure."""
+def _stores(function: object) -> list[object]:
+    """The lists, sets and dicts that a function uses from outside: global ones and those of a closure.
+
+    Those that it uses through another function of its file count, too.
+    """
     found: list[object] = []
     stack: list[object] = [function]
     seen: set[int] = set()
     while stack:
         x = stack.pop()
-        if isinstance(x, (dict, list, set, deque)):
+        if isinstance(x, (dict, list, set, deque, types.SimpleNamespace)):
             found.append(x)
         elif isinstance(x, types.FunctionType) and id(x) not in seen:  # what a decorator wraps is in a closure
             seen.add(id(x))
-            stack += [*_parts(x), *(g for g in _globals(x) if not isinstance(g, types.FunctionType))]
+            stack += _parts(x)
+            stack += [g for g in _globals(x) if not isinstance(g, types.FunctionType) or g.__module__ == x.__module__]
     return found
 
 
 def _globals(function: types.FunctionType) -> list[object]:
-    """The global objects that a function uses. An attribute of the same name is none of them."""
+    """The global objects that a function uses. Attributes of the same name do not count."""
     return [function.__globals__.get(name) for name in _global_names(function.__code__)]
 
 

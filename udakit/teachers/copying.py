@@ -44,7 +44,7 @@ def copy_net(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the net cannot be copied; the message names the submodule. It may hold a function that refers to the
             net itself (a closure would still run the original), a tensor with a graph, a lock, or parameters without a
-            shape yet, or it may be sharded.
+            shape yet. It may have a hook that shares a global list or dict with its code, or it may be sharded.
 
     Example:
         >>> net = nn.Conv2d(3, 2, 1)

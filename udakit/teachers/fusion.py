@@ -53,7 +53,9 @@ def fuse_teachers(
     Args:
         logits: for each teacher one tensor (N, C, *space), or the output of a net that holds it; with
             `kind="probabilities"`, probabilities. All must be on the same device.
-        weights: a_k >= 0, finite, as K numbers or a tensor (K,); equal by default.
+        weights: a_k >= 0, finite and not all 0, as K numbers or a tensor (K,); equal by default. The values of a tensor
+            are not checked, because a GPU would wait: with infinite or negative ones, or zeros alone, the result can be
+            NaN or not sum to 1.
         size: spatial size of the result, (H, W) for images; required if the sizes differ. Logits are interpolated
             linearly, before the softmax.
         mode: "mean" | "max_confidence" | "agreement".

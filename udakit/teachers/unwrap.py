@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from udakit._checks import kind_of
@@ -33,6 +34,8 @@ def unwrap_model(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         hint = " Pass the net itself, not its state_dict or parameters." if not callable(model) else ""
         raise TypeError(f"Expected `model` to be an nn.Module, but got {kind_of(model)}.{hint}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("Expected `model` to be a net in Python, but got a TorchScript module. Pass the original net.")
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
