@@ -55,6 +55,13 @@ def test_no_temperature_overflows(temperature: float) -> None:
     assert out.sum().item() == pytest.approx(1)
 
 
+def test_probabilities_under_vmap() -> None:
+    counts = torch.tensor([[5, 0, 20], [1, 1, 2]])
+    expected = torch.stack([rare_class_probabilities(row, temperature=0.5) for row in counts])
+    found = torch.vmap(lambda row: rare_class_probabilities(row, temperature=0.5))(counts)
+    torch.testing.assert_close(found, expected)
+
+
 def test_probabilities_errors() -> None:
     with pytest.raises(ValueError, match=r"`class_pixels` to be \(C,\), but got \(2, 3\)\. .*\.sum\(0\)"):
         rare_class_probabilities(torch.ones(2, 3))

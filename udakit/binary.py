@@ -50,7 +50,7 @@ def binary_probabilities(probabilities: Float[Tensor, "n 1 *space"]) -> Float[Te
     $$p \mapsto (1 - p, p)$$
 
     **Convention.** Use this for the output of a sigmoid, with parts that accept `kind="probabilities"`. If you have
-    logits, [`binary_logits`][udakit.binary.binary_logits] is more exact.
+    logits, [`binary_logits`][udakit.binary.binary_logits] is more accurate.
 
     Args:
         probabilities: probability of the foreground, in [0, 1], (N, 1, *space).

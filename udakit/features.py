@@ -44,12 +44,12 @@ class FeatureTap:
         model: any net.
         layer: dotted name of a submodule, as in `model.named_modules()`, for example "encoder.layer4"; "" is the net
             itself.
-        when: "output" or "input", for the output or the input of the layer.
-        index: which tensor to take if the layer gives several: a position among its tensors (by default the last), or
-            the key of a dict-like output.
+        when: whether to take the "output" or the "input" of the layer.
+        index: which tensor to take if there are several: a position among the tensors (by default the last), or a
+            key, of a dict-like output or of the keyword arguments of the layer with `when="input"`.
 
     Raises:
-        TypeError: `layer` is not a name, or `model` is not a Module.
+        TypeError: `layer` is not a name, `model` is not a Module, or `index` is neither an integer nor a key.
         ValueError: `layer` does not exist (the message lists similar names), or `when` is unknown.
         RuntimeError: in a call, the layer did not run, or it ran inside a reentrant checkpoint.
 

@@ -168,7 +168,7 @@ def _check_map(
     channels: bool | None = True,
 ) -> None:
     if channels is None:
-        # A map with a channel axis of its own, (N, 1, H, W) for images (N, K, H, W), is no map of a volume.
+        # A map with a channel axis of its own, (N, 1, H, W) for images (N, K, H, W), is not a map of a volume.
         channels = reference.ndim != x.ndim or (reference.ndim > 2 and x.shape[1] == 1 != reference.shape[1])
     shape = (reference.shape[0], *reference.shape[2 if channels else 1 :])
     if x.shape != shape:

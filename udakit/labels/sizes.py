@@ -32,12 +32,12 @@ def downscale_labels(
     min_ratio: float = 0.75,
     ignore_index: int = 255,
 ) -> Integer[Tensor, "n *space2"]:
-    """Downscale labels to the size of features by the majority in each cell, where the majority is large enough.
+    """Downscale labels to the size of features: each cell gets its most frequent label, if that is frequent enough.
 
-    **Convention.** Ignored pixels (and ids >= C) are counted, too: a cell in which they are the majority is ignored.
-    They lose ties, and a tie between two classes goes to the lower id. A cell is also ignored if its majority covers
-    less than `min_ratio` of it. No one-hot map is made, only C + 1 counts for each cell. In volumes a cell is a cube,
-    and in signals an interval.
+    **Convention.** Ignored pixels (and ids outside 0..C-1) are counted, too: a cell in which they are the most frequent
+    is ignored. Ignored pixels lose ties, and a tie between two classes goes to the lower id. A cell is also ignored if
+    its most frequent label covers less than `min_ratio` of it. No one-hot map is made, only C + 1 counts for each cell.
+    In volumes a cell is a cube, and in signals an interval.
 
     **Source.** DAFormer and SePiCo, with ratio 0.75.
 
@@ -45,8 +45,8 @@ def downscale_labels(
         labels: class ids 0..C-1 or `ignore_index`, int64 or uint8.
         factor: side of a cell in pixels, which is the stride of the features along every axis.
         num_classes: C, the number of classes.
-        min_ratio: smallest fraction of a cell that its majority must cover, in [0, 1].
-        ignore_index: the label of ignored pixels, and of cells without a large enough majority.
+        min_ratio: smallest fraction of a cell that its most frequent label must cover, in [0, 1].
+        ignore_index: the label of ignored pixels, and of cells without a frequent enough label.
 
     Returns:
         The labels of the cells, with the dtype of `labels`.

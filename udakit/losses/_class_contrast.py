@@ -53,7 +53,8 @@ def check_contrast(
         check_per_class("seen", seen, len(vectors), reference=vectors, reference_name=name)
         if seen.dtype != torch.bool:
             raise TypeError(
-                f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}. Pass `.seen` of the class state."
+                f"Expected `seen` to be a bool tensor, but got {kind_of(seen)}. "
+                "Pass the `.seen` of a ClassPrototypes or ClassDistributions."
             )
     if pixel_weight is not None:
         check_weight_like(pixel_weight, features, reference_name="features")

@@ -57,7 +57,7 @@ def _flat(*maps: Tensor) -> list[Tensor]:
 
 
 def _masks(x: Tensor, valid: Tensor | None) -> Tensor | None:
-    """`valid` over the pixels of (N, D, P), to be cut as they are."""
+    """`valid` over the pixels of (N, D, P), to be cut in the same way."""
     return None if valid is None else valid.flatten(1).unsqueeze(1)
 
 

@@ -118,7 +118,7 @@ def inconsistency_loss(
         teacher_logits: the teacher's logits, or its probabilities with `teacher_kind="probabilities"`.
         inconsistency: d of each class, (C,), from `class_inconsistency` or its moving average.
         weight_range: lowest and highest w, before it is divided by its mean.
-        weight_temperature: tau > 0; a smaller value makes the weights more different.
+        weight_temperature: tau > 0; a smaller value increases the differences between the weights.
         temperature: T of `kd_loss`.
         weight_fn: function that replaces the formula: it takes d (C,) and returns w (C,), finite and not negative. Its
             result is divided by its mean, too.
@@ -189,7 +189,7 @@ def normalised_weight(
     w = weigh(d)
     if not isinstance(w, Tensor) or w.shape != d.shape:
         raise ValueError(f"Expected `weight_fn` to return a tensor (C,) = {shape_of(d)}, but got {kind_of(w)}.")
-    w = w.detach() * (counts > 0)  # a weight that no valid pixel has would overflow below
+    w = w.detach() * (counts > 0)  # otherwise a weight that no valid pixel has would overflow below
     # Divide by the largest first: after a sharp softmax, what is left of a class may be too small to divide by.
     tiny = torch.finfo(w.dtype).tiny
     largest = w.amax()

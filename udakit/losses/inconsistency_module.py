@@ -29,8 +29,9 @@ class InconsistencyLoss(FullPrecisionState):
     """[`inconsistency_loss`][udakit.losses.inconsistency_loss] that measures the inconsistency during training.
 
     **Convention.** In training mode, every call first updates `intersection` and `union` (C,), which are moving
-    averages of pixel counts, and then weights the pixels by their ratio. In eval mode nothing is updated. Both averages
-    start at 0, which cancels in their ratio. A class that is missing from a batch keeps its inconsistency.
+    averages of pixel counts, and then weights the pixels by the inconsistency from their ratio. In eval mode nothing is
+    updated. Both averages start at 0, which cancels in their ratio. A class that is missing from a batch keeps its
+    inconsistency.
 
     Args:
         num_classes: C, the number of classes.

@@ -92,7 +92,7 @@ class ProjectedFeatureLoss(nn.Module):
         x, reference = upcast(features), upcast(reference_features.detach())
         if valid is not None and self.resize != "teacher":
             check_mask_like(valid, features, reference_name="features")
-            x = select(valid.unsqueeze(1), x)  # a NaN outside would enter the gradient of the projection
+            x = select(valid.unsqueeze(1), x)  # otherwise a NaN outside would enter the gradient of the projection
         weight, bias = upcast(self.projection.weight).to(x.dtype), self.projection.bias
         with full_precision(x):
             # Without two spatial axes, use a map of one column: the projection works on single pixels.

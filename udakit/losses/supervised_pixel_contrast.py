@@ -74,7 +74,7 @@ def supervised_pixel_contrast_loss(
         num_classes: C, the number of classes in `labels`.
         temperature: tau > 0; the similarities are divided by it.
         max_anchors: number of pixels drawn from each class.
-        denominator: "negatives" | "all", the pixels in the sum below the fraction bar.
+        denominator: "negatives" | "all", the pixels over which the denominator sums.
         normalize: scale the features to unit length; a zero vector stays zero.
         ignore_index: the label of the pixels to ignore.
         reduction: "mean" | "mean_all" | "sum" | "none".

@@ -52,8 +52,8 @@ def upsampled_cross_entropy(
 
     **Cost.** Besides the inputs, their gradient and a few (N, H, W) maps, it holds a few bands of N C `chunk_rows` W
     numbers. The plain way holds several maps of N C H W numbers. The backward pass recomputes the bands from the
-    logits, so nothing else is stored. The loss cannot be differentiated twice. If the logits already have the size of
-    the labels, this is `cross_entropy` in bands.
+    logits, so nothing else is stored. The loss cannot be differentiated twice, nor in forward mode. If the logits
+    already have the size of the labels, this is `cross_entropy` in bands.
 
     Args:
         logits: class scores before the softmax, in any float dtype and of any size.

@@ -99,7 +99,7 @@ class Rgb:
 
     def __init__(self, mean: Tensor | None, std: Tensor | None, like: Tensor) -> None:
         self.bounded = mean is None and std is None
-        # 1.055 times what the pieces add up to is sRGB, but for the offset of its curve and the second one at the knee.
+        # sRGB is 1.055 times the sum of the pieces, minus the offset of its curve and the value at the knee.
         surplus = 0.055 + 12.92 * _LINEAR_KNEE
         self.scale = _number(1.055, like) if std is None else 1.055 / std
         self.offset = _number(-surplus, like) if mean is None else -(mean + surplus)

@@ -89,7 +89,7 @@ class Normalise:
 
 
 def sharpen(x: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean of the 3 x 3 neighbours, the pixel itself counted five times; the border stays as it is."""
+    """Blend with the mean of the 3 x 3 window, in which the pixel itself counts five times; the border stays."""
     channels, axes = x.shape[1], x.ndim - 2
     weight = 1 / (3**axes + 4)
     kernel = torch.full((channels, 1, *(3,) * axes), weight, dtype=x.dtype, device=x.device)

@@ -84,7 +84,7 @@ def draw_strong_augment(
     generator: Generators | None = None,
     device: torch.device | str | None = None,
 ) -> StrongAugmentDraw:
-    r"""Draw the parameters of a strong augmentation for each of `n` images, uniformly (gamma in its logarithm).
+    r"""Draw the parameters of a strong augmentation for each of `n` images, uniformly (log-uniformly for gamma).
 
     $$b \sim U(-s, s), \quad c \sim U(1 - s, 1 + s), \quad h \sim 2\pi\,U(-s, s), \quad
     \log\gamma \sim U(\log\gamma_{\min}, \log\gamma_{\max}), \quad \sigma \sim U(\sigma_{\min}, \sigma_{\max})$$

@@ -31,16 +31,16 @@ def histogram_transfer(
 
     Bins are narrow where an image has many values, so a far outlier (such as -32767 for missing data) does not take
     bins from the other values. Ranks are resolved to about 1 / `bins` of the pixels. All values of a bin get the rank
-    of its middle, so equal values stay equal. Only images of at most 4096 pixels are sorted, which makes their ranks
-    exact.
+    of its middle, so equal values stay equal. If neither image has more than 4096 pixels, they are sorted instead,
+    which makes the ranks exact.
 
-    A NaN in the style makes that channel of that image NaN and no other; `check_images` finds it. A NaN in the content
-    ranks highest.
+    A NaN in the style makes the result NaN in that channel of that image, and nowhere else; `check_images` finds it. A
+    NaN in the content ranks highest.
 
     Args:
         content: the images that keep their layout, (N, K, *space), of any size.
         style: the images that give their values, of any size, with the same batch size and number of channels.
-        bins: number of bins for the values of a channel, at least 2.
+        bins: number of bins for the values of a channel, at least 2; more than 2^20 have no further effect.
 
     Returns:
         Images in the dtype and memory format of `content`.
@@ -63,7 +63,7 @@ def histogram_transfer(
     x, s = (image.detach().float().flatten(2) for image in (content, style))
     if max(x.shape[2], s.shape[2]) <= EXACT:
         return restore(_exact(x, s).view(content.shape), content)
-    bins = min(bins, 2**20)  # what float32 tells apart
+    bins = min(bins, 2**20)  # float32 does not resolve more
     own_bins, own_counts, _, _ = _histogram(x, bins)
     _, counts, first, wide = _histogram(s, bins)
     # Ranks in the two distributions as exact integers, with the common denominator 2 * own pixels * style pixels.
@@ -91,17 +91,17 @@ def _exact(x: Tensor, s: Tensor) -> Tensor:
     one = torch.ones((), dtype=torch.int64, device=x.device)
     counts = torch.zeros_like(order).scatter_add_(2, group, one.expand_as(group))
     twice = 2 * counts.cumsum(2) - counts
-    rank = (twice * s.shape[2] - 1) // (2 * x.shape[2])  # of groups behind the last one it is that of no pixel
+    rank = (twice * s.shape[2] - 1) // (2 * x.shape[2])  # the entries after the last group belong to no pixel
     value = values.gather(2, rank.clamp_max(s.shape[2] - 1)).gather(2, group)
     value = torch.where(values[:, :, -1:].isnan(), values[:, :, -1:], value)  # a NaN is the last of those sorted
     return torch.empty_like(value).scatter_(2, order, value)
 
 
 def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """The bin of each value in stripes, the count of each bin; of each cell the first bin, and how many bins it has.
+    """The bin of each value (in stripes), the count of each bin, and the first bin and number of bins of each cell.
 
-    A cell is split into as many equal bins as its share of `bins` tells, and one more: with twice the pixels an image
-    has bins half as wide there. For the share some of the pixels do; the bins count all of them.
+    A cell gets a number of equal bins in proportion to its pixels, plus one, so that bins are narrow where an image has
+    many values. A sample of the pixels decides about these numbers; the counts are over all pixels.
     """
     pixels = torch.zeros(*x.shape[:2], CELLS, dtype=torch.int64, device=x.device)
     one = torch.ones((), dtype=torch.int64, device=x.device)
@@ -118,7 +118,8 @@ def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tens
         bits = block.view(torch.int32)
         at = (bits >> REST).add_(rows).flatten()
         place = (bits & (2**REST - 1)).float()
-        # Two roundings, not one of `addcmul`, which a processor may leave out here and there: equal values stay equal.
+        # Two operations instead of `addcmul`: a fused multiply-add in only a part of the loop would round equal values
+        # differently.
         place.mul_(step.index_select(0, at).view_as(place)).add_(start.index_select(0, at).view_as(place))
         index = place.long()
         counts.scatter_add_(2, index, one.expand_as(index))
@@ -127,27 +128,27 @@ def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tens
 
 
 def _lines(first: Tensor, wide: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Start and step of the straight line on which the last bits of a float give its bin, for cells by their bits.
+    """Start and step of the line that maps the low bits of a float to its bin, for each cell in the order of the bits.
 
-    A line ends a little below the first bin of the next cell, so that no rounding to float32 reaches it.
+    The line ends slightly below the first bin of the next cell, so that rounding to float32 never reaches that bin.
     """
     start, length = first.float(), wide.float() - (bins + CELLS) / 2**22
     step = length / 2**REST
-    start[..., :HALF] += length[..., :HALF]  # of a negative number more is less
+    start[..., :HALF] += length[..., :HALF]  # a negative number falls as its bits grow
     step[..., :HALF].neg_()
-    # -0.0 is 0.0, and so is what is nearest to it.
+    # -0.0 equals 0.0. The other negative numbers in its cell are subnormal and count as 0, too.
     start[..., HALF - 1] = start[..., HALF]
     step[..., HALF - 1] = 0
     return _by_value(start).flatten(), _by_value(step).flatten()
 
 
 def _by_value(cells: Tensor) -> Tensor:
-    """Cells in the order of their values, of cells in the order of their bits; or the other way round."""
+    """Reorder cells from the order of their bits to that of their values, or back."""
     return torch.cat([cells[..., :HALF].flip(-1), cells[..., HALF:]], dim=-1)
 
 
 def _cells(first: Tensor, bins: int) -> Tensor:
-    """The cell of each bin: how many cells begin up to it, but for one."""
+    """The cell of each bin, which is the number of cells that begin at or before it, minus one."""
     begins = torch.zeros(*first.shape[:2], bins, dtype=torch.int64, device=first.device)
     return begins.scatter_(2, first, 1).cumsum(2) - 1
 

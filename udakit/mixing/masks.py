@@ -141,7 +141,7 @@ def boundary_band(mask: Bool[Tensor, "n *space"], *, kernel_size: int = 3) -> Bo
     `kernel_size` pixels around p.
 
     **Convention.** The image border is not a boundary. An odd `kernel_size` is symmetric. An even one reaches one pixel
-    further up and left: 2 looks at a pixel and its upper, left and upper left neighbours. With 1 the band is empty. The
+    further up and left: 2 covers a pixel and its upper, left and upper-left neighbours. With 1 the band is empty. The
     mask is never converted to float.
 
     **Source.** EHTDI's released code corresponds to `kernel_size=2`. Its loss weights the band of the target paste

@@ -33,15 +33,15 @@ def strong_augment(
     r"""Apply a drawn augmentation: brightness, contrast, gamma, saturation, hue, greyscale, sharpness, blur, noise.
 
     **Convention.** Pixels do not move, so labels need no change. An image for which nothing was drawn is returned bit
-    for bit. The arithmetic is at least float32.
+    for bit. Computations use at least float32.
 
     **Range.** Images are denormalised to [0, 1], clamped after each operation, and normalised again. Images in 0..255,
     or normalised images without their `mean` and `std`, come out white, black or in primary colours; `check_images`
     finds such images.
 
     **Channels.** Images may have any number of channels and one, two or three dimensions. Saturation, hue and greyscale
-    need images (N, 3, H, W). Other images skip saturation and hue if these are on by default, and raise an error if
-    they were requested.
+    need images (N, 3, H, W). Other images skip saturation and hue if these are on by default, and raise an error if one
+    of the three was requested.
 
     **Details.** Below 1e-3, gamma is a straight line, so that black has a gradient. Sharpness uses windows of 3 pixels
     along each axis. The blur reaches up to four times the largest sigma; at the border it averages over the part inside

@@ -62,8 +62,8 @@ def fourier_transfer(
 
     **Convention.** Images may have any number of channels, and each channel is transformed by itself, in one, two or
     three dimensions. Images are used as given, normalised or not, and the result is not clamped. `style` is detached.
-    The arithmetic is at least float32. beta = 0 still swaps the mean. A NaN makes that channel of that image NaN and no
-    other; `check_images` finds it.
+    Computations use at least float32. beta = 0 still swaps the mean. A NaN makes the result NaN in that channel of
+    that image, and nowhere else; `check_images` finds it.
 
     **Source.** FDA (Yang and Soatto, CVPR 2020). Like its numpy code, this swaps a centred square of 2b + 1 frequencies
     per side. Its torch code swaps the frequencies -b to b - 1, which is not symmetric.
@@ -135,11 +135,10 @@ def color_transfer(
 
     **Convention.** Images must be colour images, (N, 3, H, W), in [0, 1] after denormalising. Values outside are
     clamped first; `check_images` finds them. The statistics are over the pixels of each image, so a NaN makes only its
-    own image NaN. The result is clamped to displayable colours. `style` is detached. The arithmetic is at least
-    float32.
+    own image NaN. The result is clamped to displayable colours. `style` is detached. Computations use at least float32.
 
     A channel without contrast takes the mean of the style. Below a standard deviation of 0.01 in L, 0.05 in a and 0.02
-    in b, the factor falls to 0. This is far below what the eye can see and far above the rounding error of a grey
+    in b, the factor falls towards 0. This is far below what the eye can see and far above the rounding error of a grey
     image.
 
     **Source.** Reinhard et al. 2001, in CIE Lab (D65) instead of their l-alpha-beta space.

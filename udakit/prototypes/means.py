@@ -28,7 +28,7 @@ def class_means(
 
     $$v_c = \frac{1}{|P_c|} \sum_{p \in P_c} f_p, \qquad P_c = \{p : y_p = c\}$$
 
-    **Convention.** Sums are in at least float32. Ignored pixels and ids outside 0..C-1 are left out, even if their
+    **Convention.** Sums use at least float32. Ignored pixels and ids outside 0..C-1 are left out, even if their
     features are NaN. A class with fewer than `min_pixels` pixels has the mean 0 and no gradient, but its true count.
     Gradients flow to the features.
 

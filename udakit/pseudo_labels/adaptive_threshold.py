@@ -55,7 +55,7 @@ def batch_shares(probabilities: Tensor, valid: Tensor | None, *, sync: bool) -> 
 
 
 class AdaptiveThresholdSelector(FullPrecisionState, Selector):
-    r"""Keep pixels above a confidence threshold that follows the net and is lower for classes it predicts less.
+    r"""Keep pixels that reach a confidence threshold, which follows the net and is lower for rarely predicted classes.
 
     $$\tau \leftarrow m\,\tau + (1 - m)\,\operatorname{mean}(\max_c p_c), \qquad
     q_c \leftarrow m\,q_c + (1 - m)\,\operatorname{mean}(p_c), \qquad \tau_c = \tau\,\frac{q_c}{\max_k q_k}$$
@@ -75,7 +75,7 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
     Args:
         num_classes: C, the number of classes.
         momentum: m in [0, 1], for both averages.
-        max_threshold: upper limit of the global threshold; None for no limit.
+        max_threshold: upper limit of the global threshold, in [0, 1]; 1 means no limit.
         sync: whether to merge the sums of all ranks of the default process group.
         ignore_index: the label of rejected pixels.
         exclude: ids of classes that are never predicted; the arg-max and its confidence are taken over the other

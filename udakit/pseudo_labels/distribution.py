@@ -41,7 +41,7 @@ def align_distribution(
 
     **Convention.** The probabilities of each pixel sum to 1. A target share below 1e-6 counts as 1e-6. A pixel at which
     every class would become 0 keeps its probabilities. The shares are detached; gradients flow to the probabilities.
-    The arithmetic is at least float32.
+    Computations use at least float32.
 
     **Source.** ReMixMatch (Berthelot et al., ICLR 2020) and AdaMatch (Berthelot et al., ICLR 2022). Their released code
     adds 1e-6 to both shares.
@@ -54,7 +54,9 @@ def align_distribution(
     Returns:
         The aligned probabilities, float32 (float64 for float64 input).
 
-        Raises: TypeError: a tensor is not float. ValueError: the shapes do not match.
+    Raises:
+        TypeError: a tensor is not float.
+        ValueError: the shapes do not match.
 
     Example:
         >>> import torch
@@ -82,8 +84,8 @@ class DistributionAlignment(FullPrecisionState):
     The alignment is [`align_distribution`][udakit.pseudo_labels.align_distribution].
 
     **Convention.** The result is a map of detached probabilities. In training mode, a call first updates `target_share`
-    with the mean probabilities of its batch and then aligns. In eval mode, the stored shares are used. Until
-    `update_source` has been called, predictions are returned unchanged.
+    with the mean probabilities of its batch and then aligns. In eval mode, the stored shares are used. Without a given
+    `source_share`, predictions are returned unchanged until `update_source` has been called.
 
     Both shares are plain means over the first 1 / (1 - momentum) batches and moving averages afterwards, so no initial
     value remains. `momentum` is the weight of the *old* value. With `sync`, the sums of all ranks are merged, and the
@@ -92,6 +94,12 @@ class DistributionAlignment(FullPrecisionState):
     **Source.** ReMixMatch averages over the last 128 batches. AdaMatch computes the source share from predictions; here
     it comes from labels. If the class shares of the target data are known, pass them as `source_share`; no source data
     is needed then.
+
+    Attributes:
+        source_share: float32 buffer (C,), the share of each class in the source labels, or the given one.
+        target_share: float32 buffer (C,), the mean probability of each class on target images.
+        source_batches: int64 buffer (), the number of batches in `source_share`.
+        target_batches: int64 buffer (), the number of batches in `target_share`.
 
     Args:
         num_classes: C, the number of classes.

@@ -26,7 +26,7 @@ def rectify_probabilities(
 
     **Convention.** The probabilities of each pixel sum to 1. A class at distance +inf (one that has not been seen) gets
     0. A pixel keeps its probabilities if every class with a positive probability is at +inf. Gradients flow to both
-    arguments; detach those of a teacher. The arithmetic is at least float32.
+    arguments; detach those of a teacher. Computations use at least float32.
 
     **Source.** ProDA (Zhang et al., CVPR 2021), eq. 3 and 4. It uses fixed probabilities of the warm-up net, and
     distances of the momentum net's features, at the size of the features. Its option `proto_temperature` multiplies the

@@ -25,9 +25,9 @@ def fuse_scales(
 
     **Convention.** The result covers the whole image at the resolution of the detail logits: its size is that of
     `detail_logits` times `box.image` / `box.size`. `up` is linear in each axis, with align_corners=False. The attention
-    is set to 0 outside the crop before it is upsampled, so it fades over one pixel at the border of the crop. Positions
-    are exact if `box.start` is a multiple of the strides of both maps, and rounded down otherwise. Gradients flow to
-    all three maps. The arithmetic is at least float32.
+    is set to 0 outside the crop before it is upsampled, so it fades over one context pixel at the border of the crop.
+    Positions are exact if `box.start` is a multiple of the strides of both maps, and rounded down otherwise. Gradients
+    flow to all three maps. Computations use at least float32.
 
     **Source.** HRDA (Hoyer et al., ECCV 2022). There, `attention` is the sigmoid of a head on the context features,
     with one channel for each class. The loss is 0.9 times that of the fused logits plus 0.1 times that of the detail

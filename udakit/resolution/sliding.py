@@ -35,7 +35,7 @@ def sliding_logits(
     back to end with the image, so nothing is padded. An axis that is shorter than the window has one window, the whole
     axis. The net sees one window of all N images at a time. Logits that are smaller than the window are resized to it,
     linearly in each axis and with align_corners=False. Gradients flow through the net; use `torch.no_grad()` if you do
-    not need them. The average is in at least float32.
+    not need them. The average uses at least float32.
 
     **Source.** HRDA's grid of detail crops and its "slide" inference at test time. Both average logits, not
     probabilities, with a stride of half a window.
@@ -93,7 +93,7 @@ def sliding_bands(
         stride: step between windows in pixels, at most `window`; by default half of it.
 
     Yields:
-        (first row, logits of the rows that begin there).
+        (index of the first row, logits of the band that begins there).
 
     Raises:
         TypeError: `images` is not a float tensor, or the net does not return logits.

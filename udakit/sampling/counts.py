@@ -120,7 +120,7 @@ def read_class_stats(path: str | os.PathLike[str], *, num_classes: int) -> tuple
         The label files and their pixel counts (images, C), for `RareClassSampler`.
 
     Raises:
-        ValueError: the file has another form.
+        ValueError: the file does not have one of these forms.
     """
     stored = Path(path).read_bytes()
     try:

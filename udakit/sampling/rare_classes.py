@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from udakit._checks import check_generator, check_integer, check_range, check_tensor, kind_of, shape_of
+from udakit._reduce import is_transformed
 
 
 def rare_class_probabilities(class_pixels: Num[Tensor, "c"], *, temperature: float = 0.01) -> Float[Tensor, "c"]:
@@ -31,7 +32,7 @@ def rare_class_probabilities(class_pixels: Num[Tensor, "c"], *, temperature: flo
         The probabilities, (C,), float32 (float64 for float64 counts).
 
     Raises:
-        ValueError: the counts are not (C,), negative or not finite, or `temperature` is not positive.
+        ValueError: the counts are not (C,), or are negative or not finite, or `temperature` is not positive.
 
     Example:
         >>> rare_class_probabilities(torch.tensor([900, 100, 0]), temperature=1.0)
@@ -58,7 +59,8 @@ def _check_counts(class_pixels: Tensor) -> None:
     """Raise unless there is a class and all counts are finite and at least 0; counts on a GPU are not read."""
     if not class_pixels.shape[-1]:
         raise ValueError(f"Expected `class_pixels` to have at least one class, but got {shape_of(class_pixels)}.")
-    if type(class_pixels) is not Tensor or class_pixels.device.type != "cpu" or torch.compiler.is_compiling():
+    readable = type(class_pixels) is Tensor and class_pixels.device.type == "cpu"
+    if not readable or torch.compiler.is_compiling() or is_transformed():
         return
     if not bool(((class_pixels >= 0) & (class_pixels < float("inf"))).all()):
         raise ValueError("Expected `class_pixels` to be pixel counts, finite and at least 0, but got other values.")
@@ -68,7 +70,7 @@ class RareClassSampler(Sampler[int]):
     """Draw a class with `rare_class_probabilities`, then one of the images that show enough of it.
 
     **Convention.** An image counts for a class if it has at least `min_pixels` pixels of it. If no image has that many,
-    the class is drawn from all images that show any of it. A class in no image is never drawn. Generators are used on
+    the class is drawn from all images that show any of it. A class in no image is never drawn. Generators must be on
     the CPU.
 
     There are three ways to draw from the same distribution. Iterate, as with any `Sampler` of a `DataLoader`. Call

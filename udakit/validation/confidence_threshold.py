@@ -32,9 +32,9 @@ class ConfidenceThreshold(FullPrecisionState):
 
     **Convention.** The results are detached. `fit` counts confidences in a histogram with fixed bins, evenly spaced in
     -log2(1 - s) like those of `ClassQuantileSelector`. From the bin with the threshold, the same fraction counts on
-    target images as on source images. The accuracy on source is therefore exact in spite of ties, which are common at
-    1.0. Counts add up over batches and ranks. The estimate is NaN before the first `fit` and for a batch without a
-    valid pixel. A NaN confidence counts as wrong, with confidence 0.
+    target images as on source images. The accuracy on source is therefore exact despite ties, which are common at 1.0.
+    Counts add up over batches and ranks. The estimate is NaN before the first `fit` and for a batch without a valid
+    pixel. A NaN confidence counts as wrong, with confidence 0.
 
     **Source.** ATC (Garg et al. 2022), with the maximum confidence. It estimates the accuracy and does not select
     anything. It works if confidence and accuracy change together, which training on pseudo-labels can destroy.

@@ -42,9 +42,9 @@ def consistency_score(
     The first formula is without a `background` and the second with one. Here a and b are the two arg-max maps, $A_c$
     and $B_c$ are their pixels of class c, and K is the set of classes in either map.
 
-    **Convention.** The result is detached. Pixels are counted over the `valid` pixels of each image or of the whole
-    batch. If the union is empty, there is nothing to compare and the result is NaN; use `nanmean` for a mean over
-    images. A pixel with a NaN prediction agrees with nothing.
+    **Convention.** The result is detached. The counts are over the `valid` pixels of each image or of the whole batch.
+    If the union is empty, there is nothing to compare and the result is NaN; use `nanmean` for a mean over images. A
+    pixel with a NaN prediction agrees with nothing.
 
     **Source.** With a background, this is the consistency score of CMR (Kutra et al. 2026), which takes the median over
     images. Without one, the score is ours.
