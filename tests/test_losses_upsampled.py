@@ -174,6 +174,19 @@ def test_everything_ignored_is_zero_with_zero_gradient() -> None:
     assert not x.grad.any()
 
 
+@pytest.mark.parametrize("size", [(0, 4), (4, 0)])
+def test_a_map_without_pixels_is_zero_with_zero_gradient(size: tuple[int, int]) -> None:
+    logits = torch.randn(2, 3, 2, 2, requires_grad=True)
+    empty = torch.zeros(2, *size, dtype=torch.int64)
+    for loss in (
+        udakit.upsampled_cross_entropy(logits, empty),
+        udakit.upsampled_kd_loss(logits, torch.zeros(2, 3, *size)),
+    ):
+        assert loss.item() == 0
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert torch.equal(gradient, torch.zeros_like(logits))
+
+
 def test_backward_may_run_twice_and_a_second_derivative_is_refused() -> None:
     (x,) = draw(5, (1, 3, 2, 3))
     x.requires_grad_()

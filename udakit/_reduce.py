@@ -126,7 +126,8 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def is_large(x: Tensor) -> bool:
     """Whether blocks, or operations on bits, are faster than torch's operators: for large maps on the CPU.
 
-    On a GPU each block is a launch, a compiler fuses the operators, and `torch.func` has no rules for our own code.
+    On a GPU each block is a launch, a compiler fuses the operators, and `torch.func` and forward-mode differentiation
+    have no rules for our own code.
     """
     large = x.numel() >= LARGE and x.device.type == "cpu" and not torch.compiler.is_compiling()
     return large and not is_transformed()

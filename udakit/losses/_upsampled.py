@@ -108,7 +108,7 @@ def _upsampled_loss_backward(
 def _bands(logits: Tensor, height: int, width: int, rows: int) -> Iterator[tuple[int, int]]:
     n, c = logits.shape[:2]
     rows = rows or max(BAND.get(logits.device.type, BAND["other"]) // max(n * c * width, 1), 1)
-    for start in range(0, height, rows):
+    for start in range(0, height if width else 0, rows):
         yield start, min(start + rows, height)
 
 

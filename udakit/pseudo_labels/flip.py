@@ -24,9 +24,9 @@ def hflip_average(
     $$\bar p(x) = \tfrac12 \left(\operatorname{softmax}(f(x))
     + \operatorname{flip}\operatorname{softmax}(f(\operatorname{flip} x))\right)$$
 
-    **Convention.** The result is detached and computed in float32. By default it is a map of probabilities; use it as
-    `selector(hflip_average(teacher, images), kind="probabilities")`. With `average="logits"` it is the mean of the
-    logits. The net keeps its train or eval mode. In train mode, BatchNorm is updated with both images.
+    **Convention.** The result is detached and computed in at least float32. By default it is a map of probabilities;
+    use it as `selector(hflip_average(teacher, images), kind="probabilities")`. With `average="logits"` it is the mean
+    of the logits. The net keeps its train or eval mode. In train mode, BatchNorm is updated with both images.
 
     **Source.** VFM-UDA, which averages the two softmaxes.
 

@@ -149,7 +149,8 @@ class EMATeacher(Average):
             step: t, counted from 0; None counts the updates in the buffer `step`, without a GPU wait.
 
         Raises:
-            ValueError: parameters or persistent buffers differ in name or shape from those of the averaged net.
+            ValueError: parameters or persistent buffers differ in name, shape, device or sharding from those of the
+                averaged net, a shared parameter was unfrozen, or `model` is the averaged net itself.
         """
         for shard in self.module.modules():
             if _is_fsdp(shard):  # a pass without gradients may leave the shards gathered

@@ -49,8 +49,8 @@ class LabelFreeScores(FullPrecisionState):
     tell a collapsed net from a good one. `ConsistencyScore` times `confidence` was the most reliable;
     docs/results/scores.md has the numbers.
 
-    **Convention.** There is no gradient. The state consists of C x C sums (float64) and counts (int64), never of a map.
-    Merged over several processes, the counts are equal to those of one process, and the sums are within 1e-6.
+    **Convention.** There is no gradient. The state consists of sums (float64, at most C x C) and counts (int64); no map
+    is kept. Merged over several processes, the counts are equal to those of one process, and the sums are within 1e-6.
     `neighbourhood_density` draws its pixels with replacement and includes the similarity of a pixel to itself; merged
     values are equal only in distribution. Pixels that are not `valid` are left out, whatever their values. With a NaN
     at a valid pixel, `compute` raises an error. It is the only method that reads from the device.
