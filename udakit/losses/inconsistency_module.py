@@ -33,6 +33,10 @@ class InconsistencyLoss(FullPrecisionState):
     updated. Both averages start at 0, which cancels in their ratio. A class that is missing from a batch keeps its
     inconsistency.
 
+    Attributes:
+        intersection: float32 buffer (C,), average number of pixels that both nets predict as each class.
+        union: float32 buffer (C,), average number of pixels that at least one of the nets predicts as each class.
+
     Args:
         num_classes: C, the number of classes.
         momentum: fraction of the old average that is kept at each call, in [0, 1).

@@ -72,6 +72,10 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
     **Source.** FreeMatch (Wang et al., ICLR 2023). It can also limit the global threshold to 0.95 (`max_threshold`), or
     follow a quantile of the confidence instead of its mean (not included here).
 
+    Attributes:
+        threshold: float32 buffer (), the average confidence, which is the global threshold.
+        class_share: float32 buffer (C,), the average probability of each class.
+
     Args:
         num_classes: C, the number of classes.
         momentum: m in [0, 1], for both averages.

@@ -48,6 +48,9 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
     **Source.** CBST ranks the whole data set between rounds, and IAST averages a threshold per image. An averaged
     histogram gives every pixel the same weight.
 
+    Attributes:
+        histogram: float32 buffer (C, bins), the average number of pixels of each class by confidence.
+
     Args:
         num_classes: C, the number of classes.
         share: fraction of each class that is kept, in (0, 1].

@@ -183,6 +183,16 @@ def mirror_consistency(
 def mirror_view(axis: int = -1) -> View:
     """Mirror images along a spatial axis, by default the last one.
 
+    Args:
+        axis: spatial axis of the images, counted as in `torch.flip`.
+
+    Returns:
+        The view. It is its own inverse.
+
+    Raises:
+        TypeError: `axis` is not an integer.
+        ValueError: when the view is used, `axis` is not a spatial axis of the images.
+
     Example:
         >>> import torch
         >>> mirror_view().transform(torch.arange(3.0).view(1, 1, 3))
@@ -203,6 +213,15 @@ def shift_view(offset: Sequence[int]) -> View:
     """Shift images by whole pixels, with one number for each spatial axis. The border pixels are repeated.
 
     A shift by less than the net's stride shows how much the prediction depends on the position of its grid.
+
+    Args:
+        offset: number of pixels to shift along each spatial axis; positive numbers shift towards higher indices.
+
+    Returns:
+        The view. Pixels that were shifted out of the image are not valid.
+
+    Raises:
+        ValueError: `offset` does not hold integers; when the view is used, their number is not that of the axes.
 
     Example:
         >>> import torch
@@ -232,6 +251,17 @@ def crop_view(margin: Sequence[tuple[int, int]]) -> View:
     """Crop (before, after) pixels of each spatial axis, so that the net sees the rest without its context.
 
     The remaining size should be a multiple of the net's stride.
+
+    Args:
+        margin: numbers of pixels (before, after) to remove, for each spatial axis.
+
+    Returns:
+        The view. Its inverse fills the margin with 0, which is not valid.
+
+    Raises:
+        TypeError: `margin` does not hold integers.
+        ValueError: `margin` does not hold pairs, or a number is negative; when the view is used, their number is not
+            that of the axes, or nothing is left.
 
     Example:
         >>> import torch
@@ -267,6 +297,15 @@ def crop_view(margin: Sequence[tuple[int, int]]) -> View:
 
 def rotation_view(degrees: float) -> View:
     """Rotate images (N, K, H, W) about their centre. The border pixels are repeated.
+
+    Args:
+        degrees: angle in [-180, 180]; positive angles turn counter-clockwise.
+
+    Returns:
+        The view. Pixels that were rotated out of the image are not valid.
+
+    Raises:
+        ValueError: `degrees` is out of range; when the view is used, the images are not two-dimensional.
 
     Example:
         >>> import torch
