@@ -278,6 +278,61 @@ def test_evaluation_uses_the_students_statistics() -> None:
     torch.testing.assert_close(teacher.eval()(images), net.eval()(images))
 
 
+class Caching(nn.Linear):
+    """In evaluation it keeps twice its weight, as timm's LeViT keeps its attention biases."""
+
+    cache: Tensor | None = None
+
+    def train(self, mode: bool = True) -> nn.Module:
+        self.cache = None
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training and self.cache is None:
+            self.cache = 2 * self.weight
+        return x @ (2 * self.weight if self.cache is None else self.cache).T
+
+
+class Merging(nn.Linear):
+    """In evaluation the weight holds the low-rank change, as in loralib."""
+
+    merged = False
+
+    def __init__(self, *args: int) -> None:
+        super().__init__(*args, bias=False)
+        self.change = nn.Parameter(torch.randn_like(self.weight))
+
+    def train(self, mode: bool = True) -> nn.Module:
+        if mode == self.merged:
+            self.weight.data += -self.change if mode else self.change
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight if self.merged else self.weight + self.change).T
+
+
+@pytest.mark.parametrize("mode", ["batch_statistics", "train", "eval"])
+@pytest.mark.parametrize("kind", [Caching, Merging])
+def test_what_evaluation_computes_from_weights_follows_them(kind: type[nn.Module], mode: Any) -> None:
+    student = nn.Sequential(kind(3, 3), nn.BatchNorm1d(3), nn.Dropout())
+    teacher = EMATeacher(student, decay=0.5, warmup=False, mode=mode)
+    teacher.module[2].train()  # a mode that the user set stays
+    x = torch.rand(4, 3)
+    expected = {name: p.detach().clone() for name, p in student.named_parameters()}
+    for _ in range(2):
+        teacher.module[0](x)
+        modes = [m.training for m in teacher.modules()]
+        with torch.no_grad():
+            for name, p in student.named_parameters():
+                p.add_(torch.randn_like(p))
+                expected[name] = (expected[name] + p) / 2
+        teacher.update(student)
+        assert [m.training for m in teacher.modules()] == modes
+    weight = expected["0.weight"] * 2 if kind is Caching else expected["0.weight"] + expected["0.change"]
+    torch.testing.assert_close(teacher.module[0](x), x @ weight.T)
+
+
 def test_non_persistent_buffers_are_left_alone() -> None:
     net = nn.Linear(2, 2)
     net.register_buffer("cache", torch.zeros(3), persistent=False)

@@ -39,6 +39,9 @@ class EMATeacher(Average):
     gradient. With `warmup`, step 0 copies the student (up to rounding on a GPU). Parameters are matched by name. A
     missing, unknown or differently shaped one raises an error, so an update can never silently do nothing.
 
+    Nets that cache or merge weights in evaluation mode (timm's LeViT, loralib) do so in `train`. An update switches
+    such modules to training mode and back.
+
     float16 and bfloat16 parameters are averaged in float32 copies and rounded when written, because at alpha = 0.999 a
     step would be smaller than their resolution. Integer buffers are always copied, whatever `buffers` is.
     Non-persistent buffers do not change.
@@ -126,6 +129,7 @@ class EMATeacher(Average):
         _own_when_loaded(self.module, self._shared)
         self._apart = device is not None
         self._computed = dict.fromkeys(computed_buffers(self.module))
+        self._switches = any(map(_switches, self.module.modules()))
         # If no layer was made with a cumulative average, one that has it now is being re-estimated by `update_bn`. A
         # layer that was made with it tells us when it is emptied.
         self._cumulative = False
@@ -182,10 +186,18 @@ class EMATeacher(Average):
                 rounded.append((x, master))
             elif policy == "ema":
                 averaged.append((x, student[name]))
+        modes = {m: m.training for m in self.module.modules()} if self._switches else {}
+        for m in filter(_switches, modes):
+            m.train()
         for target, source in _grouped(averaged):
             self._lerp(target, source)
         for target, source in _grouped(copied + rounded):
             torch._foreach_copy_(target, source)
+        for m in filter(_switches, modes):
+            m.train(modes[m])
+        for m, mode in modes.items():
+            if m.training != mode:  # setting an attribute of a Module is slow
+                m.training = mode
         self.step.add_(1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -284,6 +296,14 @@ class EMATeacher(Average):
             if _key(name) in self.masters._buffers and digits is not None:
                 state_dict[key] = digits
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _switches(module: nn.Module) -> bool:
+    """Whether a module does more than set a flag when it changes between training and evaluation.
+
+    The modules of `torch.fx` are left out: they only swap their code, which takes long.
+    """
+    return type(module).train is not nn.Module.train and not isinstance(module, torch.fx.GraphModule)
 
 
 def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Module:
