@@ -169,6 +169,9 @@ class EMATeacher(Average):
         if step is not None:
             check_integer("step", step, 0)
             self.step.fill_(step)
+        modes = {m: m.training for m in self.module.modules()} if self._switches else {}
+        for m in filter(_switches, modes):
+            m.train()
         averaged: list[tuple[Tensor, Tensor]] = []
         copied: list[tuple[Tensor, Tensor]] = []
         rounded: list[tuple[Tensor, Tensor]] = []
@@ -186,9 +189,6 @@ class EMATeacher(Average):
                 rounded.append((x, master))
             elif policy == "ema":
                 averaged.append((x, student[name]))
-        modes = {m: m.training for m in self.module.modules()} if self._switches else {}
-        for m in filter(_switches, modes):
-            m.train()
         for target, source in _grouped(averaged):
             self._lerp(target, source)
         for target, source in _grouped(copied + rounded):
