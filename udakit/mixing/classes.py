@@ -151,7 +151,7 @@ def class_mask(
     r"""Mark the pixels of the chosen classes: $M_p = [y_p \in K]$.
 
     **Convention.** If `chosen` is (N, C), ignored pixels are False. If it is (N, C + 1), as `draw_classes` returns it
-    with `include_ignore=True`, the last column decides about the ignored pixels. `num_classes` tells the two cases
+    with `include_ignore=True`, the last column says whether ignored pixels are True. `num_classes` tells the two cases
     apart; without it, every column is a class. An id that is not a class counts as ignored. With `paste_ignore=True`,
     ignored pixels are always True.
 

@@ -17,7 +17,7 @@ HALF = CELLS // 2  # the cells of negative numbers, whose bits count from zero d
 REST = 32 - CELL_BITS
 EXACT = 2**12  # up to this many pixels, sorting is faster than counting
 STRIPE = 2**16  # elements counted at once on the CPU: their ids, of 8 bytes each, stay in its cache
-SAMPLES = 2**13  # number of pixels of a channel that decide how bins are distributed over cells
+SAMPLES = 2**13  # number of pixels of a channel from which the bins of each cell are chosen
 
 
 def histogram_transfer(
@@ -101,7 +101,7 @@ def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tens
     """The bin of each value (in stripes), the count of each bin, and the first bin and number of bins of each cell.
 
     A cell gets a number of equal bins in proportion to its pixels, plus one, so that bins are narrow where an image has
-    many values. A sample of the pixels decides about these numbers; the counts are over all pixels.
+    many values. These numbers come from a sample of the pixels; the counts are over all pixels.
     """
     pixels = torch.zeros(*x.shape[:2], CELLS, dtype=torch.int64, device=x.device)
     one = torch.ones((), dtype=torch.int64, device=x.device)

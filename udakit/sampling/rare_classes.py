@@ -153,7 +153,7 @@ class RareClassSampler(Sampler[int]):
         """Draw one (image index, class id) from `generator`."""
         # The caller's generator is on the CPU, so reading from it does not wait.
         by_class, by_image = torch.rand(2, generator=generator, dtype=torch.float64, device="cpu").tolist()
-        # bisect_right never selects a class of probability 0. Rounding of the last sum must not go past the last class.
+        # bisect_right never selects a class of probability 0; `min` is for a last sum that is rounded below 1.
         class_id = min(bisect.bisect_right(self._cumulative, by_class), self._last)
         images = self._images[class_id]
         return images[min(int(by_image * len(images)), len(images) - 1)], class_id

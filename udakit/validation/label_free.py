@@ -45,15 +45,15 @@ class LabelFreeScores(FullPrecisionState):
 
     **Which direction is right.** The direction of the source does not hold everywhere. Compared with the true mIoU, the
     nuclear norm, information maximisation, the class correlation and the density follow the *share* of the rarer class:
-    they are right on one pair and reversed on the same pair backwards. Confidence, entropy and the matrix norm cannot
-    tell a collapsed net from a good one. `ConsistencyScore` times `confidence` was the most reliable;
+    they are right on one pair and wrong on the same pair in the other direction. Confidence, entropy and the matrix
+    norm cannot tell a collapsed net from a good one. `ConsistencyScore` times `confidence` was the most reliable;
     docs/results/scores.md has the numbers.
 
     **Convention.** There is no gradient. The state consists of sums (float64, at most C x C) and counts (int64); no map
     is kept. Merged over several processes, the counts are equal to those of one process, and the sums are within 1e-6.
     `neighbourhood_density` draws its pixels with replacement and includes the similarity of a pixel to itself; merged
     values are equal only in distribution. Pixels that are not `valid` are left out, whatever their values. With a NaN
-    at a valid pixel, `compute` raises an error. It is the only method that reads from the device.
+    at a valid pixel, `compute` raises an error. No other method reads from the device.
 
     **Source.** Entropy, and its difference to the entropy of the mean: Morerio et al. 2018, Shi and Sha 2012. Nuclear
     norm: Cui et al. 2020 (BNM). Class correlation: Tu et al. 2023. Density: Saito et al. 2021 (SND), as in its
