@@ -209,3 +209,21 @@ def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):
         train_gta2cs.main(tiny(tmp_path))
     assert not (tmp_path / "best.pt").exists()
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("score", "value", "level"),
+    [
+        ("confident_consistency", 0.505, True),
+        ("confident_consistency", 0.515, False),
+        ("class_correlation", 0.2, False),  # the lower, the better: far ahead
+        ("matrix_norm", 0.505, False),  # nothing is known of its differences
+    ],
+)
+def test_a_verdict_calls_nets_level_only_by_a_score_whose_differences_are_known(score, value, level):
+    both = {"confident_consistency": 0.5, score: 0.5}, {"confident_consistency": 0.5, score: value}
+    source, last = (LabelFree(scores, []) for scores in both)
+    run = SimpleNamespace(choice=choosing.Choice("dacs", 1, 20, "student", score, value), source_only=source)
+    words = choosing.verdict(run, [{"label_free": [{"nets": {"student": last.to_json()}}]}])
+    assert "Use the adapted net" in words
+    assert ("the two are level" in words) is level

@@ -203,6 +203,8 @@ def test_a_later_candidate_has_to_be_ahead_by_more_than_differences_that_say_not
         ({"candidates": {"a": {"teacher_mode": "evl"}}}, r"`teacher_mode` .* one of \[.*'evl'\. .* candidate 'a'"),
         ({"shared": {"share": "most"}}, "`share` of recipe Dacs to be a number, but got 'most'"),
         ({"shared": {"translate": "colour"}}, "`translate` to be one of"),
+        ({"candidates": {"eval": {"teacher_mode": "eval"}}}, "another name for candidate 'eval'"),
+        ({"candidates": {"a.b": {}}}, "another name for candidate 'a.b'"),
     ],
 )
 def test_bad_options_are_named_before_any_data_is_read(options, message):

@@ -275,7 +275,7 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
                 f"**Use the adapted net** (`best.pt`): the {choice.title}. Its {named} is {choice.value:.3f}, the "
                 f"source-only net's {before:.3f} ({choice.value - before:+.3f}), the last student's {last:.3f}."
             )
-            if choice.value - before < MARGIN:
+            if score in RELIABILITY and abs(choice.value - before) < MARGIN:
                 lines.append("So small a difference says nothing: as far as this score can tell, the two are level.")
     lines.append(RELIABILITY.get(score, UNRELIABLE))
     alarms = [alarm for history in histories for alarm in history.get("alarms", [])]

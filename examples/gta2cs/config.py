@@ -110,7 +110,7 @@ class Stage:
     lr_power: float = 1.0
     """The learning rate falls as (1 - progress) ** lr_power."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the recipe; docs/loop.md lists them."""
+    """Options of the recipe; docs/options.md lists them."""
 
 
 @dataclass

@@ -61,9 +61,8 @@ class Combined(Recipe):
     class Options:
         """Options of the recipe."""
 
-        candidates: dict[str, dict[str, Any]] = field(  # a name, and the options of dacs that this one has of its own
-            default_factory=lambda: copy.deepcopy(CANDIDATES)
-        )
+        candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CANDIDATES))
+        """Name of each candidate, and the options of dacs that it has of its own."""
         shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all candidates, beside `SHARED`
         match_style: bool = True  # leave source in its own colours where target in those of source is understood worse
         trial: float = 0.0  # share of the steps in which the candidates take turns; 0: compared before the first step
@@ -96,6 +95,10 @@ class Combined(Recipe):
         if options.images < 1:
             raise ValueError(f"Expected `images` to be at least 1, but got {options.images}.")
         for name, own in options.candidates.items():
+            if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+                raise ValueError(
+                    f"Expected another name for candidate {name!r}: a word that torch does not use itself."
+                )
             try:
                 Dacs.parse(options_of(options.shared, own))
             except ValueError as error:

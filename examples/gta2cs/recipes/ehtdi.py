@@ -43,9 +43,7 @@ class Ehtdi(SelfTraining):
         """Options of the recipe."""
 
         labels_from: Literal["student", "teacher"] = "student"  # the released code labels with the student
-        mix_classes: list[int] = field(
-            default_factory=list
-        )  # candidates of ClassMix (released: train id > 4); empty: all
+        mix_classes: list[int] = field(default_factory=list)  # that may be pasted (released: ids > 4); empty: all
         mix_weight: float = 0.1
         paste_weight: float = 0.1  # 0: no target paste
         paste_threshold: float = 0.95
