@@ -47,6 +47,7 @@ from gta2cs.loading import StepData
 from gta2cs.stage import StageState
 
 ROWS: dict[str, dict[str, str]] = {"as the README runs it": {}, "one thread": {"OMP_NUM_THREADS": "1"}}
+CLOCKS = {"as the README runs it": "wall-clock time", "one thread": "processor time"}
 WAYS = "other ways"
 STEPS = 60  # of each stage
 REST, CROPS, SCENES = "rest of a step", "crops", "rendering the scenes"
@@ -235,14 +236,15 @@ def table(results: Results) -> str:
     ]
     body.append(["all", *(f"{totals[n]:.0f}" for n in rows)])
     steps = " and ".join(dict.fromkeys(str(results.rows[name]["steps"]) for name in rows))
+    kinds = ", ".join(f'"{name}" is {CLOCKS[name]}' for name in rows)
     other = ""
     if WAYS in results:
         found = [[name, f"{ms:.1f}"] for name, ms in results.rows[WAYS]["milliseconds"].items()]
         other = f"\n\nOne step of one batch in other ways:\n\n{markdown_table(['one thread', 'ms'], found)}"
     return (
         f"{markdown_table(['seconds (share)', *rows], body)}\n\n"
-        f"From {steps} steps of each stage and one evaluation after each, multiplied to the whole job; as the README "
-        "runs it by the clock on the wall, one thread by processor time. Parts under half a percent are left out."
+        f"Measured with {steps} steps of each stage and one evaluation after each, multiplied to the whole job; "
+        f"{kinds}. Parts under half a percent are left out."
         f"{other}"
     )
 
