@@ -61,8 +61,10 @@ def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> dict[
     net = config.net.build(len(pair.classes.names))
     load_init(net, adaptation.warm_start(pair_name, seed, cache))
     found = {}
+    shares = None  # of target as it is: a class that is lost in the colours of source counts against them
     for style in STYLES:
-        unlabelled = measure(net, restyled(pair.target_train, pair.source_train, style), pair.classes)
+        unlabelled = measure(net, restyled(pair.target_train, pair.source_train, style), pair.classes, known=shares)
+        shares = shares or unlabelled.shares
         truth = evaluate(net, restyled(pair.target_val, pair.source_train, style), pair.classes)
         found[style] = {
             "score": unlabelled.scores[DEFAULT],

@@ -12,7 +12,6 @@ into the steps of the stage.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -61,9 +60,9 @@ class Combined(Recipe):
     class Options:
         """Options of the recipe."""
 
-        candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: copy.deepcopy(CANDIDATES))
+        candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(CANDIDATES))
         """Name of each candidate, and the options of dacs that it has of its own."""
-        shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all candidates, beside `SHARED`
+        shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all candidates, over those of the policy
         match_style: bool = True  # leave source in its own colours where target in those of source is understood worse
         trial: float = 0.0  # share of the steps in which the candidates take turns; 0: compared before the first step
         images: int = 24  # target crops that the score looks at
