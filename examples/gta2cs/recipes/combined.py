@@ -62,7 +62,7 @@ class Combined(Recipe):
 
         candidates: dict[str, dict[str, Any]] = field(default_factory=lambda: dict(CANDIDATES))
         """Name of each candidate, and the options of dacs that it has of its own."""
-        shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all candidates, over those of the policy
+        shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all of them, over the policy's
         match_style: bool = True  # leave source in its own colours where target in those of source is understood worse
         trial: float = 0.0  # share of the steps in which the candidates take turns; 0: compared before the first step
         images: int = 24  # target crops that the score looks at
