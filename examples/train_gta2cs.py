@@ -61,7 +61,7 @@ from gta2cs.files import WriteError
 from gta2cs.label_free import DEFAULT, NoScoreError
 from gta2cs.loading import Batch, StepData, sample_generator, step_loader
 from gta2cs.matching import match_scale
-from gta2cs.observers import LossLog, Observer, ProgressLine, Saving, Scoring, score_on_target
+from gta2cs.observers import LossLog, Observer, ProgressLine, Saving, Scoring, note_decisions, score_on_target
 from gta2cs.options import FAULTS, in_a_line
 from gta2cs.pretrained import WeightsError, load_init
 from gta2cs.reading import ImageFormat
@@ -98,7 +98,8 @@ def train_stage(
     with ProgressLine(state) as progress, said_where(state.where):
         try:
             choosing = Choosing(state)
-            observers: list[Observer] = [LossLog(run), Scoring(), choosing, progress, Tracking(), Saving()]
+            observers: list[Observer] = [LossLog(run), note_decisions, Scoring(), choosing]
+            observers += [progress, Tracking(), Saving()]
             for batch in loader:
                 stop_if_asked()
                 losses = step(batch)
@@ -149,6 +150,7 @@ def prepare(state: StageState) -> None:
     """Let the recipe see images of both domains once, before its first step."""
     run = state.run
     match_source_scale(state)
+    note_decisions(state)
     state.recipe.prepare(
         Preparation(
             plain_batches(run),
@@ -159,6 +161,7 @@ def prepare(state: StageState) -> None:
             console=run.console if run.is_main else None,
         )
     )
+    note_decisions(state)
 
 
 def match_source_scale(state: StageState) -> None:
@@ -172,7 +175,7 @@ def match_source_scale(state: StageState) -> None:
         run.source_factor = 1 / scale
         state.history["scale_scores"] = {f"{tried:.2f}": round(score, 4) for tried, score in found.items()}
         listed = ", ".join(f"{tried:.2g}: {100 * score:.1f}" for tried, score in found.items())
-        run.console.print(
+        state.recipe.decisions.append(
             f"scale of target images by {DEFAULT.replace('_', ' ')}, %: {listed}; "
             f"source images are scaled by {run.source_factor:.2g} and by a draw of data.target_scale"
         )

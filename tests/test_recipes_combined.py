@@ -237,4 +237,8 @@ def test_a_run_names_what_it_keeps(tmp_path, capsys):
     train_gta2cs.main(config_of(tmp_path, dry_run=True, options={"candidates": {"only": {}}}))
     saved = load_checkpoint(tmp_path / "stage1_combined" / "last.pt")
     assert saved["recipe"]["progress"].tolist() == [2, 0, 0]
+    (decision,) = json.loads(saved["history"])["decisions"]
+    assert decision.startswith("color: consistency of target ")
+    assert decision in capsys.readouterr().out
+    assert f"## Decided without labels\n\n- {decision}\n" in (tmp_path / "report.md").read_text()
     assert json.loads(saved["history"])["losses"][-1]["terms"]["source"] > 0

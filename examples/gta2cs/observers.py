@@ -46,6 +46,14 @@ class LossLog:
         state.history["losses"].append(entry)
 
 
+def note_decisions(state: StageState, losses: Losses | None = None) -> None:
+    """Print what the recipe has decided without labels, and keep it for the report."""
+    state.history.setdefault("decisions", []).extend(state.recipe.decisions)
+    for line in state.recipe.decisions:
+        state.run.console.print(line, markup=False)
+    state.recipe.decisions.clear()
+
+
 class ClassAlarm:
     """Warn once if the teacher nearly stops predicting a class that it predicted before, the usual way a run fails."""
 

@@ -73,11 +73,13 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
         )
     else:
         text += "Target has no label, so nothing is compared with truth.\n\n"
+    decided = "".join(f"- {line}\n" for history in histories for line in history.get("decisions", []))
+    decided = f"## Decided without labels\n\n{decided}\n" if decided else ""
     return text + (
         "![Target images, their truth where there is one, what the nets predict, and how sure the chosen one is]"
         "(panels.png)\n\n"
         "![Losses, mIoU on target, scores without labels and, with pseudo-labels, the share that was kept](curves.png)"
-        f"\n\n## Without labels\n\n{choosing.label_free_table(run, histories, pair.classes.names)}\n"
+        f"\n\n{decided}## Without labels\n\n{choosing.label_free_table(run, histories, pair.classes.names)}\n"
         f"{choosing.verdict(run, histories)}"
     )
 

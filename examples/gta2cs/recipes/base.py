@@ -112,6 +112,7 @@ class Recipe(nn.Module):
         self.student = student
         self.num_classes = num_classes
         self.options = options
+        self.decisions: list[str] = []  # made without labels, in words; the loop prints them and takes them away
         self.normalised_with(MEAN, STD)
 
     def normalised_with(self, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -82,7 +82,6 @@ class Combined(Recipe):
         self.register_buffer("styled", torch.ones(len(candidates), dtype=torch.bool))
         self.done, self.trial_steps, self.kept = 0, 0, -1
         self.scores: dict[str, float] = {}
-        self.console: Any = None
 
     @classmethod
     def check(cls, options: Any) -> None:
@@ -127,7 +126,6 @@ class Combined(Recipe):
 
     def prepare(self, data: Preparation) -> None:
         """Keep some target crops for the score; let every candidate look at the images."""
-        self.console = data.console
         crops: list[Tensor] = []
         of_source: list[Tensor] = []
         for batch in data.batches(0, self.options.images):
@@ -165,10 +163,9 @@ class Combined(Recipe):
             plain, styled = means_of([[own], [self.consistency(self.student, images)]])
             taken = bool(self.agree(int(styled >= plain)))
             self.styled[[other == style for other in styles]] = taken
-            if self.console is not None:
-                found = f"consistency of target {100 * plain:.1f}, in the style of source {100 * styled:.1f}"
-                kept = "takes the style of target" if taken else "keeps its own style"
-                self.console.print(f"{style}: {found}; source {kept}", markup=False)
+            found = f"consistency of target {100 * plain:.1f}, in the style of source {100 * styled:.1f}"
+            kept = "takes the style of target" if taken else "keeps its own style"
+            self.decisions.append(f"{style}: {found}; source {kept}")
         self.apply_styles()
 
     def apply_styles(self) -> None:
@@ -204,10 +201,9 @@ class Combined(Recipe):
         self.scores = self.scores_of(nets)  # type: ignore[arg-type]
         self.keep(self.agree(ahead(list(self.scores.values()))))
         self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
-        if self.console is not None:
-            found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
-            kept = list(self.candidates)[self.kept]
-            self.console.print(f"step {self.done}: consistency {found}; '{kept}' goes on", markup=False)
+        found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
+        kept = list(self.candidates)[self.kept]
+        self.decisions.append(f"step {self.done}: consistency {found}; '{kept}' goes on")
 
     @torch.no_grad()
     def scores_of(self, candidates: dict[str, dict[str, nn.Module]]) -> dict[str, float]:
