@@ -41,7 +41,7 @@ from rich.markup import escape
 from gta2cs import html, report
 from gta2cs.histories import RunNets, read_run
 from gta2cs.label_free import DEFAULT, DIRECTIONS, RELIABILITY, UNRELIABLE
-from gta2cs.options import changed, in_a_line
+from gta2cs.options import changed, in_a_line, read_yaml
 from gta2cs.rank_statistics import spearman
 
 console = Console(soft_wrap=True)
@@ -214,7 +214,7 @@ def write_page(comparison: Comparison, path: Path) -> None:
 
 def settings_of(sweep: Path, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Folder -> configuration, of every setting of a sweep; a wrong key is an error before anything runs."""
-    listed = yaml.safe_load(sweep.read_text(encoding="utf-8"))
+    listed = read_yaml(sweep.read_text(encoding="utf-8"))
     if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
         raise ValueError(f"Expected {sweep} to be a list of settings, each a mapping of changes, but it is not.")
     found: dict[str, dict[str, Any]] = {}
@@ -230,7 +230,7 @@ def sweep(options: argparse.Namespace) -> list[Path]:
     """Run every setting that is not finished. Returns the folders of all finished runs."""
     import train_gta2cs
 
-    base = yaml.safe_load(options.config.read_text(encoding="utf-8"))
+    base = read_yaml(options.config.read_text(encoding="utf-8"))
     settings = settings_of(options.sweep, base)
     runs = {}
     for name, config in settings.items():  # all of them, before the first one trains

@@ -16,6 +16,7 @@ import export
 import predict
 import train_gta2cs
 from gta2cs import config as options
+from gta2cs.options import read_yaml
 from gta2cs.tracking import flat
 from tiny import tiny_net
 
@@ -60,6 +61,17 @@ def test_one_value_of_one_stage(tmp_path: Path) -> None:
     assert [s.steps for s in train_gta2cs.parse(["--stages.1.steps=7"]).stages] == [300, 7], "of the toy pair"
     listed = train_gta2cs.parse(["--config", str(file), '--stages=[{"recipe": "dacs"}]', "--stages.0.steps=9"])
     assert [(s.recipe, s.steps) for s in listed.stages] == [("dacs", 9)]
+
+
+def test_a_power_of_ten_is_a_number_however_a_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "powers.yaml"
+    file.write_text("stages: [{recipe: dacs, steps: 3, options: {share: 1e-1, ema: 9E-1, translate: color}}]\n")
+    for more in ([], ["--stages.0.lr=1e-4"], ["--stages.0.options.jitter", "2e-1"]):
+        stage = train_gta2cs.parse(["--config", str(file), *more]).stages[0]
+        assert {"share": 0.1, "ema": 0.9, "translate": "color"}.items() <= stage.options.items()
+        assert isinstance(stage.lr, float)
+        train_gta2cs.RECIPES["dacs"].parse(stage.options)
+    assert read_yaml("[1e-4, +2.E3, 1e, e1, 0x1e4, 12, '1e-4']") == [1e-4, 2000.0, "1e", "e1", 0x1E4, 12, "1e-4"]
 
 
 @pytest.mark.parametrize("place", ["stages.5.lr", "stages.0.lr.x"])

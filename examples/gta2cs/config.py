@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from gta2cs.nets import SegNet, build_net
-from gta2cs.options import changed, read_options
+from gta2cs.options import changed, read_options, read_yaml
 
 TOY = Path(__file__).parent.parent / "configs" / "dacs_toy.yaml"
 PLACE = re.compile(r"--(stages\.\d+\..+)")
@@ -213,21 +213,17 @@ def stages_of(file: str) -> Any:
     if not Path(file).is_file():
         raise FileNotFoundError(f"Expected `config` to be a YAML file, but there is no {file}.")
     try:
-        return yaml.safe_load(Path(file).read_text(encoding="utf-8")).get("stages")
+        return read_yaml(Path(file).read_text(encoding="utf-8")).get("stages")
     except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
         return None
 
 
 def read_value(text: str) -> Any:
-    """Read a value of the command line as YAML, with 1e-5 as a number."""
+    """Read a value of the command line as YAML."""
     try:
-        value = yaml.safe_load(text)
+        return read_yaml(text)
     except yaml.YAMLError:
         return text
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def plain(config: Config) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import yaml
 from jsonargparse import DefaultHelpFormatter, auto_cli, set_parsing_settings
 from rich.console import Console
 from rich.markup import escape
@@ -16,6 +17,7 @@ from gta2cs.interrupts import STATUS, heard, said_where
 
 T = TypeVar("T")
 STAGE = re.compile(r"recipe='(\w+)', steps=(\d+)")
+POWER = re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$")
 FAULTS: tuple[type[Exception], ...] = (OSError, ValueError)  # what a user can mend
 
 
@@ -53,6 +55,18 @@ def read_options(
         usage="%(prog)s [--option value ...]",  # a wrong option is said below it: not below a page of all of them
     )
     return read
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-4 as a number, as jsonargparse does, and not as a word."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", POWER, list("-+0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """Read YAML as the configuration files are read."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
