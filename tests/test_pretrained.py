@@ -195,6 +195,22 @@ def test_init_takes_a_student_or_a_foreign_net(tmp_path: Path) -> None:
     assert torch.equal(net.head.weight, whole.segmentation_head[0].weight)
 
 
+def test_init_takes_what_it_is_told_of_a_student_with_other_classes(tmp_path: Path) -> None:
+    own, net = built(), built(num_classes=7)
+    tensors = {f"student.{k}": v for k, v in own.state_dict().items()}
+    tensors |= {f"candidates.a.student.{k}": torch.zeros_like(v) for k, v in own.state_dict().items()}
+    save_checkpoint(tmp_path / "last.pt", {"recipe": tensors, "config": "{}", "step": 3})
+    with pytest.raises(ValueError, match=r"to be the configured net.*head\.weight.*`net\.take: some` takes what fits"):
+        load_init(net, tmp_path / "last.pt")
+    head, decoder = net.head.weight.clone(), next(net.decoder.parameters()).clone()
+    load_init(net, tmp_path / "last.pt", take="encoder")
+    assert all(torch.equal(v, own.encoder.state_dict()[k]) for k, v in net.encoder.state_dict().items())
+    assert torch.equal(next(net.decoder.parameters()), decoder)
+    load_init(net, tmp_path / "last.pt", take="some")
+    assert torch.equal(next(net.decoder.parameters()), next(own.decoder.parameters()))
+    assert torch.equal(net.head.weight, head)
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     net = built()
     with pytest.raises(FileNotFoundError, match=r"a file or folder of weights, but there is no .*nothing\.pth"):

@@ -114,10 +114,13 @@ def load_weights(net: SegNet, path: Path | str, *, take: Take = "all") -> Loaded
 
 def load_init(net: SegNet, path: Path, *, take: Take = "all") -> None:
     """Load the start of a run: the student of a checkpoint of train_gta2cs.py, or a foreign net."""
-    if path.is_file() and path.suffix != ".safetensors":
+    if take == "all" and path.is_file() and path.suffix != ".safetensors":
         value = read_tensors(path)
         if isinstance(value, dict) and "recipe" in value:
-            return load_net(net, path)
+            try:
+                return load_net(net, path)
+            except ValueError as error:
+                raise ValueError(f"{error} `net.take: some` takes what fits.") from None
     load_weights(net, path, take=take)
     return None
 
