@@ -199,7 +199,7 @@ def test_init_takes_what_it_is_told_of_a_student_with_other_classes(tmp_path: Pa
     own, net = built(), built(num_classes=7)
     tensors = {f"student.{k}": v for k, v in own.state_dict().items()}
     tensors |= {f"candidates.a.student.{k}": torch.zeros_like(v) for k, v in own.state_dict().items()}
-    save_checkpoint(tmp_path / "last.pt", {"recipe": tensors, "config": "{}", "step": 3})
+    save_checkpoint(tmp_path / "last.pt", {"recipe": tensors})
     with pytest.raises(ValueError, match=r"to be the configured net.*head\.weight.*`net\.take: some` takes what fits"):
         load_init(net, tmp_path / "last.pt")
     head, decoder = net.head.weight.clone(), next(net.decoder.parameters()).clone()
