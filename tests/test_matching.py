@@ -57,9 +57,10 @@ def test_a_scale_at_which_classes_are_lost_is_compared_by_the_classes_of_scale_1
     assert told == [None, shares, shares]
 
 
-def test_a_hundredth_changes_nothing():
-    for gain, expected in ((0.009, 1), (0.011, math.sqrt(2))):
-        score, _ = score_of(lambda x, gain=gain: 0.5 + (gain if abs(x - 0.5) < 0.1 else 0))
+@pytest.mark.parametrize("start", [0.5, 0.9])
+def test_a_scale_has_to_take_away_a_tenth_of_what_the_score_lacks(start):
+    for share, expected in ((0.09, 1), (0.11, math.sqrt(2))):
+        score, _ = score_of(lambda x, gain=share * (1 - start): start + (gain if abs(x - 0.5) < 0.1 else 0))
         assert match_scale(score, Mean())[0] == pytest.approx(expected)
 
 

@@ -19,7 +19,8 @@ from gta2cs.nets import SegOutput
 
 STEP = math.sqrt(2)  # between neighbouring scales
 REACH = 3  # steps in each direction: 0.35 ... 2.8
-MARGIN = 0.01  # differences of a hundredth say nothing: then the scale stays
+MARGIN = 0.01  # differences of a hundredth say nothing
+WORTH = 0.1  # a scale has to take away a tenth of the contradictions: otherwise images stay as they are
 
 
 class Rescaled(nn.Module):
@@ -55,8 +56,8 @@ def match_scale(
         net: the net that adaptation starts from, trained on source.
 
     Returns:
-        The scale, 1 where no other is better by `MARGIN` or both a smaller and a larger one are better than 1 (then the
-        score says something else), and the score at each scale that was tried.
+        The scale, 1 where no other takes away the share `WORTH` of what the score lacks, or both a smaller and a larger
+        one are better than 1 (then the score says something else), and the score at each scale that was tried.
     """
     as_is = score(net, None)
     found = {0: as_is.scores[DEFAULT]}
@@ -72,6 +73,6 @@ def match_scale(
         way = 0
     while way and abs(best) < REACH and at(best + way) > at(best):
         best += way
-    if at(best) < at(0) + MARGIN:
+    if 1 - at(best) > (1 - WORTH) * (1 - at(0)):
         best = 0
     return STEP**best, {STEP**position: found[position] for position in sorted(found)}
