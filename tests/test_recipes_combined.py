@@ -214,23 +214,23 @@ def test_bad_options_are_named_before_any_data_is_read(options, message):
 
 
 def test_another_selector_leaves_what_belongs_to_that_of_the_policy():
-    assert options_of({}, {})["share_end"] == SHARED["share_end"]
+    assert options_of({}, {})["share"] == SHARED["share"]
     for shared, own in (({"selector": "argmax"}, {}), ({}, {"selector": "argmax"})):
         given = options_of(shared, own)
-        assert "share_end" not in given
+        assert "share" not in given
         assert given["translate_share"] == SHARED["translate_share"]
     recipe = build(candidates={"a": {}, "b": {"selector": "argmax"}})
-    assert [c.options.share_end for c in recipe.candidates.values()] == [SHARED["share_end"], None]
+    assert [c.options.selector for c in recipe.candidates.values()] == ["class_quantile", "argmax"]
 
 
 def test_the_share_reaches_its_end_also_after_a_trial():
-    recipe = build(trial=0.5, images=1, match_style=False)
+    recipe = build(shared={"share_end": 0.9}, trial=0.5, images=1, match_style=False)
     batch = SimpleNamespace(target_images=torch.randn(1, 3, 64, 64), source_images=torch.randn(1, 3, 64, 64))
     recipe.prepare(Preparation(lambda start, stop: [batch] * (stop - start), steps=8))
     for _ in range(8):
         recipe.after_step()
     assert recipe.active.done == 6  # two of the trial's four, and the four after it
-    assert recipe.active.selector.share == pytest.approx(SHARED["share_end"])
+    assert recipe.active.selector.share == pytest.approx(0.9)
 
 
 def test_a_run_names_what_it_keeps(tmp_path, capsys):

@@ -44,7 +44,6 @@ SHARED: dict[str, Any] = {
     "jitter": 0.5,
     "selector": "class_quantile",
     "share": 0.6,
-    "share_end": 0.9,
     "translate": "color",
     "translate_share": 0.7,
 }
