@@ -165,10 +165,17 @@ def gains_elsewhere(pair: str, results: dict[str, Any]) -> dict[str, list[float]
     return gains
 
 
-def final(results: dict[str, Any], pair: str, row: str, net: str = "student") -> list[float]:
-    """True mIoU of a row's last checkpoint, a number a seed."""
-    runs = [r for r in results.values() if (r["pair"], r["recipe"]) == (pair, row)]
+def final(
+    results: dict[str, Any], pair: str, row: str, net: str = "student", seeds: Iterable[int] | None = None
+) -> list[float]:
+    """True mIoU of a row's last checkpoint, a number a seed; of these seeds alone, where they are given."""
+    runs = [r for r in runs_of(results, pair, row) if seeds is None or r["seed"] in seeds]
     return [c["miou"] for r in runs for c in r["checkpoints"][-2:] if c["net"] == net and c["step"] == r["steps"]]
+
+
+def seeds_of(results: dict[str, Any], pair: str, *rows: str) -> set[int]:
+    """Seeds that all of these rows have."""
+    return set.intersection(*({r["seed"] for r in runs_of(results, pair, row)} for row in rows))
 
 
 def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
@@ -345,18 +352,22 @@ def tried(results: dict[str, Any]) -> str:
     for title, rows in TRIED.items():
         cells = []
         for pair in pairs:
-            both = [(final(results, pair, row), final(results, pair, other)) for row, other in rows]
-            found = [(own, base) for own, base in both if own and base]
+            found = []
+            for row, other in rows:
+                if seeds := seeds_of(results, pair, row, other):
+                    found.append([final(results, pair, name, seeds=seeds) for name in (row, other)])
             cells.append(f"{statistics.mean(found[0][0]):.1f} ({statistics.mean(found[0][1]):.1f})" if found else "–")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def cell(results: dict[str, Any], pair: str, row: str) -> str:
-    """Mean and spread of the last student's mIoU, and the share of the gap to the oracle that it closes."""
-    values, base, top = (final(results, pair, name) for name in (row, "source_only", "oracle"))
+    """Mean and spread of the last student's mIoU, and the share of the gap to the oracle that its seeds close."""
+    values = final(results, pair, row)
     if not values:
         return "–"
+    seeds = seeds_of(results, pair, row)
+    base, top = (final(results, pair, name, seeds=seeds) for name in ("source_only", "oracle"))
     text = spread(values)
     if row not in ("source_only", "oracle") and base and top:
         gap = statistics.mean(top) - statistics.mean(base)
