@@ -56,10 +56,17 @@ class PrototypeSelector(Selector):
             TypeError: `features` are missing or not float.
             ValueError: the shapes, the numbers of classes or the batch sizes do not match.
         """
-        return super().forward(logits, self.needed(logits, features, kind), kind=kind, valid=valid)
+        features = self.needed(logits, features, kind)
+        with torch.no_grad():
+            scores, kind = self.scores(logits, features, kind)
+        return super().forward(scores, features, kind=kind, valid=valid)
 
     if TYPE_CHECKING:
         __call__ = forward  # a call has forward's types; nn.Module's has none
+
+    def scores(self, logits: Tensor, features: Tensor, kind: Kind) -> tuple[Tensor, Kind]:
+        """The scores whose arg-max is the label, and their kind; by default those that were given."""
+        return logits, kind
 
     def needed(self, logits: Tensor, features: Tensor | None, kind: Kind) -> Tensor:
         """The features, checked together with the logits; raise if there are none."""

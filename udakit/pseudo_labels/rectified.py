@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_maps, check_range, check_same_shape, check_scores
 from udakit._reduce import Kind, upcast
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels._by_prototypes import PrototypeSelector
-from udakit.pseudo_labels.selection import PseudoLabels, others
+from udakit.pseudo_labels.selection import others
 
 
 def rectify_probabilities(
@@ -122,29 +121,11 @@ class RectifiedSelector(PrototypeSelector):
         check_range("threshold", threshold, 0.0, 1.0)
         self.temperature, self.threshold = temperature, threshold
 
-    def forward(
-        self,
-        logits: Float[Tensor, "n c *space"],
-        features: Float[Tensor, "n d *space2"] | None = None,
-        *,
-        kind: Kind = "logits",
-        valid: Bool[Tensor, "n *space"] | Bool[Tensor, "*space"] | None = None,
-    ) -> PseudoLabels:
-        """Select pseudo-labels. `features` of any stride are required; all selectors share the other arguments.
-
-        Raises:
-            TypeError: `features` are missing or not float.
-            ValueError: the shapes, the numbers of classes or the batch sizes do not match.
-        """
-        features = self.needed(logits, features, kind)
-        with torch.no_grad():
-            near = self.nearness(features, logits.shape[2:], temperature=self.temperature, exclude=self.exclude)
-            p = others(logits, kind, self.exclude)
-            rectified = _weighted(p, near.to(p.dtype))
-        return super().forward(rectified, features, kind="probabilities", valid=valid)
-
-    if TYPE_CHECKING:
-        __call__ = forward  # a call has forward's types; nn.Module's has none
+    def scores(self, logits: Tensor, features: Tensor, kind: Kind) -> tuple[Tensor, Kind]:
+        """The rectified probabilities."""
+        near = self.nearness(features, logits.shape[2:], temperature=self.temperature, exclude=self.exclude)
+        p = others(logits, kind, self.exclude)
+        return _weighted(p, near.to(p.dtype)), "probabilities"
 
     def keep(
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
