@@ -32,10 +32,14 @@ from gta2cs.threads import considerate_threads
 
 considerate_threads()  # before torch is imported
 
+import torch
+
 import train_gta2cs
 from benchmarks.harness import write_section
 from gta2cs.checkpoints import load_checkpoint
+from gta2cs.datasets import Pair
 from gta2cs.files import write_json
+from gta2cs.pretrained import load_init
 from gta2cs.recipes.combined import CANDIDATES, SHARED
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptation.json"
@@ -76,7 +80,7 @@ TITLES = {
     "ablation_unstyled": "combined, source in its own colours",
     "oracle": "oracle",
 }
-# What was tried: title -> (row, row that it has to be compared with). The earlier rows cannot be run by name again.
+# What was tried: title -> (row, row that it has to be compared with). Rows named `earlier_*` are of code that is gone.
 TRIED: dict[str, list[tuple[str, str]]] = {
     "from 60 to 90 % of each class over the stage": [("ablation_rising", "combined")],
     "the same, no random scales, jitter 0.2": [("tried_mild", "ablation_rising")],
@@ -90,7 +94,7 @@ TRIED: dict[str, list[tuple[str, str]]] = {
     ],
     "that, no random scales, jitter 0.2, learning rate 4e-4: the README's options": [("tried_readme", "combined")],
 }
-TRIED_PAGE = ROOT / "docs" / "methods" / "combined.md"
+COMBINED_PAGE = ROOT / "docs" / "methods" / "combined.md"
 WARM_UP = 20  # steps of linear warm-up of the learning rate, in every stage
 EVERY = 100  # steps between scores
 
@@ -119,6 +123,27 @@ ABLATION: dict[str, dict[str, Any]] = {
     "ablation_rising": {"recipes": ["combined"], "options": {"shared": {"share_end": 0.9}}, "own": True},
     "ablation_unstyled": {"recipes": ["combined"], "options": {"shared": {"translate": "none"}}, "own": True},
 }
+FIXED = {"source_scale": (1.0, 1.0), "target_scale": (1.0, 1.0)}
+PLAIN: dict[str, Any] = {"translate": "color"}  # the README's run: DACS as it is but for the colours
+TRIED_ROWS: dict[str, dict[str, Any]] = {
+    "tried_mild": {
+        "recipes": ["combined"],
+        "options": {"shared": {"share_end": 0.9, "jitter": 0.2}},
+        "data": {"target_scale": (1.0, 1.0)},
+        "own": True,
+    },
+    "tried_mic": {
+        "recipes": ["combined"],
+        "options": {"shared": {"mask_weight": 1.0, "mask_ratio": 0.7}},
+        "own": True,
+    },
+    "tried_fixedscale": {"recipes": ["dacs"], "options": SETTINGS["batch"], "data": FIXED},
+    "tried_jit02": {"recipes": ["dacs"], "options": {**SETTINGS["batch"], "jitter": 0.2}},
+    "tried_lr4": {"recipes": ["dacs"], "options": SETTINGS["batch"]},
+    "tried_ratio": {"recipes": ["dacs"], "options": {**SETTINGS["batch"], "selector": "confident_ratio"}},
+    "tried_readme": {"recipes": ["dacs"], "options": PLAIN, "data": {**FIXED, "match_scale": False}, "own": True},
+}
+LR |= {"tried_lr4": 4e-4, "tried_readme": 4e-4}
 BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of the scores
     "bad_argmax": {"selector": "argmax", "jitter": 0.2},
     "bad_threshold": {"selector": "threshold", "threshold": 0.99, "jitter": 0.2},
@@ -135,7 +160,7 @@ def rows_of() -> dict[str, dict[str, Any]]:
         "ehtdi": {"recipes": ["ehtdi"], "options": EHTDI},
         "oracle": {"recipes": ["source_only"], "data": {"oracle": True}},
     }
-    rows |= ABLATION
+    rows |= ABLATION | TRIED_ROWS
     return rows | {name: {"recipes": ["dacs"], "options": o, "bad": True} for name, o in BAD.items()}
 
 
@@ -143,6 +168,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "main": ("source_only", *(f"dacs_{name}" for name in SETTINGS), "combined", "oracle"),
     "methods": ("diga", "ehtdi"),
     "ablation": tuple(ABLATION),
+    "tried": tuple(TRIED_ROWS),
     "bad": tuple(BAD),
 }
 
@@ -219,6 +245,17 @@ def warmed(pair: str, seed: int, data_root: Path | None, cache: Path) -> train_g
     if not (config.out / "results.json").is_file():
         train_gta2cs.main(config)
     return config
+
+
+def started(
+    pair: str, seed: int, data_root: Path | None, cache: Path
+) -> tuple[train_gta2cs.Config, Pair, torch.nn.Module]:
+    """A seed's source-only net, with its configuration and pair."""
+    config = warmed(pair, seed, data_root, cache)
+    opened = train_gta2cs.open_pair(config)
+    net = config.net.build(len(opened.classes.names))
+    load_init(net, warm_start(pair, seed, cache))
+    return config, opened, net
 
 
 def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, Any]:
@@ -426,6 +463,19 @@ def run_missing(
         add(options.results, key, run(*case, root, options.cache))
 
 
+def main_of_starts(
+    description: str, section: str, run: Callable[..., Any], table: Callable[[dict[str, Any]], str], results: Path
+) -> None:
+    """Run a script about the source-only nets, whose table is a section of the page of `combined`."""
+    options = parser_of_runs(
+        description, results=results, page=COMBINED_PAGE, pairs=[*PAIRS], of=[*PAIRS], seeds=[0]
+    ).parse_args()
+    if options.table:
+        write_section(section, table(load(options.results)), COMBINED_PAGE)
+        return
+    run_missing([(pair, seed) for seed, pair in itertools.product(options.seeds, options.pairs)], run, options)
+
+
 def main() -> None:
     parser = parser_of_runs(__doc__, results=RESULTS, page=PAGE, pairs=[*PAIRS], of=[*PAIRS], seeds=[0, 1, 2])
     parser.add_argument("--group", default="main", choices=list(GROUPS))
@@ -441,7 +491,7 @@ def main() -> None:
         results = load(options.results)
         if options.table:
             write_section("one_policy", table(results), PAGE)
-            write_section("tried", tried(results), TRIED_PAGE)
+            write_section("tried", tried(results), COMBINED_PAGE)
         if options.study:
             write_json(options.study, study(results))
         return

@@ -28,7 +28,6 @@ considerate_threads()  # before torch is imported
 import torch
 from torch import Tensor, nn
 
-import train_gta2cs
 from benchmarks import adaptation
 from benchmarks.harness import write_section
 from gta2cs.datasets import Pair
@@ -36,7 +35,6 @@ from gta2cs.evaluation import evaluate
 from gta2cs.files import write_json
 from gta2cs.loading import Batch, StepData, step_loader
 from gta2cs.nets import SegNet
-from gta2cs.pretrained import load_init
 from udakit import ConfidenceThreshold, EnsembleAgreement
 
 RESULTS = ROOT / "benchmarks" / "results" / "after_deployment.json"
@@ -83,10 +81,7 @@ class Logits(nn.Module):
 
 def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, Any]:
     """Adapt the source-only net of a seed in every way, and score each."""
-    config = adaptation.warmed(pair_name, seed, data_root, cache)
-    pair = train_gta2cs.open_pair(config)
-    net = config.net.build(len(pair.classes.names))
-    load_init(net, adaptation.warm_start(pair_name, seed, cache))
+    config, pair, net = adaptation.started(pair_name, seed, data_root, cache)
     batches = crops_of(pair, config.data.crop, seed)
     images = torch.cat([batch.target_images for batch in batches])
     module = source_free()

@@ -10,7 +10,6 @@ target validation set the truth; both as they are, and each in the colours of a 
 from __future__ import annotations
 
 import copy
-import itertools
 import sys
 from pathlib import Path
 from typing import TypeVar
@@ -23,18 +22,15 @@ considerate_threads()  # before torch is imported
 
 import torch
 
-import train_gta2cs
 from benchmarks import adaptation
-from benchmarks.harness import markdown_table, write_section
+from benchmarks.harness import markdown_table
 from gta2cs.datasets import Labelled, Unlabelled
 from gta2cs.evaluation import evaluate
 from gta2cs.label_free import DEFAULT, measure
-from gta2cs.pretrained import load_init
 from gta2cs.samples import Remembered
 from gta2cs.translators import TRANSLATORS
 
 RESULTS = ROOT / "benchmarks" / "results" / "colours.json"
-PAGE = ROOT / "docs" / "methods" / "combined.md"
 STYLES = ("none", "color")
 D = TypeVar("D", Labelled, Unlabelled)
 
@@ -55,11 +51,8 @@ def restyled(data: D, source: Labelled, style: str) -> D:
 
 def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, dict[str, float]]:
     """Score and truth of a pair's source-only net on target images in each style."""
-    config = adaptation.warmed(pair_name, seed, data_root, cache)
-    pair = train_gta2cs.open_pair(config)
+    _, pair, net = adaptation.started(pair_name, seed, data_root, cache)
     assert pair.target_val is not None
-    net = config.net.build(len(pair.classes.names))
-    load_init(net, adaptation.warm_start(pair_name, seed, cache))
     found = {}
     shares = None  # of target as it is: a class that is lost in the colours of source counts against them
     for style in STYLES:
@@ -87,17 +80,5 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return markdown_table(["", "target as it is", "target in source's colours", "source takes"], rows) + "\n"
 
 
-def main() -> None:
-    parser = adaptation.parser_of_runs(
-        __doc__, results=RESULTS, page=PAGE, pairs=[*adaptation.PAIRS], of=[*adaptation.PAIRS], seeds=[0]
-    )
-    options = parser.parse_args()
-    if options.table:
-        write_section("colours", table(adaptation.load(options.results)), PAGE)
-        return
-    cases = itertools.product(options.seeds, options.pairs)
-    adaptation.run_missing([(pair, seed) for seed, pair in cases], run, options)
-
-
 if __name__ == "__main__":
-    main()
+    adaptation.main_of_starts(__doc__, "colours", run, table, RESULTS)

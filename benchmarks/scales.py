@@ -9,9 +9,9 @@ target validation set the truth, both enlarged or shrunk before the net sees the
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,30 +23,25 @@ considerate_threads()  # before torch is imported
 
 from torch import nn
 
-import train_gta2cs
 from benchmarks import adaptation
-from benchmarks.harness import markdown_table, write_section
+from benchmarks.harness import markdown_table
 from gta2cs.evaluation import evaluate
 from gta2cs.label_free import DEFAULT, LabelFree, measure
 from gta2cs.matching import REACH, STEP, Rescaled, match_scale
-from gta2cs.pretrained import load_init
 
 RESULTS = ROOT / "benchmarks" / "results" / "scales.json"
-PAGE = ROOT / "docs" / "methods" / "combined.md"
 
 
 def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> list[dict[str, Any]]:
     """Score and truth of a pair's source-only net at every scale."""
-    config = adaptation.warmed(pair_name, seed, data_root, cache)
-    pair = train_gta2cs.open_pair(config)
+    _, pair, net = adaptation.started(pair_name, seed, data_root, cache)
     assert pair.target_val is not None
-    net = config.net.build(len(pair.classes.names))
-    load_init(net, adaptation.warm_start(pair_name, seed, cache))
     found = []
-    shares = measure(net, pair.target_train, pair.classes).shares
-    for position in range(-REACH, REACH + 1):
+    shares = None  # of scale 1, which comes first: a class that is lost at another scale counts against that scale
+    for position in sorted(range(-REACH, REACH + 1), key=abs):
         seen = Rescaled(net, STEP**position)
         unlabelled = measure(seen, pair.target_train, pair.classes, known=shares)  # as the loop asks
+        shares = shares or unlabelled.shares
         truth = evaluate(seen, pair.target_val, pair.classes)
         found.append(
             {
@@ -56,7 +51,7 @@ def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> list[
             }
         )
         print(f"{pair_name}: {found[-1]}", flush=True)
-    return found
+    return sorted(found, key=itemgetter("position"))
 
 
 def climbed(found: list[dict[str, Any]]) -> int:
@@ -84,17 +79,5 @@ def table(results: dict[str, Any]) -> str:
     return markdown_table(["target enlarged by", *(f"{STEP**k:.2g}" for k in positions)], rows) + "\n"
 
 
-def main() -> None:
-    parser = adaptation.parser_of_runs(
-        __doc__, results=RESULTS, page=PAGE, pairs=[*adaptation.PAIRS], of=[*adaptation.PAIRS], seeds=[0]
-    )
-    options = parser.parse_args()
-    if options.table:
-        write_section("scales", table(adaptation.load(options.results)), PAGE)
-        return
-    cases = itertools.product(options.seeds, options.pairs)
-    adaptation.run_missing([(pair, seed) for seed, pair in cases], run, options)
-
-
 if __name__ == "__main__":
-    main()
+    adaptation.main_of_starts(__doc__, "scales", run, table, RESULTS)

@@ -153,11 +153,11 @@ class Combined(Recipe):
         the source do not look like the source, then source images in the style of the target do not look like the
         target.
         """
-        own = self.consistency(self.student, self.images)
         styles = [candidate.options.translate for candidate in self.candidates.values()]
-        for style in dict.fromkeys(styles):
-            if style in ("none", LEARNED):
-                continue
+        if not (asked := [style for style in dict.fromkeys(styles) if style not in ("none", LEARNED)]):
+            return
+        own = self.consistency(self.student, self.images)
+        for style in asked:
             images = TRANSLATORS[style](self.images, source, self.mean, self.std)
             plain, styled = means_of([[own], [self.consistency(self.student, images)]])
             taken = bool(self.agree(int(styled >= plain)))
