@@ -159,6 +159,7 @@ def prepare(state: StageState) -> None:
             folder=run.config.out if run.is_main else None,
             resume=run.config.resume,
             console=run.console if run.is_main else None,
+            trained=state.trained,
         )
     )
     note_decisions(state)
@@ -168,8 +169,7 @@ def match_source_scale(state: StageState) -> None:
     """Find the scale of the target domain before adaptation starts, with a net that was trained on source."""
     run, data = state.run, state.run.config.data
     wanted = state.recipe.MATCH_SCALE if data.match_scale is None else data.match_scale
-    trained = state.index > 0 or (run.config.init is not None and run.config.net.take == "all")
-    if wanted and trained and state.index == first_adapting(run.config):
+    if wanted and state.trained and state.index == first_adapting(run.config):
         score = partial(score_without_labels, run, whose=f"the net that {state.stage.recipe} starts from")
         scale, found = match_scale(score, state.recipe.student)
         run.source_factor = 1 / scale

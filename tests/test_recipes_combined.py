@@ -14,8 +14,9 @@ from gta2cs.checkpoints import load_checkpoint, load_net
 from gta2cs.datasets import build_pair
 from gta2cs.evaluation import evaluating
 from gta2cs.recipes import Combined, Preparation
-from gta2cs.recipes.combined import CANDIDATES, SHARED, ahead, options_of
+from gta2cs.recipes.combined import CANDIDATES, SHARED, UNTRAINED, ahead, options_of
 from tiny import tiny_net
+from udakit import EMATeacher
 
 TWO = {"a": {}, "b": {"selector": "argmax"}}
 
@@ -135,6 +136,7 @@ def test_without_a_trial_the_labels_that_teachers_would_begin_with_decide():
     assert recipe.extra_param_groups(1e-3) == []
     batch = SimpleNamespace(target_images=torch.randn(4, 3, 64, 64), source_images=torch.randn(4, 3, 64, 64))
     for wanted in CANDIDATES:
+        recipe = build()
         for name, candidate in recipe.candidates.items():
             sure = 50.0 if name == wanted else 0.0  # one class everywhere: consistent, and as sure as its logits say
             bias = torch.zeros(8)
@@ -142,10 +144,54 @@ def test_without_a_trial_the_labels_that_teachers_would_begin_with_decide():
             torch.nn.init.zeros_(candidate.teacher.module.head.weight)
             candidate.teacher.module.head.bias.data = bias
         recipe.prepare(Preparation(lambda start, stop: [batch] * (stop - start), steps=10))
-        assert list(recipe.candidates)[recipe.kept] == wanted
+        assert recipe.names[recipe.kept] == wanted
         assert recipe.progress.tolist() == [0, 0, recipe.kept]
         assert recipe.scores[wanted] == pytest.approx(1, abs=1e-4)
         assert recipe.active is recipe.candidates[wanted]
+
+
+def decided(**options) -> tuple[Combined, dict[str, torch.Tensor]]:
+    """A recipe that has kept its second candidate, and what a checkpoint held before the other one was freed."""
+    recipe = build(images=2, **options)
+    for candidate, sure in zip(recipe.candidates.values(), (0.0, 50.0), strict=True):
+        torch.nn.init.zeros_(candidate.teacher.module.head.weight)
+        candidate.teacher.module.head.bias.data = torch.tensor([sure, *7 * [0.0]])
+    batch = SimpleNamespace(target_images=torch.randn(2, 3, 64, 64), source_images=torch.randn(2, 3, 64, 64))
+    data = Preparation(lambda start, stop: [batch] * (stop - start), steps=10)
+    others = dict(recipe.state_dict())
+    recipe.prepare(data)
+    assert recipe.kept == 1
+    return recipe, {**others, **recipe.state_dict()}
+
+
+def test_the_teacher_that_was_not_taken_is_freed_and_both_kinds_of_checkpoint_resume():
+    first, second = CANDIDATES
+    recipe, with_others = decided()
+    assert list(recipe.candidates) == [second]
+    assert sum(isinstance(module, EMATeacher) for module in recipe.modules()) == 1
+    assert not [name for name in recipe.state_dict() if name.startswith(f"candidates.{first}.")]
+    assert [name for name in with_others if name.startswith(f"candidates.{first}.")]  # as older versions wrote it
+    for saved in (recipe.state_dict(), with_others):
+        again = build(images=2)
+        again.load_state_dict(saved)
+        assert (again.kept, list(again.candidates)) == (1, [second])
+        assert again.active is again.candidates[second]
+        assert again.student is again.active.student
+        assert again.nets().keys() == {"student", "teacher"}
+        assert all(torch.equal(value, recipe.state_dict()[name]) for name, value in again.state_dict().items())
+        again.load_state_dict(saved)  # also where the other is gone already
+
+
+def test_decisions_of_a_net_that_nothing_has_trained_are_called_so():
+    batch = SimpleNamespace(target_images=torch.randn(1, 3, 64, 64), source_images=torch.randn(1, 3, 64, 64))
+    data = Preparation(lambda start, stop: [batch] * (stop - start), steps=10, trained=False)
+    for options, said in (({}, True), ({"match_style": False}, True), ({"match_style": False, "trial": 0.5}, False)):
+        recipe = build(images=1, **options)
+        recipe.prepare(data)
+        assert (UNTRAINED in recipe.decisions[:1]) == said
+        trained = build(images=1, **options)
+        trained.prepare(data._replace(trained=True))
+        assert UNTRAINED not in trained.decisions
 
 
 class ByBrightness(torch.nn.Module):
@@ -237,8 +283,9 @@ def test_a_run_names_what_it_keeps(tmp_path, capsys):
     train_gta2cs.main(config_of(tmp_path, dry_run=True, options={"candidates": {"only": {}}}))
     saved = load_checkpoint(tmp_path / "stage1_combined" / "last.pt")
     assert saved["recipe"]["progress"].tolist() == [2, 0, 0]
-    (decision,) = json.loads(saved["history"])["decisions"]
+    untrained, decision = json.loads(saved["history"])["decisions"]
+    assert untrained == UNTRAINED
     assert decision.startswith("color: consistency of target ")
     assert decision in capsys.readouterr().out
-    assert f"## Decided without labels\n\n- {decision}\n" in (tmp_path / "report.md").read_text()
+    assert f"## Decided without labels\n\n- {untrained}\n- {decision}\n" in (tmp_path / "report.md").read_text()
     assert json.loads(saved["history"])["losses"][-1]["terms"]["source"] > 0

@@ -109,6 +109,12 @@ class StageState:
         return min(self.stage.steps, 2) if self.run.config.dry_run else self.stage.steps
 
     @property
+    def trained(self) -> bool:
+        """Whether this stage starts from a trained net: of a stage before, or of `init` with its head."""
+        config = self.run.config
+        return self.index > 0 or (config.init is not None and config.net.take == "all")
+
+    @property
     def seed(self) -> int:
         """Seed of data and draws, different in each stage."""
         return self.run.config.seed + 1_000_003 * self.index

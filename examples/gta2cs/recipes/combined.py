@@ -33,6 +33,11 @@ from gta2cs.translators import TRANSLATORS
 from udakit import EMATeacher
 from udakit.validation import ConsistencyScore, LabelFreeScores
 
+UNTRAINED = (
+    "no stage and no `init` comes before: the following is decided by an untrained net and says nothing; "
+    "name a trained net by `init`, or put a stage of source_only before"
+)
+
 # What the candidates differ in, and what all of them have (benchmarks/adaptation.py). Statistics of target batches help
 # where the images differ in look, and mislead where they differ in what they show; running statistics are source's own
 # only while no mixed image enters them. The first is kept unless another is ahead of it by a hundredth.
@@ -74,6 +79,7 @@ class Combined(Recipe):
     def __init__(self, num_classes: int, options: Any, candidates: dict[str, Dacs]) -> None:
         super().__init__(next(iter(candidates.values())).student, num_classes, options)
         self.candidates = nn.ModuleDict(candidates)
+        self.names = list(candidates)  # also of those that are dropped later
         self.register_buffer("images", torch.empty(0), persistent=True)
         # Steps done, steps of the trial, the candidate that was kept (-1: none yet): a resumed run goes on from it.
         self.register_buffer("progress", torch.tensor([0, 0, -1]))
@@ -125,6 +131,8 @@ class Combined(Recipe):
 
     def prepare(self, data: Preparation) -> None:
         """Keep some target crops for the score; let every candidate look at the images."""
+        if not data.trained and (self.options.match_style or (len(self.names) > 1 and self.options.trial == 0)):
+            self.decisions.append(UNTRAINED)
         crops: list[Tensor] = []
         of_source: list[Tensor] = []
         for batch in data.batches(0, self.options.images):
@@ -169,15 +177,15 @@ class Combined(Recipe):
 
     def apply_styles(self) -> None:
         """Tell each candidate the result."""
-        for styled, candidate in zip(self.styled.tolist(), self.candidates.values(), strict=True):
-            if not styled:
-                candidate.options.translate = "none"
+        for styled, name in zip(self.styled.tolist(), self.names, strict=True):
+            if not styled and name in self.candidates:
+                self.candidates[name].options.translate = "none"
 
     @property
     def active(self) -> Dacs:
         """The candidate that trains in this step."""
-        turn = self.done % len(self.candidates) if self.kept < 0 else self.kept
-        return list(self.candidates.values())[turn]  # type: ignore[return-value]
+        turn = self.done % len(self.names) if self.kept < 0 else self.kept
+        return self.candidates[self.names[turn]]  # type: ignore[return-value]
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of the candidate that trains in this step."""
@@ -199,10 +207,10 @@ class Combined(Recipe):
         }
         self.scores = self.scores_of(nets)  # type: ignore[arg-type]
         self.keep(self.agree(ahead(list(self.scores.values()))))
+        self.drop_others()
         self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
         found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
-        kept = list(self.candidates)[self.kept]
-        self.decisions.append(f"step {self.done}: consistency {found}; '{kept}' goes on")
+        self.decisions.append(f"step {self.done}: consistency {found}; '{self.names[self.kept]}' goes on")
 
     @torch.no_grad()
     def scores_of(self, candidates: dict[str, dict[str, nn.Module]]) -> dict[str, float]:
@@ -233,11 +241,21 @@ class Combined(Recipe):
     def keep(self, position: int) -> None:
         """Deploy one candidate; the others are not trained any more."""
         self.kept = position
-        self.student = list(self.candidates.values())[position].student  # type: ignore[assignment]
+        self.student = self.candidates[self.names[position]].student  # type: ignore[assignment]
+
+    def drop_others(self) -> None:
+        """Free what was not kept, where nothing was trained in it: a teacher, and a selector without counts.
+
+        After a trial the others stay, because the optimiser holds the parameters of their students.
+        """
+        if self.trial_steps == 0:
+            for name in self.names:
+                if name != self.names[self.kept] and name in self.candidates:
+                    del self.candidates[name]
 
     def nets(self) -> dict[str, nn.Module]:
         """Student and teacher of the candidate that was kept; before, of the first."""
-        return list(self.candidates.values())[max(0, self.kept)].nets()  # type: ignore[operator, no-any-return]
+        return self.candidates[self.names[max(0, self.kept)]].nets()  # type: ignore[operator, no-any-return]
 
     def extra_param_groups(self, lr: float, head_multiplier: float = 1.0) -> list[dict[str, Any]]:
         """The other candidates' students learn like the first, where they are nets of their own."""
@@ -254,6 +272,11 @@ class Combined(Recipe):
             self.done, self.trial_steps, kept = saved.tolist()
             self.keep(max(0, kept))  # `student` is the kept one's: known before its tensors are read
             self.kept = kept
+            if kept >= 0:
+                self.drop_others()
+                gone = tuple(f"{prefix}candidates.{name}." for name in self.names if name not in self.candidates)
+                for name in [name for name in state_dict if name.startswith(gone)]:
+                    del state_dict[name]  # of checkpoints that were written with the others
         styled = state_dict.setdefault(prefix + "styled", self.styled)  # checkpoints of before it existed have none
         self.styled = styled.to(self.styled.device)
         self.apply_styles()
