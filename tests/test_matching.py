@@ -14,6 +14,7 @@ from gta2cs.checkpoints import load_checkpoint
 from gta2cs.label_free import LabelFree
 from gta2cs.matching import Rescaled, match_scale
 from gta2cs.nets import SegOutput
+from gta2cs.stage import StageState
 
 
 class Mean(nn.Module):
@@ -140,12 +141,7 @@ def test_source_crops_are_scaled_by_it_in_every_later_stage_and_after_a_resume(t
 
 def test_a_net_that_has_learned_nothing_is_not_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gta2cs, "match_scale", lambda score, net: pytest.fail("there is no trained net"))
-    state = SimpleNamespace(
-        run=SimpleNamespace(config=train_gta2cs.Config(stages=[train_gta2cs.Stage("combined", 1)]), source_factor=None),
-        recipe=SimpleNamespace(MATCH_SCALE=True, student=None),
-        index=0,
-        stage=train_gta2cs.Stage("combined", 1),
-        history={},
-    )
+    run = SimpleNamespace(config=train_gta2cs.Config(stages=[train_gta2cs.Stage("combined", 1)]), source_factor=None)
+    state = StageState(run, 0, SimpleNamespace(MATCH_SCALE=True, student=None), None, [])
     train_gta2cs.match_source_scale(state)
     assert state.history == {"source_factor": None}
