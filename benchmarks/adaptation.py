@@ -80,20 +80,6 @@ TITLES = {
     "ablation_unstyled": "combined, source in its own colours",
     "oracle": "oracle",
 }
-# What was tried: title -> (row, row that it has to be compared with). Rows named `earlier_*` are of code that is gone.
-TRIED: dict[str, list[tuple[str, str]]] = {
-    "from 60 to 90 % of each class over the stage": [("ablation_rising", "combined")],
-    "the same, no random scales, jitter 0.2": [("tried_mild", "ablation_rising")],
-    "masked consistency (weight 1, ratio 0.7)": [("tried_mic", "combined")],
-    "no random scales": [("tried_fixedscale", "dacs_batch")],
-    "jitter 0.2": [("tried_jit02", "dacs_batch")],
-    "learning rate 4e-4": [("tried_lr4", "dacs_batch")],
-    "a weight by confidence in place of class balance": [
-        ("tried_ratio", "dacs_batch"),
-        ("earlier_plain_matched", "earlier_balanced_matched"),
-    ],
-    "that, no random scales, jitter 0.2, learning rate 4e-4: the README's options": [("tried_readme", "combined")],
-}
 COMBINED_PAGE = ROOT / "docs" / "methods" / "combined.md"
 WARM_UP = 20  # steps of linear warm-up of the learning rate, in every stage
 EVERY = 100  # steps between scores
@@ -123,27 +109,65 @@ ABLATION: dict[str, dict[str, Any]] = {
     "ablation_rising": {"recipes": ["combined"], "options": {"shared": {"share_end": 0.9}}, "own": True},
     "ablation_unstyled": {"recipes": ["combined"], "options": {"shared": {"translate": "none"}}, "own": True},
 }
-FIXED = {"source_scale": (1.0, 1.0), "target_scale": (1.0, 1.0)}
-PLAIN: dict[str, Any] = {"translate": "color"}  # the README's run: DACS as it is but for the colours
-TRIED_ROWS: dict[str, dict[str, Any]] = {
-    "tried_mild": {
-        "recipes": ["combined"],
-        "options": {"shared": {"share_end": 0.9, "jitter": 0.2}},
-        "data": {"target_scale": (1.0, 1.0)},
-        "own": True,
-    },
-    "tried_mic": {
-        "recipes": ["combined"],
-        "options": {"shared": {"mask_weight": 1.0, "mask_ratio": 0.7}},
-        "own": True,
-    },
-    "tried_fixedscale": {"recipes": ["dacs"], "options": SETTINGS["batch"], "data": FIXED},
-    "tried_jit02": {"recipes": ["dacs"], "options": {**SETTINGS["batch"], "jitter": 0.2}},
-    "tried_lr4": {"recipes": ["dacs"], "options": SETTINGS["batch"]},
-    "tried_ratio": {"recipes": ["dacs"], "options": {**SETTINGS["batch"], "selector": "confident_ratio"}},
-    "tried_readme": {"recipes": ["dacs"], "options": PLAIN, "data": {**FIXED, "match_scale": False}, "own": True},
+# What was tried, each change alone: what `combined` had when they were ...
+FIRST: dict[str, Any] = {
+    "jitter": 0.5,
+    "selector": "class_quantile",
+    "share": 0.6,
+    "translate": "color",
+    "translate_share": 0.7,
 }
-LR |= {"tried_lr4": 4e-4, "tried_readme": 4e-4}
+# ... and name -> (title, changes: `shared` to those options, `data` to the data, `recipes`, `lr`).
+TRIED: dict[str, tuple[str, dict[str, Any]]] = {
+    "first": ("nothing changed", {}),
+    "fixed": ("no random scales", {"data": {"target_scale": (1.0, 1.0)}}),
+    "ratio": ("a weight by confidence in place of class balance", {"shared": {"selector": "confident_ratio"}}),
+    "ratio_fixed": (
+        "that, and no random scales",
+        {"shared": {"selector": "confident_ratio"}, "data": {"target_scale": (1.0, 1.0)}},
+    ),
+    "late": ("half of the steps on source first", {"recipes": ["source_only", "combined"]}),
+    "share": ("90 % of each class", {"shared": {"share": 0.9}}),
+    "mirror": ("labels of the mean over mirror images", {"shared": {"mirror_teacher": True}}),
+    "adaptive": ("adaptive thresholds", {"shared": {"selector": "adaptive"}}),
+    "aligned": ("aligned class shares", {"shared": {"align": True}}),
+    "quick": ("a quicker teacher (0.98)", {"shared": {"ema": 0.98}}),
+    "slow": ("a slower teacher (0.996)", {"shared": {"ema": 0.996}}),
+    "half": ("half of the weight on the mixture", {"shared": {"mix_weight": 0.5}}),
+    "jitter": ("jitter 0.8", {"shared": {"jitter": 0.8}}),
+    "clean": ("source not augmented", {"shared": {"augment_source": False}}),
+    "distance": ("feature distance to ImageNet (0.005)", {"shared": {"feature_distance": 0.005}}),
+    "prototypes": ("prototype contrast (0.1)", {"shared": {"prototype_contrast": 0.1}}),
+    "symmetric": ("symmetric cross-entropy", {"shared": {"pseudo_loss": "symmetric_cross_entropy"}}),
+    "masked": (
+        "masked consistency (weight 0.5, ratio 0.5)",
+        {"shared": {"mask_weight": 0.5, "mask_ratio": 0.5}},
+    ),
+    "rare": (
+        "source images of rare classes more often (0.1)",
+        {"data": {"rare_class_temperature": 0.1, "rare_class_pixels": 100, "rare_class_image_pixels": 500}},
+    ),
+    "unstyled": ("source in its own colours", {"shared": {"translate": "none"}}),
+    "histogram": ("histograms in place of colours", {"shared": {"translate": "histogram"}}),
+    "styled": ("every source image in the style of target", {"shared": {"translate_share": 1.0}}),
+    "joint": ("one forward for both batches", {"shared": {"batch_norm": "joint"}}),
+    "lr": ("learning rate 1e-4", {"lr": 1e-4}),
+}
+
+
+def tried_row(name: str) -> dict[str, Any]:
+    """The row of a change: the recipe `combined` as it was, and the change."""
+    _, change = TRIED[name]
+    own: dict[str, Any] = {"recipes": ["combined"], "own": True, **change}
+    shared = {**FIRST, **change.get("shared", {})}
+    if shared["selector"] != FIRST["selector"]:
+        del shared["share"]
+    own["options"] = {"combined": {"shared": shared}, "source_only": {"jitter": FIRST["jitter"]}}
+    return own
+
+
+TRIED_ROWS = {f"tried_{name}": tried_row(name) for name in TRIED}
+LR |= {f"tried_{name}": change["lr"] for name, (_, change) in TRIED.items() if "lr" in change}
 BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of the scores
     "bad_argmax": {"selector": "argmax", "jitter": 0.2},
     "bad_threshold": {"selector": "threshold", "threshold": 0.99, "jitter": 0.2},
@@ -213,6 +237,7 @@ def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Pat
     counts = [steps // len(recipes)] * len(recipes)
     counts[-1] += steps - sum(counts)
     options = {**({} if entry.get("own") else AUGMENT), **entry.get("options", {})}
+    each = [options.get(recipe, options) for recipe in recipes]  # by recipe, or the same for all
     lr = LR.get(row, LR["source_only"] if row == "warm" else ADAPTATION_LR)
     return train_gta2cs.Config(
         data=train_gta2cs.DataConfig(
@@ -220,8 +245,8 @@ def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Pat
         ),
         net=train_gta2cs.NetConfig(**own["net"]),
         stages=[
-            train_gta2cs.Stage(recipe, n, lr=lr, lr_warmup=WARM_UP, options=dict(options))
-            for recipe, n in zip(recipes, counts, strict=True)
+            train_gta2cs.Stage(recipe, n, lr=lr, lr_warmup=WARM_UP, options=dict(given))
+            for recipe, n, given in zip(recipes, counts, each, strict=True)
         ],
         head_multiplier=3.0,
         seed=seed if row == "warm" else seed + 100,  # other batches than those of what it starts from
@@ -381,21 +406,58 @@ def table(results: dict[str, Any]) -> str:
 
 
 def tried(results: dict[str, Any]) -> str:
-    """Markdown: a line for what was tried, a column a pair; the last student, and in brackets its rival."""
-    pairs = [pair for pair in PAIRS if any(final(results, pair, row) for rows in TRIED.values() for row, _ in rows)]
+    """Markdown: a line a change, a column a pair: gain of the last student, and of its score, over no change.
+
+    Below, what the score chooses among all changes of a seed, and the best of them, which only labels know.
+    """
+    pairs = [pair for pair in PAIRS if runs_of(results, pair, "tried_first")]
     if not pairs:
         return "Not measured yet.\n"
     lines = ["| | " + " | ".join(NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
-    for title, rows in TRIED.items():
+    for name, (title, _) in TRIED.items():
+        cells = [tried_cell(results, pair, f"tried_{name}") for pair in pairs]
+        if any(cells):
+            lines.append(f"| {title} | {' | '.join(text or '–' for text in cells)} |")
+    for title, pick in (("highest score of all lines", 1), ("best of all lines", 0)):
         cells = []
         for pair in pairs:
-            found = []
-            for row, other in rows:
-                if seeds := seeds_of(results, pair, row, other):
-                    found.append([final(results, pair, name, seeds=seeds) for name in (row, other)])
-            cells.append(f"{statistics.mean(found[0][0]):.1f} ({statistics.mean(found[0][1]):.1f})" if found else "–")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+            nets = [
+                max(tried_nets(results, pair, seed), key=lambda net: net[pick]) for seed in tried_seeds(results, pair)
+            ]
+            cells.append(spread([net[0] for net in nets]))
+        lines.append(f"| **{title}** | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def tried_cell(results: dict[str, Any], pair: str, row: str) -> str:
+    """Gain in mIoU and, in brackets, in the score, over `tried_first` of the same seeds; its own values for that."""
+    seeds = seeds_of(results, pair, row, "tried_first")
+    if not seeds:
+        return ""
+    ours, first = (
+        [last_of(r) for r in runs_of(results, pair, name) if r["seed"] in seeds] for name in (row, "tried_first")
+    )
+    if row == "tried_first":
+        return f"{statistics.mean(x for x, _ in ours):.1f} ({statistics.mean(y for _, y in ours):.1f}) [{len(seeds)}]"
+    gains = [[a[i] - b[i] for a, b in zip(ours, first, strict=True)] for i in (0, 1)]
+    return "{:+.1f} ({:+.1f})".format(*map(statistics.mean, gains)).replace("-", "−")
+
+
+def last_of(run: dict[str, Any]) -> tuple[float, float]:
+    """mIoU and score, both in %, of a run's last student."""
+    net = next(c for c in reversed(run["checkpoints"]) if c["net"] == "student")
+    return net["miou"], 100 * net["scores"][SCORE]
+
+
+def tried_seeds(results: dict[str, Any], pair: str) -> list[int]:
+    """Seeds of `tried_first`."""
+    return sorted(seeds_of(results, pair, "tried_first"))
+
+
+def tried_nets(results: dict[str, Any], pair: str, seed: int) -> list[tuple[float, float]]:
+    """The last student of every change that ran with a seed."""
+    rows = (f"tried_{name}" for name in TRIED)
+    return [last_of(r) for row in rows for r in runs_of(results, pair, row) if r["seed"] == seed]
 
 
 def cell(results: dict[str, Any], pair: str, row: str) -> str:
