@@ -1,7 +1,7 @@
 """Where the time of the README's main job goes: `python examples/train_gta2cs.py` on the built-in pair, by part.
 
-    python benchmarks/main_job.py            # whatever is not in the JSON yet, then the table; all: 5 minutes
-    python benchmarks/main_job.py --again    # both rows anew
+    python benchmarks/main_job.py            # whatever is not in the JSON yet, then the table; all: 12 minutes
+    python benchmarks/main_job.py --again    # every row anew
     python benchmarks/main_job.py --table    # measures nothing, writes what is there
 
 The job runs in a fresh process with 60 steps a stage and one evaluation at the end of each. The time of a step is then
@@ -9,7 +9,8 @@ multiplied by the steps of the whole job, that of an evaluation by its evaluatio
 scenes that the draws are expected to touch. All else happens once. The clocks are those of `step_overhead.py`.
 
 One row is as the README runs it, by the clock on the wall. The other has one thread, by processor time. A third has
-the net's passes and the optimiser in other ways, which could make the job shorter.
+the net's passes and the optimiser in other ways, which could make the job shorter. Three more have the mIoU that the
+first stage comes to, for seeds 0, 1 and 2: the README names it.
 """
 
 from __future__ import annotations
@@ -49,93 +50,107 @@ from gta2cs.stage import StageState
 ROWS: dict[str, dict[str, str]] = {"as the README runs it": {}, "one thread": {"OMP_NUM_THREADS": "1"}}
 CLOCKS = {"as the README runs it": "wall-clock time", "one thread": "processor time"}
 WAYS = "other ways"
+STARTS = {f"start, seed {seed}": seed for seed in range(3)}
 STEPS = 60  # of each stage
 REST, CROPS, SCENES = "rest of a step", "crops", "rendering the scenes"
 
 
-def profile(steps: int, now: Callable[[], float]) -> dict[str, Any]:
-    """Seconds by phase and part of the job with few steps, and how often each phase happens in the whole one."""
-    whole = {
-        "scores against truth": ((observers, "score_on_target"), (job, "score_on_target")),
-        "scores without labels": ((choosing, "score_without_labels"), (job, "score_without_labels")),
-        "checkpoints": ((StageState, "save"), (choosing, "save_choice")),
-        "BatchNorm statistics of target": ((job, "with_bn_statistics"),),
-        "report and pictures": ((job, "write_report"),),
-    }
-    parts: dict[str, tuple[tuple[Any, str], ...]] = {
-        REST: ((job.TrainingStep, "__call__"),),
-        BACKWARD: ((job.Accelerator, "backward"),),
-        OPTIMIZER: ((sys.modules["accelerate.optimizer"].AcceleratedOptimizer, "step"),),
-        CROPS: ((StepData, "__getitem__"),),
-        SCENES: ((toy, "render"),),
-        **whole,
-    }
+# Part -> what the job calls for it. What these call counts as their own, but for the scenes.
+WHOLE: dict[str, tuple[tuple[Any, str], ...]] = {
+    "scores against truth": ((observers, "score_on_target"), (job, "score_on_target")),
+    "scores without labels": ((choosing, "score_without_labels"), (job, "score_without_labels")),
+    "checkpoints": ((StageState, "save"), (choosing, "save_choice")),
+    "BatchNorm statistics of target": ((job, "with_bn_statistics"),),
+    "report and pictures": ((job, "write_report"),),
+}
+PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
+    REST: ((job.TrainingStep, "__call__"),),
+    BACKWARD: ((job.Accelerator, "backward"),),
+    OPTIMIZER: ((sys.modules["accelerate.optimizer"].AcceleratedOptimizer, "step"),),
+    CROPS: ((StepData, "__getitem__"),),
+    SCENES: ((toy, "render"),),
+    **WHOLE,
+}
 
-    class JobClock(Clock):
-        """What a part of `whole` calls counts as its own, but for the scenes."""
 
-        inside = False
+class JobClock(Clock):
+    """Also notes when each stage begins and ends, and looks into no part of `WHOLE`."""
 
-        @contextmanager
-        def around(self, part: str) -> Iterator[None]:
-            if self.inside and part != SCENES:
+    def __init__(self, now: Callable[[], float]) -> None:
+        super().__init__(now)
+        self.stages: list[tuple[float, float]] = []
+        self.inside = False
+
+    @contextmanager
+    def around(self, part: str) -> Iterator[None]:
+        if self.inside and part != SCENES:
+            yield
+            return
+        opened = part in WHOLE
+        self.inside = self.inside or opened
+        try:
+            with super().around(part):
                 yield
-                return
-            opened = part in whole
-            self.inside = self.inside or opened
-            try:
-                with super().around(part):
-                    yield
-            finally:
-                self.inside = self.inside and not opened
+        finally:
+            self.inside = self.inside and not opened
 
-    clock, stages = JobClock(now), []
-
-    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with clock.around(part):
+            with self.around(part):
                 return function(*args, **kwargs)
 
         return call
 
-    train_stage = job.train_stage
+    def noted(self, train_stage: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(train_stage)
+        def call(*args: Any) -> Any:
+            start = self.now()
+            result = train_stage(*args)
+            self.stages.append((start, self.now()))
+            return result
 
-    def noted(*args: Any) -> Any:
-        start = now()
-        result = train_stage(*args)
-        stages.append((start, now()))
-        return result
+        return call
 
-    full = job.parse([])
-    short = [dataclasses.replace(stage, steps=min(steps, stage.steps)) for stage in full.stages]
-    with tempfile.TemporaryDirectory(prefix="main_job_") as folder, clocks(clock), ExitStack() as stack:
-        stack.enter_context(mock.patch.object(job, "train_stage", noted))
-        for part, owners in parts.items():
-            for owner, name in owners:
-                stack.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))
-        started = now()
-        job.main(dataclasses.replace(full, stages=short, eval_every=0, save_every=0, out=Path(folder) / "run"))
-        seconds = now() - started
-
-    def phase(stretch: Stretch) -> str:
+    def phase(self, stretch: Stretch) -> str:
+        """Where a stretch of time belongs: the steps or evaluations of a stage, the scenes, or what happens once."""
         if stretch.part == SCENES:
             return "scenes"
-        for index, (start, end) in enumerate(stages):
+        for index, (start, end) in enumerate(self.stages):
             if start <= stretch.start < end:
-                first = min(s.start for s in clock.stretches if s.part == REST and s.start >= start)
-                if stretch.part not in whole:
+                first = min(s.start for s in self.stretches if s.part == REST and s.start >= start)
+                if stretch.part not in WHOLE:
                     return f"step {index}"
                 return f"evaluation {index}" if stretch.start > first else "once"
         return "once"
 
-    phases = [(phase(s), s) for s in clock.stretches if s.end]
-    rendered = sum(name == "scenes" for name, _ in phases)
+
+def run_with(clock: JobClock, config: job.Config) -> float:
+    """Run the job with the clock around every part, and return how long it took."""
+    with tempfile.TemporaryDirectory(prefix="main_job_") as folder, clocks(clock), ExitStack() as stack:
+        stack.enter_context(mock.patch.object(job, "train_stage", clock.noted(job.train_stage)))
+        for part, owners in PARTS.items():
+            for owner, name in owners:
+                stack.enter_context(mock.patch.object(owner, name, clock.timed(part, getattr(owner, name))))
+        started = clock.now()
+        job.main(dataclasses.replace(config, out=Path(folder) / "run"))
+        return clock.now() - started
+
+
+def profile(steps: int, now: Callable[[], float]) -> dict[str, Any]:
+    """Seconds by phase and part of the job with few steps, and how often each phase happens in the whole one."""
+    full, clock = job.parse([]), JobClock(now)
+    short = [dataclasses.replace(stage, steps=min(steps, stage.steps)) for stage in full.stages]
+    seconds = run_with(clock, dataclasses.replace(full, stages=short, eval_every=0, save_every=0))
+
+    phases = [(clock.phase(s), s) for s in clock.stretches if s.end]
     named = Clock(now)
     named.stretches = [Stretch(f"{name}/{s.part}", s.start, s.end) for name, s in phases]
     found = named.exclusive()
     found["once/rest"] = seconds - sum(found.values())
     found["once/import"] = IMPORT[now is time.process_time]
+
+    rendered = sum(name == "scenes" for name, _ in phases)
     draws = sum(stage.steps for stage in full.stages) * full.batch_size
     times = {"once": 1.0, "scenes": scenes(draws) / rendered}
     for index, (stage, few) in enumerate(zip(full.stages, short, strict=True)):
@@ -148,6 +163,16 @@ def profile(steps: int, now: Callable[[], float]) -> dict[str, Any]:
         "steps": steps,
         "scenes": rendered,
     }
+
+
+def start(seed: int) -> dict[str, Any]:
+    """The mIoU on target that the job's first stage comes to: what its second one starts from."""
+    full = job.parse(["--seed", str(seed)])
+    first = full.stages[0]
+    with tempfile.TemporaryDirectory(prefix="main_job_") as folder:
+        short = dataclasses.replace(full, stages=[first], eval_every=0, save_every=0, out=Path(folder) / "run")
+        rows = job.main(short)
+    return {"mIoU": rows[first.recipe].miou, "recipe": first.recipe, "steps": first.steps}
 
 
 def ways(turns: int = 7) -> dict[str, float]:
@@ -251,18 +276,21 @@ def table(results: Results) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = parser_for(__doc__, "main_job.json", page=PAGES / "step.md")
-    parser.add_argument("--one", choices=[*ROWS, WAYS], help="measure one row here and print it")
+    parser.add_argument("--one", choices=[*ROWS, WAYS, *STARTS], help="measure one row here and print it")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each stage")
     options = parser.parse_args(arguments)
     if options.one == WAYS:
         print(json.dumps({"milliseconds": ways()}))
+        return
+    if options.one in STARTS:
+        print(json.dumps(start(STARTS[options.one])))
         return
     if options.one:
         now = time.process_time if options.one == "one thread" else time.perf_counter
         print(json.dumps(profile(options.steps, now)))
         return
     results = Results(options.results)
-    for name in results.waiting([*ROWS, WAYS] if not options.table else (), again=options.again):
+    for name in results.waiting([*ROWS, WAYS, *STARTS] if not options.table else (), again=options.again):
         command = [sys.executable, str(Path(__file__).resolve()), "--one", name, "--steps", str(options.steps)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")} | ROWS.get(name, {})
         done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)

@@ -194,34 +194,27 @@ def build_pair(
     """
     if name not in PAIRS:
         raise ValueError(f"Expected `name` to be one of {PAIRS}, but got {name!r}.")
-    for option, given in (("source_size", source_size), ("target_size", target_size)):
-        if name == "toy" and given is not None:
-            raise ValueError(f"Expected no `{option}` for the rendered pair 'toy', but got {given!r}.")
-        _size(option, given, None)
     if name == "toy":
-        if channels != 3:
-            raise ValueError(f"Expected `channels` 3 for the rendered pair 'toy', but got {channels}.")
-        return _toy_pair(toy_counts, toy_size)
+        return _toy_pair(toy_counts, toy_size, source_size=source_size, target_size=target_size, channels=channels)
+    published = PUBLISHED_SIZES.get(name, (None, None))
+    source_hw = _size("source_size", source_size, published[0])
+    target_hw = _size("target_size", target_size, published[1])
     data_root = data_root or os.environ.get("UDAKIT_DATA")
     source_folder, target_folder = (
         _root(name, given, data_root, folders)
         for given, folders in zip((source_root, target_root), FOLDERS[name], strict=True)
     )
     own_ids: tuple[Ids, Ids] = (ids, ids)
-    problems: list[str] = []
+    problems: tuple[str, ...] = ()
     if name == "folder" and classes is None:
         try:
             classes, own_ids = _folder_classes(source_folder, target_folder, data_root, ids)
         except (OSError, ValueError) as error:
             if strict:
                 raise
-            problems.append(str(error))
-            classes = ClassSet(tuple(map(str, range(IGNORE))), rainbow(IGNORE))
+            classes, problems = ClassSet(tuple(map(str, range(IGNORE))), rainbow(IGNORE)), (str(error),)
     find = _find_folders if name in SMALL else _find_synthetic if name in SYNTHETIC else _find_adverse
     found = find(name, source_folder, target_folder, classes=classes, ids=own_ids, strict=strict)
-    source_published, target_published = PUBLISHED_SIZES.get(name, (None, None))
-    source_hw = _size("source_size", source_size, source_published)
-    target_hw = _size("target_size", target_size, target_published)
     of_source = {"size": source_hw, "image_format": ImageFormat(channels, source_range, mean, std)}
     of_target = {"size": target_hw, "image_format": ImageFormat(channels, target_range, mean, std)}
     kept = name in SMALL if cache is None else cache
@@ -235,7 +228,7 @@ def build_pair(
         partial(found.target.labelled, **of_target, **labelled) if found.target_labels else None,
         _validation(found.source_val, **of_source, **labelled),
         channels,
-        tuple(problems),
+        problems,
     )
 
 
@@ -307,9 +300,14 @@ def _find_adverse(name: str, source: Path, target: Path, **_: object) -> _Found:
     )
 
 
-def _toy_pair(counts: tuple[int, int, int], size: Size) -> Pair:
+def _toy_pair(counts: tuple[int, int, int], size: Size, *, channels: int, **sizes: object) -> Pair:
     from gta2cs.toy import CLASSES, PALETTE
 
+    for option, given in sizes.items():
+        if given is not None:
+            raise ValueError(f"Expected no `{option}` for the rendered pair 'toy', but got {given!r}.")
+    if channels != 3:
+        raise ValueError(f"Expected `channels` 3 for the rendered pair 'toy', but got {channels}.")
     source, target = labelled_scenes("game", 0, counts[0], size), labelled_scenes("camera", 0, counts[1], size)
     return Pair(
         "toy",

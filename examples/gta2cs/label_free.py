@@ -128,36 +128,16 @@ def measure(
     generator = torch.Generator(device).manual_seed(rank)  # the same pixels at every evaluation
     scores = LabelFreeScores(c, generator=generator).to(device)
     agreement = {view: ConsistencyScore(c).to(device) for view in views}
-
-    def logits_of(batch: Tensor) -> Tensor:
-        return net(batch.contiguous(memory_format=torch.channels_last)).logits.float()
-
+    mine = picked(len(images), count)[rank::world]
     with evaluating(net):
-        for batch, _, _ in evaluation_batches(
-            images, batch_size=batch_size, indices=picked(len(images), count)[rank::world]
-        ):
-            seen = batch.to(device)
-            straight: Tensor | None = None
-
-            def once(x: Tensor, seen: Tensor = seen) -> Tensor:
-                nonlocal straight
-                if x is not seen:
-                    return logits_of(x)
-                straight = logits_of(x) if straight is None else straight
-                return straight
-
-            for view, score in agreement.items():
-                first, second, valid = view_logits(once, seen, *VIEWS[view](seen))
-                score(first, second, valid=valid)
-            scores.update(once(seen))
+        for batch, _, _ in evaluation_batches(images, batch_size=batch_size, indices=mine):
+            _see(net, batch.to(device), scores, agreement)
     merged = scores.merged()
     found = {name: float(value) for name, value in merged.compute().items()}
     shares = merged.class_share.tolist()
     kept = [max(own, before) >= PRESENT for own, before in zip(shares, known or shares, strict=True)]
-    iou = {}
-    for view, score in agreement.items():
-        both, union = _summed(score)
-        iou[view] = [b / u if u else None for b, u in zip(both, union, strict=True)]
+    iou = {view: _class_iou(score) for view, score in agreement.items()}
+    for view in agreement:
         counted = [value or 0.0 for value, is_kept in zip(iou[view], kept, strict=True) if is_kept]
         found[f"{view}_consistency"] = sum(counted) / len(counted)
         found[f"{view}_worst_class"] = min(counted)
@@ -166,9 +146,25 @@ def measure(
     return LabelFree(found, shares, iou)
 
 
-def _summed(score: ConsistencyScore) -> tuple[list[int], list[int]]:
+def _see(net: nn.Module, images: Tensor, scores: LabelFreeScores, agreement: dict[str, ConsistencyScore]) -> None:
+    """Update all scores with a batch; the net sees the batch itself once, however many views there are."""
+
+    def logits_of(batch: Tensor) -> Tensor:
+        return net(batch.contiguous(memory_format=torch.channels_last)).logits.float()
+
+    straight = logits_of(images)
+    for view, score in agreement.items():
+        first, second, valid = view_logits(
+            lambda x: straight if x is images else logits_of(x), images, *VIEWS[view](images)
+        )
+        score(first, second, valid=valid)
+    scores.update(straight)
+
+
+def _class_iou(score: ConsistencyScore) -> list[float | None]:
+    """The IoU of the two maps for each class, over all ranks; None where neither has it."""
     overlap = score.overlap.clone()
     if dist.is_initialized():
         dist.all_reduce(overlap)
     both, union = overlap.tolist()
-    return both, union
+    return [b / u if u else None for b, u in zip(both, union, strict=True)]

@@ -96,15 +96,9 @@ def build_net(
     """
     if arch not in ARCHS:
         raise ValueError(f"Expected `arch` to be one of {ARCHS}, but got {arch!r}.")
-    if weights is None:
-        raise ValueError('Expected `weights` to be "imagenet", "hub" or a path, or "random" by name, but got None.')
     if num_classes < 2:
         raise ValueError(f"Expected `num_classes` to be at least 2, but got {num_classes}.")
-    path = None if weights in ("imagenet", "hub", "random") else Path(weights)
-    if path is not None and not path.exists():
-        raise FileNotFoundError(
-            f'Expected `weights` to be "imagenet", "hub", "random", a file or a folder, but got {str(weights)!r}.'
-        )
+    path = _path_of(weights)
     builders = {"hf_segformer": _build_hf, "torchvision": _build_torchvision, "vit": _build_vit}
     build = builders.get(arch, _build_smp)
     start = "random" if path is not None else str(weights)
@@ -124,6 +118,18 @@ def build_net(
 
         return HRDANet(net, num_classes)  # type: ignore[return-value]
     return net
+
+
+def _path_of(weights: str | Path | None) -> Path | None:
+    """The path that `weights` gives, None for a name."""
+    if weights is None:
+        raise ValueError('Expected `weights` to be "imagenet", "hub" or a path, or "random" by name, but got None.')
+    path = None if weights in ("imagenet", "hub", "random") else Path(weights)
+    if path is not None and not path.exists():
+        raise FileNotFoundError(
+            f'Expected `weights` to be "imagenet", "hub", "random", a file or a folder, but got {str(weights)!r}.'
+        )
+    return path
 
 
 def take_channels(net: SegNet, channels: int) -> None:

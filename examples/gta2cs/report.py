@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,48 +124,20 @@ def save_curves(path: Path, stages: list[dict[str, Any]], classes: ClassSet | No
     """
     logged = [entry.get("per_class", {}) for stage in stages for entry in stage["losses"]]
     quantities = list(dict.fromkeys(quantity for entry in logged for quantity in entry))
-    count = 4 + len(quantities)
-    figure, (left, middle, free, right, *more) = plt.subplots(1, count, figsize=(14 * count / 3, 3.8))
+    figure, (left, middle, free, right, *more) = plt.subplots(1, 4 + len(quantities))
+    per_class = ClassLines(classes)
     start = 0
-    colors: dict[str, Any] = {}
-    styles: dict[str, tuple[Any, str]] = {}
-    if classes is not None:
-        styles = {n: (on_white(c) / 255, "-") for n, c in zip(classes.names, classes.palette, strict=True)}
-
-    def plot_class(axis: Any, name: str, x: list[int], y: list[float]) -> None:
-        color, line = styles.setdefault(name, (f"C{len(styles) % 10}", ("-", "--", ":")[len(styles) // 10 % 3]))
-        seen = name in axis.get_legend_handles_labels()[1]
-        axis.plot(x, y, color=color, linestyle=line, lw=1, label=None if seen else name)
-
     for stage in stages:
-        for term in stage["losses"][0]["terms"] if stage["losses"] else []:
-            x = [start + entry["step"] for entry in stage["losses"]]
-            y = [entry["terms"].get(term, np.nan) for entry in stage["losses"]]
-            seen = term in colors
-            (line,) = left.plot(x, y, color=colors.get(term), label=None if seen else term, lw=1)
-            colors[term] = line.get_color()
-        for net in stage["scores"][0]["nets"] if stage["scores"] else []:
-            x = [start + entry["step"] for entry in stage["scores"]]
-            y = [entry["nets"][net]["means"][next(iter(entry["nets"][net]["means"]))] for entry in stage["scores"]]
-            middle.plot(x, y, marker="o", ms=3, label=f"{stage['name']}, {net}")
-        evaluated = stage.get("label_free") or []
-        for net in evaluated[0]["nets"] if evaluated else []:
-            y = [100 * entry["nets"][net]["scores"]["mirror_consistency"] for entry in evaluated]
-            x = [start + entry["step"] for entry in evaluated]
-            free.plot(x, y, marker="o", ms=3, label=f"{stage['name']}, {net}")
+        _plot_losses(left, stage, start)
+        _plot_nets(middle, stage, "scores", start, lambda net: next(iter(net["means"].values())))
+        _plot_nets(free, stage, "label_free", start, _mirror_consistency)
         if "source_only" in stage:
-            value = 100 * stage["source_only"]["scores"]["mirror_consistency"]
+            value = _mirror_consistency(stage["source_only"])
             free.axhline(value, color="0.5", ls="--", lw=1, label="source-only net")
-        kept = [entry for entry in stage["losses"] if entry.get("kept")]
-        for name in dict.fromkeys(
-            name for e in kept for name in e["kept"]
-        ):  # a class may be predicted only now and then
-            plot_class(right, name, [start + e["step"] for e in kept], [e["kept"].get(name, np.nan) for e in kept])
+        per_class.plot(right, [(start + e["step"], e["kept"]) for e in stage["losses"] if e.get("kept")])
         for quantity, axis in zip(quantities, more, strict=True):
-            found = [entry for entry in stage["losses"] if quantity in entry.get("per_class", {})]
-            for name in found[0]["per_class"][quantity] if found else []:
-                x, y = [start + e["step"] for e in found], [e["per_class"][quantity][name] for e in found]
-                plot_class(axis, name, x, y)
+            noted = ((e["step"], e.get("per_class", {}).get(quantity)) for e in stage["losses"])
+            per_class.plot(axis, [(start + step, values) for step, values in noted if values])
         start += stage["steps"]
     titles = [
         "loss",
@@ -177,20 +150,67 @@ def save_curves(path: Path, stages: list[dict[str, Any]], classes: ClassSet | No
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if not axis.get_legend_handles_labels()[0]:  # no pseudo-labels, or a target without any label
-            figure.delaxes(axis)
-        elif axis in (left, middle, free):
-            axis.legend(fontsize=7, frameon=False)
-        else:  # a line a class: below, where it covers none of them
-            axis.legend(fontsize=7, frameon=False, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")  # the default one writes formulas, and they are off: see above
     left.yaxis.set_minor_formatter(LogFormatter())
+    _lay_out(figure, below=(right, *more))
+    _save(figure, path)
+
+
+class ClassLines:
+    """Lines of classes, each with the same colour and dashes on all axes."""
+
+    def __init__(self, classes: ClassSet | None) -> None:
+        self.styles: dict[str, tuple[Any, str]] = {}
+        if classes is not None:
+            self.styles = {n: (on_white(c) / 255, "-") for n, c in zip(classes.names, classes.palette, strict=True)}
+
+    def plot(self, axis: Any, entries: list[tuple[int, dict[str, float]]]) -> None:
+        """Draw a line for each class of the (step, value of each class); a class may come only now and then."""
+        for name in dict.fromkeys(name for _, values in entries for name in values):
+            count = len(self.styles)
+            color, dashes = self.styles.setdefault(name, (f"C{count % 10}", ("-", "--", ":")[count // 10 % 3]))
+            x, y = [step for step, _ in entries], [values.get(name, np.nan) for _, values in entries]
+            seen = name in axis.get_legend_handles_labels()[1]
+            axis.plot(x, y, color=color, linestyle=dashes, lw=1, label=None if seen else name)
+
+
+def _plot_losses(axis: Any, stage: dict[str, Any], start: int) -> None:
+    """A line for each term, in the colour that it had in the stage before."""
+    seen = {line.get_label(): line.get_color() for line in axis.lines}
+    for term in stage["losses"][0]["terms"] if stage["losses"] else []:
+        x = [start + entry["step"] for entry in stage["losses"]]
+        y = [entry["terms"].get(term, np.nan) for entry in stage["losses"]]
+        axis.plot(x, y, color=seen.get(term), label=None if term in seen else term, lw=1)
+
+
+def _plot_nets(
+    axis: Any, stage: dict[str, Any], kind: str, start: int, value: Callable[[dict[str, Any]], float]
+) -> None:
+    """A line for each net over the evaluations of a kind, if there are any."""
+    evaluated = stage.get(kind) or []
+    for net in evaluated[0]["nets"] if evaluated else []:
+        x, y = [start + entry["step"] for entry in evaluated], [value(entry["nets"][net]) for entry in evaluated]
+        axis.plot(x, y, marker="o", ms=3, label=f"{stage['name']}, {net}")
+
+
+def _mirror_consistency(net: dict[str, Any]) -> float:
+    return 100 * net["scores"]["mirror_consistency"]
+
+
+def _lay_out(figure: Any, below: Sequence[Any]) -> None:
+    """Take out axes that show nothing, close the gaps, and put legends in: those of the axes `below` under them."""
+    for axis in list(figure.axes):
+        if not axis.get_legend_handles_labels()[0]:  # no pseudo-labels, or a target without any label
+            figure.delaxes(axis)
+        elif axis in below:  # a line a class: where it covers none of them
+            axis.legend(fontsize=7, frameon=False, ncol=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        else:
+            axis.legend(fontsize=7, frameon=False)
     figure.set_size_inches(14 * len(figure.axes) / 3, 3.8)
     for place, axis in zip(GridSpec(1, len(figure.axes), figure), figure.axes, strict=True):
-        axis.set_subplotspec(place)  # no gap where one was left out
+        axis.set_subplotspec(place)
     figure.tight_layout()
-    _save(figure, path)
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -51,13 +51,17 @@ class StrongAugmentDraw(NamedTuple):
     default_colours: tuple[str, ...] = ()
 
 
-def _check_options(
-    strengths: dict[str, float], probabilities: dict[str, float], pairs: dict[str, tuple[float, float]]
-) -> None:
+def _check_strengths(**strengths: float) -> None:
     for name, value in strengths.items():
         check_range(name, value, 0.0, 0.5 if name == "hue" else 1.0)
+
+
+def _check_probabilities(**probabilities: float) -> None:
     for name, value in probabilities.items():
         check_range(name, value, 0.0, 1.0)
+
+
+def _check_bounds(**pairs: tuple[float, float]) -> None:
     for name, pair in pairs.items():
         form = "(low, high) with 0 < low <= high"
         check_pair(name, pair, form)
@@ -131,33 +135,21 @@ def draw_strong_augment(
     default_colours = tuple(name for name, value in given.items() if value is None)
     saturation, hue = (COLOUR if value is None else value for value in given.values())
     check_integer("n", n, 0)
-    _check_options(
-        {
-            "brightness": brightness,
-            "contrast": contrast,
-            "saturation": saturation,
-            "hue": hue,
-            "sharpness": sharpness,
-            "noise": noise,
-        },
-        {
-            "jitter_probability": jitter_probability,
-            "greyscale_probability": greyscale_probability,
-            "sharpness_probability": sharpness_probability,
-            "blur_probability": blur_probability,
-            "noise_probability": noise_probability,
-        },
-        {"blur_sigma": blur_sigma, "gamma": gamma},
+    _check_strengths(
+        brightness=brightness, contrast=contrast, saturation=saturation, hue=hue, sharpness=sharpness, noise=noise
     )
+    _check_probabilities(
+        jitter_probability=jitter_probability,
+        greyscale_probability=greyscale_probability,
+        sharpness_probability=sharpness_probability,
+        blur_probability=blur_probability,
+        noise_probability=noise_probability,
+    )
+    _check_bounds(blur_sigma=blur_sigma, gamma=gamma)
     device = device_of_draw(generator, n, device)
     u = uniform((10, n), generator, device, axis=1)
-    low, high = blur_sigma
     jitter = jitter_probability > 0
-    bent = jitter and tuple(gamma) != (1, 1)
-    # Drawn only if used, so that a seed gives the same draw as in versions without gamma and noise.
-    more = uniform((4, n), generator, device, axis=1) if bent or noise_probability else u
-    dark, bright = math.log(gamma[0]), math.log(gamma[1])
-    return StrongAugmentDraw(
+    drawn = StrongAugmentDraw(
         jitter=u[0] < jitter_probability if jitter else None,
         brightness=_between(u[1], -brightness, brightness) if jitter and brightness else None,
         contrast=_between(u[2], 1 - contrast, 1 + contrast) if jitter and contrast else None,
@@ -168,12 +160,28 @@ def draw_strong_augment(
         if sharpness_probability
         else None,
         blur=u[6] < blur_probability if blur_probability else None,
-        sigma=_between(u[7], low, high) if blur_probability else None,
-        max_sigma=high if blur_probability else 0.0,
+        sigma=_between(u[7], *blur_sigma) if blur_probability else None,
+        max_sigma=blur_sigma[1] if blur_probability else 0.0,
         default_colours=default_colours,
-        gamma=torch.exp(_between(more[0], dark, bright)) if bent else None,
-        noise=torch.where(more[1] < noise_probability, noise * more[2], 0.0) if noise_probability else None,
-        noise_seed=(more[3] * 2**24).long() if noise_probability else None,
+    )
+    bent = jitter and tuple(gamma) != (1, 1)
+    if bent or noise_probability:  # only then, so that a seed gives the same draw as in versions without the two
+        u = uniform((4, n), generator, device, axis=1)
+        drawn = _with_gamma_and_noise(drawn, u, gamma if bent else None, noise, noise_probability)
+    return drawn
+
+
+def _with_gamma_and_noise(
+    drawn: StrongAugmentDraw,
+    u: Float[Tensor, "4 n"],
+    gamma: tuple[float, float] | None,
+    noise: float,
+    noise_probability: float,
+) -> StrongAugmentDraw:
+    return drawn._replace(
+        gamma=None if gamma is None else torch.exp(_between(u[0], math.log(gamma[0]), math.log(gamma[1]))),
+        noise=torch.where(u[1] < noise_probability, noise * u[2], 0.0) if noise_probability else None,
+        noise_seed=(u[3] * 2**24).long() if noise_probability else None,
     )
 
 

@@ -91,35 +91,46 @@ class Ehtdi(SelfTraining):
             terms["boundary"] = options.boundary_weight * band_loss(
                 mixed_logits, mixed.labels, source_mask, kernel_size=options.boundary_kernel
             )
-        if options.paste_weight > 0:
-            on_pasted = self.on_mixed(pasted.images)
-            pasted_logits = on_pasted.logits
-            terms["paste"] = options.paste_weight * on_pasted.cross_entropy(pasted.labels)
-            if options.boundary_paste_weight > 0:
-                terms["paste_boundary"] = options.boundary_paste_weight * band_loss(
-                    pasted_logits,
-                    pasted.labels,
-                    target_mask,
-                    outside=source_mask,
-                    kernel_size=options.boundary_kernel,
-                )
+        terms |= self.paste_terms(pasted, target_mask, source_mask)
 
         # 3. Two views of the mixed image: its weak and its strong rendering.
-        if options.pixel_contrast > 0 or options.prototype_contrast > 0:
-            weak, strong = (self._small(x) for x in (self.on_mixed(mixed.images).logits, mixed_logits))
-            if options.pixel_contrast > 0:
-                terms["pixel_contrast"] = options.pixel_contrast * pixel_contrast_loss(
-                    strong.softmax(1), weak.softmax(1), temperature=1 / 20
-                )
-            if options.prototype_contrast > 0:
-                # Only confident and pasted pixels make the class means.
-                sure = source_mask | (pseudo.confidence > options.paste_threshold)
-                labels = resize_labels(mixed.labels.where(sure, 255), strong.shape[-2:])
-                terms["prototype_contrast"] = options.prototype_contrast * prototype_contrast_loss(
-                    strong, weak, labels, num_classes=self.num_classes
-                )
+        sure = source_mask | (pseudo.confidence > options.paste_threshold)
+        terms |= self.contrast_terms(mixed._replace(labels=mixed.labels.where(sure, 255)), mixed_logits)
         shared = Shared(strong_source, mixed._replace(images=strong_mixed), batch.target_images, target_logits)
         return Losses(terms, Selection(target_logits, pseudo.labels, pseudo.weight), shared)
+
+    def paste_terms(self, pasted: SegBatch, target_mask: Tensor, source_mask: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy on source images with pasted target regions, and on the regions' boundary bands."""
+        options = self.options
+        if options.paste_weight <= 0:
+            return {}
+        on_pasted = self.on_mixed(pasted.images)
+        logits = on_pasted.logits
+        terms = {"paste": options.paste_weight * on_pasted.cross_entropy(pasted.labels)}
+        if options.boundary_paste_weight > 0:
+            terms["paste_boundary"] = options.boundary_paste_weight * band_loss(
+                logits, pasted.labels, target_mask, outside=source_mask, kernel_size=options.boundary_kernel
+            )
+        return terms
+
+    def contrast_terms(self, mixed: SegBatch, strong_logits: Tensor) -> dict[str, Tensor]:
+        """Contrast of the weak rendering with the strong one, pixel by pixel and class by class.
+
+        The class means are those of the labelled pixels: the caller leaves labels only where it is sure of them.
+        """
+        options, terms = self.options, {}
+        if options.pixel_contrast <= 0 and options.prototype_contrast <= 0:
+            return terms
+        weak, strong = (self._small(x) for x in (self.on_mixed(mixed.images).logits, strong_logits))
+        if options.pixel_contrast > 0:
+            terms["pixel_contrast"] = options.pixel_contrast * pixel_contrast_loss(
+                strong.softmax(1), weak.softmax(1), temperature=1 / 20
+            )
+        if options.prototype_contrast > 0:
+            terms["prototype_contrast"] = options.prototype_contrast * prototype_contrast_loss(
+                strong, weak, resize_labels(mixed.labels, strong.shape[-2:]), num_classes=self.num_classes
+            )
+        return terms
 
     def _small(self, logits: Tensor) -> Tensor:
         return F.avg_pool2d(logits, self.options.contrast_stride, ceil_mode=True)
