@@ -168,6 +168,7 @@ def tried_row(name: str) -> dict[str, Any]:
 
 TRIED_ROWS = {f"tried_{name}": tried_row(name) for name in TRIED}
 LR |= {f"tried_{name}": change["lr"] for name, (_, change) in TRIED.items() if "lr" in change}
+LONGER, LONGER_ROWS = 4, ("source_only", "dacs_batch", "diga", "ehtdi", "combined")  # that many times the steps
 BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of the scores
     "bad_argmax": {"selector": "argmax", "jitter": 0.2},
     "bad_threshold": {"selector": "threshold", "threshold": 0.99, "jitter": 0.2},
@@ -184,6 +185,7 @@ def rows_of() -> dict[str, dict[str, Any]]:
         "ehtdi": {"recipes": ["ehtdi"], "options": EHTDI},
         "oracle": {"recipes": ["source_only"], "data": {"oracle": True}},
     }
+    rows |= {f"longer_{name}": {**rows[name], "times": LONGER} for name in LONGER_ROWS}
     rows |= ABLATION | TRIED_ROWS
     return rows | {name: {"recipes": ["dacs"], "options": o, "bad": True} for name, o in BAD.items()}
 
@@ -192,6 +194,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "main": ("source_only", *(f"dacs_{name}" for name in SETTINGS), "combined", "oracle"),
     "methods": ("diga", "ehtdi"),
     "ablation": tuple(ABLATION),
+    "longer": tuple(f"longer_{name}" for name in LONGER_ROWS),
     "tried": tuple(TRIED_ROWS),
     "bad": tuple(BAD),
 }
@@ -232,7 +235,7 @@ def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Pat
     """The run of a row; "warm" is the source-only net that all rows of a seed start from."""
     own = PAIRS[pair]
     entry = {"recipes": ["source_only"]} if row == "warm" else rows_of()[row]
-    steps = own["warm" if row == "warm" else "steps"]
+    steps = own["warm"] if row == "warm" else own["steps"] * entry.get("times", 1)
     recipes = entry["recipes"]
     counts = [steps // len(recipes)] * len(recipes)
     counts[-1] += steps - sum(counts)
@@ -429,6 +432,22 @@ def tried(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def longer(results: dict[str, Any]) -> str:
+    """Markdown: a line a row, two columns a pair: the last student after the usual steps, and after more of them."""
+    pairs = [pair for pair in PAIRS if any(final(results, pair, f"longer_{row}") for row in LONGER_ROWS)]
+    if not pairs:
+        return "Not measured yet.\n"
+    head = [f"{NAMES[pair]}, {PAIRS[pair]['steps'] * times} steps" for pair in pairs for times in (1, LONGER)]
+    lines = [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
+    for row in LONGER_ROWS:
+        cells = []
+        for pair in pairs:
+            seeds = seeds_of(results, pair, f"longer_{row}")
+            cells += [spread(final(results, pair, name, seeds=seeds)) for name in (row, f"longer_{row}")]
+        lines.append(f"| {TITLES[row]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def tried_cell(results: dict[str, Any], pair: str, row: str) -> str:
     """Gain in mIoU and, in brackets, in the score, over `tried_first` of the same seeds; its own values for that."""
     seeds = seeds_of(results, pair, row, "tried_first")
@@ -553,6 +572,7 @@ def main() -> None:
         results = load(options.results)
         if options.table:
             write_section("one_policy", table(results), PAGE)
+            write_section("longer", longer(results), PAGE)
             write_section("tried", tried(results), COMBINED_PAGE)
         if options.study:
             write_json(options.study, study(results))

@@ -85,6 +85,15 @@ def test_what_was_tried_shows_both_gains_and_what_the_score_would_choose():
     assert adaptation.tried({}) == "Not measured yet.\n"
 
 
+def test_longer_runs_stand_beside_those_of_the_same_seeds():
+    runs = [run_of("toy", "combined", s, 60.0 + s) for s in (0, 1)] + [run_of("toy", "longer_combined", 0, 65.0)]
+    text = adaptation.longer(results_of(runs))
+    assert "| | game → camera, 450 steps | game → camera, 1800 steps |" in text
+    assert "| combined | 60.0 [1] | 65.0 [1] |" in text
+    assert "| DiGA | – | – |" in text
+    assert adaptation.longer({}) == "Not measured yet.\n"
+
+
 def test_the_study_has_every_scored_run_with_the_truth_of_its_start():
     runs = [run_of("nuclei", "combined", 0, 60.0, 0.7, 50.0), run_of("nuclei", "source_only", 0, 50.0)]
     (only,) = adaptation.study(results_of(runs))
@@ -101,7 +110,8 @@ def test_rows_differ_between_pairs_by_nothing_but_data_net_and_steps(pair, row):
     assert [s.lr for s in config.stages] == [s.lr for s in reference.stages]
     for name in ("source_scale", "target_scale"):
         assert getattr(config.data, name) == getattr(reference.data, name)
-    assert sum(s.steps for s in config.stages) == adaptation.PAIRS[pair]["steps"]
+    times = adaptation.LONGER if row.startswith("longer_") else 1
+    assert sum(s.steps for s in config.stages) == adaptation.PAIRS[pair]["steps"] * times
     assert config.init == Path("cache") / pair / "seed3" / "warm" / "stage1_source_only" / "last.pt"
     for stage in config.stages:
         RECIPES[stage.recipe].parse(stage.options)
