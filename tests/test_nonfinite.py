@@ -103,6 +103,14 @@ def test_class_255_is_warned_of_once() -> None:
         warnings.simplefilter("error")
         udakit.cross_entropy(logits, labels)
     options._warn_of_class_255.cache_clear()
+    with pytest.warns(UserWarning, match="also where 255 is passed by name"):
+        udakit.cross_entropy(logits, labels, ignore_index=255)
+    options._warn_of_class_255.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "There are more than 255")  # as the message says
+        udakit.cross_entropy(logits, labels)
+    options._warn_of_class_255.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert udakit.cross_entropy(logits, labels, ignore_index=-100).item() > 0

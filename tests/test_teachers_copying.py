@@ -432,13 +432,13 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     **{
         f"hook that leaves what the code reads, {kind.__name__}": (
             lambda net, kind=kind: setattr(net, "neck", kind()),
-            r"'neck.layer' has a hook, _leave, that shares a",
+            r"'neck.layer' has a hook, _leave, that uses the global `(STORE|SPACE|COUNTS)`",
         )
         for kind in (_InForward, _InAHelper, _InAProperty, _InAStaticMethod, _InANamespace, _InACounter)
     },
     "hook that leaves what a forward of its own reads": (
         _in_a_forward_of_its_own,
-        r"'neck.layer' has a hook, _leave, that shares a",
+        r"'neck.layer' has a hook, _leave, that uses the global `(STORE|SPACE|COUNTS)`",
     ),
     "closure hook over the net": (_hook_on_self, r"submodule 'body' has a hook, _hook_on_self"),
     "tensor with a graph": (_graph, r"submodule 'head' holds a tensor with a graph in `last`"),
@@ -484,13 +484,74 @@ def test_the_way_out_leads_out(name: str) -> None:
     assert net.body.weight.requires_grad
 
 
-def test_a_torchscript_net_is_refused_by_name() -> None:
+def _scripted(net: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
-        net = torch.jit.script(nn.Conv2d(3, 2, 1))
-    for part in (net, nn.Sequential(net)):
-        with pytest.raises(TypeError, match="to be a net in Python, but got a TorchScript module"):
-            EMATeacher(part)
+        return torch.jit.script(net)
+
+
+def _small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+
+def test_a_torchscript_net_is_refused_by_name_and_followed_by_a_net_in_python() -> None:
+    for whole in (False, True):
+        net = _scripted(_small()) if whole else nn.Sequential(_scripted(_small()), nn.Conv2d(2, 2, 1))
+        where = "the net itself" if whole else "its submodule '0'"
+        for make in (copy_net, EMATeacher):
+            with pytest.raises(ValueError, match=f"{where} is a TorchScript module.*module=second"):
+                make(net)
+        second = _small() if whole else nn.Sequential(_small(), nn.Conv2d(2, 2, 1))
+        teacher = EMATeacher(net, decay=0.5, warmup=False, module=second)
+        torch.testing.assert_close(teacher.eval()(IMAGES), net.eval()(IMAGES))
+        before = {name: p.clone() for name, p in second.named_parameters()}
+        spoil(net)
+        teacher.update(net)
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(second.get_parameter(name), (before[name] + p) / 2)
+        for name, buffer in net.named_buffers():
+            torch.testing.assert_close(second.get_buffer(name), buffer)
+        where = "it" if whole else "its submodule '0'"
+        with pytest.raises(TypeError, match=f"`module` to be a net in Python, but {where} is a TorchScript"):
+            EMATeacher(second, module=net)
+    with pytest.raises(TypeError, match="to be a net in Python, but got a TorchScript module"):
+        FeatureTap(net, "0")
+
+
+@pytest.mark.parametrize("by", ["modules", "fx"])
+def test_a_net_with_quantisers_is_averaged(by: str) -> None:
+    """Quantisation-aware training, whose `qconfig` holds closures over the net."""
+    from torch.ao import quantization
+    from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+    def prepared() -> nn.Module:
+        if by == "fx":
+            mapping = quantization.get_default_qat_qconfig_mapping("fbgemm")
+            return prepare_qat_fx(_small().train(), mapping, (IMAGES,))
+        net = nn.Sequential(quantization.QuantStub(), *_small(), quantization.DeQuantStub()).train()
+        net.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+        return quantization.prepare_qat(net)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.ao is deprecated
+        net = prepared()
+        early = EMATeacher(net)
+        net(IMAGES)
+    with pytest.raises(ValueError, match="Observers of quantisation take their shapes in the first pass"):
+        early.update(net)
+    teacher = EMATeacher(net, decay=0.5, warmup=False)
+    torch.testing.assert_close(teacher.eval()(IMAGES), net.eval()(IMAGES))
+    shared = {x.data_ptr() for x in net.state_dict().values()} & {
+        x.data_ptr() for x in teacher.module.state_dict().values()
+    }
+    assert not shared
+    before = {name: p.clone() for name, p in teacher.module.named_parameters()}
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(1)
+    teacher.update(net)
+    for name, p in teacher.module.named_parameters():
+        torch.testing.assert_close(p, before[name] + 0.5)
 
 
 def test_a_module_must_be_another_net_of_the_same_kind() -> None:

@@ -97,7 +97,9 @@ def check_classes(num_classes: int) -> None:
 def check_ignore_index(ignore_index: int, num_classes: int | None = None) -> None:
     """Raise unless `ignore_index` is an integer; with `num_classes`, warn once if the ignored 255 is also a class.
 
-    With more than 255 classes, the default of 255 would silently keep class 255 from being learned.
+    With more than 255 classes, the default of 255 would silently keep class 255 from being learned. A 255 that the
+    caller names is warned of, too: in Python it is the same object as the default, and another object as the default
+    would have to be turned into an integer in each function before torch.compile accepts it.
     """
     if not is_integer(ignore_index):
         none = " To ignore nothing, pass -100 or another id that no pixel has." if ignore_index is None else ""
@@ -112,7 +114,8 @@ def check_ignore_index(ignore_index: int, num_classes: int | None = None) -> Non
 def _warn_of_class_255() -> None:
     warnings.warn(
         "There are more than 255 classes and `ignore_index` is 255, so pixels of class 255 are ignored. Pass another "
-        "one, for example ignore_index=-100, unless class 255 is the one to ignore. (This warning is shown once.)",
+        "one, for example ignore_index=-100, unless class 255 is the one to ignore. (This warning is shown once, also "
+        "where 255 is passed by name; warnings.filterwarnings('ignore', 'There are more than 255') turns it off.)",
         UserWarning,
         stacklevel=2,
     )

@@ -37,6 +37,7 @@ _ATOMS = (
 )
 _SHARED = (types.FunctionType, weakref.ReferenceType, *weakref.ProxyTypes)  # what `deepcopy` does not copy
 _CONTAINERS = (list, tuple, set, frozenset, deque)
+_QUANTISATION = "torch.ao."  # a `qconfig` has closures over the net: they ask for its device where a quantiser is made
 
 
 class Held:
@@ -76,6 +77,8 @@ class Held:
             if isinstance(x, _ATOMS) or id(x) in self.ids:
                 continue
             if isinstance(x, _SHARED):
+                if (getattr(x, "__module__", None) or "").startswith(_QUANTISATION):
+                    continue
                 self._functions.append((name, attribute, x))
             elif isinstance(x, Tensor):
                 if x.grad_fn is not None and id(x) not in self.net:
@@ -144,12 +147,18 @@ class Held:
         if not kept and any(id(x) in self.stores for x in _stores(function)):
             raise copy_error(
                 name,
-                f"has a hook, {_title(function)}, that shares a list or dict with the code of the net. Without the "
-                "hook a copy would read what the original left there. Keep the list or dict as an attribute of the "
-                "net, and make the hook a method of the net; or, if the net does not need the hook, remove it until "
-                "the copy is made.",
+                f"has a hook, {_title(function)}, that uses {self._store_of(function)}, as the code of the net does. "
+                "Without the hook a copy would read what the original left there. Keep the list or dict as an "
+                "attribute of the net, and make the hook a method of the net; or, if the net does not need the hook, "
+                "remove it until the copy is made.",
             )
         return kept
+
+    def _store_of(self, function: types.FunctionType) -> str:
+        """Name a list or dict that a function shares with the code of the net."""
+        shared = {id(x) for x in _stores(function)} & self.stores
+        names = [name for name, x in function.__globals__.items() if id(x) in shared]
+        return f"the global `{names[0]}`" if names else "a list or dict of a closure"
 
     def _holds(self, x: object) -> bool:
         return id(x) in self.net or id(x) in self.ids

@@ -11,6 +11,9 @@ from udakit._checks import shape_of
 
 _ONE_NET = "A teacher averages the net that it was made from: make another teacher for another net."
 
+_OBSERVERS = ("fake_quant.", "activation_post_process.")
+_OBSERVED = "Observers of quantisation take their shapes in the first pass: call the net once before a teacher is made."
+
 
 def check_match(
     own: Mapping[str, Tensor], student: Mapping[str, Tensor], *, shared: Collection[str] = (), apart: bool = False
@@ -27,7 +30,9 @@ def check_match(
     unlike = [n for n, x in own.items() if x.shape != student[n].shape]
     if unlike:
         listed = [f"{n} {shape_of(own[n])} but got {shape_of(student[n])}" for n in unlike]
-        raise ValueError(f"Expected `model` to have the shapes of the averaged net: {_first(listed)}. {_ONE_NET}")
+        observed = any(part in name for name in unlike for part in _OBSERVERS)
+        hint = _OBSERVED if observed else _ONE_NET
+        raise ValueError(f"Expected `model` to have the shapes of the averaged net: {_first(listed)}. {hint}")
     split = [n for n, x in own.items() if shards(x) != shards(student[n])]
     if split:
         raise ValueError(

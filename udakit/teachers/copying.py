@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from udakit.teachers._held import Held, attributes, copy_error
-from udakit.teachers.unwrap import unwrap_all, unwrap_model
+from udakit.teachers.unwrap import unwrap_all, unwrap_model, without_wrappers
 
 __all__ = ["copy_net"]
 
@@ -44,7 +44,8 @@ def copy_net(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the net cannot be copied; the message names the submodule. It may hold a function that refers to the
             net itself (a closure would still run the original), a tensor with a graph, a lock, or parameters without a
-            shape yet. It may have a hook that shares a global list or dict with its code, or it may be sharded.
+            shape yet. It may have a hook that shares a global list or dict with its code, it may be sharded, or contain
+            TorchScript.
 
     Example:
         >>> net = nn.Conv2d(3, 2, 1)
@@ -57,7 +58,7 @@ def copy_net(model: nn.Module) -> nn.Module:
 
 def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device | str | None = None) -> nn.Module:
     """Copy a net to a device. The copy shares the parameters with ids in `shared`."""
-    inner = unwrap_model(model)
+    inner = without_wrappers(model)
     modules = dict(named_modules(inner))
     for name, module in modules.items():
         _check_ready(name, module)
@@ -83,10 +84,12 @@ def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device
 
 def named_modules(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
     """Yield the (dotted name, module) of a net and its submodules, each once and without wrappers."""
-    module, seen = unwrap_model(module), set() if seen is None else seen
+    module, seen = without_wrappers(module), set() if seen is None else seen
     if id(module) not in seen:
         seen.add(id(module))
         yield prefix, module
+        if isinstance(module, torch.jit.ScriptModule):
+            return
         for name, child in module._modules.items():
             if child is not None:
                 yield from named_modules(child, f"{prefix}.{name}".lstrip("."), seen)
@@ -146,6 +149,8 @@ def _wrappers(module: nn.Module) -> list[nn.Module]:
 def _check_ready(name: str, module: nn.Module) -> None:
     if any(base.__name__ in _FSDP for base in type(module).__mro__):
         raise copy_error(name, "is sharded (FSDP). Shard the second net in the same way.")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise copy_error(name, "is a TorchScript module, whose layers Python cannot reach. The second net needs none.")
     tensors = (*module._parameters.items(), *module._buffers.items())
     lazy = [key for key, x in tensors if isinstance(x, (UninitializedParameter, UninitializedBuffer))]
     if lazy:

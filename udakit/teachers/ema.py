@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from udakit._checks import as_device, check_flag, check_integer, check_option, check_range, kind_of
 from udakit._state import FullPrecisionState
 from udakit.teachers._matching import check_apart, check_match, local, shards
-from udakit.teachers.copying import computed_buffers, copy_sharing
+from udakit.teachers.copying import computed_buffers, copy_sharing, named_modules
 from udakit.teachers.statistics import Emptied, recording, set_recording
-from udakit.teachers.unwrap import Average, named_state, unwrap_model
+from udakit.teachers.unwrap import Average, named_state, unwrap_model, without_wrappers
 
 __all__ = ["EMATeacher"]
 
@@ -70,7 +70,8 @@ class EMATeacher(Average):
             casting the teacher (`.to`, `.half`) also moves or casts these tensors of the student. Loading other values
             into the teacher, or copying it, gives it its own tensors, so load the student first.
         module: a second net, made like the student, to average into instead of a copy; it takes the student's state.
-            Use it for nets that `copy_net` cannot copy, such as sharded ones (FSDP2).
+            Use it for nets that `copy_net` cannot copy: sharded ones (FSDP2), or TorchScript, where `module` is the
+            net in Python.
         device: device of the averaged net if it is not that of the student, for example another GPU, or "cpu" to save
             memory. An update then moves the student's tensors there, and a GPU waits for it.
 
@@ -115,7 +116,7 @@ class EMATeacher(Average):
         self.warmup = warmup
         self.buffers_policy: Buffers = buffers
         self.mode: TeacherMode = mode
-        inner = unwrap_model(model)
+        inner = without_wrappers(model)
         shared = {id(p) for p in inner.parameters() if share_frozen and not p.requires_grad}
         if shared and device is not None:
             raise ValueError("Expected `share_frozen` to be False with a `device`: sharing needs the same device.")
@@ -310,7 +311,14 @@ def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Modu
     """Use a net that the user made, with the student's state."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"Expected `module` to be an nn.Module, but got {kind_of(module)}.")
-    module = unwrap_model(module)
+    module = without_wrappers(module)
+    for name, part in named_modules(module):
+        if isinstance(part, torch.jit.ScriptModule):
+            where = f"its submodule '{name}'" if name else "it"
+            raise TypeError(
+                f"Expected `module` to be a net in Python, but {where} is a TorchScript module, whose layers Python "
+                "cannot reach. The student may be one."
+            )
     student = {name: x for name, x, _ in named_state(model)}
     own = {name: x for name, x, _ in named_state(module)}
     check_match(own, student, apart=True)

@@ -31,14 +31,22 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         >>> unwrap_model(nn.DataParallel(torch.compile(net))) is net
         True
     """
+    model = without_wrappers(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("Expected `model` to be a net in Python, but got a TorchScript module. Pass the original net.")
+    return model
+
+
+def without_wrappers(model: nn.Module) -> nn.Module:
+    """The net inside, which may be a TorchScript module."""
     if not isinstance(model, nn.Module):
         hint = " Pass the net itself, not its state_dict or parameters." if not callable(model) else ""
         raise TypeError(f"Expected `model` to be an nn.Module, but got {kind_of(model)}.{hint}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError("Expected `model` to be a net in Python, but got a TorchScript module. Pass the original net.")
     while True:
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
+        elif isinstance(model, torch.jit.ScriptModule):
+            return model
         elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
             model = inner
         else:
@@ -57,9 +65,17 @@ def unwrap_all(model: nn.Module) -> nn.Module:
 def named_state(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor, bool]]:
     """Yield (name without wrappers, tensor, is it a parameter) for parameters and persistent buffers.
 
-    A teacher stored inside the net is left out.
+    A teacher stored inside the net is left out. The tensors of a TorchScript module can be read like those of others.
     """
-    model = unwrap_model(model)
+    model = without_wrappers(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        saved = model.state_dict()
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            yield prefix + name, parameter, True
+        for name, buffer in model.named_buffers(remove_duplicate=False):
+            if name in saved:
+                yield prefix + name, buffer, False
+        return
     for name, parameter in model._parameters.items():
         if parameter is not None:
             yield prefix + name, parameter, True
