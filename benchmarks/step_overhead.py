@@ -27,6 +27,7 @@ import importlib
 import statistics
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -231,8 +232,9 @@ def clocks(clock: Clock) -> Iterator[None]:
 class Step:
     """A recipe, a batch and an optimiser."""
 
-    def __init__(self, row: Row, *, batch_size: int = 2, classes: int = CLASSES) -> None:
+    def __init__(self, row: Row, *, batch_size: int = 2, classes: int = CLASSES, device: str = "cpu") -> None:
         torch.manual_seed(SEED)
+        self.device = torch.device(device)
 
         def make_net(**changes: Any) -> nn.Module:
             net = {**row.net, **changes}
@@ -247,29 +249,39 @@ class Step:
         self.recipe: Recipe = RECIPES[row.recipe].build(student, classes, row.options, make_net, previous)
         if isinstance(self.recipe, Combined):
             self.recipe.trial_steps = 10**9  # a step of the trial, of the first candidate
-        self.recipe = self.recipe.to(memory_format=torch.channels_last).train()
+        self.recipe = self.recipe.to(self.device, memory_format=torch.channels_last).train()
         for module in self.recipe.modules():
             if isinstance(module, udakit.ClassPrototypes):
-                module.set_(torch.randn(module.prototypes.shape))
+                module.set_(torch.randn(module.prototypes.shape).to(self.device))
         groups = [*param_groups(student, lr=1e-5), *self.recipe.extra_param_groups(1e-5)]  # type: ignore[arg-type]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
-        self.batch = random_batch(batch_size, (row.size, row.size), classes)
+        batch = random_batch(batch_size, (row.size, row.size), classes)
+        self.samples: list[int] = batch.samples.tolist()
+        self.batch = Batch(*(x.to(self.device) for x in batch))
         self.index = 0
+
+    def draws(self) -> Draws:
+        """The draws of the next step."""
+        return Draws(SEED, self.index, self.samples, self.device)
+
+    def take(self, clock: Clock) -> None:
+        """Take a step."""
+        draws = self.draws()
+        self.index += 1
+        losses = self.recipe(self.batch, draws)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = losses.total
+        with clock.around(BACKWARD):
+            total.backward()
+        with clock.around(OPTIMIZER):
+            self.optimizer.step()
+        self.recipe.after_step()
 
     def run(self, clock: Clock) -> tuple[float, dict[str, float]]:
         """Take a step; return its seconds, and those of each part."""
-        draws = Draws(SEED, self.index, self.batch.samples.tolist(), torch.device("cpu"))
-        self.index += 1
         with clocks(clock):
             began = time.perf_counter()
-            losses = self.recipe(self.batch, draws)
-            self.optimizer.zero_grad(set_to_none=True)
-            total = losses.total
-            with clock.around(BACKWARD):
-                total.backward()
-            with clock.around(OPTIMIZER):
-                self.optimizer.step()
-            self.recipe.after_step()
+            self.take(clock)
             seconds = time.perf_counter() - began
         return seconds, clock.exclusive()
 
@@ -283,23 +295,25 @@ class Step:
             return forward(net, images)
 
         with mock.patch.object(SegNet, "forward", noted):
-            self.recipe(self.batch, Draws(SEED, 0, self.batch.samples.tolist(), torch.device("cpu")))
+            self.recipe(self.batch, self.draws())
         return seen
 
-    def nets_alone(self, passes: list[tuple[nn.Module, tuple[int, ...], bool]]) -> float:
-        """Seconds of those passes at the head's own resolution, their backward pass and the optimiser's step."""
-        inputs = {shape: torch.randn(shape) for _, shape, _ in passes}
-        began = time.perf_counter()
-        total = torch.zeros(())
-        for net, shape, graph in passes:
-            with torch.set_grad_enabled(graph):
-                logits = net(inputs[shape]).head_logits
-            if graph:
-                total = total + logits.sum()
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        self.optimizer.step()
-        return time.perf_counter() - began
+    def nets_alone(self, passes: list[tuple[nn.Module, tuple[int, ...], bool]]) -> Callable[[], None]:
+        """Those passes at the head's own resolution, their backward pass and the optimiser's step."""
+        inputs = {shape: torch.randn(shape, device=self.device) for _, shape, _ in passes}
+
+        def call() -> None:
+            total = torch.zeros((), device=self.device)
+            for net, shape, graph in passes:
+                with torch.set_grad_enabled(graph):
+                    logits = net(inputs[shape]).head_logits
+                if graph:
+                    total = total + logits.sum()
+            self.optimizer.zero_grad(set_to_none=True)
+            total.backward()
+            self.optimizer.step()
+
+        return call
 
 
 def random_batch(n: int, size: tuple[int, int], classes: int) -> Batch:
@@ -325,7 +339,8 @@ def measure(row: Row, *, steps: int = 3, batch_size: int = 2, classes: int = CLA
     step = Step(row, batch_size=batch_size, classes=classes)
     runs = [step.run(Clock()) for _ in range(steps + 1)][1:]
     passes = step.passes()
-    alone = statistics.median([step.nets_alone(passes) for _ in range(max(steps, 2))][1:])
+    nets = step.nets_alone(passes)
+    alone = statistics.median(timeit.repeat(nets, number=1, repeat=max(steps, 2))[1:])
     # One step's parts add up to it; medians taken part by part would not.
     seconds, parts = sorted(runs, key=lambda run: run[0])[(len(runs) - 1) // 2]
     return {

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import udakit
 from benchmarks.peers import PEERS, cross_entropy_unit
+from contract.devices import moved
 from contract.registry import FAMILIES, Call, Operation, Sample, all_operations
 from textbook import NO_TEXTBOOK, TEXTBOOK, single
 
@@ -304,18 +305,24 @@ def build_case(
     compiled: bool = False,
     sample: Sample | None = None,
     rivals: bool = True,
+    device: str = "cpu",
 ) -> Case:
-    """Make the inputs and the contestants: "udakit", and unless without `rivals` "textbook" and the peers."""
+    """Make the inputs and the contestants: "udakit", and unless without `rivals` "textbook" and the peers.
+
+    `device` is where everything lies. A `sample` for another one than the CPU has a generator of that device.
+    """
     if backward and not workload.grad:
         raise NotThere
     torch.manual_seed(SEED)
-    call = workload.example(sample or workload.sample(size, dtype))
+    with torch.device(device):
+        call = moved(workload.example(sample or workload.sample(size, dtype)), device)
     tensors = [x for x in tree_leaves((call.args, call.tensors)) if isinstance(x, Tensor)]
     if dtype == torch.bfloat16 and not any(x.dtype == dtype for x in tensors):
         raise NotThere
     call, inputs = _requiring_gradients(call, workload.grad if backward else ())
 
-    functions, skipped = {"udakit": workload.use(call)}, {}
+    with torch.device(device):
+        functions, skipped = {"udakit": workload.use(call)}, {}
     if rivals and workload.name in TEXTBOOK:
         textbook = TEXTBOOK[workload.name]
         in_full = dtype == torch.bfloat16 and workload.family in ("losses", "contrast")
@@ -341,11 +348,25 @@ def build_case(
     steps = {name: _step(f, call, inputs) for name, f in functions.items()}
     for name in [n for n in steps if n != "udakit"]:
         try:
-            steps[name]()
+            try:
+                steps[name]()
+            except RuntimeError:  # a textbook version makes its constants where `torch.set_default_device` puts them
+                if device == "cpu":
+                    raise
+                steps[name] = _by_default_on(device, steps[name])
+                steps[name]()
         except Exception as error:  # a rival that cannot take the dtype, or cannot be compiled, is a finding
             skipped[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error) else ''}"
             del steps[name]
     return Case(steps, skipped, moved_bytes(call, steps["udakit"](), inputs))
+
+
+def _by_default_on(device: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    def there() -> Any:
+        with torch.device(device):
+            return call()
+
+    return there
 
 
 def _in_float32(function: Callable[..., Any]) -> Callable[..., Any]:

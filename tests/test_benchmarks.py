@@ -330,6 +330,7 @@ def test_the_pages_have_all_sections() -> None:
         "highres": "losses",
         "gpu cost": "gpu",
         "gpu step": "gpu",
+        "gpu clock": "gpu",
         "distributed": "processes",
     }
     for name, page in sections.items():

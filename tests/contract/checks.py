@@ -93,16 +93,20 @@ def make(op: Operation, **sample: Any) -> Example:
     return Example(op, leaves, spec, roles, tuple(grad))
 
 
-def run(ex: Example, *, seed: int | None = 0, function: Callable[..., Any] | None = None) -> list[Tensor]:
+def run(
+    ex: Example, *, seed: int | None = 0, function: Callable[..., Any] | None = None, draws_on: str = "cpu"
+) -> list[Tensor]:
     """Call the operation (or `function` in its place) and return the tensors of the result."""
     call = ex.call()
     function = function or ex.op.function
     options = call.options if function is ex.op.function else {}
-    return outputs(function, call, options, seed)
+    return outputs(function, call, options, seed, draws_on)
 
 
-def outputs(function: Callable[..., Any], call: Call, options: dict[str, Any], seed: int | None) -> list[Tensor]:
-    extra = {"generator": None if seed is None else torch.Generator().manual_seed(seed)}
+def outputs(
+    function: Callable[..., Any], call: Call, options: dict[str, Any], seed: int | None, draws_on: str = "cpu"
+) -> list[Tensor]:
+    extra = {"generator": None if seed is None else torch.Generator(draws_on).manual_seed(seed)}
     extra = extra if takes_generator(function) else {}
     result = function(*call.args, **call.tensors, **{**options, **extra})
     return [x for x in tree_leaves(result) if isinstance(x, Tensor)]
@@ -117,11 +121,12 @@ def gradients(out: list[Tensor], ex: Example) -> list[Tensor]:
     """Gradients of a fixed, uneven combination of the float outputs (a plain sum hides what adds up to a constant)."""
     if not ex.grad:
         return []
-    total = torch.zeros((), dtype=torch.float64)
     reached = [x for x in out if x.requires_grad]
     assert reached, f"{ex.op.name}: no output requires grad; an operation that detaches declares grad=()"
+    on: dict[str, Any] = {"dtype": torch.float64, "device": reached[0].device}
+    total = torch.zeros((), **on)
     for x in reached:
-        weights = torch.arange(1, x.numel() + 1, dtype=torch.float64).cos().reshape(x.shape) if x.ndim else 1.0
+        weights = torch.arange(1, x.numel() + 1, **on).cos().reshape(x.shape) if x.ndim else 1.0
         total = total + (x.double() * weights).sum()
     found = torch.autograd.grad(total, ex.inputs(), allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, ex.inputs(), strict=True)]

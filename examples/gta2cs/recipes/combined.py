@@ -197,7 +197,8 @@ class Combined(Recipe):
         self.done += 1
         if self.kept < 0 and self.done >= self.trial_steps:
             self.decide()
-        self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
+        for place, number in zip(self.progress, (self.done, self.trial_steps, self.kept), strict=True):
+            place.fill_(number)  # a GPU need not be waited for, as for a new tensor
 
     def decide(self) -> None:
         """Score the candidates, teachers as they label, students once they differ, and keep the best."""
