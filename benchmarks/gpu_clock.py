@@ -43,7 +43,7 @@ from benchmarks.harness import (
 )
 from benchmarks.step_overhead import ROWS, Clock, Step
 from benchmarks.workloads import SIZES, Workload, build_case
-from contract.devices import no_waiting
+from contract.devices import captured
 
 CARD = "card"  # key of the row that describes it
 STEP, COMPILED = "step/", "/compiled"
@@ -99,15 +99,8 @@ def busy_milliseconds(call: Callable[[], Any], device: str) -> tuple[float | Non
     """The median time of a replayed graph of the call; or None, and why there is no graph."""
     if device == "cpu":
         return None, "no card"
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(side), no_waiting():  # what waits would spoil the capture
-            call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
+        graph, _ = captured(call)
         graph.replay()
         return statistics.median(milliseconds(graph.replay, device)), ""
     except Exception as error:
@@ -264,7 +257,6 @@ def run(device: str, size: str, results: Results, *, limit: float, again: bool) 
             f"{results.path} was measured on {known['name']} at size {known['size']}; here it is {device_name(device)} "
             f"at size {size}. Give --again, or another --results."
         )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if CARD not in results:
         results.add(CARD, describe(device, size))
     found = {w.name: w for w in rows()}
@@ -276,7 +268,8 @@ def run(device: str, size: str, results: Results, *, limit: float, again: bool) 
         row = measure(key, found, device, size)
         results.add(key, row)
         print(f"{time.perf_counter() - began:5.0f} s  {key}: {said(row)}", flush=True)
-        gc.collect()
+        if key.startswith(STEP):
+            gc.collect()
         if device != "cpu":
             torch.cuda.synchronize()  # a card that is broken by now stops the run here; the row is kept
 
@@ -337,8 +330,9 @@ def steps_table(results: Results) -> str:
     ]
     head = ["step", "net passes", "ms", "net-only ms", "outside the nets", "peak GiB", "net-only peak GiB"]
     return (
-        "### Whole steps, measured\n\nBatches of 2 + 2 images, eager, float32, with the optimiser. Peaks are beyond "
-        "the nets and the optimiser's state.\n\n" + markdown_table(head, lines)
+        "### Whole steps, measured\n\nBatches of 2 + 2 images, eager, with the optimiser, float32 as torch computes "
+        "it by default (convolutions in TF32). Peaks are beyond the nets and the optimiser's state.\n\n"
+        + markdown_table(head, lines)
     )
 
 

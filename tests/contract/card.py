@@ -25,7 +25,7 @@ from contract.checks import (
     run_with_gradients,
     takes_generator,
 )
-from contract.devices import moved_leaf, no_waiting
+from contract.devices import captured, moved_leaf, no_waiting
 from contract.registry import Operation
 
 DRAWN = {torch.rand, torch.randint, torch.randn, torch.randperm}
@@ -108,16 +108,7 @@ def is_captured(op: Operation) -> None:
         out = run(ex, seed=None)
         return [x.detach() for x in out], gradients(out, ex)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        both()
-        with no_waiting():  # what waits fails here, and not in the middle of a capture
-            both()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value, gradient = both()
+    graph, (value, gradient) = captured(both)
     with torch.no_grad():
         for place, x in zip(ex.leaves, other.leaves, strict=True):
             if isinstance(place, Tensor):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from contract.registry import Call
+
+T = TypeVar("T")
 
 
 def moved(call: Call, device: str) -> Call:
@@ -44,3 +46,24 @@ def no_waiting() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def captured(call: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of a call, and the results that a replay writes. A call that waits for the card is an error."""
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        call()
+        with no_waiting():  # what waits fails here, and not in the middle of the capture
+            call()
+    current.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            result = call()
+    except BaseException:  # a capture that fails leaves its stream and the state of the default generator behind
+        torch.cuda.set_stream(current)
+        default = torch.cuda.default_generators[torch.cuda.current_device()]
+        default.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
+        raise
+    return graph, result
