@@ -306,9 +306,11 @@ def build_case(
     sample: Sample | None = None,
     rivals: bool = True,
     device: str = "cpu",
+    backend: str = "inductor",
 ) -> Case:
     """Make the inputs and the contestants: "udakit", and unless without `rivals` "textbook" and the peers.
 
+    `backend` is that of the compiled calls.
     `device` is where everything lies. A `sample` for another one than the CPU has a generator of that device.
     """
     if backward and not workload.grad:
@@ -331,7 +333,7 @@ def build_case(
         skipped["textbook"] = NO_TEXTBOOK.get(workload.name, "not written yet")
     if compiled:
         eager = functions.get("textbook")
-        functions = {k: torch.compile(f, fullgraph=k == "udakit") for k, f in functions.items()}
+        functions = {k: torch.compile(f, fullgraph=k == "udakit", backend=backend) for k, f in functions.items()}
         if eager is not None:
             functions["textbook, eager"] = eager
     elif rivals:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import gpu_cost, gpu_step, harness, kernels
+from benchmarks import gpu_cost, gpu_step, harness, kernels, workloads
 from contract.checks import NoHostRead, needs_fake_cuda
 
 pytestmark = needs_fake_cuda
@@ -131,6 +131,22 @@ def test_groups_wait_for_each_other_without_a_circle() -> None:
 
     cost = counted(call, (64, 64), compiled=True)
     assert cost.launches == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", gpu_cost.DEFAULTS)
+def test_a_call_with_default_options_compiles(name: str) -> None:
+    """One graph, which the contract asks of the options of its examples only; what draws is compared by its shapes."""
+    workload = ROWS[name + gpu_cost.MARK]
+    plain, compiled = (
+        workloads.build_case(workload, "tiny", compiled=how, rivals=False, backend="aot_eager").contestants["udakit"]
+        for how in (False, True)
+    )
+    draws = name in ("ClassMix", "StrongAugment")
+    for found, expected in zip(compiled(), plain(), strict=True):
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        if not draws:
+            torch.testing.assert_close(found, expected)
 
 
 # --- a step ---------------------------------------------------------------------------------------
