@@ -76,7 +76,7 @@ def table(results: Results) -> str:
     if not lines:
         return "Not measured yet."
     head = ["processor time in ms", "processes", "fastest", "median", "slowest", "slowest / fastest"]
-    return f"{markdown_table(head, lines)}\n\nWanted: at most {WANTED:g}. Bold: more."
+    return f"{markdown_table(head, lines)}\n\nAt most {WANTED:g} is wanted; more is bold."
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -181,11 +181,14 @@ CONSTANT = (
 )
 # Entries whose code is that of other rows, one after another.
 ELSEWHERE = {
-    "StrongAugment": "draw_strong_augment, then strong_augment",
+    "StrongAugment": "it calls `draw_strong_augment` and `strong_augment`, which have rows",
     "ClassPrototypes": "its methods have rows",
-    "ClassDistributions": "its update has a row",
-    "EMATeacher": "its update has a row; calling it is calling the net",
-    **dict.fromkeys(("mirror_view", "shift_view", "crop_view", "rotation_view"), "what view_consistency is given"),
+    "ClassDistributions": "its `update` has a row",
+    "EMATeacher": "its `update` has a row, and a call costs what the net costs",
+    **dict.fromkeys(
+        ("mirror_view", "shift_view", "crop_view", "rotation_view"),
+        "it is part of the row of `view_consistency`",
+    ),
 }
 
 

@@ -26,6 +26,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 FORMULA = re.compile(r'<(div|span) class="arithmatex">\\([\[(])(.*?)\\[\])]</\1>', re.DOTALL)
 ARG = re.compile(r"\\arg(?![a-z])")  # latex2mathml prints it as it stands
+UNBROKEN = re.compile(r"(?<=[\d>]) ± (?=\d)|(?<=\d) %(?=\W)")  # a number stays on the line of its spread or unit
 COMMAND = re.compile(r"\\(?:[A-Za-z]+|.)")
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 SOURCE = re.compile(r"\]\((?:\.\./)+((?:examples|benchmarks|tests|\.ci)/[\w./-]+|Dockerfile|CONTRIBUTING\.md)\)")
@@ -130,7 +131,7 @@ def indent(line: str) -> int:
 
 def on_page_content(html: str, **_: Any) -> str:
     """Called by mkdocs with each page, after Markdown."""
-    html = re.sub(r"(?<=\d) %(?=\)(</strong>)?</td>)", "\u00a0%", html)  # "(8 %)" of a table stays on one line
+    html = UNBROKEN.sub(lambda m: m[0].replace(" ", "\u00a0"), html)
     return FORMULA.sub(_mathml, html)
 
 

@@ -23,14 +23,14 @@ from torch import Tensor, nn
 IGNORE = 255
 TEXTBOOK: dict[str, Callable[..., Any]] = {}
 NO_TEXTBOOK = {
-    "binary_logits": "it puts zeros beside the logits in one concatenation, as everybody writes it",
-    "binary_probabilities": "it puts 1 - p beside p in one concatenation, as everybody writes it",
-    "draw_token_mask": "it draws one number a token: there is nothing to compute",
-    "adapt_batch_norm": "it is forward passes of a net, whose time is that of the net",
-    "draw_detail_box": "it draws two numbers an image: there is nothing to compute",
-    "draw_strong_augment": "it draws ten numbers an image: there is nothing to compute",
-    "check_images": "it reads the lowest and the highest value of a loader's first batch, once",
-    "RareClassSampler": "it draws image numbers on the host, microseconds each, beside the reading of an image",
+    "binary_logits": "it concatenates zeros and the logits, as the textbook would",
+    "binary_probabilities": "it concatenates 1 - p and p, as the textbook would",
+    "draw_token_mask": "it only draws one random number for each token",
+    "adapt_batch_norm": "its time is that of the net's forward passes",
+    "draw_detail_box": "it only draws two random numbers for each image",
+    "draw_strong_augment": "it only draws ten random numbers for each image",
+    "check_images": "it runs once, on the first batch of a loader",
+    "RareClassSampler": "it draws an image number in microseconds, far less than it takes to read the image",
 }
 
 
