@@ -127,11 +127,9 @@ def crop_detail(x: Shaped[Tensor, "n ..."], box: DetailBox) -> Shaped[Tensor, "n
             f"Expected `x` to hold {len(box.start)} maps of the size {box.image} of `box`, but got {shape_of(x)}."
         )
     check_device("box", box.start, x, "x")
-    first = x.ndim - spatial
-    for axis, side in enumerate(box.size):
-        place = box.start[:, axis : axis + 1] + torch.arange(side, device=x.device)
-        x = gather_axis(x, first + axis, place)
-    return x
+    places = [box.start[:, axis : axis + 1] + torch.arange(side, device=x.device) for axis, side in enumerate(box.size)]
+    pixels = gather_pixels(x.flatten(-spatial), joint(places, box.image))
+    return pixels.view(*x.shape[:-spatial], *box.size)
 
 
 def check_box(box: DetailBox) -> None:
@@ -148,10 +146,14 @@ def check_box(box: DetailBox) -> None:
         )
 
 
-def gather_axis(x: Tensor, axis: int, place: Tensor) -> Tensor:
-    """Pick the positions `place` (N, L) along an axis of x (N, ...), different ones in each image."""
-    view = [1] * x.ndim
-    view[0], view[axis] = place.shape
-    shape = list(x.shape)
-    shape[axis] = place.shape[1]
-    return x.gather(axis, place.view(view).expand(shape))
+def joint(places: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Positions (N, L) in the flattened map, from those along each axis, (N, L_i); `sizes` are the sides of the map."""
+    flat = places[0]
+    for place, size in zip(places[1:], sizes[1:], strict=True):
+        flat = torch.add(place.unsqueeze(1), flat.unsqueeze(2), alpha=size).flatten(1)
+    return flat
+
+
+def gather_pixels(x: Tensor, place: Tensor) -> Tensor:
+    """Pick the positions `place` (N, L) of x (N, P) or (N, K, P), different ones in each image."""
+    return x.gather(-1, place if x.ndim == 2 else place.unsqueeze(1).expand(-1, x.shape[1], -1))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_device, check_maps, check_same_shape, check_scores, shape_of
 from udakit._reduce import interpolate, upcast
-from udakit.resolution.detail import DetailBox, check_box, gather_axis
+from udakit.resolution.detail import DetailBox, check_box, gather_pixels, joint
 
 
 def fuse_scales(
@@ -74,7 +75,7 @@ def fuse_scales(
         size = tuple(i * d // s for i, d, s in zip(box.image, detail.shape[2:], box.size, strict=True))
         attention = torch.where(_inside(box, context.shape[2:]), attention, 0)
         detail = _in_place(detail, box, size)
-    return interpolate(attention, size) * detail + interpolate((1 - attention) * context, size)
+    return torch.addcmul(interpolate((1 - attention) * context, size), interpolate(attention, size), detail)
 
 
 def _check_fits(box: DetailBox, context: Tensor) -> None:
@@ -100,13 +101,17 @@ def _inside(box: DetailBox, size: tuple[int, ...]) -> Tensor:
 
 def _in_place(detail: Tensor, box: DetailBox, size: tuple[int, ...]) -> Tensor:
     """The detail logits at their position in a map of the whole image, which is 0 elsewhere."""
+    places, outside = [], torch.zeros([1] * (len(size) + 2), dtype=torch.bool, device=detail.device)
     for axis, (cells, image) in enumerate(zip(size, box.image, strict=True)):
         side = detail.shape[axis + 2]
         place = torch.arange(cells, device=detail.device) - box.start[:, axis : axis + 1] * cells // image
-        within = (place >= 0) & (place < side)
-        detail = gather_axis(detail, axis + 2, place.clamp(0, side - 1))
-        detail = torch.where(_along(within, axis, len(size)), detail, 0)
-    return detail
+        inner = place.clamp(0, side - 1)
+        outside = outside | _along(place != inner, axis, len(size))
+        places.append(inner)
+    # One pass: a position outside points to a pixel of zeros that is put behind the others.
+    pixels = F.pad(detail.flatten(2), (0, 1))
+    place = joint(places, detail.shape[2:]).masked_fill_(outside.flatten(1), pixels.shape[2] - 1)
+    return gather_pixels(pixels, place).view(*detail.shape[:2], *size)
 
 
 def _along(x: Tensor, axis: int, spatial: int) -> Tensor:

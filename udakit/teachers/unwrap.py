@@ -70,11 +70,11 @@ def named_state(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tenso
     model = without_wrappers(model)
     if isinstance(model, torch.jit.ScriptModule):
         saved = model.state_dict()
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            yield prefix + name, parameter, True
-        for name, buffer in model.named_buffers(remove_duplicate=False):
+        for name, weight in model.named_parameters(remove_duplicate=False):
+            yield prefix + name, weight, True
+        for name, x in model.named_buffers(remove_duplicate=False):
             if name in saved:
-                yield prefix + name, buffer, False
+                yield prefix + name, x, False
         return
     for name, parameter in model._parameters.items():
         if parameter is not None:

@@ -17,7 +17,7 @@ from udakit._checks import (
     check_range,
     check_scores,
 )
-from udakit._reduce import KINDS, Kind, class_ids, upcast
+from udakit._reduce import BLOCK, KINDS, LOG_2, Kind, class_ids, exp_, is_large, plain, top_class, upcast
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.pseudo_labels.class_quantile import _BITS
 
@@ -110,8 +110,9 @@ class ConfidenceThreshold(FullPrecisionState):
             TypeError: a tensor has the wrong dtype.
             ValueError: the shapes or devices do not match.
         """
-        predicted, bins = self._bins(logits)
+        bins, sound = self._bins(logits)
         check_labels_like(labels, logits)
+        predicted = top_class(logits.detach()).where(sound, -1)
         ids = class_ids(labels, logits.shape[1], self.ignore_index)
         counts = torch.cat([self._count(bins, ids < logits.shape[1]), (predicted == ids).sum().view(1)])
         counts = sum_ranks(counts) if sync else counts
@@ -135,27 +136,25 @@ class ConfidenceThreshold(FullPrecisionState):
             TypeError: `logits` is not a float tensor, or `valid` is not bool.
             ValueError: the shapes or devices do not match.
         """
-        _, bins = self._bins(logits)
+        bins, _ = self._bins(logits)
         if valid is not None:
             check_mask_like(valid, logits)
         counts = self._count(bins, torch.ones_like(bins, dtype=torch.bool) if valid is None else valid).double()
         return ((counts * self._share()).sum() / counts.sum()).float()
 
     def _bins(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The bin of each pixel, and whether its confidence is a number."""
         check_scores("logits", logits, self.kind)
         check_device("histogram", self.histogram, logits, "logits")
-        top, predicted = logits.detach().max(1)
         if self.kind == "probabilities":
-            doubt = 1 - upcast(top)
+            doubt = 1 - upcast(logits.detach()).amax(1)
         else:
             scores = upcast(logits.detach()).mul(1 / self.temperature)
-            others = scores.sub_(scores.amax(1, keepdim=True)).exp_()
-            total = others.sum(1)
+            total = exp_(scores.sub_(scores.amax(1, keepdim=True))).sum(1)
             doubt = (total - 1).clamp_min(0) / total  # 1 - s, without the rounding of s to 1
         depth = -torch.log2(doubt.clamp(0, 1)) * (self.bins / _BITS)
         sound = ~depth.isnan()
-        bins = depth.nan_to_num(0.0).clamp(0, self.bins - 1).long()
-        return predicted.where(sound, -1), bins
+        return depth.nan_to_num(0.0).clamp(0, self.bins - 1).long(), sound
 
     def _count(self, bins: Tensor, where: Tensor) -> Tensor:
         counts = torch.zeros(self.bins, dtype=torch.int64, device=bins.device)
@@ -223,14 +222,37 @@ def fit_temperature(
     ids = class_ids(labels, logits.shape[1], ignore_index)
     known = ids < logits.shape[1]
     scores = upcast(logits.detach())
-    scores = (scores - scores.amax(1, keepdim=True)).clamp_min(-1e30)  # 0 * -inf is NaN
+    scores = (scores - scores.amax(1, keepdim=True)).clamp_min_(-1e30)  # 0 * -inf is NaN
     target = scores.gather(1, ids.where(known, 0).unsqueeze(1)).squeeze(1)
+    # The derivative with respect to 1 / T, which is positive if T is too small.
+    slope_at = _slope_by_blocks if is_large(scores) else _slope
     ends = torch.full((2,), low, dtype=scores.dtype, device=scores.device).log()
     ends[1:].fill_(high).log_()
     for _ in range(24):
         middle = ends.mean()
-        p = (scores / middle.exp()).softmax(1)
-        # The derivative with respect to 1 / T, which is positive if T is too small.
-        slope = torch.where(known, (p * scores).sum(1) - target, 0).sum()
+        slope = slope_at(scores, target, known, middle.exp())
         ends = torch.where(torch.stack([slope > 0, slope <= 0]), middle, ends)
     return torch.where(known.any(), ends.mean().exp(), min(max(1.0, low), high)).float()
+
+
+def _slope(scores: Tensor, target: Tensor, known: Tensor, temperature: Tensor) -> Tensor:
+    p = (scores / temperature).softmax(1)
+    return torch.where(known, (p * scores).sum(1) - target, 0).sum()
+
+
+def _slope_by_blocks(scores: Tensor, target: Tensor, known: Tensor, temperature: Tensor) -> Tensor:
+    """The same in pieces that stay in the cache of a CPU; the largest score of a pixel is 0."""
+    maps, targets, counted = (plain(x).flatten(start) for x, start in ((scores, 2), (target, 1), (known, 1)))
+    n, c, size = maps.shape
+    pixels = max(BLOCK // c, 1)
+    buffers = maps.new_empty(2, c * min(pixels, size))
+    factor = 1 / (temperature * LOG_2)
+    total = maps.new_zeros(())
+    for i in range(n):
+        for j in range(0, size, pixels):
+            z = maps[i, :, j : j + pixels]
+            weight, product = (x[: z.numel()].view(z.shape) for x in buffers)
+            torch.mul(z, factor, out=weight).exp2_()
+            mean = torch.mul(weight, z, out=product).sum(0).div_(weight.sum(0))
+            total += torch.where(counted[i, j : j + pixels], mean.sub_(targets[i, j : j + pixels]), 0).sum()
+    return total
