@@ -92,12 +92,21 @@ def test_no_step_waits_for_the_card(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dacs", "combined"])
+@pytest.mark.parametrize("name", COUNTED)
 def test_no_step_would_wait(name: str) -> None:
-    """As far as the CPU can tell; its optimiser reads its own counter, which lies on the host in any case."""
+    """As far as the CPU can tell; its optimiser reads its own counter, which lies on the host in any case.
+
+    A tensor made of numbers of the host is no operator to the mode, and is refused by itself.
+    """
     step = step_of(name, "cpu", size=64)
     step.optimizer = mock.Mock()
-    with card.refusing_to_wait("cpu"):
+    refused = mock.Mock(side_effect=AssertionError("a tensor of numbers of the host"))
+    with (
+        card.refusing_to_wait("cpu"),
+        mock.patch.object(torch, "tensor", refused),
+        mock.patch.object(torch, "as_tensor", refused),
+        mock.patch.object(Tensor, "new_tensor", refused),
+    ):
         step.take(Clock())
 
 

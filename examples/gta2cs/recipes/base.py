@@ -46,6 +46,12 @@ class Draws:
         return pytree.tree_map(lambda *parts: torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0], *drawn)
 
 
+def write_numbers(buffer: Tensor, *numbers: int) -> None:
+    """Put numbers into a buffer. A GPU need not be waited for, as it must be to copy a new tensor there."""
+    for place, number in zip(buffer, numbers, strict=True):
+        place.fill_(number)
+
+
 class Shared(NamedTuple):
     """What another student may learn from: the batches of the first one, and the teacher on clean target images."""
 

@@ -26,7 +26,7 @@ from gta2cs.label_free import PRESENT
 from gta2cs.loading import Batch
 from gta2cs.matching import MARGIN
 from gta2cs.nets import param_groups
-from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
+from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, write_numbers
 from gta2cs.recipes.dacs import Dacs
 from gta2cs.recipes.self_training import LEARNED
 from gta2cs.translators import TRANSLATORS
@@ -197,8 +197,7 @@ class Combined(Recipe):
         self.done += 1
         if self.kept < 0 and self.done >= self.trial_steps:
             self.decide()
-        for place, number in zip(self.progress, (self.done, self.trial_steps, self.kept), strict=True):
-            place.fill_(number)  # a GPU need not be waited for, as for a new tensor
+        write_numbers(self.progress, self.done, self.trial_steps, self.kept)
 
     def decide(self) -> None:
         """Score the candidates, teachers as they label, students once they differ, and keep the best."""

@@ -14,7 +14,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from gta2cs.loading import Batch
-from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, Shared
+from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, Shared, write_numbers
 from gta2cs.recipes.contrast import DistributionContrast, PrototypeContrast
 from gta2cs.recipes.rectified import CENTROID_BATCHES, RectifiedLabels
 from gta2cs.recipes.self_training import Selection, TargetStyled
@@ -71,6 +71,8 @@ class Dacs(TargetStyled):
         self.steps, self.done = 0, 0
         if options.share_end is not None:
             self.register_buffer("course", torch.tensor([0, 0]))  # steps done, steps of the stage: for a resumed run
+        wanted = options.feature_distance_classes or list(range(num_classes))
+        self.register_buffer("distance_classes", torch.tensor(wanted), persistent=False)
         dim: int = student.feature_dim  # type: ignore[assignment]
         self.contrasts = nn.ModuleDict()
         if options.contrast > 0:
@@ -181,7 +183,7 @@ class Dacs(TargetStyled):
         super().after_step()
         self.done += 1
         if self.options.share_end is not None:
-            self.course = self.course.new_tensor([self.done, self.steps])
+            write_numbers(self.course, self.done, self.steps)
             self.move_share()
 
     def move_share(self) -> None:
@@ -233,9 +235,7 @@ class Dacs(TargetStyled):
         small = downscale_labels(
             source.labels, source.labels.shape[-1] // features.shape[-1], num_classes=self.num_classes
         )
-        wanted = self.options.feature_distance_classes or list(range(self.num_classes))
-        valid = torch.isin(small, torch.tensor(wanted, device=small.device))
-        return feature_distance_loss(features, reference, valid=valid)
+        return feature_distance_loss(features, reference, valid=torch.isin(small, self.distance_classes))
 
 
 def pseudo_loss(output: Any, pseudo: PseudoLabels | SegBatch, kind: str = "cross_entropy") -> Tensor:
