@@ -17,7 +17,7 @@ import predict
 import train_gta2cs
 from gta2cs import config as options
 from gta2cs.options import read_yaml
-from gta2cs.tracking import flat
+from gta2cs.tracking import flat, start_tracking
 from tiny import tiny_net
 
 
@@ -183,6 +183,18 @@ def test_a_missing_tracker_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(accelerator, "filter_trackers", lambda *_: [])
     with pytest.raises(ModuleNotFoundError, match=r"Expected the package of `log_with: wandb` .*: pip install wandb"):
         train_gta2cs.main(tiny(tmp_path, log_with="wandb"))
+
+
+def test_a_tracker_that_does_not_open_says_why_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class ForeignError(Exception):
+        pass
+
+    def refuse(*_: object, **__: object) -> None:
+        raise ForeignError("no account")
+
+    monkeypatch.setattr(train_gta2cs.Accelerator, "init_trackers", refuse)
+    with pytest.raises(ValueError, match=r"^Cannot open the tracker of `log_with: tensorboard`: no account$"):
+        start_tracking(train_gta2cs.Accelerator(), train_gta2cs.Config(out=tmp_path, log_with="tensorboard"))
 
 
 def test_settings_are_flat_and_plain() -> None:

@@ -30,7 +30,10 @@ def start_tracking(accelerator: Accelerator, config: Config) -> None:
     if config.log_with == "none":
         return
     own = {"wandb": {"dir": str(config.out), "name": config.out.name}, "mlflow": {"run_name": config.out.name}}
-    accelerator.init_trackers(PROJECT, config=flat(plain(config)), init_kwargs=own)
+    try:
+        accelerator.init_trackers(PROJECT, config=flat(plain(config)), init_kwargs=own)
+    except Exception as error:  # of the tracker's own kind: no account, no network, a place that it does not take
+        raise ValueError(f"Cannot open the tracker of `log_with: {config.log_with}`: {error}") from error
 
 
 class Tracking:
