@@ -30,9 +30,11 @@ def upcast(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def exp_(x: Tensor) -> Tensor:
-    """`x.exp_()`, computed with `exp2_` on the CPU; on a GPU the extra pass would not pay off."""
-    return x.mul_(1 / LOG_2).exp2_() if x.device.type == "cpu" else x.exp_()
+def exp_(x: Tensor, factor: float = 1.0) -> Tensor:
+    """`(factor * x).exp_()` in place, computed with `exp2_` on the CPU; on a GPU a pass for it would not pay off."""
+    if x.device.type == "cpu":
+        return x.mul_(factor / LOG_2).exp2_()
+    return x.exp_() if factor == 1 else x.mul_(factor).exp_()
 
 
 def plain(x: Tensor) -> Tensor:

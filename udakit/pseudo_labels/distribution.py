@@ -24,6 +24,7 @@ from udakit._checks import (
 )
 from udakit._reduce import KINDS, Kind, class_ids, upcast
 from udakit._state import FullPrecisionState, sum_ranks
+from udakit.pseudo_labels._renormalise import renormalised
 from udakit.pseudo_labels.adaptive_threshold import batch_shares, check_class_scores
 from udakit.pseudo_labels.selection import expand_valid
 
@@ -72,10 +73,7 @@ def align_distribution(
         check_per_class(name, share, probabilities.shape[1], reference=probabilities, reference_name="probabilities")
     p = upcast(probabilities)
     ratio = source_share.detach().to(p.dtype) / target_share.detach().to(p.dtype).clamp_min(SMALLEST)
-    weighted = p * ratio.view(-1, *[1] * (p.ndim - 2))
-    total = weighted.sum(1, keepdim=True)
-    empty = total <= 0
-    return torch.where(empty, p, weighted / torch.where(empty, 1, total))
+    return renormalised(p, ratio.view(-1, *[1] * (p.ndim - 2)))
 
 
 class DistributionAlignment(FullPrecisionState):

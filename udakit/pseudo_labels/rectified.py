@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_maps, check_range, check_same_shape, check_scores
-from udakit._reduce import Kind, upcast
+from udakit._reduce import Kind, exp_, upcast
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels._by_prototypes import PrototypeSelector
+from udakit.pseudo_labels._renormalise import renormalised
 from udakit.pseudo_labels.selection import others
 
 
@@ -61,15 +62,7 @@ def rectify_probabilities(
     d = torch.where(p > 0, upcast(distances).to(p.dtype), float("inf"))
     nearest = d.detach().amin(1, keepdim=True)
     nearest = torch.where(nearest == float("inf"), 0, nearest)
-    return _weighted(p, torch.exp((nearest - d) / temperature))
-
-
-def _weighted(p: Tensor, weight: Tensor) -> Tensor:
-    """P times weight, renormalised over the classes; `p` where the sum is 0."""
-    product = p * weight
-    total = product.sum(1, keepdim=True)
-    empty = total <= 0
-    return torch.where(empty, p, product / torch.where(empty, 1, total))
+    return renormalised(p, exp_(d.sub_(nearest), -1 / temperature))
 
 
 class RectifiedSelector(PrototypeSelector):
@@ -125,7 +118,7 @@ class RectifiedSelector(PrototypeSelector):
         """The rectified probabilities."""
         near = self.nearness(features, logits.shape[2:], temperature=self.temperature, exclude=self.exclude)
         p = others(logits, kind, self.exclude)
-        return _weighted(p, near.to(p.dtype)), "probabilities"
+        return renormalised(p, near.to(p.dtype)), "probabilities"
 
     def keep(
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None

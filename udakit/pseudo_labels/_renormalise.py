@@ -1,0 +1,82 @@
+"""Class probabilities times a weight, renormalised over the classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from udakit._reduce import BLOCK, first_derivative_only, is_large
+
+
+def renormalised(p: Tensor, weight: Tensor) -> Tensor:
+    """P times weight, divided by the sum over the classes; `p` where the sum is 0.
+
+    `weight` is a map like `p` (N, C, *space), or has one value for each class, (C, 1, ...), and no gradient.
+    """
+    if is_large(p) and type(p) is type(weight) is Tensor:
+        result: Tensor = _Renormalised.apply(p, weight)[0]
+        return result
+    product = p * weight
+    total = product.sum(1, keepdim=True)
+    empty = total <= 0
+    return torch.where(empty, p, product / torch.where(empty, 1, total))
+
+
+class _Renormalised(torch.autograd.Function):
+    """The same in pieces that stay in the cache of a CPU."""
+
+    @staticmethod
+    def forward(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        maps, weights = _flat(p, weight)
+        result, divisor = torch.empty_like(maps), maps.new_empty(len(maps), maps.shape[2])
+        for i, piece in _pieces(maps):
+            z, out = maps[i, :, piece], result[i, :, piece]
+            total = torch.mul(z, weights[i, :, piece], out=out).sum(0)
+            empty = total <= 0
+            divisor[i, piece] = total.masked_fill_(empty, torch.inf)
+            out.div_(total).addcmul_(z, empty.to(z.dtype))
+        return result.view(p.shape), divisor
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        if grad is None:
+            return None, None
+        p, weight, result, divisor = ctx.saved_tensors
+        maps, weights = _flat(p, weight)
+        results, grads = result.flatten(2), grad.reshape(maps.shape)
+        of_p, of_weight = (torch.empty_like(maps) if wanted else None for wanted in ctx.needs_input_grad)
+        for i, piece in _pieces(maps):
+            g, total = grads[i, :, piece], divisor[i, piece]
+            common = g - (g * results[i, :, piece]).sum(0)
+            common.div_(total)  # 0 where the result is `p` itself
+            if of_weight is not None:
+                torch.mul(common, maps[i, :, piece], out=of_weight[i, :, piece])
+            if of_p is not None:
+                out = torch.mul(common, weights[i, :, piece], out=of_p[i, :, piece])
+                out.addcmul_(g, (total == torch.inf).to(g.dtype))
+        return tuple(None if x is None else x.view(p.shape) for x in (of_p, of_weight))  # type: ignore[return-value]
+
+
+def _flat(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (N, C, P)."""
+    n, c = p.shape[:2]
+    maps = p.reshape(n, c, -1)
+    return maps, weight.reshape(n, c, -1) if weight.ndim == p.ndim else weight.reshape(1, c, 1).expand_as(maps)
+
+
+def _pieces(maps: Tensor) -> Iterator[tuple[int, slice]]:
+    """(image, pixels) of each piece of maps (N, C, P)."""
+    pixels = max(BLOCK // maps.shape[1], 1)
+    for i in range(len(maps)):
+        for start in range(0, maps.shape[2], pixels):
+            yield i, slice(start, start + pixels)
