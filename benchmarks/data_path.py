@@ -247,13 +247,14 @@ def table(results: Results) -> str:
     )
     sizes = ", ".join(f"{name} {size:.1f} MB" for name, size in row["megabytes"].items())
     return (
-        f"GTA5 → Cityscapes, {row['batch']} + {row['batch']} crops of {row['crop'][0]} × {row['crop'][1]} a step, "
-        f"rare-class sampling; generated files of true size and format ({sizes} an image), in the page cache.\n\n"
+        f"A step of GTA5 → Cityscapes takes {row['batch']} + {row['batch']} crops of {row['crop'][0]} × "
+        f"{row['crop'][1]} pixels with rare-class sampling. The files are generated, have the size and format of the "
+        f"real ones ({sizes} for each image), and lie in the page cache.\n\n"
         f"{markdown_table(['workers', 'images/s', 'ms a step'], speed)}\n\n"
         "Milliseconds of one image by part, one thread:\n\n"
         f"{markdown_table(['part', 'source', 'target'], by_part)}\n\n"
-        f"How many workers a machine of {CORES} cores of this speed needs, so that the loop does not wait: one worker "
-        f"makes {one:.1f} images/s. {arithmetic} Images that stay decoded in memory (`data.cache`) need none."
+        f"How many workers does a machine with {CORES} such cores need, so that the loop does not wait? "
+        f"One worker reads {one:.1f} images/s. {arithmetic} Images that stay decoded in memory (`data.cache`) need no worker."
     )
 
 

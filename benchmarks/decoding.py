@@ -122,8 +122,8 @@ def table(results: Results) -> str:
     missing = [name for name in WAYS if name not in row["seconds"]]
     left_out = f"\n\nNot installed there: {', '.join(missing)}." if missing else ""
     return (
-        f"PNG of 1024 × 2048 ({row['megabytes']:.1f} MB) to a crop of 512 × 512, processor time of one core, "
-        f"{row['files']} files in turns:\n\n"
+        f"From a PNG file of 1024 × 2048 pixels ({row['megabytes']:.1f} MB) to a crop of 512 × 512: "
+        f"processor time of one core, {row['files']} files in turns.\n\n"
         f"{markdown_table(['decode and crop', 'images/s', 'ms an image', 'quartiles'], lines)}{left_out}"
     )
 

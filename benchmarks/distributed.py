@@ -170,7 +170,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
         differences = [f"{found[n][name]['largest_difference']:.1g}" for n in sorted(found, key=int)]
         calls = "0" if collective is None else f"1 `{collective}`"
         rows.append([f"`{name}`", calls, own, f"{round(traffic(collective, size, SHOWN)):,}", *differences])
-    note = f"C = {CLASSES}, D = {DIM}, bins = {BINS}; integer state is equal to the bit."
+    note = f"Measured with C = {CLASSES}, D = {DIM} and {BINS} bins. Integer state agrees bit by bit."
     return f"{markdown_table(head, rows)}\n\n{note}"
 
 

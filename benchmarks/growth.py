@@ -174,13 +174,14 @@ def summarize(results: Results, pictures: list[Path]) -> str:
     name, axis, limit = WANTED_MEMORY
     got = fitted.get(name, {}).get(axis, {}).get("memory_slope")
     wanted = (
-        f"Wanted: memory of `{name}` linear in the {axis}, slope ≤ {limit}; got {'–' if got is None else f'{got:.2f}'}."
+        f"The memory of `{name}` should grow linearly with the {axis}, with a slope of at most {limit}. "
+        f"Measured: {'–' if got is None else f'{got:.2f}'}."
     )
     parts = [f"![{p.stem.replace('_', ' ')}](../pictures/{p.name})" for p in pictures]
-    base = ", ".join(f"{v} {k}" for k, v in BASE.items())
+    base = "{pixels} pixels, {classes} classes, a batch of {batch} and width {width}".format(**BASE)
     parts.append(
-        f"One axis moves, the others stay at {base}. Exponents of time / memory over the last {FITTED} points of each "
-        "axis: 1 is linear, 2 quadratic, and below 1 a fixed cost still shows."
+        f"Each column varies one quantity and keeps the others at {base}. It has the exponents of time and memory, "
+        f"fitted to the last {FITTED} points: 1 is linear, 2 is quadratic, and below 1 a fixed cost still shows."
     )
     return "\n\n".join([*parts, markdown_table(["operation, time / memory", *AXES], rows), wanted])
 

@@ -257,9 +257,10 @@ def loss_table(results: Results) -> str:
     head = [text for size in sizes for text in (f"{size}: ms", "peak extra MiB")]
     lines = [[loss, *(x for size in sizes for x in cells(by_place.get((size, loss))))] for loss in losses]
     return (
-        f"The contrasts work at stride {STRIDE}; the supervised contrast, which is not EHTDI's, on features of width "
-        f"{WIDTH} with {ANCHORS} anchors a class. A step has cross-entropy three times, the boundary term and the "
-        f"shrinking twice, each contrast once.\n\n{markdown_table(['forward and backward', *head], lines)}"
+        f"The contrasts work at stride {STRIDE}. The supervised contrast, which EHTDI does not use, takes features of "
+        f"width {WIDTH} with {ANCHORS} anchors for each class. One step of EHTDI computes cross-entropy three times, "
+        "the boundary term and the shrinking twice, and each contrast once.\n\n"
+        f"{markdown_table(['forward and backward', *head], lines)}"
     )
 
 

@@ -268,8 +268,8 @@ def table(results: Results) -> str:
         other = f"\n\nOne step of one batch in other ways:\n\n{markdown_table(['one thread', 'ms'], found)}"
     return (
         f"{markdown_table(['seconds (share)', *rows], body)}\n\n"
-        f"Measured with {steps} steps of each stage and one evaluation after each, multiplied to the whole job; "
-        f"{kinds}. Parts under half a percent are left out."
+        f"Measured with {steps} steps and one evaluation of each stage, and scaled to the whole job. "
+        f"The column {kinds}. Parts under half a percent are left out."
         f"{other}"
     )
 

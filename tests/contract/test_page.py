@@ -87,31 +87,31 @@ def page() -> str:
         "\n\n".join(
             [
                 "# The contract",
-                "Every public operation is held to the same checks. "
-                f"The registry in `tests/contract/` has {len(operations)} entries; each check runs over all.",
+                "Every public operation passes the same checks. "
+                f"The registry in `tests/contract/` has {len(operations)} entries, and each check runs over all.",
                 "## What is checked",
-                "*Entries* are those that a check is not exempt from. "
-                "A check skips an entry in which it finds nothing to look at, and says so.",
+                "The column *entries* counts those that are not exempt. "
+                "A check that has nothing to look at in an entry skips it and says so.",
                 table(["check", "what must hold", "entries", "exempt"], counted),
-                "Large maps are worked on by other means on the CPU, in blocks or by operations on bits. "
-                f"Six checks run over these, too: {', '.join(f'`{check}`' for check in OF_LARGE_MAPS)}.",
+                "On the CPU, large maps take other code: blocks, or operations on bits. "
+                f"Six checks run over that code, too: {', '.join(f'`{check}`' for check in OF_LARGE_MAPS)}.",
                 "## Nets, images and tensors of any kind",
                 f"- **Dimensions**: {filled['space']} entries take maps. "
-                "One or three spatial axes give what two give, or are refused by name.\n"
-                f"- **Subclasses of Tensor**: {filled['subclass']} entries, values and gradients.\n"
+                "With one or three spatial axes they give what they give with two, or refuse them by name.\n"
+                f"- **Subclasses of Tensor**: {filled['subclass']} entries pass them through, values and gradients.\n"
                 f"- **One channel of logits or probabilities**: {filled['one_channel']} entries refuse it and name "
                 "`binary_logits` or `binary_probabilities`.\n"
-                f"- **NaN and infinities where nothing counts**: {filled['nan_outside']} entries, three values each: "
-                "the same values and gradients as without.\n"
-                f"- **Wrong options**: {values} calls and constructors with one wrong value each are refused by name. "
-                "The column has their number.",
+                f"- **NaN and infinities where nothing counts**: {filled['nan_outside']} entries have the same values "
+                "and gradients as without them.\n"
+                f"- **Wrong options**: {values} calls and constructors with one wrong value are refused by name. "
+                "The last column counts them.",
                 table(
                     ["entry", "family", "dimensions", "subclass", "one channel", "NaN outside", "wrong options"], lines
                 ),
                 "## What is exempt, and why",
                 "A test fails when an exemption is not needed.",
                 table(["entry", "check", "reason"], exempt),
-                f"Written by `{COMMAND}`.",
+                f"`{COMMAND}` writes this page.",
             ]
         )
         + "\n"
