@@ -254,7 +254,8 @@ def table(results: Results) -> str:
         "Milliseconds of one image by part, one thread:\n\n"
         f"{markdown_table(['part', 'source', 'target'], by_part)}\n\n"
         f"How many workers does a machine with {CORES} such cores need, so that the loop does not wait? "
-        f"One worker reads {one:.1f} images/s. {arithmetic} Images that stay decoded in memory (`data.cache`) need no worker."
+        f"One worker reads {one:.1f} images/s. {arithmetic} "
+        "Images that stay decoded in memory (`data.cache`) need no worker."
     )
 
 
