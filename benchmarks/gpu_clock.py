@@ -52,6 +52,7 @@ ROW_LIMIT = 30  # seconds: a row that compiles, or a textbook version with a loo
 SIDES = {"small": 64, "tiny": 64}  # of the images of a step, where they are not those of `step_overhead.py`
 STEP_BUDGET = 1.0  # seconds for a whole step, and for the nets alone
 WORST = 10
+LOSS = 0.1  # ms
 
 
 # --- the clock ------------------------------------------------------------------------------------
@@ -305,6 +306,7 @@ def table(results: Results, counts: Counts) -> str:
         steps_table(results),
         *(predictions(measured, counts, card) if about["size"] == "large" else []),
         *rivals(measured),
+        *slower(measured),
         operations_table(measured, counts, card),
         *not_measured(results),
     ]
@@ -354,16 +356,28 @@ def predictions(measured: dict[str, dict[str, Any]], counts: Counts, card: Card)
     if not compared:
         return []
     compared.sort(key=lambda found: -found[0])
-    text = [f"The median of clock / roofline is {statistics.median(c[0] for c in compared):.2f} ({len(compared)} rows)"]
+    text = [f"A call takes {spread([c[0] for c in compared])} times its roofline."]
     replayed = [c["busy_ms"] / expected for _, _, expected, c in compared if c["busy_ms"] is not None]
     if replayed:
-        text.append(f"; replayed from a CUDA graph it is {statistics.median(replayed):.2f} ({len(replayed)} rows)")
+        waiting = [c["ms"] / c["busy_ms"] for _, _, _, c in compared if c["busy_ms"] is not None]
+        text.append(
+            f"Replayed from a CUDA graph it takes {spread(replayed)} times. {sum(w > 1.5 for w in waiting)} of "
+            f"{len(waiting)} calls take more than 1.5 times as long as their graph: there the host is too slow."
+        )
     lines = [
         [called(key), f"{expected:.3g}", f"{clock['ms']:.3g}", ms(clock["busy_ms"]), f"{ratio:.2f}"]
         for ratio, key, expected, clock in compared[:WORST]
     ]
     head = ["furthest above", "roofline ms", "ms", "graph ms", "clock / roofline"]
-    return ["### How well the roofline predicts", f"{''.join(text)}.", markdown_table(head, lines)]
+    return ["### How well the roofline predicts", " ".join(text), markdown_table(head, lines)]
+
+
+def spread(ratios: list[float]) -> str:
+    """The median and the middle half."""
+    if len(ratios) < 2:
+        return f"{ratios[0]:.2f}"
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{middle:.2f} (median of {len(ratios)} rows, middle half {low:.2f} to {high:.2f})"
 
 
 def rivals(measured: dict[str, dict[str, Any]]) -> list[str]:
@@ -383,6 +397,25 @@ def rivals(measured: dict[str, dict[str, Any]]) -> list[str]:
         return []
     head = ["ours / textbook's", "median", "rows at most 0.9", "about the same", "rows above 1.1"]
     return ["### Against the textbook versions", markdown_table(head, lines)]
+
+
+def slower(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """Rows where ours takes at least `LOSS` longer, by the call or by its graph."""
+    lines = []
+    for key, row in measured.items():
+        pair = [row["contestants"].get(name) for name in ("udakit", "textbook")]
+        if pair[1] is None:
+            continue
+        lost = {
+            f: pair[0][f] - pair[1][f] for f in ("ms", "busy_ms") if pair[0][f] is not None and pair[1][f] is not None
+        }
+        if max(lost.values()) >= LOSS:
+            cells = [" / ".join(ms(c[f]) for c in pair) for f in ("ms", "busy_ms")]
+            lines.append((-max(lost.values()), [called(key), *cells]))
+    if not lines:
+        return []
+    head = ["ours / textbook's", "ms", "graph ms"]
+    return [f"### Slower by {LOSS} ms or more", markdown_table(head, [line for _, line in sorted(lines)])]
 
 
 def operations_table(measured: dict[str, dict[str, Any]], counts: Counts, card: Card) -> str:

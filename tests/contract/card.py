@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from contract.checks import (
+    COARSER,
     Example,
     NoHostRead,
     assert_equal,
@@ -75,8 +76,9 @@ def agrees(op: Operation, device: str, dtypes: tuple[torch.dtype, ...] = (torch.
             value, gradient = run_with_gradients(there, draws_on=generator_of(op, device))
         if reads(op) is None:
             assert all(x.device.type == torch.device(device).type for x in value), "a result is on another device"
-        assert_equal([x.cpu() for x in value], expected, f"{dtype} on {device}")
-        assert_equal([x.cpu() for x in gradient], expected_gradient, f"gradient, {dtype} on {device}")
+        coarser = COARSER.get(op.name, 1.0)
+        assert_equal([x.cpu() for x in value], expected, f"{dtype} on {device}", coarser=coarser)
+        assert_equal([x.cpu() for x in gradient], expected_gradient, f"gradient, {dtype} on {device}", coarser=coarser)
 
 
 def refusing_to_wait(device: str) -> AbstractContextManager[Any]:

@@ -33,6 +33,9 @@ TOLERANCE = {
     torch.bfloat16: (1.6e-2, 8e-3),
     torch.float16: (2e-3, 1e-3),
 }
+# Operations whose float32 is coarser than that, and by how much; it shows only between devices. Hue is a place of up to
+# 3 turns, known to 2.4e-7. A channel changes six times as fast, and is divided by `std`, which is 0.2 here.
+COARSER = {"strong_augment": 8.0}
 MAPS = ("labels", "valid", "mask", "weight")  # (N, H, W)
 SPATIAL = ("logits", "probabilities", "features", "images", *MAPS)
 SCORES = ("logits", "probabilities")
@@ -138,7 +141,7 @@ def run_with_gradients(ex: Example, **options: Any) -> tuple[list[Tensor], list[
     return [x.detach() for x in out], gradients(out, ex)
 
 
-def assert_equal(actual: list[Tensor], expected: list[Tensor], what: str) -> None:
+def assert_equal(actual: list[Tensor], expected: list[Tensor], what: str, *, coarser: float = 1.0) -> None:
     assert len(actual) == len(expected), f"{what}: {len(actual)} tensors instead of {len(expected)}"
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         rtol, atol = TOLERANCE.get(a.dtype, (0.0, 0.0))
@@ -148,7 +151,7 @@ def assert_equal(actual: list[Tensor], expected: list[Tensor], what: str) -> Non
             a,
             e,
             rtol=rtol,
-            atol=atol * max(scale, 1e-3),
+            atol=coarser * atol * max(scale, 1e-3),
             equal_nan=False,
             msg=lambda m, i=i: f"{what}, tensor {i}: {m}",
         )
