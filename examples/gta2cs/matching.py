@@ -1,8 +1,9 @@
 """Estimate without labels how much larger objects are in the target images, before adaptation begins.
 
 A net contradicts itself least on target images at the scale of its training. The net that adaptation starts from is
-therefore scored on the same unlabelled target images at several scales (mirror consistency times confidence). Source
-crops are then scaled so that they match the target. This is ours; no paper has it.
+therefore scored on the same unlabelled target images at smaller scales (mirror consistency times confidence). Source
+crops are then enlarged so that they match the target. They are never shrunk: a small image leaves little to learn from.
+This is ours; no paper has it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gta2cs.label_free import DEFAULT, LabelFree
 from gta2cs.nets import SegOutput
 
 STEP = math.sqrt(2)  # between neighbouring scales
-REACH = 3  # steps in each direction: 0.35 ... 2.8
+REACH = 3  # steps at most: down to 0.35
 MARGIN = 0.01  # differences of a hundredth say nothing
 WORTH = 0.1  # a scale has to take away a tenth of the contradictions: otherwise images stay as they are
 
@@ -48,7 +49,7 @@ class Rescaled(nn.Module):
 def match_scale(
     score: Callable[[nn.Module, Sequence[float] | None], LabelFree], net: nn.Module
 ) -> tuple[float, dict[float, float]]:
-    """Search, starting from 1, the scale of target images at which the net contradicts itself least.
+    """Search, down from 1, the scale of target images at which the net contradicts itself least.
 
     Args:
         score: scores a net on target images, without labels. It also takes the class shares at scale 1: a class that is
@@ -56,8 +57,8 @@ def match_scale(
         net: the net that adaptation starts from, trained on source.
 
     Returns:
-        The scale, 1 where no other takes away the share `WORTH` of what the score lacks, or both a smaller and a larger
-        one are better than 1 (then the score says something else), and the score at each scale that was tried.
+        The scale, at most 1, and the score at each scale that was tried. It is 1 where no smaller one takes away the
+        share `WORTH` of what the score lacks, or a larger one is better, too (then the score says something else).
     """
     as_is = score(net, None)
     found = {0: as_is.scores[DEFAULT]}
@@ -68,11 +69,10 @@ def match_scale(
         return found[position]
 
     best = 0
-    way = max((-1, 1), key=at)
-    if at(-way) > at(0):
-        way = 0
-    while way and abs(best) < REACH and at(best + way) > at(best):
-        best += way
+    if at(-1) > at(0) >= at(1):
+        best = -1
+        while best > -REACH and at(best - 1) > at(best):
+            best -= 1
     if 1 - at(best) > (1 - WORTH) * (1 - at(0)):
         best = 0
     return STEP**best, {STEP**position: found[position] for position in sorted(found)}
