@@ -394,9 +394,10 @@ def table(results: Results) -> str:
     ]
     batch = next(iter(rows.values()))["batch"]
     return (
-        f"Batches of {batch} + {batch} images on the CPU. Outside the nets: all but their passes forward (up to the "
-        "head's own resolution) and backward, and the optimiser. Net-only step: the same passes without anything "
-        "around them, timed by themselves, as a share of the step. Bold: more than wanted.\n\n"
+        f"Measured on the CPU with batches of {batch} + {batch} images. *Outside the nets* is everything but the "
+        "optimiser and the passes of the nets, backward and forward up to the resolution of the head. A *net-only step* "
+        "has the same passes without anything around them, as a share of the whole step. "
+        "Shares above what is wanted are bold.\n\n"
         f"{markdown_table(head, shares)}\n\nMilliseconds of a step by part, forward and backward:\n\n"
         f"{markdown_table(['step', *parts], by_part)}"
     )
