@@ -395,8 +395,8 @@ def table(results: Results) -> str:
     batch = next(iter(rows.values()))["batch"]
     return (
         f"Measured on the CPU with batches of {batch} + {batch} images. *Outside the nets* is everything but the "
-        "optimiser and the passes of the nets, backward and forward up to the resolution of the head. A *net-only step* "
-        "has the same passes without anything around them, as a share of the whole step. "
+        "optimiser and the passes of the nets, backward and forward up to the resolution of the head. "
+        "A *net-only step* has the same passes without anything around them, as a share of the whole step. "
         "Shares above what is wanted are bold.\n\n"
         f"{markdown_table(head, shares)}\n\nMilliseconds of a step by part, forward and backward:\n\n"
         f"{markdown_table(['step', *parts], by_part)}"
