@@ -207,10 +207,13 @@ def guard(x: Tensor, valid: Tensor | None) -> Tensor:
     """
     if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
         return x
+    if torch.compiler.is_compiling():
+        guarded: Tensor = _CompiledGuard.apply(x, valid)
+        return guarded
     # A pass over a small map is faster than Python code.
-    if x.numel() < LARGE or torch.compiler.is_compiling() or is_transformed():
+    if x.numel() < LARGE or is_transformed():
         return torch.where(valid.unsqueeze(1), x, 0)
-    guarded: Tensor = _Guard.apply(x, valid)
+    guarded = _Guard.apply(x, valid)
     return guarded
 
 
@@ -230,6 +233,19 @@ class _Guard(torch.autograd.Function):
             return select(mask, grad), None
         # Only the loss itself uses the result of `guard`, so nobody else holds the memory of its gradient.
         return zero_where_not_(mask, grad), None
+
+
+class _CompiledGuard(torch.autograd.Function):
+    """The same in a form that torch.compile of torch 2.5 traces. The compiler fuses the `where`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, valid: Tensor) -> Tensor:
+        ctx.save_for_backward(valid)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return torch.where(ctx.saved_tensors[0].unsqueeze(1), grad, 0), None
 
 
 def check_reduction(reduction: str) -> None:
