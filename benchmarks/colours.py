@@ -27,6 +27,7 @@ from benchmarks.harness import markdown_table
 from gta2cs.datasets import Labelled, Unlabelled
 from gta2cs.evaluation import evaluate
 from gta2cs.label_free import DEFAULT, measure
+from gta2cs.recipes.combined import ahead
 from gta2cs.samples import Remembered
 from gta2cs.translators import TRANSLATORS
 
@@ -73,7 +74,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     for key, found in results.items():
         pair, seed = key.split("/")
         cells = [f"{100 * found[style]['score']:.1f} / {found[style]['miou']:.1f}" for style in STYLES]
-        taken = "target's" if found["color"]["score"] >= found["none"]["score"] else "its own"
+        taken = ("its own", "target's")[ahead([found[style]["score"] for style in ("none", "color")])]
         rows.append([f"{adaptation.NAMES[pair]}, seed {seed}", *cells, taken])
     if not rows:
         return "Not measured yet.\n"

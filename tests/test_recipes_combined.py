@@ -202,17 +202,17 @@ class ByBrightness(torch.nn.Module):
         return SimpleNamespace(logits=torch.cat([bright, -bright], 1))
 
 
-@pytest.mark.parametrize("dull", ["source", "target"])
-def test_source_takes_targets_colours_only_where_target_in_those_of_source_is_understood_no_worse(dull, tmp_path):
+@pytest.mark.parametrize("dull", ["source", "target", "neither"])
+def test_source_takes_targets_colours_only_where_target_in_those_of_source_is_understood_better(dull, tmp_path):
     """A net that is surer of images rich in contrast: which domain has the contrast decides."""
     torch.manual_seed(0)
     rich, flat = 0.3 * torch.randn(4, 3, 16, 16), 0.03 * torch.randn(4, 3, 16, 16)
-    source, target = (flat, rich) if dull == "source" else (rich, flat)
+    source, target = {"source": (flat, rich), "target": (rich, flat), "neither": (flat, flat.flip(0))}[dull]
     recipe = build(candidates={"a": {}, "b": {"translate": "none"}}, shared={"translate": "color"})
     recipe.num_classes, recipe.student = 2, ByBrightness()
     recipe.images = target
     recipe.match_style(source)
-    expected = "none" if dull == "source" else "color"
+    expected = "color" if dull == "target" else "none"
     assert [c.options.translate for c in recipe.candidates.values()] == [expected, "none"]
 
     again = build(candidates={"a": {}, "b": {"translate": "none"}}, shared={"translate": "color"})

@@ -4,7 +4,7 @@ Ours; no paper has it. No fixed setting serves every pair of domains, and fallin
 What tells them apart without a target label is how far a net contradicts itself on the mirror image, times how sure it
 is (docs/families/validation.md). So before the first step the loop finds how much larger things are in target, and
 scales source images to it (gta2cs/matching.py). The same question is asked about colours: source images take those of
-target only where target crops in the colours of source are understood no worse than as they are. Then candidates are
+target only where target crops in the colours of source are understood better than as they are. Then candidates are
 compared on target crops: with `trial` 0 by the labels that their teachers would begin with, which costs no step;
 otherwise they take turns for that share of the steps, a step each, on nets of their own. One goes on. A trial counts
 into the steps of the stage.
@@ -155,7 +155,7 @@ class Combined(Recipe):
 
     @torch.no_grad()
     def match_style(self, source: Tensor) -> None:
-        """Turn `translate` off for candidates that predict worse on target images in the style of the source.
+        """Turn `translate` off for candidates that predict no better on target images in the style of the source.
 
         A net contradicts itself least on images that look like its training images. If target images in the style of
         the source do not look like the source, then source images in the style of the target do not look like the
@@ -168,7 +168,7 @@ class Combined(Recipe):
         for style in asked:
             images = TRANSLATORS[style](self.images, source, self.mean, self.std)
             plain, styled = means_of([[own], [self.consistency(self.student, images)]])
-            taken = bool(self.agree(int(styled >= plain)))
+            taken = bool(self.agree(ahead([plain, styled])))
             self.styled[[other == style for other in styles]] = taken
             found = f"consistency of target {100 * plain:.1f}, in the style of source {100 * styled:.1f}"
             kept = "takes the style of target" if taken else "keeps its own style"
