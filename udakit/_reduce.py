@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from udakit._checks import check_option
+from udakit._checks import check_option, shape_of
 
 Reduction = Literal["mean", "mean_all", "sum", "none"]
 # Defined here and not in the functions, because torch.compile of torch 2.5 does not trace get_args.
@@ -52,9 +52,16 @@ def plain(x: Tensor) -> Tensor:
 _LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
 
 
-def interpolate(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
-    """Linear interpolation of (N, C, *space) to `size`, for one, two or three spatial axes."""
-    return F.interpolate(x, tuple(size), mode=_LINEAR[x.ndim], align_corners=align_corners)
+def interpolate(x: Tensor, size: Sequence[int], *, align_corners: bool = False, name: str = "logits") -> Tensor:
+    """Linear interpolation of (N, C, *space) to `size`, for one, two or three spatial axes; `name` is for the error."""
+    size = tuple(size)
+    if 0 in size:  # F.interpolate refuses it
+        return x.flatten(2)[:, :, :0].view(*x.shape[:2], *size)
+    if 0 in x.shape[2:]:
+        raise ValueError(
+            f"Expected `{name}` to have pixels, since they are interpolated to {size}, but got {shape_of(x)}."
+        )
+    return F.interpolate(x, size, mode=_LINEAR[x.ndim], align_corners=align_corners)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:

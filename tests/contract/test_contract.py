@@ -73,6 +73,32 @@ def test_no_images(op: Operation) -> None:
     assert all(x.isfinite().all() for x in gradients)
 
 
+# What has no value without a pixel is NaN; the nets of these examples, as of users, refuse an image without pixels.
+NAN_WITHOUT_PIXELS = {*NAN_WITHOUT_IMAGES, "consistency_score", "view_consistency", "mirror_consistency"}
+WITH_A_NET = {"EMATeacher", "FeatureTap"}
+
+
+@pytest.mark.parametrize("side", ["h", "w"])
+@every_operation
+def test_no_pixels(op: Operation, side: str) -> None:
+    """A map with a side of 0 passes, with losses of 0, or an argument is refused by name."""
+    if _base(op) in WITH_A_NET:
+        pytest.skip("it is the net that refuses such an image")
+    if side == "w" and _base(op).startswith("upsampled_"):
+        pytest.skip("the example has one column less than half of the width")
+    try:
+        out, gradients = checks.run_with_gradients(checks.make(op, **{side: 0}))
+    except (TypeError, ValueError) as error:
+        if str(error).startswith("Expected `"):
+            return
+        raise
+    if op.kind == "loss":
+        assert all((x == 0).all() for x in out)
+    elif op.name not in NAN_WITHOUT_PIXELS:
+        assert not any(x.isnan().any() for x in out if x.is_floating_point())
+    assert all(x.isfinite().all() for x in gradients)
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("way", ["jvp", "dual"])
 @every_operation

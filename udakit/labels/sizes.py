@@ -100,7 +100,8 @@ def resize_labels(labels: Integer[Tensor, "n *space"], size: Sequence[int]) -> I
 
     Raises:
         TypeError: `labels` are not integers.
-        ValueError: `labels` are not (N, *space), or `size` does not have a positive number for each axis.
+        ValueError: `labels` are not (N, *space) or have no pixels, or `size` does not have a positive number for each
+            axis.
 
     Example:
         >>> resize_labels(torch.tensor([[[1, 26001]]]), (2, 4))
@@ -112,6 +113,8 @@ def resize_labels(labels: Integer[Tensor, "n *space"], size: Sequence[int]) -> I
     single = is_sequence(size) and len(size) == labels.ndim
     hint = " For a single map, add the batch axis with .unsqueeze(0)." if single else ""
     check_size("size", size, labels.ndim - 1, of=f" for `labels` {shape_of(labels)}", hint=hint)
+    if 0 in labels.shape[1:]:
+        raise ValueError(f"Expected `labels` to have pixels to resize, but got {shape_of(labels)}.")
     for axis, new in enumerate(size, 1):
         labels = labels.index_select(axis, _nearest(labels, axis, new))
     return labels

@@ -124,8 +124,8 @@ def match_logits(
             f'but got {shape_of(teacher_logits)}. Pass resize="student" or resize="teacher" to interpolate.'
         )
     if resize == "student":
-        return student, interpolate(teacher, student.shape[2:])
-    return interpolate(student, teacher.shape[2:]), teacher
+        return student, interpolate(teacher, student.shape[2:], name="teacher_logits")
+    return interpolate(student, teacher.shape[2:], name="student_logits"), teacher
 
 
 def check_logits_pair(student_logits: Tensor, teacher_logits: Tensor, teacher_kind: str = "logits") -> None:

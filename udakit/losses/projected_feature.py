@@ -95,14 +95,18 @@ class ProjectedFeatureLoss(nn.Module):
             x = select(valid.unsqueeze(1), x)  # otherwise a NaN outside would enter the gradient of the projection
         weight, bias = upcast(self.projection.weight).to(x.dtype), self.projection.bias
         with full_precision(x):
-            # Without two spatial axes, use a map of one column: the projection works on single pixels.
-            flat = x if x.ndim == 4 else x.flatten(2).unsqueeze(3)
+            # Without two spatial axes, use a map of one column: the projection works on single pixels. Without any
+            # pixel, which conv2d refuses, use one of zeros that is taken away again.
+            empty = 0 in x.shape[2:]
+            flat = x if x.ndim == 4 and not empty else x.flatten(2).unsqueeze(3)
+            flat = F.pad(flat, (0, 0, 0, 1)) if empty else flat
             flat = F.conv2d(flat, weight, None if bias is None else bias.to(x.dtype))
-            x = flat if x.ndim == 4 else flat.view(*flat.shape[:2], *x.shape[2:])
+            flat = flat[:, :, :0] if empty else flat
+            x = flat.view(*flat.shape[:2], *x.shape[2:])
         if x.ndim == reference.ndim and x.shape[2:] != reference.shape[2:] and self.resize == "student":
-            reference = interpolate(reference, x.shape[2:])
+            reference = interpolate(reference, x.shape[2:], name="reference_features")
         elif x.ndim == reference.ndim and x.shape[2:] != reference.shape[2:] and self.resize == "teacher":
-            x = interpolate(x, reference.shape[2:])
+            x = interpolate(x, reference.shape[2:], name="features")
         elif x.shape[0] != reference.shape[0] or x.shape[2:] != reference.shape[2:]:
             hint = ' Pass resize="student" or resize="teacher" to interpolate.' if len(x) == len(reference) else ""
             raise ValueError(

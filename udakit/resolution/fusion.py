@@ -80,6 +80,8 @@ def fuse_scales(
 
 def _check_fits(box: DetailBox, context: Tensor) -> None:
     check_box(box)
+    if 0 in (*box.size, *box.image):
+        raise ValueError(f"Expected `box` to hold pixels, but got a crop of {box.size} out of {box.image}.")
     if len(box.start) != len(context) or len(box.size) != context.ndim - 2:
         raise ValueError(
             f"Expected `box` to have the {len(context)} images of `context_logits` {shape_of(context)}, but got "

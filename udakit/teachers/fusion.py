@@ -153,7 +153,7 @@ def _teacher_maps(logits: Sequence[Tensor], size: Sequence[int] | None, kind: st
         check_device(f"logits[{k}]", x, first, "logits[0]")
         x = upcast(plain(x.detach()))
         if size is not None and tuple(x.shape[2:]) != tuple(size):
-            x = interpolate(x, size)
+            x = interpolate(x, size, name=f"logits[{k}]")
         maps.append(F.softmax(x, dim=1) if kind == "logits" else x)
     return maps
 

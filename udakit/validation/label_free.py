@@ -183,10 +183,12 @@ class LabelFreeScores(FullPrecisionState):
 
     def _add_density(self, maps: Tensor, valid: Tensor | None) -> None:
         n, _, pixels = maps.shape
+        if pixels == 0:
+            return
         device = maps.device
         pick = torch.randint(2**62, (n, self.samples), generator=self.generator, device=device)
         if valid is None:
-            index, some = pick % max(pixels, 1), torch.ones(n, dtype=torch.bool, device=device)
+            index, some = pick % pixels, torch.ones(n, dtype=torch.bool, device=device)
         else:
             # The k-th valid pixel is the first at which the count of valid pixels reaches k + 1.
             so_far = valid.cumsum(1)

@@ -321,6 +321,8 @@ def rotation_view(degrees: float) -> View:
         check_two_dimensional("images", x, "a rotation", "N, K")
         n, _, h, w = x.shape
         values = upcast(x)
+        if 0 in (h, w):  # nothing to turn
+            return values, torch.ones((n, h, w), dtype=torch.bool, device=x.device)
         cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         # Pixel centres, in pixels from the centre of the image. In [-1, 1] this would be a rotation only if H = W.
         down = (torch.arange(h, dtype=values.dtype, device=x.device) - (h - 1) / 2).view(h, 1)
