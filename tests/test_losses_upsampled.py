@@ -87,12 +87,14 @@ def test_distillation_is_that_of_interpolated_logits(
 
 
 @given(
-    seed=st.integers(0, 10_000), low=sizes, high=sizes, align=st.booleans(), chunk_rows=rows,
+    seed=st.integers(0, 10_000), low=sizes, high=sizes, factor=st.integers(0, 4), align=st.booleans(), chunk_rows=rows,
     ignored=st.sampled_from([0, 0.4, 1]),
 )  # fmt: skip
 def test_what_a_gpu_does_at_once_is_what_bands_do(
-    seed: int, low: Any, high: Any, align: bool, chunk_rows: int | None, ignored: float
+    seed: int, low: Any, high: Any, factor: int, align: bool, chunk_rows: int | None, ignored: float
 ) -> None:
+    """A whole map, and a band of rows that are enlarged by a whole number."""
+    high = (factor * low[0] or high[0], high[1])
     x, teacher = draw(seed, (2, 3, *low), (2, 3, *high))
     x.requires_grad_()
     g = torch.Generator().manual_seed(seed)

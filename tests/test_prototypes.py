@@ -11,6 +11,7 @@ from torch import Tensor
 
 import udakit
 from udakit import ClassPrototypes, class_means
+from udakit._reduce import divisor
 from udakit.prototypes import means
 
 seeds = st.integers(0, 2**20)
@@ -362,6 +363,27 @@ def test_pieces_and_whole_maps_agree(dtype: torch.dtype, pixels: int, monkeypatc
     monkeypatch.setattr("udakit.prototypes.means._sums_by_pixel", means._sums_by_product)
     for a, b in zip(in_pieces, run(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("pixels", [5, 1024, 4096, 3 * 1100, 4099])  # 4099 is a prime
+def test_sums_by_product_are_those_by_pixel(pixels: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(2, 3, pixels, generator=g, dtype=torch.float64)
+    ids = torch.randint(5, (2, pixels), generator=g)
+    values[:, :, ::7], ids[:, ::7] = torch.nan, 4  # no class
+    sums = means._sums_by_product(values, ids, 4)
+    torch.testing.assert_close(sums, means._sums_by_pixel(values, ids, 4), rtol=1e-12, atol=1e-12)
+
+
+def test_a_long_sum_compiles_to_one_graph() -> None:
+    features, labels = torch.arange(4096.0).view(1, 1, 64, 64), torch.arange(64).expand(1, 64, 64)
+    compiled = torch.compile(lambda x, y: class_means(x, y, num_classes=64)[0], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(features, labels), class_means(features, labels, num_classes=64)[0])
+
+
+@pytest.mark.parametrize(("count", "parts"), [(1023, 1), (2048, 2), (2**18, 256), (65 * 129, 5), (4099, 1), (0, 1)])
+def test_a_long_sum_is_cut_into_equal_parts(count: int, parts: int) -> None:
+    assert divisor(count, 1024) == parts
 
 
 def test_sums_by_pixel_keep_what_a_long_sum_in_float32_loses() -> None:

@@ -131,6 +131,19 @@ def test_in_pieces(shape: tuple[int, ...], masked: bool, monkeypatch: pytest.Mon
     assert_scores(parts.compute(), textbook(logits, valid), 1e-9)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_short_rows_of_a_gpu(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image cut into rows of its own, as images of a larger batch."""
+    logits = torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    valid = torch.rand(3, 6, 8, generator=torch.Generator().manual_seed(2)) < 0.6 if masked else None
+    monkeypatch.setattr(label_free, "_ROW", 5)
+    maps, inside = label_free._short_rows(logits.flatten(2), None if valid is None else valid.flatten(1))
+    assert maps.shape == (24, 4, 6)
+    module = udakit.LabelFreeScores(4, samples=0)
+    module.update(maps, valid=inside)
+    assert_scores(module.compute(), textbook(logits, valid), 1e-9)
+
+
 def test_ties_go_to_the_first_class() -> None:
     module = udakit.LabelFreeScores(3)
     module.update(torch.tensor([[1.0, 1, 0], [0, 2, 2], [3, 3, 3]]).T.view(1, 3, 3).bfloat16())

@@ -121,6 +121,11 @@ def count_ids(ids: Tensor, bins: int) -> Tensor:
     return counts.scatter_add_(0, ids.flatten(), one.expand(ids.numel()))
 
 
+def divisor(count: int, length: int) -> int:
+    """The largest number up to 512 of equal parts of `count`, each of at least `length`; 1 if there is none."""
+    return next((parts for parts in range(min(count // length, 512), 1, -1) if count % parts == 0), 1)
+
+
 def class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Labels as int64 ids 0..C-1; ignored pixels and unknown ids become C."""
     labels = labels.long()

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from udakit._checks import check_flag, check_ignore_index, check_integer, check_labels_like, check_maps
-from udakit._reduce import class_ids, full_precision, plain, upcast
+from udakit._reduce import class_ids, divisor, full_precision, plain, upcast
 
 __all__ = ["class_means"]
 
@@ -128,11 +128,32 @@ def _sums_by_pixel(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
 def _sums_by_product(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
     """The one-hot matrix product reads the features once, whatever C is.
 
-    Pixels without a class are set to 0 before, because 0 times NaN would make every class NaN.
+    Pixels without a class are set to 0 before, because 0 times NaN would make every class NaN. A GPU has a block of
+    threads for each small result, and would leave a long sum to a single one: the pixels are cut into several sums.
     """
-    members = torch.where((ids < num_classes).unsqueeze(1), values, 0)
+    n, d, pixels = values.shape
+    parts = divisor(pixels, LENGTH)
+    known = (ids < num_classes).unsqueeze(1)
+    if parts == 1:
+        members = torch.where(known, values, 0)
+    else:
+        ids = ids.view(n * parts, pixels // parts)
+        members = _known_in_parts(values, known, parts)
     with full_precision(values):
-        return torch.bmm(_one_hot(ids, num_classes, values.dtype), members.transpose(1, 2))[:, :num_classes]
+        sums = torch.bmm(_one_hot(ids, num_classes, values.dtype), members.transpose(1, 2))
+    return (sums if parts == 1 else sums.view(n, parts, -1, d).sum(1))[:, :num_classes]
+
+
+def _known_in_parts(values: Tensor, known: Tensor, parts: int) -> Tensor:
+    """`values` (N, D, P), 0 where not `known` (N, 1, P), as (N parts, D, P / parts), in a single pass."""
+    n, d, pixels = values.shape
+    cut = (parts, pixels // parts)
+    known, values = (torch.unflatten(x, 2, cut).transpose(1, 2) for x in (known, values))
+    if torch.compiler.is_compiling():  # a compiler writes where it likes, and cannot trace this `out`
+        return torch.where(known, values, 0).reshape(n * parts, d, cut[1])
+    result = values.new_empty(n, parts, d, cut[1])
+    torch.where(known, values, torch.zeros((), dtype=values.dtype, device=values.device), out=result)
+    return result.view(n * parts, d, cut[1])
 
 
 def _one_hot(ids: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:

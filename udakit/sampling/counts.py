@@ -26,7 +26,8 @@ def count_classes(
     """Count the pixels of each class in each image of a data set.
 
     **Convention.** Ids outside 0..C-1, such as the ignored one, are not counted. This function is meant for the start
-    of a run: it reads files and tensors one by one on the CPU.
+    of a run: it reads files and tensors one by one and returns
+    the counts on the CPU.
 
     Args:
         labels: label maps (tensors or arrays of any shape), paths of label images, or a data set of items for `load`.
@@ -69,9 +70,10 @@ def count_classes(
             ) from error
         if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
             raise TypeError(f"Expected `labels` to hold integer maps, but got {ids.dtype} in item {len(rows)}.")
-        ids = ids.flatten().cpu().long()  # a data set is counted once, before training
+        ids = ids.flatten().long()
         inside = (ids >= 0) & (ids < num_classes)
-        rows.append(torch.bincount(torch.where(inside, ids, num_classes), minlength=num_classes + 1)[:num_classes])
+        counts = torch.bincount(torch.where(inside, ids, num_classes), minlength=num_classes + 1)[:num_classes]
+        rows.append(counts.cpu())  # a data set is counted once, before training
         if progress:
             progress(len(rows))
     return torch.stack(rows) if rows else torch.zeros(0, num_classes, dtype=torch.int64)

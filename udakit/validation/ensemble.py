@@ -153,14 +153,17 @@ def _agreement(maps: list[Tensor], kind: str, valid: Tensor | None) -> tuple[Ten
     """The number of pixels at which each agrees, (K,) int64, and of pixels that count, () int64."""
     if valid is not None:
         check_mask_like(valid, maps[0], reference_name="probabilities")
-    total, labels, sound = torch.zeros_like(upcast(maps[0])), [], []
+    total: Tensor | None = None
+    labels, sound = [], []
     for x in maps:
         p = upcast(x)
         p = p.softmax(1) if kind == "logits" else p
         finite = p.sum(1).isfinite()
-        total = total + torch.where(finite.unsqueeze(1), p, 0)
+        known = torch.where(finite.unsqueeze(1), p, 0)
+        total = known if total is None else total.add_(known)
         labels.append(x.max(1).indices)
         sound.append(finite)
+    assert total is not None
     leader = total.max(1).indices
     inside = torch.ones_like(sound[0]) if valid is None else valid
     agreeing = [((own == leader) & finite & inside).sum() for own, finite in zip(labels, sound, strict=True)]

@@ -18,10 +18,11 @@ from udakit._checks import (
     check_scores,
     shape_of,
 )
-from udakit._reduce import KINDS, LOG_2, Kind, full_precision, select, upcast
+from udakit._reduce import KINDS, LOG_2, Kind, divisor, full_precision, select, upcast
 from udakit._state import FullPrecisionState, gather_ranks, sum_ranks
 
 _PIECE = 2**18  # numbers that fit the cache of a core from the softmax to the sums
+_ROW = 1024  # pixels that a block of threads of a GPU adds up in a product
 _DENSITY_TEMPERATURE = 0.05
 
 
@@ -268,9 +269,12 @@ def _first_zero(depth: Tensor) -> Tensor:
 
 
 def _pieces(maps: Tensor, valid: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Cut (N, C, pixels) into pieces that fit the cache of a CPU; a GPU takes everything at once."""
+    """Cut (N, C, pixels) into pieces that fit the cache of a CPU; a GPU takes everything at once, in short rows."""
+    if maps.device.type != "cpu":
+        yield _short_rows(maps, valid)
+        return
     n, c, pixels = maps.shape
-    if maps.device.type != "cpu" or torch.compiler.is_compiling() or maps.numel() <= _PIECE:
+    if torch.compiler.is_compiling() or maps.numel() <= _PIECE:
         yield maps, valid
         return
     width = max(64, _PIECE // c // 64 * 64)
@@ -279,3 +283,13 @@ def _pieces(maps: Tensor, valid: Tensor | None) -> Iterator[tuple[Tensor, Tensor
         for start in range(0, pixels, width):
             cut = slice(k, k + group), slice(start, start + width)
             yield maps[cut[0], :, cut[1]], None if valid is None else valid[cut]
+
+
+def _short_rows(maps: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(N, C, pixels) as (N parts, C, pixels of a part): N long products would be left to N blocks of threads."""
+    n, _, pixels = maps.shape
+    parts = divisor(pixels, _ROW)
+    if parts == 1:
+        return maps, valid
+    maps = torch.unflatten(maps, 2, (parts, pixels // parts)).transpose(1, 2).flatten(0, 1)
+    return maps, None if valid is None else valid.reshape(n * parts, pixels // parts)
