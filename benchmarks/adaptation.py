@@ -75,9 +75,6 @@ TITLES = {
     "ehtdi": "EHTDI",
     "combined": "combined",
     "ablation_unmatched": "DACS, labels by statistics of target batches, scale not matched",
-    "ablation_plain": "combined, labels not class-balanced",
-    "ablation_rising": "combined, from 60 to 90 % of each class",
-    "ablation_unstyled": "combined, source in its own colours",
     "oracle": "oracle",
 }
 COMBINED_PAGE = ROOT / "docs" / "methods" / "combined.md"
@@ -101,25 +98,10 @@ EHTDI = {
 }
 ABLATION: dict[str, dict[str, Any]] = {
     "ablation_unmatched": {"recipes": ["dacs"], "options": SETTINGS["batch"], "data": {"match_scale": False}},
-    "ablation_plain": {
-        "recipes": ["combined"],
-        "options": {"shared": {"selector": "confident_ratio"}},
-        "own": True,
-    },
-    "ablation_rising": {"recipes": ["combined"], "options": {"shared": {"share_end": 0.9}}, "own": True},
-    "ablation_unstyled": {"recipes": ["combined"], "options": {"shared": {"translate": "none"}}, "own": True},
 }
-# What was tried, each change alone: what `combined` had when they were ...
-FIRST: dict[str, Any] = {
-    "jitter": 0.5,
-    "selector": "class_quantile",
-    "share": 0.6,
-    "translate": "color",
-    "translate_share": 0.7,
-}
-# ... and name -> (title, changes: `shared` to those options, `data` to the data, `recipes`, `lr`).
+# What was tried, each change of `combined` alone: name -> (title, changes: `shared` to the options, `data` to the data,
+# `recipes`, `lr`).
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {
-    "first": ("nothing changed", {}),
     "fixed": ("no random scales", {"data": {"target_scale": (1.0, 1.0)}}),
     "ratio": ("a weight by confidence in place of class balance", {"shared": {"selector": "confident_ratio"}}),
     "ratio_fixed": (
@@ -156,14 +138,10 @@ TRIED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def tried_row(name: str) -> dict[str, Any]:
-    """The row of a change: the recipe `combined` as it was, and the change."""
+    """The row of a change."""
     _, change = TRIED[name]
-    own: dict[str, Any] = {"recipes": ["combined"], "own": True, **change}
-    shared = {**FIRST, **change.get("shared", {})}
-    if shared["selector"] != FIRST["selector"]:
-        del shared["share"]
-    own["options"] = {"combined": {"shared": shared}, "source_only": {"jitter": FIRST["jitter"]}}
-    return own
+    options = {"combined": {"shared": change.get("shared", {})}, "source_only": AUGMENT}
+    return {"recipes": ["combined"], "own": True, **change, "options": options}
 
 
 TRIED_ROWS = {f"tried_{name}": tried_row(name) for name in TRIED}
@@ -305,6 +283,7 @@ def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> 
         "start": "warm" if row != "warm" else None,
         "steps": sum(h["steps"] for h in histories),
         "seconds": round(time.perf_counter() - began, 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "stages": [dataclasses.asdict(stage) for stage in config.stages],
         "source_only": source_only,
         "rows": {title: score.to_json() for title, score in rows.items()},
@@ -411,25 +390,48 @@ def table(results: dict[str, Any]) -> str:
 def tried(results: dict[str, Any]) -> str:
     """Markdown: a line a change, a column a pair: gain of the last student, and of its score, over no change.
 
-    Below, what the score chooses among all changes of a seed, and the best of them, which only labels know.
+    Below, what the score chooses among all lines of a seed, and the best of them, which only labels know.
     """
-    pairs = [pair for pair in PAIRS if runs_of(results, pair, "tried_first")]
+    seeds = {pair: {r["seed"] for row in TRIED_ROWS for r in runs_of(results, pair, row)} for pair in PAIRS}
+    pairs = [pair for pair, found in seeds.items() if found]
     if not pairs:
         return "Not measured yet.\n"
     lines = ["| | " + " | ".join(NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
-    for name, (title, _) in TRIED.items():
-        cells = [tried_cell(results, pair, f"tried_{name}") for pair in pairs]
+    rows = {"combined": "nothing changed", **{f"tried_{name}": title for name, (title, _) in TRIED.items()}}
+    for row, title in rows.items():
+        cells = [tried_cell(results, pair, row, seeds[pair]) for pair in pairs]
         if any(cells):
             lines.append(f"| {title} | {' | '.join(text or '–' for text in cells)} |")
     for title, pick in (("highest score of all lines", 1), ("best of all lines", 0)):
         cells = []
         for pair in pairs:
-            nets = [
-                max(tried_nets(results, pair, seed), key=lambda net: net[pick]) for seed in tried_seeds(results, pair)
-            ]
+            nets = [max(last_of(results, pair, seed, *rows), key=lambda net: net[pick]) for seed in seeds[pair]]
             cells.append(spread([net[0] for net in nets]))
         lines.append(f"| **{title}** | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def tried_cell(results: dict[str, Any], pair: str, row: str, seeds: set[int]) -> str:
+    """Gain in mIoU and, in brackets, in the score over `combined` with the same seeds; of that itself, its values."""
+    seeds = seeds & seeds_of(results, pair, row, "combined")
+    if not seeds:
+        return ""
+    found = [last_of(results, pair, seed, row)[0] for seed in seeds]
+    if row == "combined":
+        miou, score = map(statistics.mean, zip(*found, strict=True))
+        return f"{miou:.1f} ({score:.1f}) [{len(seeds)}]"
+    first = [last_of(results, pair, seed, "combined")[0] for seed in seeds]
+    gains = [[a[i] - b[i] for a, b in zip(found, first, strict=True)] for i in (0, 1)]
+    return "{:+.1f} ({:+.1f})".format(*map(statistics.mean, gains)).replace("-", "−")
+
+
+def last_of(results: dict[str, Any], pair: str, seed: int, *rows: str) -> list[tuple[float, float]]:
+    """mIoU and score, both in %, of the last student of every row that ran with a seed."""
+    found = []
+    for run in (r for row in rows for r in runs_of(results, pair, row) if r["seed"] == seed):
+        net = next(c for c in reversed(run["checkpoints"]) if c["net"] == "student")
+        found.append((net["miou"], 100 * net["scores"][SCORE]))
+    return found
 
 
 def longer(results: dict[str, Any]) -> str:
@@ -446,37 +448,6 @@ def longer(results: dict[str, Any]) -> str:
             cells += [spread(final(results, pair, name, seeds=seeds)) for name in (row, f"longer_{row}")]
         lines.append(f"| {TITLES[row]} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def tried_cell(results: dict[str, Any], pair: str, row: str) -> str:
-    """Gain in mIoU and, in brackets, in the score, over `tried_first` of the same seeds; its own values for that."""
-    seeds = seeds_of(results, pair, row, "tried_first")
-    if not seeds:
-        return ""
-    ours, first = (
-        [last_of(r) for r in runs_of(results, pair, name) if r["seed"] in seeds] for name in (row, "tried_first")
-    )
-    if row == "tried_first":
-        return f"{statistics.mean(x for x, _ in ours):.1f} ({statistics.mean(y for _, y in ours):.1f}) [{len(seeds)}]"
-    gains = [[a[i] - b[i] for a, b in zip(ours, first, strict=True)] for i in (0, 1)]
-    return "{:+.1f} ({:+.1f})".format(*map(statistics.mean, gains)).replace("-", "−")
-
-
-def last_of(run: dict[str, Any]) -> tuple[float, float]:
-    """mIoU and score, both in %, of a run's last student."""
-    net = next(c for c in reversed(run["checkpoints"]) if c["net"] == "student")
-    return net["miou"], 100 * net["scores"][SCORE]
-
-
-def tried_seeds(results: dict[str, Any], pair: str) -> list[int]:
-    """Seeds of `tried_first`."""
-    return sorted(seeds_of(results, pair, "tried_first"))
-
-
-def tried_nets(results: dict[str, Any], pair: str, seed: int) -> list[tuple[float, float]]:
-    """The last student of every change that ran with a seed."""
-    rows = (f"tried_{name}" for name in TRIED)
-    return [last_of(r) for row in rows for r in runs_of(results, pair, row) if r["seed"] == seed]
 
 
 def cell(results: dict[str, Any], pair: str, row: str) -> str:

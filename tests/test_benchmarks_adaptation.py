@@ -71,17 +71,15 @@ def test_table_has_gain_spread_and_share_of_the_gap():
 
 
 def test_what_was_tried_shows_both_gains_and_what_the_score_would_choose():
-    runs = [run_of("toy", "tried_first", s, 63.0, 0.7) for s in (0, 1)] + [
-        run_of("nuclei", "tried_first", 0, 90.0, 0.9)
-    ]
+    runs = [run_of("toy", "combined", s, 63.0, 0.7) for s in (0, 1, 2)] + [run_of("nuclei", "combined", 0, 90.0, 0.9)]
     runs += [run_of("toy", "tried_ratio", s, 66.0 + s, 0.75) for s in (0, 1)] + [run_of("toy", "tried_late", 0, 80.0)]
     text = adaptation.tried(results_of(runs))
-    assert "| | game → camera | nuclei |" in text
-    assert "| nothing changed | 63.0 (70.0) [2] | 90.0 (90.0) [1] |" in text
-    assert "| a weight by confidence in place of class balance | +3.5 (+5.0) | – |" in text
-    assert "| half of the steps on source first | +17.0 (−20.0) | – |" in text
-    assert "| **highest score of all lines** | 66.5 ± 0.7 [2] | 90.0 [1] |" in text
-    assert "| **best of all lines** | 73.5 ± 9.2 [2] | 90.0 [1] |" in text
+    assert "| | game → camera |\n" in text
+    assert "| nothing changed | 63.0 (70.0) [2] |" in text  # on the seeds that something was tried with
+    assert "| a weight by confidence in place of class balance | +3.5 (+5.0) |" in text
+    assert "| half of the steps on source first | +17.0 (−20.0) |" in text
+    assert "| **highest score of all lines** | 66.5 ± 0.7 [2] |" in text
+    assert "| **best of all lines** | 73.5 ± 9.2 [2] |" in text
     assert adaptation.tried({}) == "Not measured yet.\n"
 
 
