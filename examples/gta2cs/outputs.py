@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -35,6 +36,18 @@ class SegOutput:
     def logits(self) -> Tensor:
         """The logits of the head at the size of the images."""
         return self.head_logits if self.size is None else enlarge(self.head_logits, self.size)
+
+    def averaged(self, stride: int) -> Tensor:
+        """Means of `logits` over cells of `stride` x `stride` pixels, without logits of that size, in at least float32.
+
+        Enlarging and averaging are linear and act along one axis at a time: together they are a matrix for each axis.
+        """
+        x = self.head_logits if self.head_logits.dtype == torch.float64 else self.head_logits.float()
+        if self.size is None:
+            return F.avg_pool2d(x, stride, ceil_mode=True)
+        rows, columns = (_averages(old, new, stride, x) for old, new in zip(x.shape[2:], self.size, strict=True))
+        with torch.autocast(x.device.type, enabled=False):
+            return rows.mT @ x @ columns
 
     def split(self, *counts: int) -> tuple[SegOutput, ...]:
         """Split the output into those of the first images, of the next ones, ..."""
@@ -92,6 +105,13 @@ class SegOutput:
         weight = None if pixel_weight is None else crop_detail(pixel_weight, box)
         own = loss(logits, crop_detail(labels, box), pixel_weight=weight, reduction=reduction)
         return (1 - DETAIL_WEIGHT) * whole + DETAIL_WEIGHT * own
+
+
+def _averages(old: int, new: int, stride: int, like: Tensor) -> Tensor:
+    """(old, cells): the share of each of `old` positions in the mean of each cell of the enlarged axis."""
+    each = torch.eye(old, dtype=like.dtype, device=like.device).unsqueeze(0)
+    enlarged = F.interpolate(each, new, mode="linear", align_corners=False)
+    return F.avg_pool1d(enlarged, stride, ceil_mode=True).squeeze(0)
 
 
 def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:

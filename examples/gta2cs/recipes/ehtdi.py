@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gta2cs.loading import Batch
+from gta2cs.outputs import SegOutput
 from gta2cs.recipes.base import Draws, Losses, Shared
 from gta2cs.recipes.dacs import pseudo_loss
 from gta2cs.recipes.self_training import Selection, SelfTraining
@@ -95,7 +95,7 @@ class Ehtdi(SelfTraining):
 
         # 3. Two views of the mixed image: its weak and its strong rendering.
         sure = source_mask | (pseudo.confidence > options.paste_threshold)
-        terms |= self.contrast_terms(mixed._replace(labels=mixed.labels.where(sure, 255)), mixed_logits)
+        terms |= self.contrast_terms(mixed._replace(labels=mixed.labels.where(sure, 255)), on_mixed)
         shared = Shared(strong_source, mixed._replace(images=strong_mixed), batch.target_images, target_logits)
         return Losses(terms, Selection(target_logits, pseudo.labels, pseudo.weight), shared)
 
@@ -113,7 +113,7 @@ class Ehtdi(SelfTraining):
             )
         return terms
 
-    def contrast_terms(self, mixed: SegBatch, strong_logits: Tensor) -> dict[str, Tensor]:
+    def contrast_terms(self, mixed: SegBatch, on_strong: SegOutput) -> dict[str, Tensor]:
         """Contrast of the weak rendering with the strong one, pixel by pixel and class by class.
 
         The class means are those of the labelled pixels: the caller leaves labels only where it is sure of them.
@@ -121,7 +121,7 @@ class Ehtdi(SelfTraining):
         options, terms = self.options, {}
         if options.pixel_contrast <= 0 and options.prototype_contrast <= 0:
             return terms
-        weak, strong = (self._small(x) for x in (self.on_mixed(mixed.images).logits, strong_logits))
+        weak, strong = (self._small(x) for x in (self.on_mixed(mixed.images), on_strong))
         if options.pixel_contrast > 0:
             terms["pixel_contrast"] = options.pixel_contrast * pixel_contrast_loss(
                 strong.softmax(1), weak.softmax(1), temperature=1 / 20
@@ -132,8 +132,8 @@ class Ehtdi(SelfTraining):
             )
         return terms
 
-    def _small(self, logits: Tensor) -> Tensor:
-        return F.avg_pool2d(logits, self.options.contrast_stride, ceil_mode=True)
+    def _small(self, output: SegOutput) -> Tensor:
+        return output.averaged(self.options.contrast_stride)
 
 
 def band_loss(
