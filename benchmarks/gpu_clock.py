@@ -9,6 +9,9 @@ The rows are those of `gpu_cost.py`, the steps those of `step_overhead.py` with 
 up to 20 calls between CUDA events. The host does not wait between calls, so that a call is as long as the card or the
 launches take, whichever is longer. `busy` is the same work replayed from a CUDA graph, without gaps between launches.
 A step outside the nets is the whole step less `net-only`, the same passes of the nets by themselves.
+
+A row keeps the roofline of the day it was measured. Whoever changes an operation without a card at hand writes why into
+`changed_since` of its rows in the JSON: the page says so until they are measured again.
 """
 
 from __future__ import annotations
@@ -261,12 +264,16 @@ def run(device: str, size: str, results: Results, *, limit: float, again: bool) 
     if CARD not in results:
         results.add(CARD, describe(device, size))
     found = {w.name: w for w in rows()}
+    about, counts = results.rows[CARD], Counts(RESULTS / "gpu_cost.json")
+    card = Card(about["name"], about["bandwidth"], about["flops"], about["launch"])
     keys = list(results.waiting(order(list(found.values()))))
     for done, key in enumerate(keys):
         if time.perf_counter() - began > limit:
             print(f"{limit:g} s are over; {len(keys) - done} rows are left", flush=True)
             return
         row = measure(key, found, device, size)
+        if size == "large" and "operation" in row:
+            row["roofline_ms"] = estimate(key, counts, card)
         results.add(key, row)
         print(f"{time.perf_counter() - began:5.0f} s  {key}: {said(row)}", flush=True)
         if key.startswith(STEP):
@@ -309,6 +316,7 @@ def table(results: Results, counts: Counts) -> str:
         *slower(measured),
         operations_table(measured, counts, card),
         *not_measured(results),
+        *changed(measured),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -346,11 +354,16 @@ def estimate(key: str, counts: Counts, card: Card) -> float | None:
     return 1e3 * card.seconds(counted["each"]) or None if counted else None
 
 
+def roofline(key: str, row: dict[str, Any], counts: Counts, card: Card) -> float | None:
+    """The estimate that was made with the row, else one from the counts of today."""
+    return float(row["roofline_ms"]) if row.get("roofline_ms") else estimate(key, counts, card)
+
+
 def predictions(measured: dict[str, dict[str, Any]], counts: Counts, card: Card) -> list[str]:
     """How the clock compares to the roofline."""
     compared = []
     for key, row in measured.items():
-        expected, clock = estimate(key, counts, card), row["contestants"]["udakit"]
+        expected, clock = roofline(key, row, counts, card), row["contestants"]["udakit"]
         if expected is not None:
             compared.append((clock["ms"] / expected, key, expected, clock))
     if not compared:
@@ -411,7 +424,7 @@ def slower(measured: dict[str, dict[str, Any]]) -> list[str]:
         }
         if max(lost.values()) >= LOSS:
             cells = [" / ".join(ms(c[f]) for c in pair) for f in ("ms", "busy_ms")]
-            lines.append((-max(lost.values()), [called(key), *cells]))
+            lines.append((-max(lost.values()), [called(key) + " †" * ("changed_since" in row), *cells]))
     if not lines:
         return []
     head = ["ours / textbook's", "ms", "graph ms"]
@@ -425,9 +438,10 @@ def operations_table(measured: dict[str, dict[str, Any]], counts: Counts, card: 
     lines = []
     for key in sorted(measured):
         pair = [measured[key]["contestants"].get(name, {}) for name in ("udakit", "textbook")]
+        name = called(key) + " †" * ("changed_since" in measured[key])
         cells = [" / ".join(ms(c.get(field)) for c in pair) for field in ("ms", "busy_ms")]
         peak = " / ".join(f"{c['peak_bytes'] / 2**20:.3g}" if c else "–" for c in pair)
-        lines.append([called(key), *cells, ms(estimate(key, counts, card)), peak])
+        lines.append([name, *cells, ms(roofline(key, measured[key], counts, card)), peak])
     head = ["ours / textbook's", "ms", "graph ms", "roofline ms", "peak MiB"]
     return "### Every operation, measured\n\n" + markdown_table(head, lines)
 
@@ -440,6 +454,16 @@ def not_measured(results: Results) -> list[str]:
             failed.setdefault(why, []).append(called(key))
     lines = [f"- {', '.join(names)}: {why}." for why, names in failed.items()]
     return ["### Failed, or too slow", "\n".join(lines)] if lines else []
+
+
+def changed(measured: dict[str, dict[str, Any]]) -> list[str]:
+    """Operations that are no longer what was measured, by what was changed."""
+    found: dict[str, set[str]] = {}
+    for row in measured.values():
+        if why := row.get("changed_since"):
+            found.setdefault(why, set()).add(f"`{row['operation'].removesuffix(MARK)}`")
+    lines = [f"- {', '.join(sorted(names))}: {why}." for why, names in found.items()]
+    return ["### Changed since it was measured (†)", "\n".join(lines)] if lines else []
 
 
 def called(key: str) -> str:

@@ -98,6 +98,12 @@ def test_the_page(tmp_path: Path) -> None:
     results.add("step/dacs", {**step, "all_ms": [50.0], "peak_bytes": 2**31, "net_only_peak_bytes": 2**30})
     results.add(f"kd_loss/{MODES[1]}", op("kd_loss", MODES[1], udakit=(1.0, 0.5), textbook=(2.0, None)))
     results.add(f"kd_loss{MARK}/forward{COMPILED}", op("kd_loss" + MARK, udakit=(0.25, 0.2)))
+    old = {
+        **op("ArgmaxSelector", udakit=(3.0, 2.0), textbook=(1.0, None)),
+        "roofline_ms": 1.5,
+        "changed_since": "faster",
+    }
+    results.add("ArgmaxSelector/forward", old)
     results.add("ClassMix/forward", {**op("ClassMix"), "skipped": {"udakit": "RuntimeError: no"}})
     page = tmp_path / "page.md"
     page.write_text(MARKED)
@@ -114,7 +120,10 @@ def test_the_page(tmp_path: Path) -> None:
     assert f"| `kd_loss`, with backward | {expected:.3g} | 1 | 0.5 | {1 / expected:.2f} |" in text
     assert "| `kd_loss`, with backward | 1 / 2 | 0.5 / – |" in text
     assert "| `kd_loss`, defaults, compiled | 0.25 / – |" in text
-    assert "| time | 0.50 | 1 | 0 | 0 |" in text
+    assert "| time | 1.75 | 1 | 0 | 1 |" in text
+    assert "| `ArgmaxSelector` | 1.5 | 3 | 2 | 2.00 |" in text  # the roofline of the day
+    assert text.count("| `ArgmaxSelector` † | 3 / 1 | 2 / – |") == 2
+    assert "- `ArgmaxSelector`: faster." in text
     assert "- `ClassMix`: RuntimeError: no." in text
 
 
