@@ -365,7 +365,7 @@ def test_tables_hold_the_last_stage_of_each_group_between_its_own_markers(tmp_pa
     results["toy/diga/0"]["selection"] = [{"step": 2, "selectors": {"argmax": scored(80.0)}}]
     real_pairs.write_tables(results, page)
     text = page.read_text()
-    assert "old" not in text
+    assert "\nold\n" not in text
     assert text.endswith("rest")
     assert "| diga, student | 1 | **50.0** | 50.0 | – |" in text
     assert "| oracle (labelled target) | 1 |" in text

@@ -58,7 +58,7 @@ class Shared(NamedTuple):
     source: SegBatch
     mixed: SegBatch
     target_images: Tensor
-    teacher_logits: Tensor
+    teacher_logits: Callable[[], Tensor]  # at full size, which takes time: only where they are asked for
 
 
 class Losses(NamedTuple):

@@ -167,7 +167,7 @@ class Dacs(TargetStyled):
             source._replace(images=source_images),
             mixed._replace(images=mixed_images),
             batch.target_images,
-            teacher_logits,
+            lambda: teacher_logits,
         )
         return Losses(terms, selection_of(options, labelled, pseudo), shared)
 

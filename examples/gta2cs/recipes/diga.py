@@ -160,7 +160,7 @@ class Diga(DigaWarmup):
         # 3. The centroids follow the teacher: on target, and on the rendering of source.
         self._follow(teacher_target, pseudo.labels)
         self._follow(self.teacher_views[1], source.labels)
-        shared = Shared(source, mixed, batch.target_images, teacher_target.logits)
+        shared = Shared(source, mixed, batch.target_images, lambda: teacher_target.logits)
         return Losses(terms, selection_of(self.options, labelled, pseudo), shared)
 
     def _follow(self, teacher: Any, labels: Tensor) -> None:

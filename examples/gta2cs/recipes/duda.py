@@ -91,7 +91,7 @@ class DudaPre(Recipe):
         if self.options.kd_weight > 0:
             on_target = self.student(target_images).logits
             terms["small_kd"] = self.options.kd_weight * kd_loss(
-                on_target, teacher_logits, temperature=self.options.temperature, resize="student"
+                on_target, teacher_logits(), temperature=self.options.temperature, resize="student"
             )
         return Losses(terms, large.selection)
 

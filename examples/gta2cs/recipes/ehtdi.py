@@ -96,7 +96,7 @@ class Ehtdi(SelfTraining):
         # 3. Two views of the mixed image: its weak and its strong rendering.
         sure = source_mask | (pseudo.confidence > options.paste_threshold)
         terms |= self.contrast_terms(mixed._replace(labels=mixed.labels.where(sure, 255)), on_mixed)
-        shared = Shared(strong_source, mixed._replace(images=strong_mixed), batch.target_images, target_logits)
+        shared = Shared(strong_source, mixed._replace(images=strong_mixed), batch.target_images, lambda: target_logits)
         return Losses(terms, Selection(target_logits, pseudo.labels, pseudo.weight), shared)
 
     def paste_terms(self, pasted: SegBatch, target_mask: Tensor, source_mask: Tensor) -> dict[str, Tensor]:
