@@ -238,7 +238,8 @@ def _distributions_example(s: Sample) -> Call:
 
 def _use_distributions(call: Call) -> Callable[..., Any]:
     def update(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        module = udakit.ClassDistributions(**call.options).to(features.device)
+        with features.device:  # moving it there would wait for a card
+            module = udakit.ClassDistributions(**call.options)
         module.update(features, labels)
         return module.means, module.variances
 
