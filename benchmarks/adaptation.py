@@ -408,21 +408,40 @@ def tried(results: dict[str, Any]) -> str:
             nets = [max(last_of(results, pair, seed, *rows), key=lambda net: net[pick]) for seed in seeds[pair]]
             cells.append(spread([net[0] for net in nets]))
         lines.append(f"| **{title}** | {' | '.join(cells)} |")
+    picks = {pair: tried_elsewhere(results, pair, seeds) for pair in pairs}
+    cells = [f"{rows[row]}: {tried_cell(results, pair, row, seeds[pair]) or 'not run'}" for pair, row in picks.items()]
+    lines.append(f"| **chosen on the other pairs** | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def tried_elsewhere(results: dict[str, Any], pair: str, seeds: dict[str, set[int]]) -> str:
+    """The line with the best mean gain on the pairs that share no images with `pair`, of those that ran on all."""
+    others = [other for other in PAIRS if seeds[other] and other not in TOGETHER.get(pair, {pair})]
+    gains = {"combined": 0.0}
+    for row in TRIED_ROWS:
+        found = [tried_gains(results, other, row, seeds[other]) for other in others]
+        if found and all(found):
+            gains[row] = statistics.mean(statistics.mean(miou for miou, _ in gain) for gain in found)
+    return max(gains, key=lambda row: gains[row])
+
+
+def tried_gains(results: dict[str, Any], pair: str, row: str, seeds: set[int]) -> list[tuple[float, float]]:
+    """Gain in mIoU and in the score over `combined`, seed by seed, for the seeds that both ran with."""
+    both = sorted(seeds & seeds_of(results, pair, row, "combined"))
+    nets = [[last_of(results, pair, seed, name)[0] for name in (row, "combined")] for seed in both]
+    return [(a[0] - b[0], a[1] - b[1]) for a, b in nets]
 
 
 def tried_cell(results: dict[str, Any], pair: str, row: str, seeds: set[int]) -> str:
     """Gain in mIoU and, in brackets, in the score over `combined` with the same seeds; of that itself, its values."""
-    seeds = seeds & seeds_of(results, pair, row, "combined")
-    if not seeds:
-        return ""
-    found = [last_of(results, pair, seed, row)[0] for seed in seeds]
     if row == "combined":
+        found = [last_of(results, pair, seed, row)[0] for seed in seeds & seeds_of(results, pair, row)]
         miou, score = map(statistics.mean, zip(*found, strict=True))
-        return f"{miou:.1f} ({score:.1f}) [{len(seeds)}]"
-    first = [last_of(results, pair, seed, "combined")[0] for seed in seeds]
-    gains = [[a[i] - b[i] for a, b in zip(found, first, strict=True)] for i in (0, 1)]
-    return "{:+.1f} ({:+.1f})".format(*map(statistics.mean, gains)).replace("-", "−")
+        return f"{miou:.1f} ({score:.1f}) [{len(found)}]"
+    gains = tried_gains(results, pair, row, seeds)
+    return (
+        "{:+.1f} ({:+.1f})".format(*map(statistics.mean, zip(*gains, strict=True))).replace("-", "−") if gains else ""
+    )
 
 
 def last_of(results: dict[str, Any], pair: str, seed: int, *rows: str) -> list[tuple[float, float]]:

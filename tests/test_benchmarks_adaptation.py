@@ -80,7 +80,23 @@ def test_what_was_tried_shows_both_gains_and_what_the_score_would_choose():
     assert "| half of the steps on source first | +17.0 (−20.0) |" in text
     assert "| **highest score of all lines** | 66.5 ± 0.7 [2] |" in text
     assert "| **best of all lines** | 73.5 ± 9.2 [2] |" in text
+    assert "| **chosen on the other pairs** | nothing changed: 63.0 (70.0) [2] |" in text  # there is no other pair
     assert adaptation.tried({}) == "Not measured yet.\n"
+
+
+def test_a_change_is_chosen_on_pairs_that_share_no_images():
+    gains = {"toy": (2.0, 1.0), "nuclei": (1.0, 3.0), "camvid": (-1.0, 0.0), "carla2camvid": (-5.0, 0.0)}
+    runs = [run_of(pair, "combined", 0, 50.0) for pair in gains]
+    runs += [
+        run_of(pair, f"tried_{name}", 0, 50.0 + gain)
+        for pair, g in gains.items()
+        for name, gain in zip(("late", "half"), g, strict=True)
+    ]
+    runs += [run_of("toy", "tried_share", 0, 99.0)]  # not on every pair
+    text = adaptation.tried(results_of(runs))
+    half = "half of the weight on the mixture"
+    cells = [f"{half}: +1.0 (+0.0)", f"{half}: +3.0 (+0.0)", f"{half}: +0.0 (+0.0)", f"{half}: +0.0 (+0.0)"]
+    assert f"| **chosen on the other pairs** | {' | '.join(cells)} |" in text
 
 
 def test_longer_runs_stand_beside_those_of_the_same_seeds():
