@@ -149,7 +149,10 @@ def draw_strong_augment(
     device = device_of_draw(generator, n, device)
     u = uniform((10, n), generator, device, axis=1)
     jitter = jitter_probability > 0
-    drawn = StrongAugmentDraw(
+    bent = jitter and tuple(gamma) != (1, 1)
+    # Drawn later, and only then: a seed gives the same draw as in versions without the two.
+    later = uniform((4, n), generator, device, axis=1) if bent or noise_probability else u
+    return StrongAugmentDraw(
         jitter=u[0] < jitter_probability if jitter else None,
         brightness=_between(u[1], -brightness, brightness) if jitter and brightness else None,
         contrast=_between(u[2], 1 - contrast, 1 + contrast) if jitter and contrast else None,
@@ -162,26 +165,10 @@ def draw_strong_augment(
         blur=u[6] < blur_probability if blur_probability else None,
         sigma=_between(u[7], *blur_sigma) if blur_probability else None,
         max_sigma=blur_sigma[1] if blur_probability else 0.0,
+        gamma=torch.exp(_between(later[0], math.log(gamma[0]), math.log(gamma[1]))) if bent else None,
+        noise=torch.where(later[1] < noise_probability, noise * later[2], 0.0) if noise_probability else None,
+        noise_seed=(later[3] * 2**24).long() if noise_probability else None,
         default_colours=default_colours,
-    )
-    bent = jitter and tuple(gamma) != (1, 1)
-    if bent or noise_probability:  # only then, so that a seed gives the same draw as in versions without the two
-        u = uniform((4, n), generator, device, axis=1)
-        drawn = _with_gamma_and_noise(drawn, u, gamma if bent else None, noise, noise_probability)
-    return drawn
-
-
-def _with_gamma_and_noise(
-    drawn: StrongAugmentDraw,
-    u: Float[Tensor, "4 n"],
-    gamma: tuple[float, float] | None,
-    noise: float,
-    noise_probability: float,
-) -> StrongAugmentDraw:
-    return drawn._replace(
-        gamma=None if gamma is None else torch.exp(_between(u[0], math.log(gamma[0]), math.log(gamma[1]))),
-        noise=torch.where(u[1] < noise_probability, noise * u[2], 0.0) if noise_probability else None,
-        noise_seed=(u[3] * 2**24).long() if noise_probability else None,
     )
 
 
