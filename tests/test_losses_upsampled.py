@@ -111,6 +111,14 @@ def test_what_a_gpu_does_at_once_is_what_bands_do(
         torch.testing.assert_close(gradient, wanted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("height", "bands"), [(0, []), (3, [(0, 3)]), (5, [(0, 3), (3, 5)])])
+def test_the_bands_of_another_device_have_one_size(
+    height: int, bands: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_upsampled.BAND, "other", 4 * 2 * 3 * 5)
+    assert list(_upsampled._bands(torch.empty(2, 3, 4, 5, device="meta"), height, 5, 0)) == bands
+
+
 def test_an_ignored_pixel_of_a_nan_gives_no_gradient() -> None:
     """The pixel above the NaN is ignored, and nothing of it comes back."""
     x = torch.zeros(1, 3, 2, 2)

@@ -112,7 +112,7 @@ def _bands(logits: Tensor, height: int, width: int, rows: int) -> Iterator[tuple
     if not rows:
         rows = max(BAND.get(logits.device.type, BAND["other"]) // max(n * c * width, 1), 1)
         if logits.device.type != "cpu":
-            rows = -(-height // max(-(-height // rows), 1))  # bands of one size hold less memory
+            rows = -(-height // -(-height // rows)) if height else 1  # bands of one size hold less memory
     for start in range(0, height if width else 0, rows):
         yield start, min(start + rows, height)
 
@@ -214,9 +214,8 @@ class _Upsampling:
 def _at_once(x: Tensor) -> bool:
     """Whether `F.interpolate` takes a whole map, or a band.
 
-    On a CPU it is slower than our own arithmetic; its transpose sums in any order.
-
-    With deterministic algorithms turned on, that transpose is an error on a GPU.
+    On a CPU it is slower than our own arithmetic. On a GPU its transpose adds in any order, so torch refuses it while
+    deterministic algorithms are turned on.
     """
     return x.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
 
