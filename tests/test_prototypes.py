@@ -369,16 +369,31 @@ def test_pieces_and_whole_maps_agree(dtype: torch.dtype, pixels: int, monkeypatc
 def test_sums_by_product_are_those_by_pixel(pixels: int) -> None:
     g = torch.Generator().manual_seed(0)
     values = torch.randn(2, 3, pixels, generator=g, dtype=torch.float64)
-    ids = torch.randint(5, (2, pixels), generator=g)
+    ids = torch.randint(5, (pixels, 2), generator=g).t()  # as of labels (H, W, N) that were permuted
     values[:, :, ::7], ids[:, ::7] = torch.nan, 4  # no class
     sums = means._sums_by_product(values, ids, 4)
     torch.testing.assert_close(sums, means._sums_by_pixel(values, ids, 4), rtol=1e-12, atol=1e-12)
 
 
-def test_a_long_sum_compiles_to_one_graph() -> None:
+def test_a_long_sum_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(means, "LENGTH", 128)  # 32 parts
     features, labels = torch.arange(4096.0).view(1, 1, 64, 64), torch.arange(64).expand(1, 64, 64)
     compiled = torch.compile(lambda x, y: class_means(x, y, num_classes=64)[0], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(features, labels), class_means(features, labels, num_classes=64)[0])
+
+
+def test_images_of_other_sizes_do_not_need_a_graph_each() -> None:
+    """A compiler gives up after eight."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    cut = torch.compile(lambda x: x + divisor(x.shape[0], 4), fullgraph=True, backend=backend)
+    for count in range(60, 250):
+        assert int(cut(torch.zeros(count))[0]) == (32 if count in (128, 160, 192, 224) else 1)
+    assert len(graphs) <= 4
 
 
 @pytest.mark.parametrize(("count", "parts"), [(1023, 1), (2048, 2), (2**18, 256), (65 * 129, 5), (4099, 1), (0, 1)])

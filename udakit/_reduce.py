@@ -122,7 +122,13 @@ def count_ids(ids: Tensor, bins: int) -> Tensor:
 
 
 def divisor(count: int, length: int) -> int:
-    """The largest number up to 512 of equal parts of `count`, each of at least `length`; 1 if there is none."""
+    """The largest number up to 512 of equal parts of `count`, each of at least `length`; 1 if there is none.
+
+    Compiled, it is 32 or 1: with `count` dynamic, each number that is tried is a condition of the graph, and each
+    result is another graph.
+    """
+    if torch.compiler.is_compiling():
+        return 32 if count >= 32 * length and count % 32 == 0 else 1
     return next((parts for parts in range(min(count // length, 512), 1, -1) if count % parts == 0), 1)
 
 

@@ -137,7 +137,7 @@ def _sums_by_product(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
     if parts == 1:
         members = torch.where(known, values, 0)
     else:
-        ids = ids.view(n * parts, pixels // parts)
+        ids = ids.reshape(n * parts, pixels // parts)
         members = _known_in_parts(values, known, parts)
     with full_precision(values):
         sums = torch.bmm(_one_hot(ids, num_classes, values.dtype), members.transpose(1, 2))
