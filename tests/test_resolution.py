@@ -212,3 +212,5 @@ def test_errors() -> None:
         udakit.fuse_scales(images, images, images, (0, 0, 4, 4))
     with pytest.raises(ValueError, match=r"Expected `attention` to have the shape of `context_logits`"):
         udakit.fuse_scales(images, images, images[:, :1], box)
+    with pytest.raises(ValueError, match=r"Expected `context_logits` to have pixels, since .* to \(8, 8\)"):
+        udakit.fuse_scales(images[:, :, :0], images, images[:, :, :0])

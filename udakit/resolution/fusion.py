@@ -75,7 +75,8 @@ def fuse_scales(
         size = tuple(i * d // s for i, d, s in zip(box.image, detail.shape[2:], box.size, strict=True))
         attention = torch.where(_inside(box, context.shape[2:]), attention, 0)
         detail = _in_place(detail, box, size)
-    return torch.addcmul(interpolate((1 - attention) * context, size), interpolate(attention, size), detail)
+    context = interpolate((1 - attention) * context, size, name="context_logits")
+    return torch.addcmul(context, interpolate(attention, size), detail)
 
 
 def _check_fits(box: DetailBox, context: Tensor) -> None:
