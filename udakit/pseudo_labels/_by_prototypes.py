@@ -98,8 +98,6 @@ class PrototypeSelector(Selector):
         # A finite maximum instead of +inf keeps the softmax finite while no class has been seen.
         distance = distance.clamp_max(torch.finfo(distance.dtype).max)
         near = F.softmax(-distance if temperature == 1 else -distance / temperature, dim=1)
-        return (
-            near
-            if near.shape[2:] == tuple(size)
-            else interpolate(near, size, align_corners=align_corners, name="features")
-        )
+        if near.shape[2:] == tuple(size):
+            return near
+        return interpolate(near, size, align_corners=align_corners, name="features")

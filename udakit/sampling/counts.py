@@ -26,8 +26,7 @@ def count_classes(
     """Count the pixels of each class in each image of a data set.
 
     **Convention.** Ids outside 0..C-1, such as the ignored one, are not counted. This function is meant for the start
-    of a run: it reads files and tensors one by one and returns
-    the counts on the CPU.
+    of a run: it reads files and tensors one by one and returns the counts on the CPU.
 
     Args:
         labels: label maps (tensors or arrays of any shape), paths of label images, or a data set of items for `load`.
