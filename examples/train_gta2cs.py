@@ -308,6 +308,7 @@ def train(run: Run) -> dict[str, Score]:
     student = config.net.build(len(pair.classes.names), config.data.channels)
     if config.init is not None:
         load_init(student, config.init, take=config.net.take)
+    run.trained = student.head_loaded
     if run.is_main and not config.resume:
         clear_folder(config.out)  # not earlier, because the net may start from a file in it
     resume_choice(run)

@@ -143,7 +143,9 @@ def test_source_crops_are_scaled_by_it_in_every_later_stage_and_after_a_resume(t
 
 def test_a_net_that_has_learned_nothing_is_not_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gta2cs, "match_scale", lambda score, net: pytest.fail("there is no trained net"))
-    run = SimpleNamespace(config=train_gta2cs.Config(stages=[train_gta2cs.Stage("combined", 1)]), source_factor=None)
+    run = SimpleNamespace(
+        config=train_gta2cs.Config(stages=[train_gta2cs.Stage("combined", 1)]), trained=False, source_factor=None
+    )
     state = StageState(run, 0, SimpleNamespace(MATCH_SCALE=True, student=None), None, [])
     train_gta2cs.match_source_scale(state)
     assert state.history == {"source_factor": None}

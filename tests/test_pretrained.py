@@ -133,6 +133,7 @@ def test_another_number_of_classes_leaves_the_head_as_it_was(tmp_path: Path, cap
     head = net.head.weight.clone()
     loaded = load_weights(net, tmp_path / "net.pth")
     assert torch.equal(net.head.weight, head)
+    assert not net.head_loaded
     assert loaded.missing == {
         "head.weight": "(7, 16, 3, 3) there, (5, 16, 3, 3) here",
         "head.bias": "(7,) there, (5,) here",
@@ -187,12 +188,18 @@ def test_another_encoder_is_refused_unless_told(tmp_path: Path) -> None:
 def test_init_takes_a_student_or_a_foreign_net(tmp_path: Path) -> None:
     own, net = built(), built()
     save_checkpoint(tmp_path / "last.pt", {"recipe": {f"student.{k}": v for k, v in own.state_dict().items()}})
+    assert not net.head_loaded
     load_init(net, tmp_path / "last.pt")
     assert all(torch.equal(v, own.state_dict()[k]) for k, v in net.state_dict().items())
+    assert net.head_loaded
     whole = unet()
     torch.save(whole.state_dict(), tmp_path / "net.pth")
     load_init(net, tmp_path / "net.pth")
     assert torch.equal(net.head.weight, whole.segmentation_head[0].weight)
+    assert net.head_loaded
+    load_init(net, tmp_path / "net.pth", take="encoder")
+    assert not net.head_loaded  # the old head does not know the new encoder
+    assert built(weights=tmp_path / "net.pth", scale_attention=True).head_loaded
 
 
 def test_init_takes_what_it_is_told_of_a_student_with_other_classes(tmp_path: Path) -> None:

@@ -185,7 +185,16 @@ def test_the_teacher_that_was_not_taken_is_freed_and_both_kinds_of_checkpoint_re
 def test_decisions_of_a_net_that_nothing_has_trained_are_called_so():
     batch = SimpleNamespace(target_images=torch.randn(1, 3, 64, 64), source_images=torch.randn(1, 3, 64, 64))
     data = Preparation(lambda start, stop: [batch] * (stop - start), steps=10, trained=False)
-    for options, said in (({}, True), ({"match_style": False}, True), ({"match_style": False, "trial": 0.5}, False)):
+    alone = {"candidates": {"a": {}}}
+    for options, said in (
+        ({}, True),
+        ({"match_style": False}, True),
+        ({"match_style": False, "trial": 0.5}, False),
+        ({"match_style": False, "trial": 0.1}, True),  # no step a candidate: decided at once
+        (alone, True),
+        ({**alone, "match_style": False}, False),
+        ({**alone, "shared": {"translate": "none"}}, False),
+    ):
         recipe = build(images=1, **options)
         recipe.prepare(data)
         assert (UNTRAINED in recipe.decisions[:1]) == said

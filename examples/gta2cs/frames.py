@@ -27,6 +27,7 @@ class SegNet(nn.Module):
     image_scale: Tensor
     image_shift: Tensor
     foreign: ClassVar[Mapping[str, str]] = {"head.": "segmentation_head.0."}  # the names of its parts in smp
+    head_loaded: bool = False  # whether it predicts already: its weights were loaded, those of the head included
 
     def __init__(
         self,

@@ -27,6 +27,11 @@ class HRDANet(nn.Module):
             nn.Conv2d(net.feature_dim, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, num_classes, 1)
         )
 
+    @property
+    def head_loaded(self) -> bool:
+        """Whether its net predicts already."""
+        return self.net.head_loaded
+
     def forward(self, images: Tensor) -> SegOutput:
         """Return the fused logits, and in training also those of the detail, for their part of the loss."""
         height, width = images.shape[-2:]

@@ -107,6 +107,7 @@ def load_weights(net: SegNet, path: Path | str, *, take: Take = "all") -> Loaded
     own = net.state_dict()  # detached views: copying into them changes the net
     for name, value in loaded.found.items():
         own[name].copy_(value)
+    net.head_loaded = loaded.share() >= ENOUGH and loaded.share("head.") == 1
     if int(os.environ.get("RANK", "0")) == 0:
         print(loaded)
     return loaded
@@ -118,11 +119,12 @@ def load_init(net: SegNet, path: Path, *, take: Take = "all") -> None:
         value = read_tensors(path)
         if isinstance(value, dict) and "recipe" in value:
             try:
-                return load_net(net, path)
+                load_net(net, path)
             except ValueError as error:
                 raise ValueError(f"{error} `net.take: some` takes what fits.") from None
+            getattr(net, "net", net).head_loaded = True
+            return
     load_weights(net, path, take=take)
-    return None
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ class Run:
     console: Console
     source_only: Any = None  # label-free scores of the net that the first adapting stage starts from
     choice: Any = None  # which net is deployed so far (`choosing.Choice`)
+    trained: bool = False  # whether the net of the first stage predicts already
     finished: int = 0  # stages
     source_factor: float | None = None  # by which source images are enlarged to match target; None: not looked for
 
@@ -110,9 +111,8 @@ class StageState:
 
     @property
     def trained(self) -> bool:
-        """Whether this stage starts from a trained net: of a stage before, or of `init` with its head."""
-        config = self.run.config
-        return self.index > 0 or (config.init is not None and config.net.take == "all")
+        """Whether this stage starts from a trained net: of a stage before, or loaded with its head."""
+        return self.index > 0 or self.run.trained
 
     @property
     def seed(self) -> int:

@@ -87,7 +87,7 @@ class Preparation(NamedTuple):
     folder: Path | None = None  # of the run, for what takes long to make; None in all processes but the first
     resume: bool = False  # whether to use what lies there
     console: Console | None = None  # for a progress bar
-    trained: bool = True  # whether the net comes from a stage before or from `init`, head included
+    trained: bool = True  # whether the net comes from a stage before, or was loaded with its head
 
 
 class Recipe(nn.Module):

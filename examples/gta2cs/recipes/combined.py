@@ -34,8 +34,8 @@ from udakit import EMATeacher
 from udakit.validation import ConsistencyScore, LabelFreeScores
 
 UNTRAINED = (
-    "no stage and no `init` comes before: the following is decided by an untrained net and says nothing; "
-    "name a trained net by `init`, or put a stage of source_only before"
+    "the last layer of the net is untrained, so the following is decided by chance; "
+    "name a net trained on these classes by `init` or `net.weights`, or put a stage of source_only before"
 )
 
 # What the candidates differ in, and what all of them have (benchmarks/adaptation.py). Statistics of target batches help
@@ -131,7 +131,13 @@ class Combined(Recipe):
 
     def prepare(self, data: Preparation) -> None:
         """Keep some target crops for the score; let every candidate look at the images."""
-        if not data.trained and (self.options.match_style or (len(self.names) > 1 and self.options.trial == 0)):
+        count = len(self.candidates)
+        turns = int(self.options.trial * data.steps / count) if count > 1 else 0
+        self.trial_steps = count * turns
+        self.kept = 0 if count == 1 else -1
+        self.progress = self.progress.new_tensor([0, self.trial_steps, self.kept])
+        now = self.kept < 0 and self.trial_steps == 0
+        if not data.trained and (now or (self.options.match_style and self.styles())):
             self.decisions.append(UNTRAINED)
         crops: list[Tensor] = []
         of_source: list[Tensor] = []
@@ -143,15 +149,15 @@ class Combined(Recipe):
         self.images = torch.stack(crops[: self.options.images])
         if self.options.match_style:
             self.match_style(torch.stack(of_source[: self.options.images]))
-        count = len(self.candidates)
-        turns = int(self.options.trial * data.steps / count) if count > 1 else 0
-        self.trial_steps = count * turns
-        self.kept = 0 if count == 1 else -1
-        self.progress = self.progress.new_tensor([0, self.trial_steps, self.kept])
         for candidate in self.candidates.values():  # with the steps that it trains for if it is kept
             candidate.prepare(data._replace(steps=data.steps - self.trial_steps + turns))
-        if self.kept < 0 and self.trial_steps == 0:
+        if now:
             self.decide()
+
+    def styles(self) -> list[str]:
+        """Styles of target that the candidates give to source images; a learned one does not exist yet."""
+        styles = dict.fromkeys(candidate.options.translate for candidate in self.candidates.values())
+        return [style for style in styles if style not in ("none", LEARNED)]
 
     @torch.no_grad()
     def match_style(self, source: Tensor) -> None:
@@ -161,9 +167,9 @@ class Combined(Recipe):
         the source do not look like the source, then source images in the style of the target do not look like the
         target.
         """
-        styles = [candidate.options.translate for candidate in self.candidates.values()]
-        if not (asked := [style for style in dict.fromkeys(styles) if style not in ("none", LEARNED)]):
+        if not (asked := self.styles()):
             return
+        styles = [candidate.options.translate for candidate in self.candidates.values()]
         own = self.consistency(self.student, self.images)
         for style in asked:
             images = TRANSLATORS[style](self.images, source, self.mean, self.std)
