@@ -518,6 +518,19 @@ def test_a_torchscript_net_is_refused_by_name_and_followed_by_a_net_in_python() 
         FeatureTap(net, "0")
 
 
+def test_a_torchscript_net_saves_every_buffer() -> None:
+    def made() -> nn.Module:
+        net = _small()
+        net[0].register_buffer("position", torch.ones(2), persistent=False)
+        return net
+
+    net, second = _scripted(made()), made()
+    teacher = EMATeacher(net, decay=0.0, warmup=False, module=second)
+    spoil(net)
+    teacher.update(net)
+    torch.testing.assert_close(teacher.eval()(IMAGES), net.eval()(IMAGES))
+
+
 @pytest.mark.parametrize("by", ["modules", "fx"])
 def test_a_net_with_quantisers_is_averaged(by: str) -> None:
     """Quantisation-aware training, whose `qconfig` holds closures over the net."""

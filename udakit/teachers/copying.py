@@ -118,6 +118,12 @@ def computed_buffers(model: nn.Module) -> Iterator[str]:
                 yield f"{start}{hook._tensor_name}_mask"
 
 
+def unsaved_buffers(model: nn.Module) -> Iterator[str]:
+    """Yield the names of buffers that are not persistent; the same net as TorchScript saves them."""
+    for name, module in named_modules(model):
+        yield from (f"{name}.{key}".lstrip(".") for key in module._non_persistent_buffers_set)
+
+
 def _empty_hooks(
     modules: dict[str, nn.Module], held: Held, memo: dict[int, Any]
 ) -> list[tuple[OrderedDict[int, Any], dict[int, Any]]]:

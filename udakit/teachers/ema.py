@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from udakit._checks import as_device, check_flag, check_integer, check_option, check_range, kind_of
 from udakit._state import FullPrecisionState
 from udakit.teachers._matching import check_apart, check_match, local, shards
-from udakit.teachers.copying import computed_buffers, copy_sharing, named_modules
+from udakit.teachers.copying import computed_buffers, copy_sharing, named_modules, unsaved_buffers
 from udakit.teachers.statistics import Emptied, recording, set_recording
 from udakit.teachers.unwrap import Average, named_state, unwrap_model, without_wrappers
 
@@ -130,6 +130,7 @@ class EMATeacher(Average):
         _own_when_loaded(self.module, self._shared)
         self._apart = device is not None
         self._computed = dict.fromkeys(computed_buffers(self.module))
+        self._unsaved = dict.fromkeys(unsaved_buffers(self.module))
         self._switches = any(map(_switches, self.module.modules()))
         # If no layer was made with a cumulative average, one that has it now is being re-estimated by `update_bn`. A
         # layer that was made with it tells us when it is emptied.
@@ -160,7 +161,7 @@ class EMATeacher(Average):
         for shard in self.module.modules():
             if _is_fsdp(shard):  # a pass without gradients may leave the shards gathered
                 shard.reshard()  # type: ignore[operator]
-        student = {name: x for name, x, _ in named_state(model)}
+        student = {name: x for name, x, _ in named_state(model) if name not in self._unsaved}
         own = list(named_state(self.module))
         mine = {name: x for name, x, _ in own}
         if self._shared:  # a copy of this teacher has its own tensors
@@ -319,7 +320,8 @@ def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Modu
                 f"Expected `module` to be a net in Python, but {where} is a TorchScript module, whose layers Python "
                 "cannot reach. The student may be one."
             )
-    student = {name: x for name, x, _ in named_state(model)}
+    unsaved = set(unsaved_buffers(module))
+    student = {name: x for name, x, _ in named_state(model) if name not in unsaved}
     own = {name: x for name, x, _ in named_state(module)}
     check_match(own, student, apart=True)
     common = [name for name, x in own.items() if x is student[name]]
