@@ -1,6 +1,6 @@
 """Export a net of train_gta2cs.py for use elsewhere: ONNX, torch.export, TorchScript, or safetensors with a model card.
 
-    python examples/export.py --checkpoint runs/toy/stage2_dacs/last.pt --out exported
+    python examples/export.py --checkpoint runs/toy/best.pt --out exported
     python examples/export.py --checkpoint ... --out exported --formats "[onnx]" --size "[512,1024]" --net teacher
 
 The exported net takes RGB images (N, 3, H, W) as floats in [0, 1], normalises them and returns logits (N, C, H, W). N

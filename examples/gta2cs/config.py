@@ -57,8 +57,8 @@ class DataConfig:
     """Range of the random rescaling of target images before the crop."""
     match_scale: bool | None = None
     """Before adaptation, estimate without labels how much larger objects are in the target domain. Source images are
-    then scaled by that factor and by a draw of target_scale, instead of source_scale. By default only the recipe
-    combined does this."""
+    then enlarged by that factor, never shrunk, and scaled by a draw of target_scale instead of source_scale. By default
+    only the recipe combined does this."""
     rare_class_temperature: float | None = None
     """Draw source images with rare classes more often; lower favours them more (DAFormer: 0.01). Off by default."""
     rare_class_pixels: int = 50
