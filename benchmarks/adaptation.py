@@ -67,8 +67,10 @@ NAMES = {
     "camvid": "day → dusk",
     "carla2camvid": "CARLA → day",
 }
+STATISTICS = "source_only + BatchNorm statistics of target"  # in the report of a run on source alone
 TITLES = {
     "source_only": "source-only",
+    STATISTICS: "source-only, BatchNorm's statistics of target",
     "dacs_batch": "DACS, labels by statistics of target batches",
     "dacs_running": "DACS, labels by running statistics of source",
     "diga": "DiGA",
@@ -201,6 +203,8 @@ def final(
 ) -> list[float]:
     """True mIoU of a row's last checkpoint, a number a seed; of these seeds alone, where they are given."""
     runs = [r for r in runs_of(results, pair, row) if seeds is None or r["seed"] in seeds]
+    if row == STATISTICS:
+        return [r["rows"][row]["means"][headline(r["rows"][row]["means"])] for r in runs]
     return [c["miou"] for r in runs for c in r["checkpoints"][-2:] if c["net"] == net and c["step"] == r["steps"]]
 
 
@@ -360,6 +364,7 @@ def guarded(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
 
 def runs_of(results: dict[str, Any], pair: str, row: str) -> list[dict[str, Any]]:
     """Runs of a row, by seed."""
+    row = "source_only" if row == STATISTICS else row
     found = [r for r in results.values() if (r["pair"], r["recipe"]) == (pair, row)]
     return sorted(found, key=lambda r: r["seed"])
 
@@ -435,7 +440,8 @@ def tried_gains(results: dict[str, Any], pair: str, row: str, seeds: set[int]) -
 def tried_cell(results: dict[str, Any], pair: str, row: str, seeds: set[int]) -> str:
     """Gain in mIoU and, in brackets, in the score over `combined` with the same seeds; of that itself, its values."""
     if row == "combined":
-        found = [last_of(results, pair, seed, row)[0] for seed in seeds & seeds_of(results, pair, row)]
+        if not (found := [last_of(results, pair, seed, row)[0] for seed in seeds & seeds_of(results, pair, row)]):
+            return ""
         miou, score = map(statistics.mean, zip(*found, strict=True))
         return f"{miou:.1f} ({score:.1f}) [{len(found)}]"
     gains = tried_gains(results, pair, row, seeds)

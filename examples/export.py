@@ -244,7 +244,8 @@ def scores_of(trained: Trained, name: str) -> str:
 
 def verdict_of(checkpoint: Path) -> str:
     """What the report of the run says about its nets without target labels."""
-    for folder in checkpoint.resolve().parents[:2]:
+    path = checkpoint.resolve()
+    for folder in (path, *path.parents[:2]):
         report = folder / "report.md"
         if report.is_file():
             found = VERDICT.search(report.read_text(encoding="utf-8"))

@@ -19,6 +19,7 @@ def run_of(pair: str, recipe: str, seed: int, miou: float, score: float = 0.5, s
     ]
     source_only = None if start is None else {"miou": start, "scores": {adaptation.SCORE: 0.6}, "shares": [1.0]}
     return {
+        "rows": {adaptation.STATISTICS: {"means": {"mIoU": miou + 1}}},
         "pair": pair,
         "recipe": recipe,
         "seed": seed,
@@ -64,6 +65,7 @@ def test_table_has_gain_spread_and_share_of_the_gap():
     runs += [run_of("nuclei", "combined", s, 78.0 + 4 * s, 0.7, 50.0) for s in (0, 1)]
     text = adaptation.table(results_of(runs))
     assert "| source-only | 50.0 ± 0.0 [2] |" in text
+    assert "| source-only, BatchNorm's statistics of target | 51.0 ± 0.0 [2] (2 %) |" in text
     assert "| combined | 80.0 ± 2.8 [2] (75 %) |" in text
     assert "| oracle | 90.0 [1] |" in text
     assert "DiGA" not in text

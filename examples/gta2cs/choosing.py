@@ -20,6 +20,7 @@ from gta2cs.config import Config, plain
 from gta2cs.label_free import (
     DEFAULT,
     DIRECTIONS,
+    MARGIN,
     PRESENT,
     RELIABILITY,
     UNRELIABLE,
@@ -29,7 +30,6 @@ from gta2cs.label_free import (
     measure,
     views_of,
 )
-from gta2cs.matching import MARGIN
 from gta2cs.observers import score_on_target
 from gta2cs.recipes import Losses
 from gta2cs.report import cell

@@ -20,7 +20,6 @@ from gta2cs.nets import SegOutput
 
 STEP = math.sqrt(2)  # between neighbouring scales
 REACH = 3  # steps at most: down to 0.35
-MARGIN = 0.01  # differences of a hundredth say nothing
 WORTH = 0.1  # a scale has to take away a tenth of the contradictions: otherwise images stay as they are
 
 

@@ -156,7 +156,9 @@ def _check_ready(name: str, module: nn.Module) -> None:
     if any(base.__name__ in _FSDP for base in type(module).__mro__):
         raise copy_error(name, "is sharded (FSDP). Shard the second net in the same way.")
     if isinstance(module, torch.jit.ScriptModule):
-        raise copy_error(name, "is a TorchScript module, whose layers Python cannot reach. The second net needs none.")
+        raise copy_error(
+            name, "is a TorchScript module, whose layers Python cannot reach. The second net can be plain Python."
+        )
     tensors = (*module._parameters.items(), *module._buffers.items())
     lazy = [key for key, x in tensors if isinstance(x, (UninitializedParameter, UninitializedBuffer))]
     if lazy:

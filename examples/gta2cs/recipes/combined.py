@@ -22,9 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gta2cs.evaluation import evaluating
-from gta2cs.label_free import PRESENT
+from gta2cs.label_free import MARGIN, PRESENT
 from gta2cs.loading import Batch
-from gta2cs.matching import MARGIN
 from gta2cs.nets import param_groups
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, write_numbers
 from gta2cs.recipes.dacs import Dacs
