@@ -151,6 +151,9 @@ def numbers_of_the_home_page(starts: list[float], dacs: list[float]) -> list[tup
     rows = json.loads((ROOT / "benchmarks/results/operators.json").read_text())["rows"]
     contrast = rows["pixel_contrast_loss/medium/float32/forward+backward/eager"]["contestants"]
     ratio = {what: contrast["udakit"][what] / contrast["textbook"][what] for what in ("median", "peak_bytes")}
+    clock = json.loads((ROOT / "benchmarks/results/gpu_clock.json").read_text())["rows"]
+    timed = clock["pixel_contrast_loss/forward+backward"]["contestants"]
+    on_gpu = {what: timed["udakit"][what] / timed["textbook"][what] for what in ("ms", "peak_bytes")}
     loops = len(list((ROOT / "examples/integrations").glob("*.py")))
     numbers = {
         r"\+(\d+) mIoU on the built-in": f"{mean(dacs) - mean(starts):.0f}",
@@ -158,7 +161,10 @@ def numbers_of_the_home_page(starts: list[float], dacs: list[float]) -> list[tup
         r"to (\d+\.\d ± \d\.\d)\)": f"{mean(dacs):.1f} ± {stdev(dacs):.1f}",
         r"in (\d+) minutes on one CPU core": f"{seconds / 60:.0f}",
         r"contrast takes (\S+) × the time": f"{ratio['median']:.1f}",
-        r"and (\S+) × the memory": f"{ratio['peak_bytes']:.2f}",
+        r"the time and (\S+) × the memory": f"{ratio['peak_bytes']:.2f}",
+        r"NVIDIA H(\d+)": clock["card"]["name"].removeprefix("NVIDIA H"),
+        r"it took (\S+) × the memory": f"{on_gpu['peak_bytes']:.2f}",
+        r"0\.24 × the memory and (\S+) × the time": f"{on_gpu['ms']:.1f}",
         r"There are (\d+) for every operation": str(len(CHECKS)),
         r"\[(\w+) loops\]": ("ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen")[loops - 10],
     }
