@@ -463,7 +463,7 @@ def longer(results: dict[str, Any]) -> str:
     """Markdown: a line a row, two columns a pair: the last student after the usual steps, and after more of them."""
     pairs = [pair for pair in PAIRS if any(final(results, pair, f"longer_{row}") for row in LONGER_ROWS)]
     if not pairs:
-        return "Not measured yet.\n"
+        return f"Runs of {LONGER} times the steps (`--group longer`) are not measured yet.\n"
     head = [f"{NAMES[pair]}, {PAIRS[pair]['steps'] * times} steps" for pair in pairs for times in (1, LONGER)]
     lines = [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
     for row in LONGER_ROWS:
