@@ -36,6 +36,7 @@ import torch
 
 import train_gta2cs
 from benchmarks.harness import write_section
+from benchmarks.results_page import STATISTICS
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import Pair
 from gta2cs.files import write_json
@@ -67,7 +68,6 @@ NAMES = {
     "camvid": "day → dusk",
     "carla2camvid": "CARLA → day",
 }
-STATISTICS = "source_only + BatchNorm statistics of target"  # in the report of a run on source alone
 TITLES = {
     "source_only": "source-only",
     STATISTICS: "source-only, BatchNorm's statistics of target",
@@ -186,10 +186,15 @@ def choose(pair: str, results: dict[str, Any]) -> str:
     return max(gains, key=lambda name: statistics.mean(gains[name] or [0.0]))
 
 
+def others(pair: str) -> list[str]:
+    """The pairs that share no images with a pair."""
+    return [other for other in PAIRS if other not in TOGETHER.get(pair, {pair})]
+
+
 def gains_elsewhere(pair: str, results: dict[str, Any]) -> dict[str, list[float]]:
     """Gain over source-only of each setting of DACS, a number for each other pair that has run all of them."""
     gains: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    for other in set(PAIRS) - TOGETHER.get(pair, {pair}):
+    for other in others(pair):
         base = final(results, other, "source_only")
         found = {name: final(results, other, f"dacs_{name}") for name in SETTINGS}
         if base and all(found.values()):
@@ -421,10 +426,10 @@ def tried(results: dict[str, Any]) -> str:
 
 def tried_elsewhere(results: dict[str, Any], pair: str, seeds: dict[str, set[int]]) -> str:
     """The line with the best mean gain on the pairs that share no images with `pair`, of those that ran on all."""
-    others = [other for other in PAIRS if seeds[other] and other not in TOGETHER.get(pair, {pair})]
+    elsewhere = [other for other in others(pair) if seeds[other]]
     gains = {"combined": 0.0}
     for row in TRIED_ROWS:
-        found = [tried_gains(results, other, row, seeds[other]) for other in others]
+        found = [tried_gains(results, other, row, seeds[other]) for other in elsewhere]
         if found and all(found):
             gains[row] = statistics.mean(statistics.mean(miou for miou, _ in gain) for gain in found)
     return max(gains, key=lambda row: gains[row])

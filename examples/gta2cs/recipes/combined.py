@@ -213,7 +213,7 @@ class Combined(Recipe):
         self.scores = self.scores_of(nets)  # type: ignore[arg-type]
         self.keep(self.agree(ahead(list(self.scores.values()))))
         self.drop_others()
-        self.progress = self.progress.new_tensor([self.done, self.trial_steps, self.kept])
+        write_numbers(self.progress, self.done, self.trial_steps, self.kept)
         found = ", ".join(f"{name} {100 * score:.1f}" for name, score in self.scores.items())
         self.decisions.append(f"step {self.done}: consistency {found}; '{self.names[self.kept]}' goes on")
 
