@@ -45,6 +45,7 @@ from gta2cs.recipes.combined import CANDIDATES, SHARED
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptation.json"
 PAGE = ROOT / "docs" / "results" / "one_policy.md"
+SUMMARY = ROOT / "docs" / "results.md"
 HALF = {"decoder_pyramid_channels": 128, "decoder_segmentation_channels": 64}  # of an FPN: time
 FPN = {"arch": "fpn", "options": HALF}
 STREET: dict[str, Any] = {"net": {"arch": "deeplabv3plus"}, "crop": (160, 208), "warm": 600, "steps": 400}
@@ -376,25 +377,55 @@ def runs_of(results: dict[str, Any], pair: str, row: str) -> list[dict[str, Any]
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a line a row, a column a pair; the last student, and for `combined` the net chosen without labels."""
-    pairs = [pair for pair in PAIRS if runs_of(results, pair, "source_only")]
-    if not pairs:
+    if not pairs_run(results):
         return "Not measured yet.\n"
-    lines = ["| | " + " | ".join(NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
-    for row, title in TITLES.items():
-        cells = [cell(results, pair, row) for pair in pairs]
-        if any(text != "–" for text in cells):
-            lines.append(f"| {title} | {' | '.join(cells)} |")
-    for kind, pick in (("chosen over all evaluations", chosen), ("last student or source-only", guarded)):
-        cells = []
-        for pair in pairs:
-            nets = [pick(r) for r in runs_of(results, pair, "combined")]
-            cells.append(spread([net["miou"] for net in nets if net is not None]))
-        lines.append(f"| combined, {kind} | {' | '.join(cells)} |")
+    lines = [
+        *lines_of(results, TITLES),
+        line_of(results, "combined, chosen over all evaluations", chosen),
+        line_of(results, "combined, last student or source-only", guarded),
+    ]
     picks = [
-        f"{NAMES[pair]}: {choose(pair, results)}" for pair in pairs if any(gains_elsewhere(pair, results).values())
+        f"{NAMES[pair]}: {choose(pair, results)}"
+        for pair in pairs_run(results)
+        if any(gains_elsewhere(pair, results).values())
     ]
     text = ", ".join(picks) or "not measured yet, no pair has both"
     return "\n".join(lines) + f"\n\nSetting of DACS that the other pairs choose: {text}.\n"
+
+
+def summary(results: dict[str, Any]) -> str:
+    """Markdown for the first page of results: `combined` by its last student, and by the net that the loop deploys."""
+    if not pairs_run(results):
+        return "Not measured yet.\n"
+    titles = {row: TITLES[row] for row in ("source_only", "combined", "oracle")}
+    head, rule, source, combined, *oracle = lines_of(results, titles)
+    deployed = line_of(results, "combined, the net chosen without labels", chosen)
+    return "\n".join([head, rule, source, combined, deployed, *oracle]) + "\n"
+
+
+def pairs_run(results: dict[str, Any]) -> list[str]:
+    """The pairs that have a source-only row."""
+    return [pair for pair in PAIRS if runs_of(results, pair, "source_only")]
+
+
+def lines_of(results: dict[str, Any], titles: dict[str, str]) -> list[str]:
+    """Head of a table, and a line of each row that has run on any pair."""
+    pairs = pairs_run(results)
+    lines = ["| | " + " | ".join(NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    for row, title in titles.items():
+        cells = [cell(results, pair, row) for pair in pairs]
+        if any(text != "–" for text in cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    return lines
+
+
+def line_of(results: dict[str, Any], title: str, pick: Callable[[dict[str, Any]], dict[str, Any] | None]) -> str:
+    """A line of `combined` with a net that a rule picks from each run."""
+    cells = []
+    for pair in pairs_run(results):
+        nets = [pick(run) for run in runs_of(results, pair, "combined")]
+        cells.append(spread([net["miou"] for net in nets if net is not None]))
+    return f"| {title} | {' | '.join(cells)} |"
 
 
 def tried(results: dict[str, Any]) -> str:
@@ -572,6 +603,7 @@ def main() -> None:
     if options.table or options.study:
         results = load(options.results)
         if options.table:
+            write_section("policy_summary", summary(results), SUMMARY)
             write_section("one_policy", table(results), PAGE)
             write_section("longer", longer(results), PAGE)
             write_section("tried", tried(results), COMBINED_PAGE)

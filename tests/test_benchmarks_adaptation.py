@@ -137,6 +137,7 @@ def test_rows_differ_between_pairs_by_nothing_but_data_net_and_steps(pair, row):
 @pytest.mark.parametrize(
     ("section", "write", "page"),
     [
+        ("policy_summary", adaptation.summary, adaptation.SUMMARY),
         ("one_policy", adaptation.table, adaptation.PAGE),
         ("longer", adaptation.longer, adaptation.PAGE),
         ("tried", adaptation.tried, adaptation.COMBINED_PAGE),
