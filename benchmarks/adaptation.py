@@ -58,6 +58,13 @@ PAIRS: dict[str, dict[str, Any]] = {
     "camvid": STREET,
     "carla2camvid": STREET,
 }
+# Pairs that nothing was chosen by: neither an option, nor a rule, nor a score. A pair's name in the loop and, where the
+# domains change places, its two folders.
+HELD_OUT: dict[str, dict[str, Any]] = {
+    "carla2dusk": STREET,
+    "dusk2day": {**STREET, "of": "camvid", "folders": ("camvid/target", "camvid/source")},
+    "day2carla": {**STREET, "of": "carla2camvid", "folders": ("camvid/source", "carla")},
+}
 TOGETHER = {"camvid": {"camvid", "carla2camvid"}, "carla2camvid": {"camvid", "carla2camvid"}}  # share day images
 LR = {"source_only": 3e-4, "oracle": 3e-4}
 ADAPTATION_LR = 3e-4
@@ -68,6 +75,9 @@ NAMES = {
     "nuclei_backwards": "nuclei, backwards",
     "camvid": "day → dusk",
     "carla2camvid": "CARLA → day",
+    "carla2dusk": "CARLA → dusk",
+    "dusk2day": "dusk → day",
+    "day2carla": "day → CARLA",
 }
 TITLES = {
     "source_only": "source-only",
@@ -221,7 +231,7 @@ def seeds_of(results: dict[str, Any], pair: str, *rows: str) -> set[int]:
 
 def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
     """The run of a row; "warm" is the source-only net that all rows of a seed start from."""
-    own = PAIRS[pair]
+    own = {**PAIRS, **HELD_OUT}[pair]
     entry = {"recipes": ["source_only"]} if row == "warm" else rows_of()[row]
     steps = own["warm"] if row == "warm" else own["steps"] * entry.get("times", 1)
     recipes = entry["recipes"]
@@ -232,7 +242,10 @@ def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Pat
     lr = LR.get(row, LR["source_only"] if row == "warm" else ADAPTATION_LR)
     return train_gta2cs.Config(
         data=train_gta2cs.DataConfig(
-            pair=pair, data_root=data_root, crop=own["crop"], **{**SCALES, **MATCH, **entry.get("data", {})}
+            pair=own.get("of", pair),
+            data_root=data_root,
+            crop=own["crop"],
+            **{**roots_of(own, data_root), **SCALES, **MATCH, **entry.get("data", {})},
         ),
         net=train_gta2cs.NetConfig(**own["net"]),
         stages=[
@@ -248,6 +261,14 @@ def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Pat
         save_every=100,
         resume=True,
     )
+
+
+def roots_of(own: dict[str, Any], data_root: Path | None) -> dict[str, Path]:
+    """Folders of a pair whose domains change places."""
+    if "folders" not in own:
+        return {}
+    root = Path() if data_root is None else data_root
+    return {name: root / folder for name, folder in zip(("source_root", "target_root"), own["folders"], strict=True)}
 
 
 def warm_start(pair: str, seed: int, cache: Path) -> Path:
@@ -377,40 +398,42 @@ def runs_of(results: dict[str, Any], pair: str, row: str) -> list[dict[str, Any]
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: a line a row, a column a pair; the last student, and for `combined` the net chosen without labels."""
-    if not pairs_run(results):
+    if not (pairs := pairs_run(results)):
         return "Not measured yet.\n"
     lines = [
-        *lines_of(results, TITLES),
-        line_of(results, "combined, chosen over all evaluations", chosen),
-        line_of(results, "combined, last student or source-only", guarded),
+        *lines_of(results, TITLES, pairs),
+        line_of(results, "combined, chosen over all evaluations", chosen, pairs),
+        line_of(results, "combined, last student or source-only", guarded, pairs),
     ]
     picks = [
-        f"{NAMES[pair]}: {choose(pair, results)}"
-        for pair in pairs_run(results)
-        if any(gains_elsewhere(pair, results).values())
+        f"{NAMES[pair]}: {choose(pair, results)}" for pair in pairs if any(gains_elsewhere(pair, results).values())
     ]
     text = ", ".join(picks) or "not measured yet, no pair has both"
     return "\n".join(lines) + f"\n\nSetting of DACS that the other pairs choose: {text}.\n"
 
 
-def summary(results: dict[str, Any]) -> str:
-    """Markdown for the first page of results: `combined` by its last student, and by the net that the loop deploys."""
-    if not pairs_run(results):
+def summary(results: dict[str, Any], of: Iterable[str] = PAIRS) -> str:
+    """Markdown: `combined`, by its last student and by the net that the loop deploys, between what bounds it."""
+    if not (pairs := pairs_run(results, of)):
         return "Not measured yet.\n"
-    titles = {row: TITLES[row] for row in ("source_only", "combined", "oracle")}
-    head, rule, source, combined, *oracle = lines_of(results, titles)
-    deployed = line_of(results, "combined, the net chosen without labels", chosen)
-    return "\n".join([head, rule, source, combined, deployed, *oracle]) + "\n"
+    titles = {row: TITLES[row] for row in ("source_only", STATISTICS, "combined")}
+    deployed = line_of(results, "combined, the net chosen without labels", chosen, pairs)
+    _, _, *oracle = lines_of(results, {"oracle": TITLES["oracle"]}, pairs)
+    return "\n".join([*lines_of(results, titles, pairs), deployed, *oracle]) + "\n"
 
 
-def pairs_run(results: dict[str, Any]) -> list[str]:
+def held_out(results: dict[str, Any]) -> str:
+    """Markdown: the same of the pairs that nothing was chosen by."""
+    return summary(results, HELD_OUT)
+
+
+def pairs_run(results: dict[str, Any], of: Iterable[str] = PAIRS) -> list[str]:
     """The pairs that have a source-only row."""
-    return [pair for pair in PAIRS if runs_of(results, pair, "source_only")]
+    return [pair for pair in of if runs_of(results, pair, "source_only")]
 
 
-def lines_of(results: dict[str, Any], titles: dict[str, str]) -> list[str]:
+def lines_of(results: dict[str, Any], titles: dict[str, str], pairs: Sequence[str]) -> list[str]:
     """Head of a table, and a line of each row that has run on any pair."""
-    pairs = pairs_run(results)
     lines = ["| | " + " | ".join(NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
     for row, title in titles.items():
         cells = [cell(results, pair, row) for pair in pairs]
@@ -419,10 +442,12 @@ def lines_of(results: dict[str, Any], titles: dict[str, str]) -> list[str]:
     return lines
 
 
-def line_of(results: dict[str, Any], title: str, pick: Callable[[dict[str, Any]], dict[str, Any] | None]) -> str:
+def line_of(
+    results: dict[str, Any], title: str, pick: Callable[[dict[str, Any]], dict[str, Any] | None], pairs: Sequence[str]
+) -> str:
     """A line of `combined` with a net that a rule picks from each run."""
     cells = []
-    for pair in pairs_run(results):
+    for pair in pairs:
         nets = [pick(run) for run in runs_of(results, pair, "combined")]
         cells.append(spread([net["miou"] for net in nets if net is not None]))
     return f"| {title} | {' | '.join(cells)} |"
@@ -543,7 +568,10 @@ def study(results: dict[str, Any]) -> list[dict[str, Any]]:
             "checkpoints": [named(c) for c in r["checkpoints"]],
         }
         for r in results.values()
-        if r.get("source_only") and "miou" in r["source_only"] and all("scores" in c for c in r["checkpoints"])
+        if r["pair"] in PAIRS
+        and r.get("source_only")
+        and "miou" in r["source_only"]
+        and all("scores" in c for c in r["checkpoints"])
     ]
 
 
@@ -590,7 +618,9 @@ def main_of_starts(
 
 
 def main() -> None:
-    parser = parser_of_runs(__doc__, results=RESULTS, page=PAGE, pairs=[*PAIRS], of=[*PAIRS], seeds=[0, 1, 2])
+    parser = parser_of_runs(
+        __doc__, results=RESULTS, page=PAGE, pairs=[*PAIRS], of=[*PAIRS, *HELD_OUT], seeds=[0, 1, 2]
+    )
     parser.add_argument("--group", default="main", choices=list(GROUPS))
     parser.add_argument("--rows", nargs="+", help="default: all of the group")
     parser.add_argument("--study", type=Path, help="train nothing, write the runs for benchmarks/selection.py here")
@@ -605,6 +635,7 @@ def main() -> None:
         if options.table:
             write_section("policy_summary", summary(results), SUMMARY)
             write_section("one_policy", table(results), PAGE)
+            write_section("held_out", held_out(results), PAGE)
             write_section("longer", longer(results), PAGE)
             write_section("tried", tried(results), COMBINED_PAGE)
         if options.study:

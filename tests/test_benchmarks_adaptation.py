@@ -118,7 +118,7 @@ def test_the_study_has_every_scored_run_with_the_truth_of_its_start():
 
 
 @pytest.mark.parametrize("row", sorted(adaptation.rows_of()))
-@pytest.mark.parametrize("pair", sorted(adaptation.PAIRS))
+@pytest.mark.parametrize("pair", sorted(adaptation.PAIRS | adaptation.HELD_OUT))
 def test_rows_differ_between_pairs_by_nothing_but_data_net_and_steps(pair, row):
     config = adaptation.configure(pair, row, 3, None, Path("cache"))
     reference = adaptation.configure("toy", row, 3, None, Path("cache"))
@@ -127,11 +127,31 @@ def test_rows_differ_between_pairs_by_nothing_but_data_net_and_steps(pair, row):
     for name in ("source_scale", "target_scale"):
         assert getattr(config.data, name) == getattr(reference.data, name)
     times = adaptation.LONGER if row.startswith("longer_") else 1
-    assert sum(s.steps for s in config.stages) == adaptation.PAIRS[pair]["steps"] * times
+    assert sum(s.steps for s in config.stages) == (adaptation.PAIRS | adaptation.HELD_OUT)[pair]["steps"] * times
     assert config.init == Path("cache") / pair / "seed3" / "warm" / "stage1_source_only" / "last.pt"
     for stage in config.stages:
         RECIPES[stage.recipe].parse(stage.options)
     assert isinstance(config, train_gta2cs.Config)
+
+
+def test_domains_that_change_places_are_folders_of_each_other():
+    config = adaptation.configure("dusk2day", "combined", 0, Path("data"), Path("cache"))
+    assert config.data.pair == "camvid"
+    assert config.data.source_root == Path("data/camvid/target")
+    assert config.data.target_root == Path("data/camvid/source")
+    assert adaptation.configure("camvid", "combined", 0, Path("data"), Path("cache")).data.source_root is None
+
+
+def test_a_pair_that_nothing_is_chosen_by_enters_neither_choice_nor_study():
+    held_out = run_of("carla2dusk", "combined", 0, 60.0, 0.7, 50.0)
+    runs = [run_of("carla2dusk", "source_only", 0, 50.0), run_of("carla2dusk", "oracle", 0, 70.0), held_out]
+    results = results_of(runs)
+    assert adaptation.table(results) == "Not measured yet.\n"
+    assert adaptation.study(results) == []
+    lines = adaptation.held_out(results).splitlines()
+    assert lines[0] == "| | CARLA → dusk |"
+    assert "| combined | 60.0 [1] (50 %) |" in lines
+    assert lines[-2:] == ["| combined, the net chosen without labels | 62.0 [1] |", "| oracle | 70.0 [1] |"]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +159,7 @@ def test_rows_differ_between_pairs_by_nothing_but_data_net_and_steps(pair, row):
     [
         ("policy_summary", adaptation.summary, adaptation.SUMMARY),
         ("one_policy", adaptation.table, adaptation.PAGE),
+        ("held_out", adaptation.held_out, adaptation.PAGE),
         ("longer", adaptation.longer, adaptation.PAGE),
         ("tried", adaptation.tried, adaptation.COMBINED_PAGE),
     ],
