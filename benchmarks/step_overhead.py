@@ -67,7 +67,7 @@ FUNCTIONS = {
     ),
     "selection": ("fuse_teachers",),
     "cross-entropy": ("cross_entropy", "upsampled_cross_entropy"),
-    "distillation": ("kd_loss", "symmetric_kd_loss"),
+    "distillation": ("kd_loss", "upsampled_kd_loss"),
     "pixel contrast": ("pixel_contrast_loss",),
     "prototype contrast": ("prototype_contrast_loss",),
     "feature distance": ("feature_distance_loss",),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import udakit
-from udakit.losses import _upsampled
+from udakit.losses import _upsampled, _upsampling
 
 side = st.integers(1, 9)
 sizes = st.tuples(side, side)
@@ -101,7 +101,10 @@ def test_what_a_gpu_does_at_once_is_what_bands_do(
     labels = torch.randint(3, (2, *high), generator=g)
     labels[torch.rand(labels.shape, generator=g) < ignored] = 255
     options: dict[str, Any] = {"align_corners": align, "chunk_rows": chunk_rows, "reduction": "none"}
-    with mock.patch.object(_upsampled, "_at_once", return_value=True):
+    with (
+        mock.patch.object(_upsampled, "at_once", return_value=True),
+        mock.patch.object(_upsampling, "at_once", return_value=True),
+    ):
         ours = udakit.upsampled_cross_entropy(x, labels, **options), udakit.upsampled_kd_loss(x, teacher, **options)
         gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in ours]
     expected = udakit.upsampled_cross_entropy(x, labels, **options), udakit.upsampled_kd_loss(x, teacher, **options)

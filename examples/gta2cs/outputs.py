@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from udakit import DetailBox, crop_detail, cross_entropy, symmetric_cross_entropy, upsampled_cross_entropy
+from udakit import (
+    DetailBox,
+    crop_detail,
+    cross_entropy,
+    symmetric_cross_entropy,
+    upsampled_cross_entropy,
+    upsampled_kd_loss,
+)
 
 DETAIL_WEIGHT = 0.1  # HRDA's share of the detail crop in a loss
 Reduction = Literal["mean", "mean_all", "sum", "none"]
@@ -49,6 +56,16 @@ class SegOutput:
         with torch.autocast(x.device.type, enabled=False):
             return rows.mT @ x @ columns
 
+    def sampled(self, size: tuple[int, int]) -> Tensor:
+        """The pixels of `logits` that nearest interpolation to `size` takes, without logits of full size."""
+        if self.size is None or "logits" in vars(self):
+            return F.interpolate(self.logits, size, mode="nearest")
+        x = self.head_logits if self.head_logits.dtype == torch.float64 else self.head_logits.float()
+        axes = zip(x.shape[2:], self.size, size, strict=True)
+        rows, columns = (F.interpolate(_enlarging(old, full, x), new, mode="nearest")[0] for old, full, new in axes)
+        with torch.autocast(x.device.type, enabled=False):
+            return rows.mT @ x @ columns
+
     def split(self, *counts: int) -> tuple[SegOutput, ...]:
         """Split the output into those of the first images, of the next ones, ..."""
         parts = zip(*(x.split(counts) for x in (self.head_logits, self.features, self.encoded)), strict=True)
@@ -69,6 +86,22 @@ class SegOutput:
                 cross_entropy(self.logits, labels, **options), upsampled_cross_entropy, labels, **options
             )
         return self.pixel_loss(upsampled_cross_entropy, labels, **options)
+
+    def cross_entropy_and_band(self, labels: Tensor, band: Tensor, *, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
+        """`cross_entropy`, and the mean over the labelled pixels of a mask: one pass over the classes for both.
+
+        A detail crop (HRDA) enters the first.
+        """
+        each = upsampled_cross_entropy(self.head_logits, labels, ignore_index=ignore_index, reduction="none")
+        valid = labels != ignore_index
+        band = band & valid
+        whole, inside = (torch.where(mask, each, 0).sum() / mask.sum().clamp_min(1) for mask in (valid, band))
+        return self._with_detail(whole, upsampled_cross_entropy, labels, pixel_weight=None, reduction="mean"), inside
+
+    def distillation(self, teacher: SegOutput) -> Tensor:
+        """`kd_loss` of a teacher's output at the size of the images, from the logits of the heads."""
+        size = self.size or (self.head_logits.shape[-2], self.head_logits.shape[-1])
+        return upsampled_kd_loss(self.head_logits, teacher.head_logits, size=size)
 
     def symmetric_cross_entropy(
         self, labels: Tensor, *, pixel_weight: Tensor | None = None, reduction: Reduction = "mean"
@@ -109,9 +142,13 @@ class SegOutput:
 
 def _averages(old: int, new: int, stride: int, like: Tensor) -> Tensor:
     """(old, cells): the share of each of `old` positions in the mean of each cell of the enlarged axis."""
+    return F.avg_pool1d(_enlarging(old, new, like), stride, ceil_mode=True).squeeze(0)
+
+
+def _enlarging(old: int, new: int, like: Tensor) -> Tensor:
+    """(1, old, new): the share of each of `old` positions in each position of the enlarged axis."""
     each = torch.eye(old, dtype=like.dtype, device=like.device).unsqueeze(0)
-    enlarged = F.interpolate(each, new, mode="linear", align_corners=False)
-    return F.avg_pool1d(enlarged, stride, ceil_mode=True).squeeze(0)
+    return F.interpolate(each, new, mode="linear", align_corners=False)
 
 
 def enlarge(logits: Tensor, size: tuple[int, int]) -> Tensor:

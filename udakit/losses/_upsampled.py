@@ -1,22 +1,18 @@
 """Losses of bilinearly upsampled logits, one band of rows at a time, as operators that compilers treat as one node.
 
-A band is `F.interpolate` of those rows alone: bilinear upsampling is separable, so the few rows below the band are
-widened to W columns and then mixed. The backward pass recomputes the bands and applies the transpose. On a GPU, a map
-that fits a single band is left to `F.interpolate` itself: one launch instead of some thirty. So are the bands of a map
-whose rows are enlarged by a whole number, with a spare input row on either side: `index_add_` needs an atomic addition
-for each number there, and took ten times as long.
+The backward pass recomputes the bands and applies the transpose of the upsampling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from udakit._reduce import Kind, full_precision, plain, refuse_tangents, upcast, zero_where_not_
+from udakit.losses._upsampled_cpu import CachedUpsampling, hard_gradient, hard_loss, soft_gradient, soft_loss
+from udakit.losses._upsampling import Upsampling, at_once
 from udakit.losses.cross_entropy import labelled_cross_entropy
 from udakit.losses.kd import Divergence, kd_loss, soften
 
@@ -56,19 +52,27 @@ def _upsampled_loss(
     teacher_kind: Kind,
 ) -> Tensor:
     loss = _fake(logits, target, height, width)
-    student, teacher = (_Upsampling(x, height, width, align_corners, loss.dtype) for x in (logits, target))
+    bands = _bands(logits, height, width, rows)
+    student, teacher = _upsamplings(logits, target, bands, height, width, align_corners, loss.dtype)
     with full_precision(logits):
-        for start, stop in _bands(logits, height, width, rows):
+        for start, stop in bands:
+            at = slice(start, stop)
+            if isinstance(student, CachedUpsampling):
+                if isinstance(teacher, CachedUpsampling):
+                    loss[:, at] = soft_loss(student, teacher, start, stop, temperature, divergence, teacher_kind)
+                else:
+                    loss[:, at] = hard_loss(student, target, start, stop, ignore_index)
+                continue
             z = student.band(start, stop)
-            if target.is_floating_point():
+            if teacher is not None:
                 t = teacher.band(start, stop)
                 options: dict[str, Any] = {"divergence": divergence, "teacher_kind": teacher_kind}
                 band = kd_loss(z, t, temperature=temperature, reduction="none", **options)
             else:
-                band = labelled_cross_entropy(z, target[:, start:stop].long(), ignore_index)
+                band = labelled_cross_entropy(z, target[:, at].long(), ignore_index)
             if stop - start == height:
                 return band.contiguous()
-            loss[:, start:stop] = band
+            loss[:, at] = band
     return loss
 
 
@@ -83,13 +87,21 @@ def _upsampled_loss_backward(
     teacher_kind: Kind,
 ) -> Tensor:
     _, height, width = grad.shape
-    student, teacher = (_Upsampling(x, height, width, align_corners, grad.dtype) for x in (logits, target))
+    bands = _bands(logits, height, width, rows)
+    student, teacher = _upsamplings(logits, target, bands, height, width, align_corners, grad.dtype)
     result: Tensor | None = None
     with full_precision(logits):
-        for start, stop in _bands(logits, height, width, rows):
+        for start, stop in bands:
             g = grad[:, None, start:stop]
+            if isinstance(student, CachedUpsampling):
+                if isinstance(teacher, CachedUpsampling):
+                    p = soft_gradient(student, teacher, g, start, stop, temperature, teacher_kind)
+                else:
+                    p = hard_gradient(student, target, g, start, stop, ignore_index)
+                result = student.add_transposed(result, p, start, stop)
+                continue
             p = student.band(start, stop)
-            if target.is_floating_point():
+            if teacher is not None:
                 p = torch.softmax(p.div_(temperature), 1)
                 q = soften(teacher.band(start, stop), temperature, teacher_kind)
                 p.mul_(q.sum(1, keepdim=True)).sub_(q).mul_(g * temperature)
@@ -107,121 +119,34 @@ def _upsampled_loss_backward(
     return result.to(logits.dtype).contiguous()
 
 
-def _bands(logits: Tensor, height: int, width: int, rows: int) -> Iterator[tuple[int, int]]:
+def _upsamplings(
+    logits: Tensor,
+    target: Tensor,
+    bands: list[tuple[int, int]],
+    height: int,
+    width: int,
+    align_corners: bool,
+    dtype: torch.dtype,
+) -> tuple[Upsampling, Upsampling | None]:
+    """The upsampling of the logits, and of the teacher's map if the target is one; on a CPU, in shared memory."""
+    maps = [logits, target] if target.is_floating_point() else [logits]
+    options = height, width, align_corners, dtype
+    made: list[Upsampling] = []
+    for x in maps:
+        if logits.device.type == "cpu" and not at_once(logits):
+            made.append(CachedUpsampling(x, *options, rows=bands[0][1] if bands else 0))
+        else:
+            made.append(Upsampling(x, *options))
+    return made[0], made[1] if len(made) > 1 else None
+
+
+def _bands(logits: Tensor, height: int, width: int, rows: int) -> list[tuple[int, int]]:
     n, c = logits.shape[:2]
     if not rows:
         rows = max(BAND.get(logits.device.type, BAND["other"]) // max(n * c * width, 1), 1)
         if logits.device.type != "cpu":
             rows = -(-height // -(-height // rows)) if height else 1  # bands of one size hold less memory
-    for start in range(0, height if width else 0, rows):
-        yield start, min(start + rows, height)
-
-
-class _Upsampling:
-    """`F.interpolate(x, (height, width), mode="bilinear")` by rows, and its transpose."""
-
-    def __init__(self, x: Tensor, height: int, width: int, align_corners: bool, dtype: torch.dtype) -> None:
-        self.x, self.height, self.width, self.align_corners, self.dtype = x, height, width, align_corners, dtype
-        self.identity = x.shape[-2:] == (height, width)
-        self.at_once = _at_once(x)
-        # By how much each row is enlarged, where `F.interpolate` can take a band; 0 elsewhere.
-        whole = self.at_once and not align_corners and x.shape[2] > 0 and height % x.shape[2] == 0
-        self.factor = height // x.shape[2] if whole else 0
-        self._tables: list[tuple[Tensor, Tensor, Tensor]] | None = None
-
-    @property
-    def tables(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """`_neighbours` of all rows and of all columns, made once for all bands."""
-        if self._tables is None:
-            rows = self._neighbours(self.x.shape[2], self.height)
-            square = self.x.shape[2] == self.x.shape[3] and self.height == self.width
-            self._tables = [rows, rows if square else self._neighbours(self.x.shape[3], self.width)]
-        return self._tables
-
-    def band(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop of the upsampled map, in new memory."""
-        if self.identity:
-            return self.x[:, :, start:stop].to(self.dtype, copy=True)
-        if self.at_once and stop - start == self.height:
-            x = self.x.to(self.dtype)
-            return F.interpolate(x, (stop, self.width), mode="bilinear", align_corners=self.align_corners)
-        if self.factor:
-            first, last = self._spared_rows(start, stop)
-            wide = (last - first) * self.factor
-            x = F.interpolate(self.x[:, :, first:last].to(self.dtype), (wide, self.width), mode="bilinear")
-            return x[:, :, start - first * self.factor : stop - first * self.factor]
-        first, last = self._source_rows(start, stop)
-        x = self.x[:, :, first:last].to(self.dtype)
-        x = F.interpolate(x.flatten(0, 1), self.width, mode="linear", align_corners=self.align_corners)
-        x = x.view(*self.x.shape[:2], last - first, self.width)
-        low, high, weight = (table[start:stop] for table in self.tables[0])
-        weight = weight[:, None]
-        x, above = x.index_select(2, low - first), x.index_select(2, high - first)
-        return x.mul_(1 - weight).addcmul_(above, weight)
-
-    def add_transposed(self, result: Tensor | None, grad: Tensor, start: int, stop: int) -> Tensor:
-        """Add the gradient of x that comes from rows start..stop. For the first band `result` is None."""
-        whole = stop - start == self.height
-        if self.identity and whole:
-            return grad
-        if self.at_once and whole:
-            corners = self.align_corners
-            back: Tensor = torch.ops.aten.upsample_bilinear2d_backward(
-                grad, [self.height, self.width], list(self.x.shape), corners
-            )
-            return back
-        if result is None:
-            result = torch.zeros_like(self.x, dtype=grad.dtype, memory_format=torch.contiguous_format)
-        if self.identity:
-            result[:, :, start:stop] = grad
-            return result
-        if self.factor:
-            first, last = self._spared_rows(start, stop)
-            part, top = result[:, :, first:last], start - first * self.factor
-            size = [(last - first) * self.factor, self.width]
-            wide = F.pad(grad, (0, 0, top, size[0] - top - (stop - start)))
-            part.add_(torch.ops.aten.upsample_bilinear2d_backward(wide, size, list(part.shape), False))
-            return result
-        first, last = self._source_rows(start, stop)
-        low, high, weight = (table[start:stop] for table in self.tables[0])
-        weight = weight[:, None]
-        wide = grad.new_zeros(*grad.shape[:2], last - first, self.width)
-        wide.index_add_(2, low - first, grad * (1 - weight)).index_add_(2, high - first, grad * weight)
-        low, high, weight = self.tables[1]
-        result[:, :, first:last].index_add_(3, low, wide * (1 - weight)).index_add_(3, high, wide * weight)
-        return result
-
-    def _neighbours(self, count: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """For the output pixels of one axis, the input pixels before and after, and the weight of the latter."""
-        at = torch.arange(size, dtype=self.dtype, device=self.x.device)
-        scale = _scale(count, size, self.align_corners)
-        source = at * scale if self.align_corners else ((at + 0.5) * scale - 0.5).clamp_(min=0)
-        low = source.long().clamp_(max=count - 1)
-        return low, (low + 1).clamp_(max=count - 1), (source - low).clamp_(0, 1)
-
-    def _source_rows(self, start: int, stop: int) -> tuple[int, int]:
-        """Input rows that output rows start..stop touch, with one to spare for the rounding of `_neighbours`."""
-        count = self.x.shape[2]
-        scale, shift = _scale(count, self.height, self.align_corners), 0.0 if self.align_corners else 0.5
-        first, last = ((y + shift) * scale - shift for y in (start, stop - 1))
-        return max(int(first) - 1, 0), min(int(last) + 3, count)
-
-    def _spared_rows(self, start: int, stop: int) -> tuple[int, int]:
-        """Input rows whose enlargement holds output rows start..stop, and one before and after to interpolate with."""
-        return max(start // self.factor - 1, 0), min(-(-stop // self.factor) + 1, self.x.shape[2])
-
-
-def _at_once(x: Tensor) -> bool:
-    """Whether `F.interpolate` takes a whole map, or a band.
-
-    On a CPU it is slower than our own arithmetic. On a GPU its transpose adds in any order, so torch refuses it while
-    deterministic algorithms are turned on.
-    """
-    return x.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled()
-
-
-def _scale(count: int, size: int, align_corners: bool) -> float:
-    return (count - 1) / max(size - 1, 1) if align_corners else count / size
+    return [(start, min(start + rows, height)) for start in range(0, height if width else 0, rows)]
 
 
 def _fake(logits: Tensor, target: Tensor, height: int, width: int, *_: Any) -> Tensor:

@@ -119,10 +119,15 @@ def labelled_cross_entropy(
             logits = guard(logits, labels != ignore_index if valid is None else valid)
         return F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction="none")
     except IndexError as error:
-        raise ValueError(
-            f"Expected `labels` to hold ids 0..{logits.shape[1] - 1} or `ignore_index` {ignore_index}, but got others. "
-            "udakit.check_labels lists them."
-        ) from error
+        raise unknown_id(logits, ignore_index) from error
+
+
+def unknown_id(logits: Tensor, ignore_index: int) -> ValueError:
+    """The error for a label that is not a class."""
+    return ValueError(
+        f"Expected `labels` to hold ids 0..{logits.shape[1] - 1} or `ignore_index` {ignore_index}, but got others. "
+        "udakit.check_labels lists them."
+    )
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -29,7 +29,6 @@ from udakit import (
     class_mix,
     cross_domain_mix,
     resize_labels,
-    symmetric_kd_loss,
 )
 
 
@@ -57,8 +56,7 @@ class DigaWarmup(TargetStyled):
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""
         clean, mixed = self.student_views(batch, draws)
-        distilled = self.distil(clean, mixed)  # at full size: the cross-entropy takes its logits from there
-        return Losses({"source": clean.cross_entropy(batch.source_labels), "skd": distilled})
+        return Losses({"source": clean.cross_entropy(batch.source_labels), "skd": self.distil(clean, mixed)})
 
     def student_views(self, batch: Batch, draws: Draws) -> tuple[Any, Any]:
         """Student outputs on the clean source images and on their mixed view; the teacher sees the same two."""
@@ -78,17 +76,14 @@ class DigaWarmup(TargetStyled):
         return cross_domain_mix(augmented, translated, class_mask(batch.source_labels, chosen, paste_ignore=True))
 
     def distil(self, clean: Any, mixed: Any) -> Tensor:
-        """Symmetric distillation; the teacher's outputs are kept for the prototypes."""
+        """Symmetric distillation; the teacher's outputs are kept for the prototypes.
+
+        This is `udakit.symmetric_kd_loss` of the enlarged logits, without logits of that size.
+        """
         with torch.no_grad():
             self.teacher_views = self.teacher(self.views[0]), self.teacher(self.views[1])
-        options = self.options
-        return options.skd * symmetric_kd_loss(
-            clean.logits,
-            mixed.logits,
-            self.teacher_views[0].logits,
-            self.teacher_views[1].logits,
-            reverse_weight=options.reverse_weight,
-        )
+        forward, reverse = mixed.distillation(self.teacher_views[0]), clean.distillation(self.teacher_views[1])
+        return self.options.skd * (forward + self.options.reverse_weight * reverse)
 
 
 class Diga(DigaWarmup):

@@ -81,16 +81,14 @@ class Ehtdi(SelfTraining):
 
         source_images = strong_source.images if options.augment_source else source.images
         on_source, on_mixed = self.both(source_images, strong_mixed)
-        mixed_logits = on_mixed.logits  # at full size, which the bands need: the loss takes them from there
+        mix, boundary = self.with_boundary(on_mixed, mixed.labels, source_mask, options.boundary_weight)
         terms = {
             "source": on_source.cross_entropy(source.labels),
-            "mix": options.mix_weight * on_mixed.cross_entropy(mixed.labels),
+            "mix": options.mix_weight * mix,
             **self.masked_consistency(batch.target_images, draws, lambda seen: pseudo_loss(seen, pseudo)),
         }
-        if options.boundary_weight > 0:
-            terms["boundary"] = options.boundary_weight * band_loss(
-                mixed_logits, mixed.labels, source_mask, kernel_size=options.boundary_kernel
-            )
+        if boundary is not None:
+            terms["boundary"] = options.boundary_weight * boundary
         terms |= self.paste_terms(pasted, target_mask, source_mask)
 
         # 3. Two views of the mixed image: its weak and its strong rendering.
@@ -104,14 +102,25 @@ class Ehtdi(SelfTraining):
         options = self.options
         if options.paste_weight <= 0:
             return {}
-        on_pasted = self.on_mixed(pasted.images)
-        logits = on_pasted.logits
-        terms = {"paste": options.paste_weight * on_pasted.cross_entropy(pasted.labels)}
-        if options.boundary_paste_weight > 0:
-            terms["paste_boundary"] = options.boundary_paste_weight * band_loss(
-                logits, pasted.labels, target_mask, outside=source_mask, kernel_size=options.boundary_kernel
-            )
+        loss, boundary = self.with_boundary(
+            self.on_mixed(pasted.images),
+            pasted.labels,
+            target_mask,
+            options.boundary_paste_weight,
+            outside=source_mask,
+        )
+        terms = {"paste": options.paste_weight * loss}
+        if boundary is not None:
+            terms["paste_boundary"] = options.boundary_paste_weight * boundary
         return terms
+
+    def with_boundary(
+        self, output: SegOutput, labels: Tensor, mask: Tensor, weight: float, *, outside: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cross-entropy on a mixture and on the boundary band of its paste, the latter only where it has a weight."""
+        if weight <= 0:
+            return output.cross_entropy(labels), None
+        return output.cross_entropy_and_band(labels, band_of(mask, outside, self.options.boundary_kernel))
 
     def contrast_terms(self, mixed: SegBatch, on_strong: SegOutput) -> dict[str, Tensor]:
         """Contrast of the weak rendering with the strong one, pixel by pixel and class by class.
@@ -140,7 +149,10 @@ def band_loss(
     logits: Tensor, labels: Tensor, mask: Tensor, *, outside: Tensor | None = None, kernel_size: int = 3
 ) -> Tensor:
     """Cross-entropy on the boundary band of a paste; an empty band gives 0."""
+    return cross_entropy(logits, labels.where(band_of(mask, outside, kernel_size), 255))
+
+
+def band_of(mask: Tensor, outside: Tensor | None, kernel_size: int) -> Tensor:
+    """The boundary band of a paste, without the pixels of another one."""
     band = boundary_band(mask, kernel_size=kernel_size)
-    if outside is not None:
-        band = band & ~outside
-    return cross_entropy(logits, labels.where(band, 255))
+    return band if outside is None else band & ~outside

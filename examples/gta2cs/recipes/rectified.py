@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gta2cs.loading import Batch
@@ -53,4 +52,4 @@ def target_centroids(labeller: nn.Module, like: ClassPrototypes, batches: Iterab
 
 def classes_at_features(output: Any) -> Tensor:
     """Arg-max at the size of the features, computed only for those pixels."""
-    return F.interpolate(output.logits, output.features.shape[-2:], mode="nearest").argmax(1)
+    return output.sampled(output.features.shape[-2:]).argmax(1)  # type: ignore[no-any-return]
