@@ -35,7 +35,7 @@ considerate_threads()  # before torch is imported
 import torch
 
 import train_gta2cs
-from benchmarks.harness import write_section
+from benchmarks.harness import PAIR_NAMES, device_name, write_section
 from benchmarks.results_page import STATISTICS
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import Pair
@@ -69,16 +69,6 @@ TOGETHER = {"camvid": {"camvid", "carla2camvid"}, "carla2camvid": {"camvid", "ca
 LR = {"source_only": 3e-4, "oracle": 3e-4}
 ADAPTATION_LR = 3e-4
 SCORE = "confident_consistency"  # that deploys a net, and that `combined` chooses by
-NAMES = {
-    "toy": "game → camera",
-    "nuclei": "nuclei",
-    "nuclei_backwards": "nuclei, backwards",
-    "camvid": "day → dusk",
-    "carla2camvid": "CARLA → day",
-    "carla2dusk": "CARLA → dusk",
-    "dusk2day": "dusk → day",
-    "day2carla": "day → CARLA",
-}
 TITLES = {
     "source_only": "source-only",
     STATISTICS: "source-only, BatchNorm's statistics of target",
@@ -98,6 +88,7 @@ EVERY = 100  # steps between scores
 SCALES = {"source_scale": (0.6, 1.7), "target_scale": (0.8, 1.25)}
 AUGMENT: dict[str, Any] = {"jitter": SHARED["jitter"]}
 MATCH = {"match_scale": True}  # of every row that adapts
+DEFAULT_DATA = {"match_scale": False, "source_scale": (1.0, 1.0), "target_scale": (1.0, 1.0)}
 # ... and how DACS labels: `combined` decides between them itself.
 SETTINGS: dict[str, dict[str, Any]] = {name: {**SHARED, **own} for name, own in CANDIDATES.items()}
 EHTDI = {
@@ -161,8 +152,11 @@ TRIED_ROWS = {f"tried_{name}": tried_row(name) for name in TRIED}
 LR |= {f"tried_{name}": change["lr"] for name, (_, change) in TRIED.items() if "lr" in change}
 LONGER, LONGER_ROWS = 4, ("source_only", "dacs_batch", "diga", "ehtdi", "combined")  # that many times the steps
 BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of the scores
-    "bad_argmax": {"selector": "argmax", "jitter": 0.2},
-    "bad_threshold": {"selector": "threshold", "threshold": 0.99, "jitter": 0.2},
+    "bad_argmax": {"options": {"selector": "argmax", "jitter": 0.2}},
+    "bad_threshold": {"options": {"selector": "threshold", "threshold": 0.99, "jitter": 0.2}},
+    # What a user had before there was a policy; on nuclei the rarer class vanishes.
+    "bad_defaults": {"own": True, "data": DEFAULT_DATA},
+    "bad_eval": {"own": True, "data": DEFAULT_DATA, "options": {"teacher_mode": "eval"}},
 }
 
 
@@ -178,7 +172,7 @@ def rows_of() -> dict[str, dict[str, Any]]:
     }
     rows |= {f"longer_{name}": {**rows[name], "times": LONGER} for name in LONGER_ROWS}
     rows |= ABLATION | TRIED_ROWS
-    return rows | {name: {"recipes": ["dacs"], "options": o, "bad": True} for name, o in BAD.items()}
+    return rows | {name: {"recipes": ["dacs"], "bad": True, **row} for name, row in BAD.items()}
 
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -314,7 +308,7 @@ def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> 
         "start": "warm" if row != "warm" else None,
         "steps": sum(h["steps"] for h in histories),
         "seconds": round(time.perf_counter() - began, 1),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": device_name(),
         "stages": [dataclasses.asdict(stage) for stage in config.stages],
         "source_only": source_only,
         "rows": {title: score.to_json() for title, score in rows.items()},
@@ -406,7 +400,7 @@ def table(results: dict[str, Any]) -> str:
         line_of(results, "combined, last student or source-only", guarded, pairs),
     ]
     picks = [
-        f"{NAMES[pair]}: {choose(pair, results)}" for pair in pairs if any(gains_elsewhere(pair, results).values())
+        f"{PAIR_NAMES[pair]}: {choose(pair, results)}" for pair in pairs if any(gains_elsewhere(pair, results).values())
     ]
     text = ", ".join(picks) or "not measured yet, no pair has both"
     return "\n".join(lines) + f"\n\nSetting of DACS that the other pairs choose: {text}.\n"
@@ -434,7 +428,7 @@ def pairs_run(results: dict[str, Any], of: Iterable[str] = PAIRS) -> list[str]:
 
 def lines_of(results: dict[str, Any], titles: dict[str, str], pairs: Sequence[str]) -> list[str]:
     """Head of a table, and a line of each row that has run on any pair."""
-    lines = ["| | " + " | ".join(NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    lines = ["| | " + " | ".join(PAIR_NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
     for row, title in titles.items():
         cells = [cell(results, pair, row) for pair in pairs]
         if any(text != "–" for text in cells):
@@ -462,7 +456,7 @@ def tried(results: dict[str, Any]) -> str:
     pairs = [pair for pair, found in seeds.items() if found]
     if not pairs:
         return "Not measured yet.\n"
-    lines = ["| | " + " | ".join(NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    lines = ["| | " + " | ".join(PAIR_NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
     rows = {"combined": "nothing changed", **{f"tried_{name}": title for name, (title, _) in TRIED.items()}}
     for row, title in rows.items():
         cells = [tried_cell(results, pair, row, seeds[pair]) for pair in pairs]
@@ -525,7 +519,7 @@ def longer(results: dict[str, Any]) -> str:
     pairs = [pair for pair in PAIRS if any(final(results, pair, f"longer_{row}") for row in LONGER_ROWS)]
     if not pairs:
         return f"Runs of {LONGER} times the steps (`--group longer`) are not measured yet.\n"
-    head = [f"{NAMES[pair]}, {PAIRS[pair]['steps'] * times} steps" for pair in pairs for times in (1, LONGER)]
+    head = [f"{PAIR_NAMES[pair]}, {PAIRS[pair]['steps'] * times} steps" for pair in pairs for times in (1, LONGER)]
     lines = [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
     for row in LONGER_ROWS:
         cells = []

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import adaptation
-from benchmarks.harness import write_section
+from benchmarks.harness import PAIR_NAMES, write_section
 from gta2cs.datasets import Pair
 from gta2cs.evaluation import evaluate
 from gta2cs.files import write_json
@@ -150,7 +150,7 @@ def table(results: dict[str, Any]) -> str:
     pairs = [pair for pair in PAIRS if runs[pair]]
     if not pairs:
         return "Not measured yet.\n"
-    lines = ["| | " + " | ".join(adaptation.NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    lines = ["| | " + " | ".join(PAIR_NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
     for name, (title, _) in ROWS.items():
         lines.append(line(title, name, [runs[pair] for pair in pairs]))
     for score_name, title in PICKS.items():

@@ -23,7 +23,7 @@ considerate_threads()  # before torch is imported
 import torch
 
 from benchmarks import adaptation
-from benchmarks.harness import markdown_table
+from benchmarks.harness import PAIR_NAMES, markdown_table
 from gta2cs.datasets import Labelled, Unlabelled
 from gta2cs.evaluation import evaluate
 from gta2cs.label_free import DEFAULT, measure
@@ -75,7 +75,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
         pair, seed = key.split("/")
         cells = [f"{100 * found[style]['score']:.1f} / {found[style]['miou']:.1f}" for style in STYLES]
         taken = ("its own", "target's")[ahead([found[style]["score"] for style in ("none", "color")])]
-        rows.append([f"{adaptation.NAMES[pair]}, seed {seed}", *cells, taken])
+        rows.append([f"{PAIR_NAMES[pair]}, seed {seed}", *cells, taken])
     if not rows:
         return "Not measured yet.\n"
     return markdown_table(["", "target as it is", "target in source's colours", "source takes"], rows) + "\n"

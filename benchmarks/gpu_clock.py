@@ -39,6 +39,7 @@ from benchmarks.harness import (
     RESULTS,
     SEED,
     Results,
+    device_name,
     markdown_table,
     parser_for,
     peak_extra_bytes,
@@ -161,10 +162,6 @@ def describe(device: str, size: str) -> dict[str, Any]:
         "memory": torch.cuda.get_device_properties(0).total_memory if device != "cpu" else None,
         "cuda": torch.version.cuda,
     }
-
-
-def device_name(device: str) -> str:
-    return "CPU" if device == "cpu" else torch.cuda.get_device_name()
 
 
 # --- what is measured -----------------------------------------------------------------------------

@@ -36,6 +36,16 @@ PAGES = ROOT / "docs" / "performance"  # one page a script, or few
 PICTURES = ROOT / "docs" / "pictures"
 RESULTS = ROOT / "benchmarks" / "results"
 SEED = 0
+PAIR_NAMES = {
+    "toy": "game → camera",
+    "nuclei": "nuclei",
+    "nuclei_backwards": "nuclei, backwards",
+    "camvid": "day → dusk",
+    "carla2camvid": "CARLA → day",
+    "carla2dusk": "CARLA → dusk",
+    "dusk2day": "dusk → day",
+    "day2carla": "day → CARLA",
+}
 Contestants = Mapping[str, Callable[[], Any]]
 
 
@@ -142,6 +152,17 @@ def environment() -> dict[str, Any]:
         "freed_memory_kept": _freed_memory,
         "seed": SEED,
     }
+
+
+def pair_name(pair: str) -> str:
+    """What a table calls a pair of domains."""
+    return PAIR_NAMES.get(pair, pair.replace("_", " "))
+
+
+def device_name(device: str | None = None) -> str:
+    """The card's name, or "CPU"; by default of whatever a run would take."""
+    on_card = torch.cuda.is_available() if device is None else device != "cpu"
+    return torch.cuda.get_device_name() if on_card else "CPU"
 
 
 def cpu_name() -> str:

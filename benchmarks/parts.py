@@ -27,7 +27,7 @@ considerate_threads()  # before torch is imported
 
 import train_gta2cs
 from benchmarks import adaptation
-from benchmarks.harness import write_section
+from benchmarks.harness import PAIR_NAMES, write_section
 from gta2cs.files import write_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "parts.json"
@@ -117,7 +117,7 @@ def table(results: dict[str, Any]) -> str:
     pairs = [pair for pair in STEPS if any(is_run(r, pair, BASE) for r in results.values())]
     if not pairs:
         return "Not measured yet.\n"
-    head = " | ".join(f"{adaptation.NAMES[pair]} | gain | teacher, gain" for pair in pairs)
+    head = " | ".join(f"{PAIR_NAMES[pair]} | gain | teacher, gain" for pair in pairs)
     lines = [f"| added to DACS | {head} |", "|---|" + "---:|---:|---:|" * len(pairs)]
     starts = [[r["start"] for r in results.values() if is_run(r, pair, BASE)] for pair in pairs]
     lines.append(f"| source-only start | {' | '.join(f'{adaptation.spread(s)} | | ' for s in starts)} |")
@@ -129,7 +129,7 @@ def table(results: dict[str, Any]) -> str:
             added = values and part != BASE
             cells += [signed(gains(results, pair, part, net)) if added else "" for net in ("student", "teacher")]
         lines.append(f"| {title} | {' | '.join(cells)} |")
-    steps = ", ".join(f"{STEPS[pair]} on {adaptation.NAMES[pair]}" for pair in pairs)
+    steps = ", ".join(f"{STEPS[pair]} on {PAIR_NAMES[pair]}" for pair in pairs)
     return "\n".join(lines) + f"\n\nSteps after the start: {steps}. In brackets each seed's gain.\n"
 
 
@@ -138,7 +138,7 @@ def published(results: dict[str, Any]) -> str:
     pairs = [pair for pair in STEPS if any(is_run(r, pair, BASE) for r in results.values())]
     if not pairs:
         return "Not measured yet.\n"
-    lines = ["| part | published | " + " | ".join(adaptation.NAMES[pair] for pair in pairs) + " |"]
+    lines = ["| part | published | " + " | ".join(PAIR_NAMES[pair] for pair in pairs) + " |"]
     lines.append("|---|---|" + "---:|" * len(pairs))
     for part, gain in PUBLISHED.items():
         found = [signed(gains(results, pair, part)) or "not run" for pair in pairs]

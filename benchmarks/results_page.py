@@ -19,12 +19,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks.harness import write_section
+from benchmarks.harness import pair_name, write_section
 from benchmarks.rows import PAIRS, row_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_pairs.json"
 DOCS = ROOT / "docs"
-SHORT = {"camvid": "day → dusk", "carla2camvid": "CARLA → day", "toy": "game → camera"}
 # Rows of the summary, in this order, where the JSON has them; rows that it does not name are shown on the sub-pages.
 METHODS = {
     "dacs": "DACS",
@@ -122,16 +121,12 @@ def pairs_of(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def name_of(pair: str) -> str:
-    return SHORT.get(pair, pair.replace("_", " "))
-
-
 def table(results: dict[str, Any]) -> str:
     """Markdown: a line a method, a column a pair."""
     pairs = pairs_of(results)
     if not pairs:
         return "Not measured yet.\n"
-    lines = [f"| | {' | '.join(name_of(pair) for pair in pairs)} |", "|---|" + "---:|" * len(pairs)]
+    lines = [f"| | {' | '.join(pair_name(pair) for pair in pairs)} |", "|---|" + "---:|" * len(pairs)]
     lines.append(f"| source-only, mIoU | {' | '.join(level(scores_of(results, p, 'source_only')) for p in pairs)} |")
     for recipe, title in METHODS.items():
         cells = [gain_of(results, pair, recipe) for pair in pairs]
@@ -152,7 +147,7 @@ def against(results: dict[str, Any], rows: tuple[tuple[str, str], ...]) -> str:
             if found := differences(results, pair, row, other):
                 ahead = f"{sum(d > 0 for d in found)} of {len(found)} seeds"
                 difference = bold(Gain(tuple(found), None))
-                lines.append(f"| {name_of(pair)} | `{row}` | `{other}` | {difference} | {ahead} |")
+                lines.append(f"| {pair_name(pair)} | `{row}` | `{other}` | {difference} | {ahead} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else "Not measured yet.\n"
 
 
@@ -161,12 +156,12 @@ def verdict(results: dict[str, Any]) -> str:
     pairs, lines = pairs_of(results), []
     for method in METHODS:
         name = METHODS[method]
-        found = {name_of(p): gain.by_seed for p in pairs if (gain := gain_of(results, p, method)) is not None}
+        found = {pair_name(p): gain.by_seed for p in pairs if (gain := gain_of(results, p, method)) is not None}
         if not found or method == "small_dacs":  # what DUDA is compared with
             continue
         words = [f"- **{name}** {judged(found, 'gains', 'loses', 'changes little')}."]
         if method in RIVALS and (rival := RIVALS[method]) in METHODS:
-            against_rival = {name_of(p): d for p in pairs if (d := differences(results, p, method, rival))}
+            against_rival = {pair_name(p): d for p in pairs if (d := differences(results, p, method, rival))}
             if against_rival:
                 words.append(f"Against {METHODS[rival]}: {judged(against_rival, 'ahead', 'behind', 'level')}.")
         lines.append(" ".join([*words, REMARKS.get(method, "")]).strip())
@@ -174,7 +169,7 @@ def verdict(results: dict[str, Any]) -> str:
     for run in results.values():
         if run["recipe"] == "source_only" and STATISTICS in run["rows"]:
             before, after = (next(iter(run["rows"][row]["means"].values())) for row in ("source_only", STATISTICS))
-            found.setdefault(name_of(run["pair"]), []).append(after - before)
+            found.setdefault(pair_name(run["pair"]), []).append(after - before)
     if found:
         lines.append(
             "- **BatchNorm statistics of target**, which cost no training: source-only with them "
@@ -247,7 +242,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             axis.scatter([at] * len(gain.by_seed), gain.by_seed, s=9, color="black", alpha=0.65, linewidth=0, zorder=3)
     handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[k % len(COLORS)]) for k in range(len(methods))]
     figure.legend(handles, [METHODS[m] for m in methods], loc="outside upper left", ncols=3, frameon=False)
-    axis.set_xticks(range(len(pairs)), [name_of(pair) for pair in pairs])
+    axis.set_xticks(range(len(pairs)), [pair_name(pair) for pair in pairs])
     axis.set_ylabel("gain over source-only, mIoU")
     axis.axhline(0, color="black", lw=0.8)
     axis.grid(axis="y", alpha=0.3, zorder=0)

@@ -24,7 +24,7 @@ considerate_threads()  # before torch is imported
 from torch import nn
 
 from benchmarks import adaptation
-from benchmarks.harness import markdown_table
+from benchmarks.harness import PAIR_NAMES, markdown_table
 from gta2cs.evaluation import evaluate
 from gta2cs.label_free import DEFAULT, LabelFree, measure
 from gta2cs.matching import REACH, STEP, Rescaled, match_scale
@@ -73,7 +73,7 @@ def table(results: dict[str, Any]) -> str:
         taken = climbed(found)
         cells = {e["position"]: f"{100 * e['score']:.0f} / {e['miou']:.1f}" for e in found}
         cells[taken] = f"**{cells[taken]}**"
-        rows.append([f"{adaptation.NAMES[pair]}, seed {seed}", *(cells[k] for k in positions)])
+        rows.append([f"{PAIR_NAMES[pair]}, seed {seed}", *(cells[k] for k in positions)])
     if not rows:
         return "Not measured yet.\n"
     return markdown_table(["target enlarged by", *(f"{STEP**k:.2g}" for k in positions)], rows) + "\n"

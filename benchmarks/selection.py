@@ -34,9 +34,12 @@ import numpy as np
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+from benchmarks.harness import pair_name
 from gta2cs.histories import all_scores, headline, read_run
+from gta2cs.label_free import DEFAULT
 from gta2cs.rank_statistics import kendall, ranks, spearman
 
 Net = dict[str, Any]
@@ -296,7 +299,7 @@ def markdown(runs: Sequence[Run]) -> str:
     good_runs = [run for run in runs if not run.get("bad")]
     good = Study(good_runs) if good_runs and len(good_runs) < len(runs) else None
     pairs = list(study.pairs)
-    head = ["score", *(f"ρ {pair}" for pair in pairs), "ρ within runs", "τ"]
+    head = ["score", *(f"ρ {pair_name(pair)}" for pair in pairs), "ρ within runs", "τ"]
     for question in QUESTIONS:
         head += [f"regret, {question}", *(["without bad runs"] if good else [])]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
@@ -320,7 +323,7 @@ def markdown(runs: Sequence[Run]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     nets = sum(len(nets_of(r)) for r in study.pairs.values())
     bad = sum(bool(run.get("bad")) for run in runs)
-    elected = "; ".join(f"{pair}: {score.title}" for pair, score in study.elected.items())
+    elected = "; ".join(f"{pair_name(pair)}: {score.title}" for pair, score in study.elected.items())
     return (
         "\n".join(lines)
         + f"\n\n{nets} nets of {len(runs)} runs on {len(pairs)} pairs ({bad} runs made bad on purpose). Regret in "
@@ -329,7 +332,7 @@ def markdown(runs: Sequence[Run]) -> str:
     )
 
 
-def guard_table(study: Study, name: str = "mirror_consistency") -> str:
+def guard_table(study: Study, name: str = DEFAULT) -> str:
     """How often the adapted net would be deployed, and what that gains and misses, by one score with its raw sign."""
     if name not in study.names:
         return ""
@@ -357,8 +360,8 @@ def guard_table(study: Study, name: str = "mirror_consistency") -> str:
                 best.append(chosen["truth_miou"] - run["start"]["truth_miou"])
                 adapted += chosen is not run["start"]
         lines.append(
-            f"| {pair} | {len(duels)} | {np.mean(gains):+.1f} | {sum(deployed)} | {np.mean(got):+.1f} | {missed} "
-            f"| {np.mean(best):+.1f} | {adapted} |"
+            f"| {pair_name(pair)} | {len(duels)} | {np.mean(gains):+.1f} | {sum(deployed)} | {np.mean(got):+.1f} "
+            f"| {missed} | {np.mean(best):+.1f} | {adapted} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -382,7 +385,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
                 axis.scatter(x, y, s=12, color=f"C{number % 10}", marker="x" if run.get("bad") else "o", alpha=0.7)
                 if run.get("start"):
                     axis.scatter(run["start"]["scores"][name], run["start"]["truth_miou"], s=45, color="k", marker="*")
-            axis.set_title(f"{pair}, ρ = {_two(pair_correlation(members, name))}", fontsize=9)
+            axis.set_title(f"{pair_name(pair)}, ρ = {_two(pair_correlation(members, name))}", fontsize=9)
             axis.set_xlabel(name.replace("_", " "), fontsize=8)
             axis.tick_params(labelsize=7)
             axis.grid(alpha=0.3)

@@ -52,7 +52,7 @@ def test_the_small_net_is_compared_with_itself() -> None:
 
 def test_table_and_picture_have_every_pair(results: dict[str, object], tmp_path: Path) -> None:
     text = results_page.table(results)
-    assert text.startswith("| | game → camera | nuclei backwards |\n|---|---:|---:|\n")
+    assert text.startswith("| | game → camera | nuclei, backwards |\n|---|---:|---:|\n")
     assert "| source-only, mIoU | 42.0 ± 2.0 | 42.0 ± 2.0 |" in text
     assert "| DACS | **+10.3 ± 2.5 (52 %)** | **+10.3 ± 2.5** |" in text
     assert "| oracle, mIoU | 62.0 | – |" in text
@@ -78,8 +78,8 @@ def test_the_verdict_says_what_the_rows_say(results: dict[str, object]) -> None:
         results[f"toy/source_only/{seed}"]["rows"][results_page.STATISTICS] = {"means": {"mIoU": score}}
     lines = results_page.verdict(results).splitlines()
     assert lines[1] == (
-        "- **DiGA** gains on nuclei backwards, loses on game → camera. "
-        "Against DACS: ahead on nuclei backwards, behind on game → camera."
+        "- **DiGA** gains on nuclei, backwards, loses on game → camera. "
+        "Against DACS: ahead on nuclei, backwards, behind on game → camera."
     )
     assert lines[2].startswith("- **BatchNorm statistics of target**")
     assert "changes little on game → camera. The rows" in lines[2]  # -20, -18, +5
