@@ -14,7 +14,9 @@ import yaml
 from gta2cs.nets import SegNet, build_net
 from gta2cs.options import changed, read_options, read_yaml
 
-TOY = Path(__file__).parent.parent / "configs" / "dacs_toy.yaml"
+CONFIGS = Path(__file__).parent.parent / "configs"
+TOY = CONFIGS / "dacs_toy.yaml"
+POLICY = CONFIGS / "combined_folder.yaml"  # chosen on no pair in particular
 PLACE = re.compile(r"--(stages\.\d+\..+)")
 
 
@@ -172,18 +174,34 @@ class Config:
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """Read the YAML file and the command line. Without `--config`, the toy configuration is the base."""
+    """Read the YAML file and the command line.
+
+    Without `--config` the base is the toy configuration, and for another pair the one policy: what was chosen on the
+    toy pair does harm elsewhere.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = {"--resume", "--overwrite", "--dry-run", "--check-data"}  # may be given without a value
     arguments = [f"{a.replace('-', '_').replace('__', '--', 1)}=true" if a in flags else a for a in arguments]
     named = any(a.partition("=")[0] == "--config" for a in arguments)  # a file gives everything that is not the default
-    toy = [] if named else [str(TOY)]
-    config = read_options(Config, with_places(arguments, toy), files=toy)
+    base = [] if named else [str(TOY if pair_named(arguments) == "toy" else POLICY)]
+    config = read_options(Config, with_places(arguments, base), files=base)
     if config.check_data and not named and not any(a.startswith("--stages") for a in arguments):
-        config.stages = []  # those of the toy pair, which nobody chose for other data
+        config.stages = []  # nobody asked for them
+    elif base == [str(POLICY)]:
+        print(f"Without --config: net, crop and stages of {POLICY.name}, the policy for any pair.")
     if config.dry_run:  # the run itself, whether it is finished or not, is not touched
         config.out = config.out / "dry_run"
     return config
+
+
+def pair_named(arguments: list[str]) -> str:
+    """The pair on the command line; the last one counts."""
+    pair = "toy"
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, given, value = argument.partition("=")
+        if name == "--data.pair":
+            pair = value if given else following
+    return pair
 
 
 def with_places(arguments: list[str], files: list[str]) -> list[str]:
