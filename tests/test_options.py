@@ -59,12 +59,11 @@ def test_one_value_of_one_stage(tmp_path: Path) -> None:
     assert config.seed == 3
     assert dataclasses.replace(config, stages=as_it_is.stages, seed=0) == as_it_is
     assert [s.steps for s in train_gta2cs.parse(["--stages.1.steps=7"]).stages] == [300, 7], "of the toy pair"
-    for given in (["--data.pair", "folder"], ["--data.pair=nuclei", "--stages.1.steps=7"]):
+    asked = {"folder": ["--data.pair", "folder"], "nuclei": ["--data.pair=nuclei", "--stages.1.steps=7"]}
+    for pair, given in asked.items():
         config = train_gta2cs.parse(given)
-        assert [s.recipe for s in config.stages] == ["source_only", "combined"], (
-            "the policy, not the toy pair's options"
-        )
-        assert (config.data.pair, config.data.target_scale) == (given[-1] if len(given) == 2 else "nuclei", (0.8, 1.25))
+        assert [s.recipe for s in config.stages] == ["source_only", "combined"], "the policy for any pair"
+        assert (config.data.pair, config.data.target_scale) == (pair, (0.8, 1.25))
     listed = train_gta2cs.parse(["--config", str(file), '--stages=[{"recipe": "dacs"}]', "--stages.0.steps=9"])
     assert [(s.recipe, s.steps) for s in listed.stages] == [("dacs", 9)]
 
