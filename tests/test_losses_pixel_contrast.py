@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import udakit
+from udakit.losses import _infonce_short
 
 
 def dense(a: Tensor, b: Tensor, temperature: float, valid: Tensor | None = None) -> Tensor:
@@ -66,6 +68,50 @@ def test_value_and_gradient_for_any_block_size(
         return
     for x, e in zip(actual, torch.autograd.grad((expected * weights).sum(), (a, b)), strict=True):
         torch.testing.assert_close(x, e)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    n=st.integers(1, 2),
+    d=st.integers(1, 5),
+    h=st.integers(1, 4),
+    w=st.integers(1, 4),
+    chunk=st.sampled_from([None, 1, 3, 7]),
+    longest=st.sampled_from([0.1, 5.0, _infonce_short.LONGEST]),
+    masked=st.booleans(),
+)
+def test_short_embeddings_share_their_exponentials(
+    seed: int, n: int, d: int, h: int, w: int, chunk: int | None, longest: float, masked: bool
+) -> None:
+    """In float64, and in float32 at the largest length that is allowed."""
+    a, b, valid = draw(seed, n, d, h, w)
+    mask, temperature = valid if masked else None, 0.1
+    longest_now = max(float(x.detach().square().sum(1).amax()) for x in (a, b))
+    scale = math.sqrt(0.999 * longest * 2 * temperature * math.log(2) / longest_now)
+    weights = torch.randn(n, 2, h, w, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    expected = dense(a * scale, b * scale, temperature, mask)
+    options = {"temperature": temperature, "valid": mask, "chunk_size": chunk, "reduction": "none"}
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 3e-5)):
+        views = (a * scale).to(dtype), (b * scale).to(dtype)
+        with mock.patch.object(_infonce_short, "FEWEST", 1):
+            assert _infonce_short.is_short(torch.cat(views).flatten(2), temperature)
+            loss = udakit.pixel_contrast_loss(*views, **options)
+            ours = torch.autograd.grad((loss * weights.to(dtype)).sum(), (a, b))
+        torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+        assert (loss >= 0).all()
+        if expected.requires_grad:
+            theirs = torch.autograd.grad((expected * weights).sum(), (a, b), retain_graph=True)
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=30 * tolerance)
+        else:
+            assert not any(x.any() for x in ours)
+
+
+def test_long_embeddings_do_not_share_them() -> None:
+    z = torch.randn(2, 4, 256)
+    assert _infonce_short.is_short(torch.nn.functional.normalize(z), 0.05)
+    assert not _infonce_short.is_short(z * 10, 0.05)
+    assert not _infonce_short.is_short(z * torch.nan, 0.05)
+    assert not _infonce_short.is_short(z[:, :, :64] / 100, 0.05)
 
 
 def test_reductions_count_anchors() -> None:

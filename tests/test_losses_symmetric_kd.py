@@ -1,5 +1,7 @@
 """Symmetric distillation against the textbook formula: value, gradient, memory."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,6 +52,13 @@ def test_value_and_gradient_of_the_valid_pixels(
         torch.testing.assert_close(a, e)
 
 
+@pytest.fixture
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small maps are computed like large ones."""
+    monkeypatch.setattr(sys.modules["udakit.losses.symmetric_kd"], "LARGE", 0)
+
+
+@pytest.mark.usefixtures("in_blocks")
 def test_blocks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = draw(0, 2, 3, 5, 7)
     weights = torch.rand(2, 5, 7, dtype=torch.float64)
@@ -70,6 +79,7 @@ def test_it_is_two_kd_losses() -> None:
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.usefixtures("in_blocks")
 def test_two_class_maps_are_kept_for_the_backward_pass() -> None:
     maps = [x.detach() for x in draw(2, 2, 5, 8, 8, dtype=torch.float32)]
     maps[0].requires_grad_()
@@ -85,6 +95,7 @@ def test_two_class_maps_are_kept_for_the_backward_pass() -> None:
     assert sum(saved.values()) <= 2 * maps[0].nbytes + 16
 
 
+@pytest.mark.usefixtures("in_blocks")
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     maps = draw(3, 1, 3, 2, 2)
     (gradient,) = torch.autograd.grad(udakit.symmetric_kd_loss(*maps), maps[:1], create_graph=True)
@@ -92,6 +103,7 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
         (maps[0].sum() + gradient.square().sum()).backward()
 
 
+@pytest.mark.usefixtures("in_blocks")
 def test_one_student_may_be_frozen_and_backward_may_run_twice() -> None:
     maps = draw(4, 1, 3, 2, 2)
     loss = udakit.symmetric_kd_loss(maps[0].detach(), *maps[1:])

@@ -3,7 +3,8 @@
 The similarity matrix S = z' z / temperature is symmetric, so each block above the diagonal serves its rows and its
 columns. The forward pass keeps the log-sum-exp of each row, and the backward pass recomputes the blocks:
 dL/dS_ij = g_i (exp(S_ij - lse_i) - [j is i's partner]), and dL/dz = z (dL/dS + its transpose) / temperature.
-S and its log-sum-exps are kept in units of log 2, for exp2.
+S and its log-sum-exps are kept in units of log 2, for exp2. Rows that are not long, such as probabilities, take half as
+many exponentials on a CPU (`_infonce_short`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from udakit._reduce import LOG_2, full_precision, plain, refuse_tangents
+from udakit.losses._infonce_short import is_short, log_sums, slopes
 
-BLOCK = {"cpu": 1024, "other": 4096}  # pixels per side of a block: 4 MiB fit a CPU cache, 64 MiB keep launches few
+BLOCK = {"cpu": 512, "other": 4096}  # pixels per side of a block: 1 MiB fits a CPU cache, 64 MiB keep launches few
 
 
 def infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int | None) -> Tensor:
@@ -32,7 +34,14 @@ def _infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) ->
     lse = z.new_full((n, count), float("-inf"))
     loss = z.new_zeros(n, count)
     with full_precision(z):
+        short = is_short(z, temperature)
+        if short:
+            ours, theirs = z.chunk(2, 2)
+            loss = ((ours * theirs).sum(1) / (temperature * LOG_2)).repeat(1, 2)
         for k in range(n):
+            if short:
+                lse[k] = log_sums(z[k], None if valid is None else valid[k], temperature, block)
+                continue
             for rows, cols, s, scratch in _blocks(z[k], None if valid is None else valid[k], temperature, block):
                 if cols.start == rows.start + count // 2:
                     loss[k, rows] = s.diagonal()
@@ -41,6 +50,8 @@ def _infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) ->
                 if rows != cols:
                     _add_log2_sum_exp2(lse[k, cols], s, 0, s)
     loss = (lse - loss) * LOG_2
+    if short:  # whose terms and sums are rounded apart
+        loss.clamp_min_(0)
     if valid is not None:
         loss = torch.where(valid, loss, 0)
         lse = torch.where(valid, lse, float("inf"))  # exp(S - lse) is 0 there
@@ -55,9 +66,12 @@ def _infonce_backward(
     if valid is not None:
         grad = torch.where(valid, grad, 0)
     with full_precision(z):
-        scaled = z / temperature
+        scaled, short = z / temperature, is_short(z, temperature)
         for k in range(n):
             g = grad[k]
+            if short:
+                result[k] = slopes(z[k], None if valid is None else valid[k], g, lse[k], temperature, block)
+                continue
             for rows, cols, s, weight in _blocks(z[k], None if valid is None else valid[k], temperature, block):
                 # Computing a product twice may round differently, which matters at 1e30. No share can exceed 1.
                 torch.sub(s, lse[k, rows, None], out=weight).clamp_max_(0).exp2_().mul_(g[rows, None])

@@ -37,16 +37,17 @@ def pixel_contrast_loss(
     class are negatives. Its released code divides the sum over the images by the batch size, which gives this mean.
 
     **Cost.** Each image takes about (2hw)^2 D operations. Besides a few copies of the embeddings, memory is needed for
-    two blocks of `chunk_size`^2 numbers: by default 8 MiB in float32, and at most 128 MiB on a GPU. The dense formula
+    two blocks of `chunk_size`^2 numbers: by default 2 MiB in float32, and at most 128 MiB on a GPU. The dense formula
     needs several times 16 (hw)^2 bytes. The backward pass recomputes the blocks from the stored log-sum-exps. The loss
-    cannot be differentiated twice, nor in forward mode.
+    cannot be differentiated twice, nor in forward mode. On a CPU, embeddings of squared length up to 38 tau, such as
+    probabilities at tau = 0.05, take half as many exponentials.
 
     Args:
         view_a: embeddings of one view, with any D and any stride; absolute values up to 1e15 in float32.
         view_b: embeddings of the other view, with the same geometry.
         temperature: tau > 0; the dot products are divided by it.
         valid: True where a pixel counts, at the size of the embeddings.
-        chunk_size: number of pixels along each side of a block; None means 1024 on the CPU and 4096 on a GPU.
+        chunk_size: number of pixels along each side of a block; None means 512 on the CPU and 4096 on a GPU.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
     Returns:

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_range, check_same_shape, check_scores
-from udakit._reduce import Reduction, check_reduction, guard, is_transformed, reduce_pixels
+from udakit._reduce import LARGE, Reduction, check_reduction, guard, is_transformed, reduce_pixels
 from udakit.losses._soft_cross_entropy import soft_cross_entropy
 from udakit.losses.kd import kd_loss
 
@@ -40,7 +40,7 @@ def symmetric_kd_loss(
 
     **Cost.** Each term is computed block by block and keeps one class map for the backward pass; the plain formula
     keeps two. The loss cannot be differentiated twice. Under `torch.compile`, the CPU keeps these blocks and other
-    devices fuse the plain formula.
+    devices fuse the plain formula. Small maps on the CPU are computed by the plain formula.
 
     Args:
         student_clean: the student's logits on the clean rendering.
@@ -91,7 +91,9 @@ def _check_options(reverse_weight: float, temperature: float, reduction: str) ->
 
 def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
     """`kd_loss` at each pixel, (N, *space)."""
-    if is_transformed() or (torch.compiler.is_compiling() and student.device.type != "cpu"):
+    compiling, on_cpu = torch.compiler.is_compiling(), student.device.type == "cpu"
+    few = on_cpu and not compiling and student.numel() < LARGE  # where the operator costs more than it saves
+    if few or is_transformed() or (compiling and not on_cpu):
         return kd_loss(guard(student, valid), teacher, temperature=temperature, reduction="none")
     return soft_cross_entropy(student, teacher, temperature, valid)
 
