@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_integer
-from udakit.mixing.images import join, restore, row_blocks
+from udakit.mixing.images import restore
 from udakit.mixing.style import check_content_style
 
 # The sign, the exponent and the first three mantissa bits of a float: 8 cells per octave for each sign.
@@ -16,7 +18,7 @@ CELLS = 1 << CELL_BITS
 HALF = CELLS // 2  # the cells of negative numbers, whose bits count from zero downwards
 REST = 32 - CELL_BITS
 EXACT = 2**12  # up to this many pixels, sorting is faster than counting
-STRIPE = 2**16  # elements counted at once on the CPU: their ids, of 8 bytes each, stay in its cache
+STRIPE = 2**18  # elements counted at once on the CPU: the maps of that size stay in its cache
 SAMPLES = 2**13  # number of pixels of a channel from which the bins of each cell are chosen
 
 
@@ -64,21 +66,39 @@ def histogram_transfer(
     if max(x.shape[2], s.shape[2]) <= EXACT:
         return restore(_exact(x, s).view(content.shape), content)
     bins = min(bins, 2**20)  # float32 does not resolve more
-    own_bins, own_counts, _, _ = _histogram(x, bins)
-    _, counts, first, wide = _histogram(s, bins)
+    x, s = x.flatten(0, 1), s.flatten(0, 1)
+    index, counts, _, _ = _histogram(x, bins)
+    values = _value_of_bins(counts, *_histogram(s, bins)[1:], s, x.shape[1])
+    return restore(values.flatten().index_select(0, index).view(content.shape), content)
+
+
+def _value_of_bins(own: Tensor, counts: Tensor, first: Tensor, wide: Tensor, s: Tensor, pixels: int) -> Tensor:
+    """The style's value at the middle rank of each bin of the content, of which `own` are the counts."""
     # Ranks in the two distributions as exact integers, with the common denominator 2 * own pixels * style pixels.
-    middle = (2 * own_counts.cumsum(2) - own_counts) * s.shape[2]
-    above = counts.cumsum(2) * (2 * x.shape[2])
-    place = torch.searchsorted(above, middle)
-    size = counts.gather(2, place) * (2 * x.shape[2])
-    within = 1 - (above.gather(2, place) - middle).float() / size.clamp_min(1)
-    # The cell of that bin and the position in it: values are interpolated linearly between the floats of a cell.
-    cell = _cells(first, counts.shape[2]).gather(2, place)
-    share = (place - first.gather(2, cell) + within) / wide.gather(2, cell)
-    low, high = _float(cell << REST), _float((cell + 1) << REST)
-    value = torch.lerp(low, high, share)
-    value = torch.minimum(torch.maximum(value, s.amin(2, keepdim=True)), s.amax(2, keepdim=True))
-    return restore(join([value.gather(2, index.long()) for index in own_bins]).view(content.shape), content)
+    middle = own.cumsum(1).mul_(2).sub_(own).mul_(s.shape[1])
+    upto = counts.cumsum(1)
+    place = _places(upto, middle, 2 * pixels, s.shape[1])
+    size = counts.gather(1, place).mul_(2 * pixels)
+    above = upto.gather(1, place).mul_(2 * pixels).sub_(middle)
+    within = 1 - above.float() / size.clamp_min_(1)
+    # Values are interpolated linearly between the edges of that bin.
+    edges = _edges(first, wide, counts.shape[1])
+    value = torch.lerp(edges.gather(1, place), edges.gather(1, place.add_(1)), within)
+    return torch.minimum(torch.maximum(value, s.amin(1, keepdim=True)), s.amax(1, keepdim=True))
+
+
+def _places(upto: Tensor, middle: Tensor, unit: int, pixels: int) -> Tensor:
+    """The first bin whose cumulative count, times `unit`, reaches `middle`.
+
+    On the CPU a binary search takes longer than to count, for each number of pixels, the bins that do not reach it.
+    """
+    if upto.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.searchsorted(upto * unit, middle)
+    one = torch.ones((), dtype=torch.int32)
+    below = torch.zeros(len(upto), pixels + 1, dtype=torch.int32).scatter_add_(1, upto, one.expand_as(upto))
+    # A bin of the content before its lowest value has rank 0, and no pixel.
+    rank = (middle - 1).div_(unit, rounding_mode="floor").clamp_min_(0)
+    return below.cumsum(1, dtype=torch.int32).gather(1, rank).long()
 
 
 def _exact(x: Tensor, s: Tensor) -> Tensor:
@@ -97,34 +117,48 @@ def _exact(x: Tensor, s: Tensor) -> Tensor:
     return torch.empty_like(value).scatter_(2, order, value)
 
 
-def _histogram(x: Tensor, bins: int) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """The bin of each value (in stripes), the count of each bin, and the first bin and number of bins of each cell.
+def _histogram(x: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The bin of each value of rows (R, P), the count of each bin, and the first bin and number of bins of each cell.
 
     A cell gets a number of equal bins in proportion to its pixels, plus one, so that bins are narrow where an image has
-    many values. These numbers come from a sample of the pixels; the counts are over all pixels.
+    many values. These numbers come from a sample of the pixels; the counts are over all pixels. The bins of a row are
+    numbered after those of the rows before it.
     """
-    pixels = torch.zeros(*x.shape[:2], CELLS, dtype=torch.int64, device=x.device)
-    one = torch.ones((), dtype=torch.int64, device=x.device)
-    some = x[:, :, :: x.shape[2] // SAMPLES | 1]  # an odd step visits all columns of the usual widths
+    rows, pixels = x.shape
+    some = x[:, :: pixels // SAMPLES | 1]  # an odd step visits all columns of the usual widths
     at = ((some.view(torch.int32) >> REST) + HALF).long()
-    pixels.scatter_add_(2, at, one.expand_as(at))
-    wide = _by_value(pixels) * bins // max(some.shape[2], 1) + 1
-    first = wide.cumsum(2) - wide
+    one = torch.ones((), dtype=torch.int64, device=x.device)
+    members = torch.zeros(rows, CELLS, dtype=torch.int64, device=x.device).scatter_add_(1, at, one.expand_as(at))
+    wide = _by_value(members) * bins // max(some.shape[1], 1) + 1
+    first = wide.cumsum(1) - wide
     start, step = _lines(first, wide, bins)
-    rows = torch.arange(HALF, HALF + len(start), CELLS, dtype=torch.int32, device=x.device).view(*x.shape[:2], 1)
-    counts = torch.zeros(*x.shape[:2], bins + CELLS, dtype=torch.int64, device=x.device)
-    indices: list[Tensor] = []
-    for block in row_blocks(x, STRIPE):
-        bits = block.view(torch.int32)
-        at = (bits >> REST).add_(rows).flatten()
-        place = (bits & (2**REST - 1)).float()
+    number = torch.arange(rows, dtype=torch.int32, device=x.device).unsqueeze(1)
+    cells, begins = number * CELLS + HALF, number * (bins + CELLS)
+    counts = torch.zeros(rows * (bins + CELLS), dtype=torch.int64, device=x.device)
+    indices = []
+    for r, p in _stripes(x):
+        bits = x[r, p].view(torch.int32)
+        at = (bits >> REST).add_(cells[r]).flatten()
+        place = (bits & (2**REST - 1)).float().flatten()
         # Two operations instead of `addcmul`: a fused multiply-add in only a part of the loop would round equal values
         # differently.
-        place.mul_(step.index_select(0, at).view_as(place)).add_(start.index_select(0, at).view_as(place))
-        index = place.long()
-        counts.scatter_add_(2, index, one.expand_as(index))
-        indices.append(index.int())
-    return indices, counts, first, wide
+        place.mul_(step.index_select(0, at)).add_(start.index_select(0, at))
+        index = place.int().view(bits.shape).add_(begins[r]).flatten()
+        counts.index_add_(0, index, one.expand_as(index))
+        indices.append(index)
+    return indices[0] if len(indices) == 1 else torch.cat(indices), counts.view(rows, -1), first, wide
+
+
+def _stripes(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Pieces of rows (R, P) on the CPU, some rows or some pixels of one. A GPU and a compiler take all at once."""
+    rows, pixels = x.shape
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        yield slice(None), slice(None)
+        return
+    together, length = max(STRIPE // pixels, 1), max(min(pixels, STRIPE), 1)
+    for r in range(0, rows, together):
+        for p in range(0, pixels, length):
+            yield slice(r, r + together), slice(p, p + length)
 
 
 def _lines(first: Tensor, wide: Tensor, bins: int) -> tuple[Tensor, Tensor]:
@@ -147,10 +181,14 @@ def _by_value(cells: Tensor) -> Tensor:
     return torch.cat([cells[..., :HALF].flip(-1), cells[..., HALF:]], dim=-1)
 
 
-def _cells(first: Tensor, bins: int) -> Tensor:
-    """The cell of each bin, which is the number of cells that begin at or before it, minus one."""
-    begins = torch.zeros(*first.shape[:2], bins, dtype=torch.int64, device=first.device)
-    return begins.scatter_(2, first, 1).cumsum(2) - 1
+def _edges(first: Tensor, wide: Tensor, bins: int) -> Tensor:
+    """The values at which the bins begin, and at which the last one ends: (R, bins + 1) of cells (R, CELLS)."""
+    begins = torch.zeros(len(first), bins + 1, dtype=torch.int64, device=first.device).scatter_(1, first, 1)
+    cell = begins.cumsum(1).sub_(1)  # the number of cells that begin at or before a bin, minus one
+    begin = _float(torch.arange(CELLS + 1, device=first.device) << REST)
+    share = (torch.arange(bins + 1, device=first.device) - first.gather(1, cell)) / wide.gather(1, cell)
+    low, high = (x.expand(len(first), -1).gather(1, cell) for x in (begin[:-1], begin[1:]))
+    return torch.lerp(low, high, share)
 
 
 def _float(key: Tensor) -> Tensor:
