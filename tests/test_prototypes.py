@@ -11,7 +11,7 @@ from torch import Tensor
 
 import udakit
 from udakit import ClassPrototypes, class_means
-from udakit._reduce import divisor
+from udakit._reduce import cut_evenly, divisor
 from udakit.prototypes import means
 
 seeds = st.integers(0, 2**20)
@@ -399,6 +399,23 @@ def test_images_of_other_sizes_do_not_need_a_graph_each() -> None:
 @pytest.mark.parametrize(("count", "parts"), [(1023, 1), (2048, 2), (2**18, 256), (65 * 129, 5), (4099, 1), (0, 1)])
 def test_a_long_sum_is_cut_into_equal_parts(count: int, parts: int) -> None:
     assert divisor(count, 1024) == parts
+
+
+@pytest.mark.parametrize(
+    ("count", "parts", "more"),
+    [(0, 1, 0), (1023, 1, 0), (2053, 1, 0), (4099, 4, 1), (65 * 129, 5, 0), (127 * 257, 31, 4), (2**18, 256, 0)],
+)
+def test_a_long_sum_of_any_length_is_cut(count: int, parts: int, more: int) -> None:
+    assert cut_evenly(count, 1024) == (parts, more)
+    assert (count + more) % parts == 0
+
+
+@pytest.mark.parametrize("pixels", [61, 64, 127])
+def test_parts_of_a_prime_length_add_up(pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, ids = torch.randn(2, 3, pixels, dtype=torch.float64), torch.randint(6, (2, pixels))
+    whole = means._sums_by_product(values, ids, 5)
+    monkeypatch.setattr(means, "LENGTH", 8)
+    torch.testing.assert_close(means._sums_by_product(values, ids, 5), whole)
 
 
 def test_sums_by_pixel_keep_what_a_long_sum_in_float32_loses() -> None:

@@ -131,14 +131,17 @@ def test_in_pieces(shape: tuple[int, ...], masked: bool, monkeypatch: pytest.Mon
     assert_scores(parts.compute(), textbook(logits, valid), 1e-9)
 
 
+@pytest.mark.parametrize(("size", "shape"), [((6, 8), (24, 4, 6)), ((1, 47), (27, 4, 6))])
 @pytest.mark.parametrize("masked", [False, True])
-def test_short_rows_of_a_gpu(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each image cut into rows of its own, as images of a larger batch."""
-    logits = torch.randn(3, 4, 6, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    valid = torch.rand(3, 6, 8, generator=torch.Generator().manual_seed(2)) < 0.6 if masked else None
+def test_short_rows_of_a_gpu(
+    size: tuple[int, int], shape: tuple[int, ...], masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each image cut into rows of its own, as images of a larger batch; a prime length is filled up."""
+    logits = torch.randn(3, 4, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    valid = torch.rand(3, *size, generator=torch.Generator().manual_seed(2)) < 0.6 if masked else None
     monkeypatch.setattr(label_free, "_ROW", 5)
     maps, inside = label_free._short_rows(logits.flatten(2), None if valid is None else valid.flatten(1))
-    assert maps.shape == (24, 4, 6)
+    assert maps.shape == shape
     module = udakit.LabelFreeScores(4, samples=0)
     module.update(maps, valid=inside)
     assert_scores(module.compute(), textbook(logits, valid), 1e-9)

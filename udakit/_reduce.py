@@ -132,6 +132,17 @@ def divisor(count: int, length: int) -> int:
     return next((parts for parts in range(min(count // length, 512), 1, -1) if count % parts == 0), 1)
 
 
+def cut_evenly(count: int, length: int) -> tuple[int, int]:
+    """A number of equal parts of about `length`, and how much must be added to `count` for that.
+
+    Nothing is added where `divisor` finds half of the parts that we want, or more. Compiled, it never is.
+    """
+    parts, wanted = divisor(count, length), min(count // max(length, 1), 512)
+    if torch.compiler.is_compiling() or 2 * parts >= wanted:
+        return parts, 0
+    return wanted, -count % wanted
+
+
 def class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """Labels as int64 ids 0..C-1; ignored pixels and unknown ids become C."""
     labels = labels.long()

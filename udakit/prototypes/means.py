@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from udakit._checks import check_flag, check_ignore_index, check_integer, check_labels_like, check_maps
-from udakit._reduce import class_ids, divisor, full_precision, plain, upcast
+from udakit._reduce import class_ids, cut_evenly, full_precision, plain, upcast
 
 __all__ = ["class_means"]
 
@@ -132,7 +132,9 @@ def _sums_by_product(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
     threads for each small result, and would leave a long sum to a single one: the pixels are cut into several sums.
     """
     n, d, pixels = values.shape
-    parts = divisor(pixels, LENGTH)
+    parts, more = cut_evenly(pixels, LENGTH)
+    if more:
+        values, ids, pixels = F.pad(values, (0, more)), F.pad(ids, (0, more), value=num_classes), pixels + more
     known = (ids < num_classes).unsqueeze(1)
     if parts == 1:
         members = torch.where(known, values, 0)

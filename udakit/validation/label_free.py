@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from udakit._checks import (
     check_scores,
     shape_of,
 )
-from udakit._reduce import KINDS, LOG_2, Kind, divisor, full_precision, select, upcast
+from udakit._reduce import KINDS, LOG_2, Kind, cut_evenly, full_precision, select, upcast
 from udakit._state import FullPrecisionState, gather_ranks, sum_ranks
 
 _PIECE = 2**18  # numbers that fit the cache of a core from the softmax to the sums
@@ -288,8 +289,11 @@ def _pieces(maps: Tensor, valid: Tensor | None) -> Iterator[tuple[Tensor, Tensor
 def _short_rows(maps: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """(N, C, pixels) as (N parts, C, pixels of a part): N long products would be left to N blocks of threads."""
     n, _, pixels = maps.shape
-    parts = divisor(pixels, _ROW)
+    parts, more = cut_evenly(pixels, _ROW)
     if parts == 1:
         return maps, valid
+    if more:  # pixels that do not count
+        valid = torch.ones_like(maps[:, 0], dtype=torch.bool) if valid is None else valid
+        maps, valid, pixels = F.pad(maps, (0, more)), F.pad(valid, (0, more)), pixels + more
     maps = torch.unflatten(maps, 2, (parts, pixels // parts)).transpose(1, 2).flatten(0, 1)
     return maps, None if valid is None else valid.reshape(n * parts, pixels // parts)
