@@ -53,10 +53,38 @@ def test_gains_are_over_dacs_of_the_same_seed() -> None:
     assert "| DACS alone | 55.0 ± 7.1 [2] |  |  |" in text
     assert "| masked consistency, random blocks | 57.5 ± 6.4 [2] | +2.5 (+2.0, +3.0) | +0.0 (−1.0, +1.0) |" in text
     assert "| rectified labels (ProDA) | 49.0 [1] | −1.0 | +0.0 |" in text
-    assert "| symmetric cross-entropy | not run |  |  |" in text
+    assert "symmetric cross-entropy" not in text
     assert "toy" not in text
     assert parts.table({}) == parts.published({}) == "Not measured yet.\n"
     assert "| +2.1 on HRDA | +2.5 (+2.0, +3.0) |" in parts.published(results)
+
+
+def test_the_guard_counts_what_was_kept_back_and_what_was_deployed() -> None:
+    runs = []
+    for seed, (student, score) in enumerate([(30.0, 0.4), (38.0, 0.6), (50.0, 0.7), (50.0, 0.3), (40.5, 0.3)]):
+        run = run_of("nuclei", "dacs", seed, student, student)
+        run["checkpoints"] = [{**c, "scores": {adaptation.SCORE: score}} for c in run["checkpoints"]]
+        runs.append({**run, "source_only": {"miou": 40.0, "scores": {adaptation.SCORE: 0.5}}})
+    runs.append(run_of("toy", "dacs", 0, 60.0, 60.0))  # of before the start's scores were kept
+    (line,) = [x for x in parts.guard(results_of(runs)).splitlines() if x.startswith("| nuclei")]
+    cells = [c.strip() for c in line.split("|")[2:-1]]
+    assert cells[:6] == ["5", "2", "1", "2", "1", "+1.7"]
+    assert cells[6] == "−2.4", "a tie goes to the first evaluation, ten points below: 28, 40 and three times the start"
+    assert "game" not in parts.guard(results_of(runs))
+    assert parts.guard({}) == "Not measured yet.\n"
+
+
+def test_the_pages_are_those_of_the_json() -> None:
+    results, policy = adaptation.load(parts.RESULTS), adaptation.load(adaptation.RESULTS)
+    sections = {
+        "parts": (parts.table(results), parts.PAGE),
+        "parts_published": (parts.published(results), parts.SUMMARY),
+        "masked_trial": (parts.trial(results), parts.MASKED),
+        "guard": (parts.guard({**policy, **results}), parts.SCORES),
+    }
+    for name, (text, page) in sections.items():
+        written = f"<!-- {name}: begin -->\n\n{text.strip()}\n\n<!-- {name}: end -->"
+        assert written in page.read_text(encoding="utf-8"), "run benchmarks/parts.py --table"
 
 
 def test_after_deployment_says_what_each_way_gains() -> None:
