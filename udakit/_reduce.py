@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from udakit._checks import check_option, shape_of
 
@@ -312,17 +311,45 @@ def reduce_pixels(
     return loss.sum() / valid.expand_as(loss).sum().clamp_min(1)
 
 
-def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A `once_differentiable` that also checks the tensors that `backward` uses.
+def first_derivative_only(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Refuse a second derivative of `what`, whose backward pass is not made of differentiable operators.
 
-    The one of torch checks only the incoming gradient. If that is a constant, a second derivative would silently be 0.
+    torch's `once_differentiable` looks only at the incoming gradients: where these are constants, a second derivative
+    would silently be 0. It also has no way back to the input, so `torch.autograd.grad` of a sum that contains such a
+    gradient would skip the error. Here `ctx.saved_tensors` must contain a tensor that leads back to the input.
     """
-    once = once_differentiable(backward)
 
-    @wraps(backward)
-    def guarded(ctx: Any, *grads: Tensor | None) -> Any:
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = tuple(None if g is None else g.detach().requires_grad_() for g in grads)
-        return once(ctx, *grads)
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(backward)
+        def guarded(ctx: Any, *grads: Tensor | None) -> Any:
+            if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                results = backward(ctx, *grads)
+            links = [x for x in (*ctx.saved_tensors, *grads) if x is not None and x.requires_grad]
+            one = isinstance(results, Tensor)
+            results = [None if x is None else _Once.apply(what, x, *links) for x in ((results,) if one else results)]
+            return results[0] if one else tuple(results)
 
-    return guarded
+        return guarded
+
+    return decorate
+
+
+class _Once(torch.autograd.Function):
+    """The first tensor, as the derivative of the others that cannot be differentiated."""
+
+    @staticmethod
+    def forward(what: str, x: Tensor, *links: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.what = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            f"The second derivative (`create_graph=True`) of {ctx.what} is not implemented. "
+            "To run `backward` again on the same graph, use `retain_graph=True`."
+        )

@@ -140,6 +140,46 @@ def test_forward_mode(op: Operation, way: str, large: bool, monkeypatch: pytest.
             torch.testing.assert_close((slope * weight).sum(), torch.as_tensor(expected, dtype=x.dtype))
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@every_operation
+def test_second_derivative(op: Operation, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `create_graph=True` gives is the derivative of the gradient, or an error that says so: never a silent 0."""
+    if large:
+        monkeypatch.setattr("udakit._reduce.LARGE", 1)
+    ex = checks.make(checks.as_used(op), c=3, d=3, h=4, w=4, dtype=torch.float64)
+    if not ex.grad:
+        pytest.skip("takes no gradient")
+    g = torch.Generator().manual_seed(0)
+    along = [torch.randn(x.shape, dtype=x.dtype, generator=g) for x in ex.inputs()]
+
+    def slopes(step: float, *, twice: bool = False) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The inputs, moved, and the gradient of a curved function of the outputs and of the inputs themselves."""
+        inputs = [(x.detach() + step * v).requires_grad_() for x, v in zip(ex.inputs(), along, strict=True)]
+        changed = ex
+        for i, x in zip(ex.grad, inputs, strict=True):
+            changed = changed.change(i, x)
+        out = [x for x in checks.run(changed) if x.requires_grad]
+        weights = [torch.arange(1, x.numel() + 1, dtype=torch.float64).cos().view(x.shape) for x in out]
+        total = sum((x.double() * (1 + x.double()) * w).sum() for x, w in zip(out, weights, strict=True))
+        total = total + sum(x.pow(3).sum() for x in inputs)
+        return inputs, list(torch.autograd.grad(total, inputs, create_graph=twice))
+
+    step = 1e-5
+    (_, up), (_, down) = slopes(step), slopes(-step)
+    expected = [(a - b) / (2 * step) for a, b in zip(up, down, strict=True)]
+    inputs, first = slopes(0.0, twice=True)
+    product = sum((x * v).sum() for x, v in zip(first, along, strict=True))
+    try:
+        found = torch.autograd.grad(product, inputs)
+    except RuntimeError as error:
+        if re.search("The second derivative .* of .* is not implemented", str(error)):
+            return
+        raise
+    scale = max(float(x.abs().max()) for x in expected)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * max(scale, 1e-3))
+
+
 @every_operation
 def test_numbers_of_any_kind(op: Operation) -> None:
     """An option that takes 1.0 takes 1 and NumPy's numbers, and gives the same."""

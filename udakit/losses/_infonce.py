@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import LOG_2, full_precision, plain, refuse_tangents
+from udakit._reduce import LOG_2, first_derivative_only, full_precision, plain, refuse_tangents
 from udakit.losses._infonce_short import is_short, log_sums, slopes
 
 BLOCK = {"cpu": 512, "other": 4096}  # pixels per side of a block: 1 MiB fits a CPU cache, 64 MiB keep launches few
@@ -129,6 +129,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(z, valid, output[1])
 
 
+@first_derivative_only("`pixel_contrast_loss`")
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
     z, valid, lse = ctx.saved_tensors
     return torch.ops.udakit.infonce_backward(grad, z, valid, lse, ctx.temperature, ctx.block), None, None, None

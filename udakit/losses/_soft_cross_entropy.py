@@ -22,12 +22,20 @@ def soft_cross_entropy(
     student, teacher = plain(upcast(student)), plain(upcast(teacher.detach()).to(upcast(student).dtype))
     refuse_tangents(student)
     keep = student.requires_grad and torch.is_grad_enabled()
-    loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep, valid, kl)[0]
+    # Leads a second derivative back to the student, to be refused; the student itself would be kept in memory.
+    link = student[:0].clone() if keep and not torch.compiler.is_compiling() else None
+    loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep, valid, kl, link)[0]
     return loss
 
 
 def _forward(
-    student: Tensor, teacher: Tensor, temperature: float, keep: bool, valid: Tensor | None = None, kl: bool = False
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    keep: bool,
+    valid: Tensor | None = None,
+    kl: bool = False,
+    link: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """T^2 H(softmax(t / T), softmax(s / T)) per pixel, and softmax(s / T) - softmax(t / T), its gradient / T.
 
@@ -68,7 +76,13 @@ def _divided(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 
 
 def _fake(
-    student: Tensor, teacher: Tensor, temperature: float, keep: bool, valid: Tensor | None = None, kl: bool = False
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    keep: bool,
+    valid: Tensor | None = None,
+    kl: bool = False,
+    link: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     n, c, *space = student.shape
     return student.new_empty((n, *space)), student.new_empty((n, c, math.prod(space)) if keep else (0,))
@@ -76,24 +90,25 @@ def _fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # or autograd makes a class map of zeros for the second output
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[6])
     ctx.temperature = inputs[2]
 
 
-@first_derivative_only
-def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+@first_derivative_only("`kd_loss` of large maps, and of the losses made of it,")
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, *tuple[None, ...]]:
     if grad is None:
-        return None, None, None, None, None, None
-    (kept,) = ctx.saved_tensors
+        return (None,) * 7
+    kept, _ = ctx.saved_tensors
     grad = grad * ctx.temperature if ctx.temperature != 1 else grad
-    return (kept * grad.flatten(1).unsqueeze(1)).unflatten(2, grad.shape[1:]), None, None, None, None, None
+    return (kept * grad.flatten(1).unsqueeze(1)).unflatten(2, grad.shape[1:]), *(None,) * 6
 
 
 _op = torch.library.custom_op(
     "udakit::soft_cross_entropy",
     _forward,
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, float temperature, bool keep, Tensor? valid=None, bool kl=False)"
+    schema="(Tensor student, Tensor teacher, float temperature, bool keep, Tensor? valid=None, bool kl=False, "
+    "Tensor? link=None)"
     " -> (Tensor, Tensor)",
 )
 _op.register_fake(_fake)

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import Kind, full_precision, plain, refuse_tangents, upcast, zero_where_not_
+from udakit._reduce import (
+    Kind,
+    first_derivative_only,
+    full_precision,
+    plain,
+    refuse_tangents,
+    upcast,
+    zero_where_not_,
+)
 from udakit.losses._upsampled_cpu import CachedUpsampling, hard_gradient, hard_loss, soft_gradient, soft_loss
 from udakit.losses._upsampling import Upsampling, at_once
 from udakit.losses.cross_entropy import labelled_cross_entropy
@@ -163,6 +171,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(logits, target)
 
 
+@first_derivative_only("`upsampled_cross_entropy` and `upsampled_kd_loss`")
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.udakit.upsampled_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 9
 

@@ -175,7 +175,7 @@ class _Spread(torch.autograd.Function):
         return (total.log2_().add_(top) - entries).mul_(LOG_2)
 
     @staticmethod
-    @first_derivative_only
+    @first_derivative_only("`supervised_pixel_contrast_loss`")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         z, share, own = ctx.saved_tensors
         gradient = (share * grad.sum(dim=1, keepdim=True)).scatter_add_(1, own, -grad)

@@ -38,7 +38,7 @@ class _Distances(torch.autograd.Function):
         return result
 
     @staticmethod
-    @first_derivative_only
+    @first_derivative_only("distances to prototypes")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         values, centres, distance = ctx.saved_tensors
         with full_precision(values):

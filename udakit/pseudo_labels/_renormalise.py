@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import BLOCK, first_derivative_only, is_large
+from udakit._reduce import BLOCK, is_large
 
 
 def renormalised(p: Tensor, weight: Tensor) -> Tensor:
@@ -47,11 +47,12 @@ class _Renormalised(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if grad is None:
             return None, None
         p, weight, result, divisor = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: in operations that have a derivative
+            return _slopes(p, weight, grad, *ctx.needs_input_grad)
         maps, weights = _flat(p, weight)
         results, grads = result.flatten(2), grad.reshape(maps.shape)
         of_p, of_weight = (torch.empty_like(maps) if wanted else None for wanted in ctx.needs_input_grad)
@@ -65,6 +66,17 @@ class _Renormalised(torch.autograd.Function):
                 out = torch.mul(common, weights[i, :, piece], out=of_p[i, :, piece])
                 out.addcmul_(g, (total == torch.inf).to(g.dtype))
         return tuple(None if x is None else x.view(p.shape) for x in (of_p, of_weight))  # type: ignore[return-value]
+
+
+def _slopes(
+    p: Tensor, weight: Tensor, grad: Tensor, of_p: bool, of_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of `p` and of a map of weights."""
+    total = (p * weight).sum(1, keepdim=True)
+    empty = total <= 0
+    total = torch.where(empty, torch.inf, total)
+    common = (grad - (grad * p * weight / total).sum(1, keepdim=True)) / total
+    return torch.where(empty, grad, common * weight) if of_p else None, common * p if of_weight else None
 
 
 def _flat(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
