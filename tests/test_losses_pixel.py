@@ -388,7 +388,7 @@ def test_distillation_in_blocks_is_the_formula(
         torch.testing.assert_close(a, e)
     loss = udakit.kd_loss(student, teacher, reduction="sum")
     (first,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative .* of `kd_loss` of large maps"):
+    with pytest.raises(RuntimeError, match=r"second derivative .* of `kd_loss` of large maps"):
         first.sum().backward()
 
 

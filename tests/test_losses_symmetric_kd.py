@@ -99,7 +99,7 @@ def test_two_class_maps_are_kept_for_the_backward_pass() -> None:
 def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     maps = draw(3, 1, 3, 2, 2)
     (gradient,) = torch.autograd.grad(udakit.symmetric_kd_loss(*maps), maps[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative .* of `kd_loss` of large maps"):
+    with pytest.raises(RuntimeError, match=r"second derivative .* of `kd_loss` of large maps"):
         (maps[0].sum() + gradient.square().sum()).backward()
 
 

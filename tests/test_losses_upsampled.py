@@ -207,7 +207,7 @@ def test_backward_may_run_twice_and_a_second_derivative_is_refused() -> None:
     first = torch.autograd.grad(loss, x, retain_graph=True)[0]
     second = torch.autograd.grad(loss, x, create_graph=True)[0]
     assert torch.equal(first, second)
-    with pytest.raises(RuntimeError, match="second derivative .* of `upsampled_cross_entropy`"):
+    with pytest.raises(RuntimeError, match=r"second derivative .* of `upsampled_cross_entropy`"):
         second.sum().backward()
 
 

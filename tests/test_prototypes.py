@@ -326,7 +326,7 @@ def test_a_second_derivative_of_distances_is_refused_rather_than_wrong() -> None
     prototypes = udakit.ClassPrototypes(2, 3).set_(torch.eye(2, 3))
     x = torch.rand(1, 3, 2, 2, requires_grad=True)
     (gradient,) = torch.autograd.grad(prototypes.distances(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative .* of distances"):
+    with pytest.raises(RuntimeError, match=r"second derivative .* of distances"):
         (x.sum() + gradient.square().sum()).backward()
 
 
