@@ -22,6 +22,7 @@ if __name__ == "__main__":
 
 import copy
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -197,7 +198,8 @@ def model_card(config: Config, trained: Trained, net: nn.Module, size: tuple[int
     pair = "folders of your own" if run["data"]["pair"] == "folder" else run["data"]["pair"]
     adapted = any(stage["recipe"] != "source_only" for stage in run["stages"])
     kind, (mean, std) = "RGB" if format.channels == 3 else "values", format.statistics
-    stages = [f"{stage['recipe']} ({stage['steps']} steps)" for stage in run["stages"]]
+    most = 2 if run.get("dry_run") else math.inf
+    stages = [f"{stage['recipe']} ({min(stage['steps'], most)} steps)" for stage in run["stages"]]
     parameters = sum(p.numel() for p in net.parameters())
     lines = [
         f"# {run['net']['arch']} / {run['net']['encoder']}, {'adapted' if adapted else 'trained'} on {pair}",

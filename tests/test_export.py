@@ -80,9 +80,11 @@ def test_onnxruntime_agrees_with_the_net(checkpoint: Path, tmp_path: Path) -> No
 def test_the_card_says_which_values_are_black_and_white(checkpoint: Path) -> None:
     trained = Trained.open(checkpoint)
     trained.config["data"]["target_range"] = [0, 4095]
+    trained.config["dry_run"] = True
     net = torch.nn.Conv2d(3, len(CLASSES), 1)
     text = export.model_card(export.Config(checkpoint, Path()), trained, net, (64, 64))
     assert "RGB in [0, 1], where 0 is 0 and 1 is 4095 in the files of target; they are" in text
+    assert "Method: source_only (2 steps), then dacs (2 steps)" in text, "what has run, not what is planned"
 
 
 def test_exported_tensors_start_a_new_run(checkpoint: Path, tmp_path: Path) -> None:
