@@ -279,6 +279,39 @@ def test_a_global_of_an_attributes_name_is_no_store_of_the_net() -> None:
     assert not space["features"]
 
 
+def test_a_hook_on_a_store_that_the_net_only_writes_to_is_refused_until_it_is_removed() -> None:
+    """Whether code reads cannot be told safely. Without the hook, the net is copied, and writes as its class does."""
+    space: dict[str, Any] = {"nn": nn}
+    exec(
+        "seen = {}\n"
+        "def leave(module, args, output):\n"
+        "    seen['hook'] = output\n"
+        "class Writes(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.body = nn.Conv2d(3, 2, 1)\n"
+        "    def forward(self, x):\n"
+        "        seen['net'] = self.body(x)\n"
+        "        return 2 * self.body(x)\n",
+        space,
+    )
+    net, seen = space["Writes"](), space["seen"]
+    handle = net.body.register_forward_hook(space["leave"])
+    for make in (copy_net, EMATeacher):
+        with pytest.raises(ValueError, match=r"'body' has a hook, leave, that uses the global `seen`.*remove the hook"):
+            make(net)
+    handle.remove()
+    teacher = EMATeacher(net, decay=0.0, warmup=False).eval()
+    net.body.register_forward_hook(space["leave"])
+    spoil(net)
+    teacher.update(net)
+    torch.testing.assert_close(teacher(IMAGES), net(IMAGES))
+    mine = seen["hook"]
+    teacher(IMAGES)
+    assert seen["hook"] is mine  # the teacher has no hook
+    assert not seen["net"].requires_grad  # but it has the code
+
+
 def test_hooks_of_the_nets_library_come_along() -> None:
     """transformers hangs hooks on at the first pass, and knows that it did."""
     transformers = pytest.importorskip("transformers")
@@ -516,6 +549,24 @@ def test_a_torchscript_net_is_refused_by_name_and_followed_by_a_net_in_python() 
             EMATeacher(second, module=net)
     with pytest.raises(TypeError, match="to be a net in Python, but got a TorchScript module"):
         FeatureTap(net, "0")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_frozen_torchscript_net_hears_of_freezing() -> None:
+    """`torch.jit.freeze` makes constants of the weights: there is nothing to average."""
+    for whole in (True, False):
+        frozen = torch.jit.freeze(_scripted(_small().eval()))
+        net, second = (frozen, _small()) if whole else (nn.Sequential(frozen), nn.Sequential(_small()))
+        where = "the net itself" if whole else "its submodule '0'"
+        says = f"{where} is frozen TorchScript. `torch.jit.freeze` made its weights constants.*as it was before"
+        for make in (copy_net, EMATeacher, lambda net, second=second: EMATeacher(net, module=second)):
+            with pytest.raises(ValueError, match=says):
+                make(net)
+        with pytest.raises(ValueError, match=says):
+            EMATeacher(second).update(net)
+    # Constants without weights are no matter: an activation may be frozen.
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), torch.jit.freeze(_scripted(nn.ReLU().eval())))
+    EMATeacher(net, module=nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU())).update(net)
 
 
 def test_a_torchscript_net_saves_every_buffer() -> None:

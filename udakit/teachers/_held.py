@@ -148,9 +148,9 @@ class Held:
             raise copy_error(
                 name,
                 f"has a hook, {_title(function)}, that uses {self._store_of(function)}, as the code of the net does. "
-                "Without the hook a copy would read what the original left there. Keep the list or dict as an "
-                "attribute of the net, and make the hook a method of the net; or, if the net does not need the hook, "
-                "remove it until the copy is made.",
+                "Hooks of users are not copied: if the net reads there, a copy would read what the original left. If "
+                "the net only writes, which cannot be told safely, remove the hook until the copy is made. Otherwise "
+                "keep the list or dict as an attribute of the net, and make the hook a method of the net.",
             )
         return kept
 
@@ -249,8 +249,12 @@ def _is_pure(function: object) -> bool:
 
 
 def copy_error(name: str, what: str) -> ValueError:
-    where = f"its submodule '{name}'" if name else "the net itself"
-    return ValueError(f"Expected `model` to be a net that can be copied, but {where} {what} {WAY_OUT}")
+    return ValueError(f"Expected `model` to be a net that can be copied, but {place_of(name)} {what} {WAY_OUT}")
+
+
+def place_of(name: str) -> str:
+    """A module of a net, in an error message."""
+    return f"its submodule '{name}'" if name else "the net itself"
 
 
 def _title(function: Any) -> str:

@@ -14,13 +14,17 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from udakit.teachers._held import Held, attributes, copy_error
+from udakit.teachers._held import Held, attributes, copy_error, place_of
 from udakit.teachers.unwrap import unwrap_all, unwrap_model, without_wrappers
 
 __all__ = ["copy_net"]
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+FROZEN = (
+    "`torch.jit.freeze` made its weights constants, so there is nothing to copy or to average. Use the net as it was "
+    "before; freeze the copy, or the `module` of a teacher, in the end."
+)
 _FSDP = ("FullyShardedDataParallel", "FSDPModule")
 
 
@@ -95,6 +99,11 @@ def named_modules(module: nn.Module, prefix: str = "", seen: set[int] | None = N
                 yield from named_modules(child, f"{prefix}.{name}".lstrip("."), seen)
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether a module comes from `torch.jit.freeze`, which also takes its training mode away."""
+    return isinstance(module, torch.jit.ScriptModule) and not hasattr(module, "training")
+
+
 def computed_weights(module: nn.Module) -> list[Tensor]:
     """The tensors that torch's own hooks compute before each call and store next to the parameters."""
     names = [
@@ -155,6 +164,10 @@ def _wrappers(module: nn.Module) -> list[nn.Module]:
 def _check_ready(name: str, module: nn.Module) -> None:
     if any(base.__name__ in _FSDP for base in type(module).__mro__):
         raise copy_error(name, "is sharded (FSDP). Shard the second net in the same way.")
+    if is_frozen(module):
+        raise ValueError(
+            f"Expected `model` to be a net that can be copied, but {place_of(name)} is frozen TorchScript. {FROZEN}"
+        )
     if isinstance(module, torch.jit.ScriptModule):
         raise copy_error(
             name, "is a TorchScript module, whose layers Python cannot reach. The second net can be plain Python."

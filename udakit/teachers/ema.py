@@ -12,8 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from udakit._checks import as_device, check_flag, check_integer, check_option, check_range, kind_of
 from udakit._state import FullPrecisionState
+from udakit.teachers._held import place_of
 from udakit.teachers._matching import check_apart, check_match, local, shards
-from udakit.teachers.copying import computed_buffers, copy_sharing, named_modules, unsaved_buffers
+from udakit.teachers.copying import FROZEN, computed_buffers, copy_sharing, is_frozen, named_modules, unsaved_buffers
 from udakit.teachers.statistics import Emptied, recording, set_recording
 from udakit.teachers.unwrap import Average, named_state, unwrap_model, without_wrappers
 
@@ -166,6 +167,8 @@ class EMATeacher(Average):
         mine = {name: x for name, x, _ in own}
         if self._shared:  # a copy of this teacher has its own tensors
             self._shared = {name: None for name in self._shared if mine[name] is student.get(name, mine[name])}
+        if len(student) < len(mine):
+            _check_not_frozen(model, mine)
         check_match(mine, student, shared=self._shared, apart=self._apart)
         check_apart(mine, student, shared=self._shared)
         if step is not None:
@@ -308,6 +311,16 @@ def _switches(module: nn.Module) -> bool:
     return type(module).train is not nn.Module.train and not isinstance(module, torch.fx.GraphModule)
 
 
+def _check_not_frozen(model: nn.Module, own: Iterable[str]) -> None:
+    """Raise if weights of the averaged net are constants of frozen TorchScript in `model`."""
+    for name, part in named_modules(model):
+        if is_frozen(part) and any(key.startswith(f"{name}." if name else "") for key in own):
+            raise ValueError(
+                "Expected `model` to have the parameters and buffers of the averaged net, but "
+                f"{place_of(name)} is frozen TorchScript. {FROZEN}"
+            )
+
+
 def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Module:
     """Use a net that the user made, with the student's state."""
     if not isinstance(module, nn.Module):
@@ -323,6 +336,7 @@ def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Modu
     unsaved = set(unsaved_buffers(module))
     student = {name: x for name, x, _ in named_state(model) if name not in unsaved}
     own = {name: x for name, x, _ in named_state(module)}
+    _check_not_frozen(model, own)
     check_match(own, student, apart=True)
     common = [name for name, x in own.items() if x is student[name]]
     if common or module is model:
