@@ -60,6 +60,7 @@ def test_one_value_of_one_stage(tmp_path: Path) -> None:
     assert dataclasses.replace(config, stages=as_it_is.stages, seed=0) == as_it_is
     assert [s.steps for s in train_gta2cs.parse(["--stages.1.steps=7"]).stages] == [300, 7], "of the toy pair"
     asked = {"folder": ["--data.pair", "folder"], "nuclei": ["--data.pair=nuclei", "--stages.1.steps=7"]}
+    assert train_gta2cs.parse([]).stages[1].recipe == "dacs"
     for pair, given in asked.items():
         config = train_gta2cs.parse(given)
         assert [s.recipe for s in config.stages] == ["source_only", "combined"], "the policy for any pair"

@@ -197,10 +197,11 @@ def parse(arguments: list[str] | None = None) -> Config:
 def pair_named(arguments: list[str]) -> str:
     """The pair on the command line; the last one counts."""
     pair = "toy"
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    rest = iter(arguments)
+    for argument in rest:
         name, given, value = argument.partition("=")
         if name == "--data.pair":
-            pair = value if given else following
+            pair = value if given else next(rest, pair)
     return pair
 
 
