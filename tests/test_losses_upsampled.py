@@ -274,3 +274,17 @@ def test_errors_name_the_argument() -> None:
         udakit.upsampled_kd_loss(x, teacher[:, :2])
     with pytest.raises(ValueError, match=r"`labels` to hold ids 0\.\.2"):
         udakit.upsampled_cross_entropy(x, labels + 3)
+    with pytest.raises(ValueError, match=r"`labels` to hold ids 0\.\.2"):
+        udakit.upsampled_cross_entropy(x.requires_grad_(), labels + 3, class_weight=torch.ones(3))
+
+
+def test_a_pixel_weight_may_learn() -> None:
+    """A sum that takes its gradient at once has none for a weight."""
+    (x,) = draw(6, (2, 3, 2, 3))
+    x.requires_grad_()
+    labels = torch.randint(3, (2, 5, 7), generator=torch.Generator().manual_seed(0))
+    weight = torch.rand(labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    ours = udakit.upsampled_cross_entropy(x, labels, pixel_weight=weight)
+    theirs = udakit.cross_entropy(upsample(x, (5, 7), False), labels, pixel_weight=weight)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight)) for y in (ours, theirs)), strict=True):
+        torch.testing.assert_close(a, b)

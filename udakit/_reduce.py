@@ -304,11 +304,16 @@ def reduce_pixels(
         loss = select(valid, loss)
     if reduction == "none":
         return loss
+    return divided(loss.sum(), loss.shape, valid, reduction)
+
+
+def divided(total: Tensor, shape: Sequence[int], valid: Tensor | None, reduction: Reduction) -> Tensor:
+    """The sum of a loss of this shape, divided as `reduction` says."""
     if reduction == "sum":
-        return loss.sum()
+        return total
     if reduction == "mean_all" or valid is None:
-        return loss.sum() / max(loss.numel(), 1)
-    return loss.sum() / valid.expand_as(loss).sum().clamp_min(1)
+        return total / max(math.prod(shape), 1)
+    return total / valid.expand(shape).sum().clamp_min(1)
 
 
 def first_derivative_only(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

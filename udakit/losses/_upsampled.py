@@ -1,6 +1,7 @@
 """Losses of bilinearly upsampled logits, one band of rows at a time, as operators that compilers treat as one node.
 
-The backward pass recomputes the bands and applies the transpose of the upsampling.
+The backward pass recomputes the bands and applies the transpose of the upsampling. Where a CPU has to sum the loss, it
+takes value and gradient in one pass.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from torch import Tensor
 
 from udakit._reduce import (
     Kind,
+    Reduction,
     first_derivative_only,
     full_precision,
+    is_transformed,
     plain,
     refuse_tangents,
+    select,
     upcast,
     zero_where_not_,
 )
-from udakit.losses._upsampled_cpu import CachedUpsampling, hard_gradient, hard_loss, soft_gradient, soft_loss
+from udakit.losses._upsampled_cpu import CachedUpsampling, HardBand, SoftBand
 from udakit.losses._upsampling import Upsampling, at_once
 from udakit.losses.cross_entropy import labelled_cross_entropy
 from udakit.losses.kd import Divergence, kd_loss, soften
@@ -47,6 +51,81 @@ def upsampled_loss(
     return loss
 
 
+def sums_at_once(logits: Tensor, reduction: Reduction, *weights: Tensor | None) -> bool:
+    """Whether `upsampled_sum` applies: on a CPU, where the loss is summed and only the logits learn."""
+    if reduction == "none" or logits.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
+        return False
+    learns = logits.requires_grad and torch.is_grad_enabled()
+    return learns and not at_once(logits) and not any(w is not None and w.requires_grad for w in weights)
+
+
+def upsampled_sum(
+    logits: Tensor,
+    target: Tensor,
+    size: tuple[int, int],
+    weight: Tensor | None,
+    valid: Tensor | None,
+    *,
+    align_corners: bool,
+    chunk_rows: int | None,
+    ignore_index: int = 255,
+    temperature: float = 1.0,
+    divergence: Divergence = "cross_entropy",
+    teacher_kind: Kind = "logits",
+) -> Tensor:
+    """Sum of `upsampled_loss` times `weight` (N, H, W) over the `valid` pixels.
+
+    It takes the gradient in the same pass: that of a sum is known up to a factor, and has the size of the logits.
+    """
+    options = align_corners, chunk_rows or 0, ignore_index, temperature, divergence, teacher_kind
+    weight, valid = (None if x is None else plain(x) for x in (weight, valid))
+    total: Tensor = _Sum.apply(plain(logits), plain(target), size, weight, valid, options)
+    return total
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        size: tuple[int, int],
+        weight: Tensor | None,
+        valid: Tensor | None,
+        options: tuple[bool, int, int, float, Divergence, Kind],
+    ) -> Tensor:
+        align_corners, rows, ignore_index, temperature, divergence, teacher_kind = options
+        loss = _fake(logits, target, *size)
+        if weight is not None:
+            weight = weight.to(loss.dtype) if valid is None else select(valid, weight.to(loss.dtype))
+        elif valid is not None:
+            weight = valid.to(loss.dtype)
+        bands = _bands(logits, *size, rows)
+        student, teacher = _upsamplings(logits, target, bands, *size, align_corners, loss.dtype)
+        result: Tensor | None = None
+        with full_precision(logits):
+            for start, stop in bands:
+                grad = None if weight is None else weight[:, None, start:stop]
+                assert isinstance(student, CachedUpsampling)
+                if isinstance(teacher, CachedUpsampling):
+                    soft = SoftBand(student, teacher, start, stop, temperature, teacher_kind)
+                    loss[:, start:stop], slope = soft.loss(divergence), soft.gradient(grad)
+                else:
+                    hard = HardBand(student, target, start, stop, ignore_index)
+                    loss[:, start:stop], slope = hard.loss(), hard.gradient(grad)
+                result = student.add_transposed(result, slope, start, stop)
+        ctx.save_for_backward(torch.zeros_like(logits) if result is None else result, logits)
+        ctx.dtype = logits.dtype
+        loss = loss if weight is None else loss * weight
+        return (loss if valid is None else select(valid, loss)).sum()
+
+    @staticmethod
+    @first_derivative_only("`upsampled_cross_entropy` and `upsampled_kd_loss`")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        result, _ = ctx.saved_tensors  # a second derivative that is refused leads back to the logits
+        return (result * grad).to(ctx.dtype), *[None] * 5
+
+
 def _upsampled_loss(
     logits: Tensor,
     target: Tensor,
@@ -67,9 +146,10 @@ def _upsampled_loss(
             at = slice(start, stop)
             if isinstance(student, CachedUpsampling):
                 if isinstance(teacher, CachedUpsampling):
-                    loss[:, at] = soft_loss(student, teacher, start, stop, temperature, divergence, teacher_kind)
+                    soft = SoftBand(student, teacher, start, stop, temperature, teacher_kind)
+                    loss[:, at] = soft.loss(divergence)
                 else:
-                    loss[:, at] = hard_loss(student, target, start, stop, ignore_index)
+                    loss[:, at] = HardBand(student, target, start, stop, ignore_index).loss()
                 continue
             z = student.band(start, stop)
             if teacher is not None:
@@ -103,9 +183,9 @@ def _upsampled_loss_backward(
             g = grad[:, None, start:stop]
             if isinstance(student, CachedUpsampling):
                 if isinstance(teacher, CachedUpsampling):
-                    p = soft_gradient(student, teacher, g, start, stop, temperature, teacher_kind)
+                    p = SoftBand(student, teacher, start, stop, temperature, teacher_kind).gradient(g)
                 else:
-                    p = hard_gradient(student, target, g, start, stop, ignore_index)
+                    p = HardBand(student, target, start, stop, ignore_index).gradient(g)
                 result = student.add_transposed(result, p, start, stop)
                 continue
             p = student.band(start, stop)

@@ -113,72 +113,75 @@ class CachedUpsampling(Upsampling):
             yield place, at, at + len(range(row, stop, self.factor)), weight
 
 
-def hard_loss(student: CachedUpsampling, labels: Tensor, start: int, stop: int, ignore_index: int) -> Tensor:
-    """Cross-entropy of a band, (N, rows, W); exactly 0 at ignored pixels."""
-    d, _, total = student.exponentials(start, stop, 1.0)
-    labels = labels[:, None, start:stop].long()
-    valid = labels != ignore_index
-    try:
-        own = d.gather(1, labels.where(valid, 0))
-    except RuntimeError as error:
-        raise unknown_id(d, ignore_index) from error
-    return zero_where_not_(valid, total.log_().sub_(own)).squeeze(1)
+class HardBand:
+    """Cross-entropy of a band of rows and its gradient. Ask for the loss first: both use the same memory."""
+
+    def __init__(self, student: CachedUpsampling, labels: Tensor, start: int, stop: int, ignore_index: int) -> None:
+        self.parts = student.exponentials(start, stop, 1.0)
+        labels = labels[:, None, start:stop].long()
+        self.valid = labels != ignore_index
+        self.labels = labels.where(self.valid, 0)
+        self.ignore_index = ignore_index
+
+    def loss(self) -> Tensor:
+        """(N, rows, W); exactly 0 at ignored pixels."""
+        d, _, total = self.parts
+        try:
+            own = d.gather(1, self.labels)
+        except RuntimeError as error:
+            raise unknown_id(d, self.ignore_index) from error
+        return zero_where_not_(self.valid, total.log().sub_(own)).squeeze(1)
+
+    def gradient(self, grad: Tensor | None) -> Tensor:
+        """Gradient (N, C, rows, W) times `grad` (N, 1, rows, W), or 1."""
+        _, p, total = self.parts
+        own = total.new_ones(()) if grad is None else grad
+        p.mul_(own / total).scatter_add_(1, self.labels, -own.expand_as(total))
+        return zero_where_not_(self.valid, p)
 
 
-def hard_gradient(
-    student: CachedUpsampling, labels: Tensor, grad: Tensor, start: int, stop: int, ignore_index: int
-) -> Tensor:
-    """Its gradient, (N, C, rows, W), times `grad` (N, 1, rows, W)."""
-    _, p, total = student.exponentials(start, stop, 1.0)
-    labels = labels[:, None, start:stop].long()
-    valid = labels != ignore_index
-    p.mul_(grad / total).scatter_add_(1, labels.where(valid, 0), -grad)
-    return zero_where_not_(valid, p)
+class SoftBand:
+    """`kd_loss` of a band of rows and its gradient. Ask for the loss first: both use the same memory."""
 
+    def __init__(
+        self,
+        student: CachedUpsampling,
+        teacher: CachedUpsampling,
+        start: int,
+        stop: int,
+        temperature: float,
+        teacher_kind: Kind,
+    ) -> None:
+        self.temperature = temperature
+        self.parts = student.exponentials(start, stop, temperature)
+        self.log_q: Tensor | None = None
+        self.share: Tensor | None = None
+        if teacher_kind == "logits":
+            self.log_q, self.q, self.share = teacher.exponentials(start, stop, temperature)
+        else:
+            self.q = soften(teacher.band(start, stop), temperature, teacher_kind)
 
-def soft_loss(
-    student: CachedUpsampling,
-    teacher: CachedUpsampling,
-    start: int,
-    stop: int,
-    temperature: float,
-    divergence: Divergence,
-    teacher_kind: Kind,
-) -> Tensor:
-    """`kd_loss` of a band, (N, rows, W): log sum exp - sum q z, and with "kl" the teacher's entropy subtracted."""
-    kl = divergence == "kl"
-    d, _, total = student.exponentials(start, stop, temperature)
-    loss = total.log_()
-    if teacher_kind == "logits":
-        t, q, share = teacher.exponentials(start, stop, temperature)
-        if kl:
-            d.sub_(t.clamp_min_(torch.finfo(t.dtype).min))  # 0 log 0 is 0
-            loss = loss - share.log()
-        loss = loss.addcdiv_(d.mul_(q).sum(1, keepdim=True), share, value=-1 / temperature)
-    else:
-        q = soften(teacher.band(start, stop), temperature, teacher_kind)
-        loss = (loss * q.sum(1, keepdim=True)).sub_(d.mul_(q).sum(1, keepdim=True), alpha=1 / temperature)
-        if kl:
-            loss += torch.special.xlogy(q, q).sum(1, keepdim=True)
-    return loss.mul_(temperature**2).squeeze(1)
+    def loss(self, divergence: Divergence) -> Tensor:
+        """(N, rows, W): log sum exp - sum q z, and with "kl" the teacher's entropy subtracted."""
+        (d, _, total), q, kl = self.parts, self.q, divergence == "kl"
+        loss = total.log()
+        if self.log_q is not None and self.share is not None:
+            if kl:
+                d.sub_(self.log_q.clamp_min_(torch.finfo(d.dtype).min))  # 0 log 0 is 0
+                loss -= self.share.log()
+            loss.addcdiv_(d.mul_(q).sum(1, keepdim=True), self.share, value=-1 / self.temperature)
+        else:
+            loss.mul_(q.sum(1, keepdim=True)).sub_(d.mul_(q).sum(1, keepdim=True), alpha=1 / self.temperature)
+            if kl:
+                loss += torch.special.xlogy(q, q).sum(1, keepdim=True)
+        return loss.mul_(self.temperature**2).squeeze(1)
 
-
-def soft_gradient(
-    student: CachedUpsampling,
-    teacher: CachedUpsampling,
-    grad: Tensor,
-    start: int,
-    stop: int,
-    temperature: float,
-    teacher_kind: Kind,
-) -> Tensor:
-    """Its gradient, (N, C, rows, W), times `grad` (N, 1, rows, W): that of "kl" is the same."""
-    _, p, total = student.exponentials(start, stop, temperature)
-    scaled = grad * temperature
-    if teacher_kind == "logits":
-        _, q, share = teacher.exponentials(start, stop, temperature)
-        p.mul_(scaled / total).addcmul_(q, scaled / share, value=-1)
-    else:
-        q = soften(teacher.band(start, stop), temperature, teacher_kind)
-        p.mul_(scaled * q.sum(1, keepdim=True) / total).addcmul_(q, scaled, value=-1)
-    return zero_where_not_(grad != 0, p)
+    def gradient(self, grad: Tensor | None) -> Tensor:
+        """Gradient (N, C, rows, W) times `grad` (N, 1, rows, W), or 1; "kl" has the same."""
+        (_, p, total), q = self.parts, self.q
+        scaled = total.new_full((), self.temperature) if grad is None else grad * self.temperature
+        if self.share is not None:
+            p.mul_(scaled / total).addcmul_(q, scaled / self.share, value=-1)
+        else:
+            p.mul_(scaled * q.sum(1, keepdim=True) / total).addcmul_(q, scaled, value=-1)
+        return p if grad is None else zero_where_not_(grad != 0, p)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from udakit._checks import (
     check_weight_option,
     shape_of,
 )
-from udakit._reduce import Reduction, check_reduction
-from udakit.losses._upsampled import upsampled_loss
+from udakit._reduce import Reduction, check_reduction, divided, upcast
+from udakit.losses._upsampled import sums_at_once, upsampled_loss, upsampled_sum
 from udakit.losses.cross_entropy import check_class_weight, reduce_labelled
 
 # For signals and volumes: the same value, with the whole map in memory.
@@ -52,8 +52,9 @@ def upsampled_cross_entropy(
 
     **Cost.** Besides the inputs, their gradient and a few (N, H, W) maps, it holds a few bands of N C `chunk_rows` W
     numbers. The plain way holds several maps of N C H W numbers. The backward pass recomputes the bands from the
-    logits, so nothing else is stored. The loss cannot be differentiated twice, nor in forward mode. If the logits
-    already have the size of the labels, this is `cross_entropy` in bands.
+    logits, so nothing else is stored; on a CPU, a sum or mean takes its gradient together with its value. The loss
+    cannot be differentiated twice, nor in forward mode. If the logits already have the size of the labels, this is
+    `cross_entropy` in bands.
 
     Args:
         logits: class scores before the softmax, in any float dtype and of any size.
@@ -94,14 +95,22 @@ def upsampled_cross_entropy(
         check_class_weight(class_weight, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, labels, reference_name="labels", channels=False)
-    loss = upsampled_loss(
-        logits,
-        labels,
-        (labels.shape[1], labels.shape[2]),
-        align_corners=align_corners,
-        chunk_rows=chunk_rows,
-        ignore_index=ignore_index,
-    )
+    options: dict[str, Any] = {
+        "align_corners": align_corners,
+        "chunk_rows": chunk_rows,
+        "ignore_index": ignore_index,
+    }
+    maps = logits, labels, (labels.shape[1], labels.shape[2])
+    if sums_at_once(logits, reduction, pixel_weight, class_weight):
+        valid = labels.long() != ignore_index
+        weight = pixel_weight
+        if class_weight is not None:
+            weight = class_weight.to(upcast(logits[:0]).dtype)[
+                labels.long().where(valid, 0).clamp(0, logits.shape[1] - 1)
+            ]
+            weight = weight if pixel_weight is None else weight * pixel_weight.to(weight.dtype)
+        return divided(upsampled_sum(*maps, weight, valid, **options), labels.shape, valid, reduction)
+    loss = upsampled_loss(*maps, **options)
     return reduce_labelled(loss, labels, class_weight, pixel_weight, ignore_index, reduction)
 
 

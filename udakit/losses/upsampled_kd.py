@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -15,8 +15,8 @@ from udakit._checks import (
     check_two_dimensional,
     check_weight_like,
 )
-from udakit._reduce import Kind, Reduction, plain, reduce_pixels
-from udakit.losses._upsampled import upsampled_loss
+from udakit._reduce import Kind, Reduction, divided, plain, reduce_pixels
+from udakit.losses._upsampled import sums_at_once, upsampled_loss, upsampled_sum
 from udakit.losses.kd import Divergence, check_logits_pair
 from udakit.losses.kd import check_options as check_kd_options
 
@@ -54,7 +54,8 @@ def upsampled_kd_loss(
 
     **Cost.** Besides the inputs, the student's gradient and a few (N, H, W) maps, it holds a few bands of N C
     `chunk_rows` W numbers. The plain way holds several maps of N C H W numbers. The backward pass recomputes the bands
-    from the inputs, so nothing else is stored. The loss cannot be differentiated twice, nor in forward mode.
+    from the inputs, so nothing else is stored; on a CPU, a sum or mean takes its gradient together with its value. The
+    loss cannot be differentiated twice, nor in forward mode.
 
     Args:
         student_logits: the student's logits, before the softmax, of any size.
@@ -95,16 +96,18 @@ def upsampled_kd_loss(
         check_mask_like(valid, at_size, reference_name="size", channels=False)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, at_size, reference_name="size", channels=False)
-    loss = upsampled_loss(
-        student_logits,
-        teacher_logits.detach(),
-        (height, width),
-        align_corners=align_corners,
-        chunk_rows=chunk_rows,
-        temperature=temperature,
-        divergence=divergence,
-        teacher_kind=teacher_kind,
-    )
+    options: dict[str, Any] = {
+        "align_corners": align_corners,
+        "chunk_rows": chunk_rows,
+        "temperature": temperature,
+        "divergence": divergence,
+        "teacher_kind": teacher_kind,
+    }
+    maps = student_logits, teacher_logits.detach(), (height, width)
+    if sums_at_once(student_logits, reduction, pixel_weight):
+        total = upsampled_sum(*maps, pixel_weight, valid, **options)
+        return divided(total, (len(student_logits), height, width), valid, reduction)
+    loss = upsampled_loss(*maps, **options)
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 
