@@ -375,6 +375,22 @@ def test_sums_by_product_are_those_by_pixel(pixels: int) -> None:
     torch.testing.assert_close(sums, means._sums_by_pixel(values, ids, 4), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("pixels", [1024, 4099])
+def test_sums_of_channels_last_are_those_of_channels_first(pixels: int) -> None:
+    """Value and gradient; pixels without a class may be NaN."""
+    values, ids = torch.randn(2, 3, pixels, dtype=torch.float64), torch.randint(5, (2, pixels))
+    values = torch.where((ids == 4).unsqueeze(1), torch.nan, values)
+    rows = values.transpose(1, 2).contiguous().transpose(1, 2)
+    weight, found = torch.randn(2, 4, 3, dtype=torch.float64), []
+    for x in (values, rows):
+        leaf = x.detach().requires_grad_()
+        sums = means._SumMembers.apply(leaf, ids, 4)
+        found.append((sums, torch.autograd.grad((sums * weight).sum(), leaf)[0]))
+    assert found[1][1].stride() == rows.stride()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_a_long_sum_compiles_to_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(means, "LENGTH", 128)  # 32 parts
     features, labels = torch.arange(4096.0).view(1, 1, 64, 64), torch.arange(64).expand(1, 64, 64)

@@ -93,13 +93,21 @@ class _SumMembers(torch.autograd.Function):
         ctx.by_pixel = (
             values.shape[2] >= LANES * 128 and values.device.type == "cpu" and not torch.compiler.is_compiling()
         )
-        sums = _sums_by_pixel if ctx.by_pixel else _sums_by_product
+        ctx.channels_last = values.stride(1) == 1 < min(values.shape[1], values.stride(2))
+        by_pixel = _sums_by_row if ctx.channels_last else _sums_by_pixel
+        sums = by_pixel if ctx.by_pixel else _sums_by_product
         return sums(upcast(values), ids, num_classes)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (ids,) = ctx.saved_tensors
-        rows = F.pad(gradient, (0, 0, 0, 1)).transpose(1, 2).contiguous().to(ctx.dtype)
+        rows = F.pad(gradient, (0, 0, 0, 1)).to(ctx.dtype)
+        if ctx.by_pixel and ctx.channels_last and not torch.is_grad_enabled():
+            result = rows.new_empty(*ids.shape, rows.shape[2])
+            for own, row, k in zip(result, rows, ids, strict=True):
+                torch.index_select(row, 0, k, out=own)
+            return result.transpose(1, 2), None, None
+        rows = rows.transpose(1, 2).contiguous()
         if ctx.by_pixel and not torch.is_grad_enabled():
             result = rows.new_empty(*rows.shape[:2], ids.shape[1])
             for own, row, k in zip(result, rows, ids.int(), strict=True):  # which `gather` refuses
@@ -117,12 +125,28 @@ def _sums_by_pixel(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
     Neighbouring pixels usually have the same class, and each addition would wait for the one before. The pixels
     therefore take turns among `lanes` sums of a class. Short sums are also more accurate than the matrix product.
     """
-    n, d, pixels = values.shape
-    lanes = max(LANES, 1 << (pixels // LENGTH - 1).bit_length())
-    places = ids + torch.arange(pixels, device=ids.device) % lanes * (num_classes + 1)
+    n, d, _ = values.shape
+    lanes, places = _places(ids, num_classes)
     sums = values.new_zeros(n, d, lanes * (num_classes + 1))
     sums.scatter_add_(2, places.unsqueeze(1).expand(-1, d, -1), values)
     return sums.view(n, d, lanes, num_classes + 1).sum(2)[:, :, :num_classes].transpose(1, 2)
+
+
+def _sums_by_row(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
+    """The same for channels last: a pixel is a row of D numbers, which are added at once."""
+    n, d, _ = values.shape
+    lanes, places = _places(ids, num_classes)
+    sums = values.new_zeros(n, lanes * (num_classes + 1), d)
+    for own, place, rows in zip(sums, places, values.transpose(1, 2), strict=True):
+        own.index_add_(0, place, rows)
+    return sums.view(n, lanes, num_classes + 1, d).sum(1)[:, :num_classes]
+
+
+def _places(ids: Tensor, num_classes: int) -> tuple[int, Tensor]:
+    """The number of lanes, and the sum that each pixel belongs to."""
+    pixels = ids.shape[1]
+    lanes = max(LANES, 1 << (pixels // LENGTH - 1).bit_length())
+    return lanes, ids + torch.arange(pixels, device=ids.device) % lanes * (num_classes + 1)
 
 
 def _sums_by_product(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
