@@ -44,7 +44,7 @@ REDUCTIONS = (
 GATHERS = (
     "index", "_unsafe_index", "gather", "index_select", "take", "embedding", "flip", "roll", "cat", "stack",
     "upsample_bilinear2d", "upsample_nearest2d", "_upsample_nearest_exact2d", "upsample_linear1d",
-    "upsample_trilinear3d",
+    "upsample_trilinear3d", "upsample_nearest1d",
     "avg_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices", "_adaptive_avg_pool2d", "reflection_pad2d",
     "replication_pad2d", "reflection_pad1d", "replication_pad1d", "reflection_pad3d", "replication_pad3d",
     "searchsorted", "bucketize", "nll_loss_forward", "nll_loss2d_forward", "grid_sampler_2d", "_unsafe_masked_index",

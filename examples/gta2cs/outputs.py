@@ -15,6 +15,7 @@ from udakit import (
     DetailBox,
     crop_detail,
     cross_entropy,
+    kd_loss,
     symmetric_cross_entropy,
     upsampled_cross_entropy,
     upsampled_kd_loss,
@@ -99,7 +100,12 @@ class SegOutput:
         return self._with_detail(whole, upsampled_cross_entropy, labels, pixel_weight=None, reduction="mean"), inside
 
     def distillation(self, teacher: SegOutput) -> Tensor:
-        """`kd_loss` of a teacher's output at the size of the images, from the logits of the heads."""
+        """`kd_loss` of a teacher's output at the size of the images; on a CPU from the logits of the heads.
+
+        Elsewhere the second look at the bands would cost more than enlarging once.
+        """
+        if self.head_logits.device.type != "cpu":
+            return kd_loss(self.logits, teacher.logits)
         size = self.size or (self.head_logits.shape[-2], self.head_logits.shape[-1])
         return upsampled_kd_loss(self.head_logits, teacher.head_logits, size=size)
 

@@ -56,7 +56,8 @@ class DigaWarmup(TargetStyled):
     def forward(self, batch: Batch, draws: Draws) -> Losses:
         """Return the losses of one step."""
         clean, mixed = self.student_views(batch, draws)
-        return Losses({"source": clean.cross_entropy(batch.source_labels), "skd": self.distil(clean, mixed)})
+        distilled = self.distil(clean, mixed)  # first: where it enlarges logits, the cross-entropy takes them
+        return Losses({"source": clean.cross_entropy(batch.source_labels), "skd": distilled})
 
     def student_views(self, batch: Batch, draws: Draws) -> tuple[Any, Any]:
         """Student outputs on the clean source images and on their mixed view; the teacher sees the same two."""
@@ -78,7 +79,7 @@ class DigaWarmup(TargetStyled):
     def distil(self, clean: Any, mixed: Any) -> Tensor:
         """Symmetric distillation; the teacher's outputs are kept for the prototypes.
 
-        This is `udakit.symmetric_kd_loss` of the enlarged logits, without logits of that size.
+        This is `udakit.symmetric_kd_loss` of the enlarged logits, on a CPU without logits of that size.
         """
         with torch.no_grad():
             self.teacher_views = self.teacher(self.views[0]), self.teacher(self.views[1])
