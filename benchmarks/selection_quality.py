@@ -2,6 +2,7 @@
 
     python benchmarks/selection_quality.py runs/diga_toy/stage3_diga/last.pt
     python benchmarks/selection_quality.py runs/diga_toy/stage3_diga/last.pt --picture docs/pictures/diga_consensus.png
+    python benchmarks/selection_quality.py runs/*/stage3_diga/last.pt --write   # into the JSON and the page
 
 A checkpoint of the recipe `diga` holds all that labels: the labeller, the teacher, the centroids. Every selector gets
 the same logits of the labeller, of the same target training images; the truth is read here and nowhere in training.
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 import train_gta2cs
+from benchmarks.harness import PAIR_NAMES, RESULTS, write_section
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import Pair, build_pair
 from gta2cs.loading import evaluation_batches
 from gta2cs.recipes import RECIPES, Diga
 from gta2cs.report import save_panels, write_json
 from udakit import (
+    AdaptiveThresholdSelector,
     ArgmaxSelector,
     ClassQuantileSelector,
     ConfidentRatioSelector,
@@ -41,6 +44,8 @@ from udakit import (
 IMAGES = 32
 BATCH = 4
 IGNORE = 255
+MEASURED = RESULTS / "selection_quality.json"
+PAGE = ROOT / "docs" / "results" / "selection.md"
 
 
 def load_diga(checkpoint: Path, num_classes: int) -> Diga:
@@ -74,6 +79,7 @@ def selections(recipe: Diga, logits: Tensor, features: Tensor) -> dict[str, Pseu
         "threshold 0.968": ThresholdSelector(0.968),
         "confident ratio": ConfidentRatioSelector(0.968),
         "class quantile 0.5": ClassQuantileSelector(logits.shape[1], share=0.5, momentum=0.0),
+        "adaptive thresholds": AdaptiveThresholdSelector(logits.shape[1], momentum=0.0),
         "argmax": ArgmaxSelector(),
     }
     with torch.no_grad():
@@ -180,19 +186,38 @@ def markdown(entry: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table(results: dict[str, Any]) -> str:
+    """Markdown: the table of each run of the JSON."""
+    parts = [
+        f"### {PAIR_NAMES[key.split('/')[0]]}, seed {key.split('/')[1]}, step {entry['step']} of the last stage\n\n"
+        f"{markdown(entry)}"
+        for key, entry in results.items()
+    ]
+    return "\n".join(parts) or "Not measured yet.\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="of the recipe diga")
+    parser.add_argument("checkpoints", nargs="+", type=Path, help="of the recipe diga")
     parser.add_argument("--images", type=int, default=IMAGES, help="target training images to look at")
     parser.add_argument("--picture", type=Path, help="draw pseudo-label, centroid label, consensus and truth")
+    parser.add_argument("--write", action="store_true", help=f"into {MEASURED.name} and {PAGE.name}")
     options = parser.parse_args()
-    config = json.loads(load_checkpoint(options.checkpoint)["config"])["data"]
-    pair = build_pair(**{key: config[key] for key in ("data_root", "source_root", "target_root")}, name=config["pair"])
-    if options.picture:
-        draw(options.checkpoint, pair, options.picture)
-        print(f"{options.picture}: {options.picture.stat().st_size / 1000:.0f} kB")
-    else:
-        print(markdown(measure(options.checkpoint, pair, options.images)))
+    for checkpoint in options.checkpoints:
+        config = json.loads(load_checkpoint(checkpoint)["config"])
+        data = config["data"]
+        pair = build_pair(**{key: data[key] for key in ("data_root", "source_root", "target_root")}, name=data["pair"])
+        if options.picture:
+            draw(checkpoint, pair, options.picture)
+            print(f"{options.picture}: {options.picture.stat().st_size / 1000:.0f} kB")
+            continue
+        found = measure(checkpoint, pair, options.images)
+        print(markdown(found))
+        if options.write:
+            known = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
+            known[f"{data['pair']}/{config['seed']}"] = found
+            write_json(MEASURED, known)
+            write_section("selectors", table(known), PAGE)
 
 
 if __name__ == "__main__":

@@ -322,6 +322,12 @@ def test_every_selector_is_scored_on_the_same_logits():
     assert "| consensus | 100.0 |" in selection_quality.markdown({"step": 1, "selectors": scores})
 
 
+def test_the_page_of_selectors_is_that_of_the_json():
+    text = selection_quality.table(json.loads(selection_quality.MEASURED.read_text(encoding="utf-8")))
+    page = selection_quality.PAGE.read_text(encoding="utf-8")
+    assert f"<!-- selectors: begin -->\n\n{text.strip()}\n\n<!-- selectors: end -->" in page
+
+
 # --- the benchmark's rows --------------------------------------------------------------------------------------------
 
 
