@@ -3,7 +3,7 @@
 "Expected `name` to be ..., but got ...." Where the usual cause is known, another sentence says what to do.
 """
 
-from udakit._checks.devices import as_device, check_device, check_generator, draw_device
+from udakit._checks.devices import as_device, check_device, check_generator, draw_device, drawn_by
 from udakit._checks.form import is_integer, is_sequence, kind_of, shape_of, space_form
 from udakit._checks.maps import (
     axis_hint,
@@ -64,6 +64,7 @@ __all__ = [
     "check_weight_like",
     "check_weight_option",
     "draw_device",
+    "drawn_by",
     "is_integer",
     "is_sequence",
     "kind_of",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,3 +51,8 @@ def check_generator(generator: torch.Generator | None, device: torch.device) -> 
             f"Expected `generator` to be on the input's device '{device}', but got one on '{own}'. "
             f"Make it with torch.Generator('{device}')."
         )
+
+
+def drawn_by(generator: torch.Generator | None) -> dict[str, Any]:
+    """The keyword of torch's draws, or none: compiled with dynamic=True, they fail at `generator=None`."""
+    return {} if generator is None else {"generator": generator}

@@ -18,6 +18,7 @@ from udakit._checks import (
     check_maps,
     check_option,
     check_range,
+    drawn_by,
 )
 from udakit._reduce import (
     LOG_2,
@@ -133,7 +134,7 @@ def _draw_anchors(
     """
     ids = class_ids(labels, num_classes, ignore_index).flatten()
     # A random order, then a stable sort by class: the first A of each class are a uniform subset.
-    order = torch.rand(ids.shape, generator=generator, device=ids.device, dtype=torch.float32).argsort()
+    order = torch.rand(ids.shape, **drawn_by(generator), device=ids.device, dtype=torch.float32).argsort()
     order = order[ids[order].argsort(stable=True)]
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=ids.device)
     counts = counts.scatter_add(0, ids, torch.ones_like(ids))

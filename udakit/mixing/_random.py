@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from udakit._checks import check_generator, draw_device, is_sequence
+from udakit._checks import check_generator, draw_device, drawn_by, is_sequence
 
 Generators = torch.Generator | Sequence[torch.Generator]
 
@@ -41,7 +41,7 @@ def uniform(shape: Sequence[int], generator: Generators | None, device: torch.de
     """Float32 numbers in [0, 1). With several generators, each fills its entry of `axis`."""
     if isinstance(generator, torch.Generator) or not generator:
         one = generator if isinstance(generator, torch.Generator) else None
-        return torch.rand(tuple(shape), generator=one, device=device, dtype=torch.float32)
+        return torch.rand(tuple(shape), **drawn_by(one), device=device, dtype=torch.float32)
     shape = tuple(1 if i == axis else length for i, length in enumerate(shape))
     drawn = [torch.rand(shape, generator=g, device=device, dtype=torch.float32) for g in generator]
     return torch.cat(drawn, dim=axis)

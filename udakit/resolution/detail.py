@@ -16,6 +16,7 @@ from udakit._checks import (
     check_size,
     check_tensor,
     draw_device,
+    drawn_by,
     is_sequence,
     shape_of,
 )
@@ -87,7 +88,7 @@ def draw_detail_box(
         raise ValueError(f"Expected `detail` to be at most `size` {tuple(size)}, but got {tuple(detail)}.")
     device = draw_device(generator, device)
     count = 1 if scope == "batch" else n
-    u = torch.rand(len(size), count, generator=generator, device=device, dtype=torch.float32)
+    u = torch.rand(len(size), count, **drawn_by(generator), device=device, dtype=torch.float32)
     starts = []
     for axis, (side, crop) in enumerate(zip(size, detail, strict=True)):
         places = (side - crop) // divisor + 1

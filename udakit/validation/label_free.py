@@ -17,6 +17,7 @@ from udakit._checks import (
     check_mask_like,
     check_option,
     check_scores,
+    drawn_by,
     shape_of,
 )
 from udakit._reduce import KINDS, LOG_2, Kind, cut_evenly, full_precision, select, upcast
@@ -188,7 +189,7 @@ class LabelFreeScores(FullPrecisionState):
         if pixels == 0:
             return
         device = maps.device
-        pick = torch.randint(2**62, (n, self.samples), generator=self.generator, device=device)
+        pick = torch.randint(2**62, (n, self.samples), **drawn_by(self.generator), device=device)
         if valid is None:
             index, some = pick % pixels, torch.ones(n, dtype=torch.bool, device=device)
         else:
