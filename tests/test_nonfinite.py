@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import warnings
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 import udakit
+from udakit import ClassDistributions, ClassPrototypes, distribution_contrast_loss, pixel_prototype_contrast_loss
 from udakit._checks import options
 from udakit._reduce import guard
 
@@ -226,3 +228,58 @@ def test_large_maps_under_transforms_of_functions(transform: str, monkeypatch: p
         y = y.clone().requires_grad_()
         (expected,) = torch.autograd.grad(loss(y, label, mask), y)
         torch.testing.assert_close(one, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "state",
+    [
+        ClassPrototypes(3, 4, momentum=0.5, min_pixels=1),
+        ClassPrototypes(3, 4, mode="mean", min_pixels=1, per_image=False),
+        ClassDistributions(3, 4),
+        ClassDistributions(3, 4, momentum=0.5),
+    ],
+    ids=["vectors", "mean", "exact", "momentum"],
+)
+def test_running_statistics_survive_a_batch_that_is_not_finite(state, value):
+    state = copy.deepcopy(state)
+    labels = torch.randint(0, 3, (2, 6, 6), generator=torch.Generator().manual_seed(0))
+    features = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    state.update(features, labels)
+    broken = features.clone()
+    broken[:, 1, labels[0] == 1] = value
+    broken[1] = broken[0]
+    before = {key: x.clone() for key, x in state.state_dict().items()}
+    state.update(broken, labels[:1].expand(2, -1, -1))
+    after = state.state_dict()
+    assert all(torch.isfinite(x).all() for x in after.values())
+    for key, x in before.items():
+        if x.ndim:
+            assert torch.equal(after[key][1], x[1]), "the class with the broken pixels keeps its statistics"
+    state.update(features, labels)
+    assert state.counts[1] > before["counts"][1], "a later batch counts again"
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("kind", ["prototypes", "distributions"])
+def test_the_vector_of_an_unseen_class_may_be_anything(kind, normalize):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 4, 3, 3, generator=generator, dtype=torch.float64)
+    vectors = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 3, (1, 3, 3), generator=generator)
+    seen = torch.tensor([True, False, True])
+
+    def found(unseen):
+        x, bank = features.clone().requires_grad_(), vectors.clone()
+        bank[1] = unseen
+        if kind == "prototypes":
+            loss = pixel_prototype_contrast_loss(x, labels, bank, seen=seen, normalize=normalize)
+        else:
+            loss = distribution_contrast_loss(x, labels, bank, bank.square(), seen=seen, normalize=normalize)
+        loss.backward()
+        return loss.detach(), x.grad
+
+    (loss, grad), (expected, expected_grad) = found(float("nan")), found(0.0)
+    assert torch.equal(loss, expected)
+    assert torch.equal(grad, expected_grad)
+    assert grad.abs().sum() > 0

@@ -20,7 +20,8 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Return the scales and shifts of a net's BatchNorm, LayerNorm and GroupNorm layers, each once.
 
     **Convention.** Nothing is changed. To adapt only these parameters, freeze the net and let them learn, as in the
-    example. They can undo the effect of light, weather and camera on features, and cannot make the net forget a class.
+    example. They can undo the effect of light, weather and camera on features. Entropy alone still drives them
+    to predict one class everywhere: add a term against it, and a stop by a score without labels.
 
     **Source.** TENT (Wang et al., ICLR 2021) adapts those of BatchNorm. Transformers have LayerNorm instead.
 

@@ -19,7 +19,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import check_reduction, class_ids
+from udakit._reduce import check_reduction, class_ids, select
 
 
 def check_contrast_options(temperature: float, normalize: bool, ignore_index: int, reduction: str) -> None:
@@ -73,6 +73,11 @@ def counted_ids(
     inside = ids < len(vectors)
     ids = torch.where(inside, ids, 0)
     return ids, inside & seen[ids], seen
+
+
+def seen_rows(vectors: Tensor, seen: Tensor) -> Tensor:
+    """The vectors, 0 for unseen classes: a NaN there would reach the gradient of every pixel."""
+    return select(seen.unsqueeze(1), vectors)
 
 
 def seen_cross_entropy(logits: Tensor, ids: Tensor, valid: Tensor, seen: Tensor) -> Tensor:

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from udakit._checks import check_float, check_range, check_same_shape
 from udakit._reduce import Reduction, reduce_pixels, select, upcast
-from udakit.losses._class_contrast import check_contrast, check_contrast_options, counted_ids, seen_cross_entropy
+from udakit.losses._class_contrast import (
+    check_contrast,
+    check_contrast_options,
+    counted_ids,
+    seen_cross_entropy,
+    seen_rows,
+)
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
@@ -88,7 +94,8 @@ def distribution_contrast_loss(
     # Ignored pixels must not enter the products, since a NaN there would reach the gradient's sum over pixels.
     x = upcast(features)
     x = (unit_vectors(x, counted) if normalize else select(counted.unsqueeze(1), x)).flatten(2)
-    mean, spread = upcast(means).to(x.dtype), upcast(variances).to(x.dtype) * (ratio / (2 * temperature))
+    mean, spread = (seen_rows(upcast(y).to(x.dtype), seen) for y in (means, variances))
+    spread = spread * (ratio / (2 * temperature))
     linear = matmul((mean / temperature).expand(n, -1, -1), x)
     square = matmul((spread / temperature).expand(n, -1, -1), x.square())
     loss = seen_cross_entropy(linear + square, ids, valid, seen)

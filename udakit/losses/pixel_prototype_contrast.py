@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from udakit._checks import check_per_class, check_weight_option
 from udakit._reduce import Reduction, reduce_pixels, select, upcast
-from udakit.losses._class_contrast import check_contrast, check_contrast_options, counted_ids, seen_cross_entropy
+from udakit.losses._class_contrast import (
+    check_contrast,
+    check_contrast_options,
+    counted_ids,
+    seen_cross_entropy,
+    seen_rows,
+)
 from udakit.losses._matmul import matmul
 from udakit.losses._unit import unit_vectors
 
@@ -78,7 +84,7 @@ def pixel_prototype_contrast_loss(
     ids, valid, seen = counted_ids(labels, prototypes, seen, ignore_index)
     # Ignored pixels must not enter the products, since a NaN there would reach the gradient's sum over pixels.
     x = upcast(features)
-    bank = upcast(prototypes).to(x.dtype)
+    bank = seen_rows(upcast(prototypes).to(x.dtype), seen)
     if normalize:
         x, bank = unit_vectors(x, valid), unit_vectors(bank)
     else:

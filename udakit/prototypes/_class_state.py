@@ -64,3 +64,8 @@ class ClassState(FullPrecisionState):
             for name, x in vectors.items():
                 getattr(self, name).copy_(x)
             self.counts.copy_(counts)
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """Whether all numbers of a row (..., D) are finite, in three launches: 0 times anything else is NaN."""
+    return x.mul(0).sum(-1) == 0

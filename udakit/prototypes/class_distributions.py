@@ -11,7 +11,7 @@ from torch import Tensor
 from udakit._checks import check_labels_like, check_range
 from udakit._reduce import class_ids, upcast
 from udakit._state import gather_ranks
-from udakit.prototypes._class_state import ClassState
+from udakit.prototypes._class_state import ClassState, finite_rows
 from udakit.prototypes.means import class_sums
 
 __all__ = ["ClassDistributions"]
@@ -27,9 +27,10 @@ class ClassDistributions(ClassState):
     where the subscript b marks the mean, the biased variance and the number of pixels of a class in the batch.
 
     **Convention.** Updates are detached. With `momentum=None`, the statistics are those of all pixels seen so far,
-    however they were split into batches. A `momentum` replaces w, so that old batches are forgotten. It is the weight
-    of the *new* batch, as in `ClassPrototypes`, and the first batch of a class is copied. A class that is not in the
-    batch keeps its statistics. The state stays float32 whatever dtype the Module is cast to; the counts are int64.
+    however they were split into batches. A `momentum` replaces w, so that old batches are forgotten. It is the
+    weight of the *new* batch, as in `ClassPrototypes`, and the first batch of a class is copied. A class that is
+    not in the batch keeps its statistics, and so does one whose statistics are not finite. The state stays float32
+    whatever dtype the Module is cast to; the counts are int64.
 
     **Source.** SePiCo (Xie et al., TPAMI 2023), which uses cumulative statistics of the teacher's features on labelled
     source images. Its counts are float32 and stop growing at 2^24 pixels, and its update needs an array of pixels x
@@ -86,7 +87,8 @@ class ClassDistributions(ClassState):
             means, deviations, counts = self._of_batch(upcast(features.detach()), labels)
             if sync:
                 means, deviations, counts = _pool(*gather_ranks(means, deviations, counts))
-            self._fold(means, _divide(deviations, counts), counts)
+            # What is not finite in the means is not finite in the deviations from them.
+            self._fold(means, _divide(deviations, counts), torch.where(finite_rows(deviations), counts, 0))
 
     def _of_batch(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Means (C, D), sums of squared deviations from them (C, D), counts (C,)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from udakit._checks import check_flag, check_integer, check_labels_like, check_option, check_range
 from udakit._reduce import plain
 from udakit._state import gather_ranks
-from udakit.prototypes._class_state import ClassState
+from udakit.prototypes._class_state import ClassState, finite_rows
 from udakit.prototypes._distances import class_distances
 from udakit.prototypes.means import class_sums, means_of
 
@@ -31,10 +31,10 @@ class ClassPrototypes(ClassState):
     for one class mean $v_c$ after another, in the order of the images. The first vector of a class is copied.
 
     **Convention.** Updates are detached. With `per_image=True`, every image with at least `min_pixels` pixels of a
-    class gives one vector; otherwise the whole batch gives one. The sequence of updates is computed exactly, in closed
-    form, without a loop over images or classes. The state stays float32 whatever dtype the Module is cast to, because
-    in bfloat16 a step of 1e-4 would be lost to rounding. A class that has not been seen is infinitely far from every
-    pixel.
+    class gives one vector; otherwise the whole batch gives one. The sequence of updates is computed exactly, in
+    closed form, without a loop over images or classes. A vector that is not finite is left out. The state stays
+    float32 whatever dtype the Module is cast to, because in bfloat16 a step of 1e-4 would be lost to rounding. A
+    class that has not been seen is infinitely far from every pixel.
 
     **Source.** DiGA uses momentum 1e-4 for each vector of an image and class, at least 5 pixels, features that are not
     normalised, and the L2 distance (not squared). Its prototypes start as the running mean ("mean") over a pass on the
@@ -129,7 +129,9 @@ class ClassPrototypes(ClassState):
                 sums, pixels = sums.sum(0, keepdim=True), pixels.sum(0, keepdim=True)
                 if sync:
                     sums, pixels = (x.sum(0) for x in gather_ranks(sums, pixels))
-            first, spread, number = self._summarise(means_of(sums, pixels, self.min_pixels), pixels >= self.min_pixels)
+            vectors = means_of(sums, pixels, self.min_pixels)
+            present = (pixels >= self.min_pixels) & finite_rows(vectors)
+            first, spread, number = self._summarise(vectors, present)
             if sync and self.per_image:
                 first, spread, number = gather_ranks(first, spread, number)
             else:
