@@ -175,9 +175,11 @@ def match_source_scale(state: StageState) -> None:
         run.source_factor = 1 / scale
         state.history["scale_scores"] = {f"{tried:.2f}": round(score, 4) for tried, score in found.items()}
         listed = ", ".join(f"{tried:.2g}: {100 * score:.1f}" for tried, score in found.items())
+        factor = run.source_factor
+        enlarged = "source images keep their size" if factor == 1 else f"source images are enlarged {factor:.2g} times"
         state.recipe.decisions.append(
             f"scale of target images by {DEFAULT.replace('_', ' ')}, %: {listed}; "
-            f"source images are scaled by {run.source_factor:.2g} and by a draw of data.target_scale"
+            f"{enlarged}, times a draw of data.target_scale"
         )
     state.history["source_factor"] = run.source_factor
 

@@ -223,7 +223,8 @@ def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):
 def test_a_verdict_calls_nets_level_only_by_a_score_whose_differences_are_known(score, value, level):
     both = {"confident_consistency": 0.5, score: 0.5}, {"confident_consistency": 0.5, score: value}
     source, last = (LabelFree(scores, []) for scores in both)
-    run = SimpleNamespace(choice=choosing.Choice("dacs", 1, 20, "student", score, value), source_only=source)
+    choice, config = choosing.Choice("dacs", 1, 20, "student", score, value), train_gta2cs.Config()
+    run = SimpleNamespace(choice=choice, source_only=source, config=config)
     words = choosing.verdict(run, [{"label_free": [{"nets": {"student": last.to_json()}}]}])
     assert "Use the adapted net" in words
     assert ("the two are level" in words) is level

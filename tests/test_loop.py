@@ -59,7 +59,9 @@ def test_dry_run_of_the_default_command_leaves_everything_to_look_at(tmp_path):
     assert {"dacs, student", "dacs, teacher"} <= set(results)
     for name in ("panels.png", "curves.png"):
         assert (tmp_path / "dry_run" / name).read_bytes().startswith(b"\x89PNG")
-    assert "| dacs, student |" in (tmp_path / "dry_run" / "report.md").read_text()
+    report = (tmp_path / "dry_run" / "report.md").read_text()
+    assert "| dacs, student |" in report
+    assert "A dry run of two steps a stage" in report
     assert not list(tmp_path.rglob("*.tmp"))
 
 
