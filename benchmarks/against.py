@@ -4,6 +4,7 @@
     python benchmarks/against.py /tmp/before --results rows.json             # rows that the JSON does not have yet
     python benchmarks/against.py /tmp/before --results rows.json --ops kd_loss --again
     python benchmarks/against.py --results rows.json                         # measures nothing, prints the table
+    python benchmarks/against.py --page                                      # writes it to the page, from our own JSON
 
 Two processes hold one checkout each and are called in turns. Both run the calls of the other checkout's own registry,
 so that what is compared is what could be called there. The time is that of the processor, which a busy machine hardly
@@ -25,6 +26,8 @@ from typing import Any, Self
 
 ROOT = Path(__file__).resolve().parent.parent
 
+RESULTS = ROOT / "benchmarks" / "results" / "against.json"
+PAGE = ROOT / "docs" / "performance" / "before.md"
 MODES = ("forward", "forward+backward")
 MEASURED = ("tiny", "medium")
 PAIRS, SECONDS = 15, 0.05  # runs of each, and how long one should take at least
@@ -133,14 +136,39 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return text + markdown_table(["operation, size, mode", "ms before", "ms now", "ratio (quartiles)"], lines)
 
 
+def by_size(rows: dict[str, dict[str, Any]]) -> str:
+    """Markdown: the median ratio of each size, what is slower beyond its spread by what it loses, then every row."""
+    from benchmarks.harness import markdown_table
+
+    lines, lost = [], {}
+    for size in dict.fromkeys(key.split("/")[1] for key in rows):
+        own = {key: row for key, row in rows.items() if key.split("/")[1] == size}
+        slower = {key: row for key, row in own.items() if row["low"] > ALLOWED}
+        quicker = sum(row["high"] < 1 / ALLOWED for row in own.values())
+        median = statistics.median(row["ratio"] for row in own.values())
+        lines.append([size, str(len(own)), f"{median:.2f}", str(quicker), str(len(slower))])
+        lost |= {key: 1000 * (row["now"] - row["before"]) for key, row in slower.items()}
+    head = ["size", "rows", "median ratio", f"quicker by {ALLOWED - 1:.0%}", f"slower by {ALLOWED - 1:.0%}"]
+    worst = sorted(lost, key=lambda key: -lost[key])
+    named = ["operation, size, mode", "ms before", "ms lost", "ratio"]
+    cells = [
+        ["`{}`, {}, {}".format(*key.split("/")), *(f"{x:.2g}" for x in (1000 * rows[key]["before"], lost[key])), ratio]
+        for key in worst
+        for ratio in [f"{rows[key]['ratio']:.2f}"]
+    ]
+    every = f"<details markdown>\n<summary>Every row</summary>\n\n{table(rows).strip()}\n\n</details>\n"
+    return f"{markdown_table(head, lines)}\n\nSlower, largest loss first:\n\n{markdown_table(named, cells)}\n\n{every}"
+
+
 def main(arguments: list[str] | None = None) -> None:
     sys.path.insert(0, str(ROOT))
-    from benchmarks.harness import Results
+    from benchmarks.harness import Results, write_section
 
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("before", type=Path, nargs="?", help="the other checkout; without it nothing is measured")
-    parser.add_argument("--results", type=Path, required=True, help="the JSON")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the JSON")
+    parser.add_argument("--page", action="store_true", help=f"write {PAGE.name} and measure nothing")
     parser.add_argument("--again", action="store_true", help="measure all anew; stopped, go on without it")
     parser.add_argument("--ops", nargs="+", help="operations, all by default")
     parser.add_argument("--sizes", nargs="+", default=list(MEASURED))
@@ -148,6 +176,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", type=int, default=PAIRS)
     options = parser.parse_args(arguments)
     results = Results(options.results)
+    if options.page:
+        write_section("against", by_size(results.rows), PAGE)
+        return
     if options.before is not None:
         with Worker(options.before, options.before) as before, Worker(ROOT, options.before) as now:
             every = itertools.product(options.ops or before.ask(), options.sizes, options.modes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,26 @@ def test_the_table_marks_what_is_slower_beyond_its_spread() -> None:
     assert "3 rows. The median ratio is 1.08. 1 are slower by more than 5%" in text
     assert "| `paste`, tiny, forward | 1 | 1.1 | **1.10 (1.07 to 1.20)** |" in text
     assert "| `class_mask`, tiny, forward | 1 | 1.08 | 1.08 (1.01 to 1.20) |" in text
+
+
+def test_the_page_is_that_of_the_json() -> None:
+    rows = json.loads(against.RESULTS.read_text(encoding="utf-8"))["rows"]
+    written = f"<!-- against: begin -->\n\n{against.by_size(rows).strip()}\n\n<!-- against: end -->"
+    assert written in against.PAGE.read_text(encoding="utf-8"), "run benchmarks/against.py --page"
+
+
+def test_the_summary_counts_each_size_and_sorts_by_what_is_lost() -> None:
+    rows = {
+        "kd_loss/tiny/forward": _row(0.4, 0.5, 0.6),
+        "paste/tiny/forward": _row(1.07, 1.1, 1.2),
+        "class_mask/medium/forward": _row(1.3, 1.4, 1.5),
+    }
+    lines = against.by_size(rows).splitlines()
+    assert "| tiny | 2 | 0.80 | 1 | 1 |" in lines
+    assert "| medium | 1 | 1.40 | 0 | 1 |" in lines
+    worst = [line for line in lines if line.startswith("| `")][:2]
+    assert worst[0] == "| `class_mask`, medium, forward | 1 | 0.4 | 1.40 |"
+    assert worst[1] == "| `paste`, tiny, forward | 1 | 0.1 | 1.10 |"
 
 
 @pytest.mark.slow
