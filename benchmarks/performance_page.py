@@ -40,7 +40,8 @@ def figures(operators: Results, steps: Results) -> str:
     return "\n".join(
         [
             f"- **{ratio(contrast):.1f} × the time, {ratio(contrast, what='peak_bytes'):.2f} × the memory**: pixel "
-            "contrast with its backward pass, against the usual matrix of all pairs. Value and gradient are the same.",
+            "contrast with its backward pass on a CPU, against the usual matrix of all pairs. Value and gradient are "
+            "the same.",
             f"- **{share:.0f} % of a DACS step** is spent outside the nets and the optimiser.",
             f"- **{total - len(found)} of {total} rows** are at most {100 * (NOISE - 1):.0f} % slower than a careful "
             f"vectorised version. Of the others {noticed} lose more than {1e3 * NOTICED:g} ms.",
