@@ -231,7 +231,12 @@ def write_section(name: str, text: str, page: Path) -> None:
         raise ValueError(f"Expected {page} to have the markers {begin!r} and {end!r} once each.")
     head, rest = whole.split(begin)
     _, tail = rest.split(end)
-    write_text(page, f"{head}{begin}\n\n{text.strip()}\n\n{end}{tail}")
+    write_text(page, f"{head}{section(name, text)}{tail}")
+
+
+def section(name: str, text: str) -> str:
+    """A section of a page with its markers."""
+    return f"<!-- {name}: begin -->\n\n{text.strip()}\n\n<!-- {name}: end -->"
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:

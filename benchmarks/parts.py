@@ -155,24 +155,15 @@ def guard(results: dict[str, Any]) -> str:
         "|---|" + "---:|" * 7,
     ]
     for pair in PAIR_NAMES:
-        runs = [
-            r for r in results.values() if r["pair"] == pair and (r.get("source_only") or {}).get("miou") is not None
-        ]
-        runs = [r for r in runs if adaptation.guarded(r) is not None]
+        runs = [r for r in results.values() if r["pair"] == pair and adaptation.guarded(r) is not None]
         if not runs:
             continue
-        starts = [r["source_only"]["miou"] for r in runs]
-        gains = [last(r) - start for r, start in zip(runs, starts, strict=True)]
+        gains = [last(r) - r["source_only"]["miou"] for r in runs]
+        chosen = [adaptation.chosen(r)["miou"] - r["source_only"]["miou"] for r in runs]
         kept = [adaptation.guarded(r) is r["source_only"] for r in runs]
-        lost, won = [g < -LOST for g in gains], [g >= WON for g in gains]
-        chosen = [adaptation.chosen(r)["miou"] - start for r, start in zip(runs, starts, strict=True)]
-        counts = [
-            len(runs),
-            sum(lost),
-            sum(a and b for a, b in zip(lost, kept, strict=True)),
-            sum(won),
-            sum(a and not b for a, b in zip(won, kept, strict=True)),
-        ]
+        lost = [k for g, k in zip(gains, kept, strict=True) if g < -LOST]
+        won = [k for g, k in zip(gains, kept, strict=True) if g >= WON]
+        counts = [len(runs), len(lost), sum(lost), len(won), len(won) - sum(won)]
         means = [signed([statistics.mean(values)]) for values in (gains, chosen)]
         lines.append(f"| {PAIR_NAMES[pair]} | {' | '.join(map(str, [*counts, *means]))} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else "Not measured yet.\n"

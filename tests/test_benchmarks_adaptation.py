@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import train_gta2cs
-from benchmarks import adaptation
+from benchmarks import adaptation, harness
 from gta2cs.recipes import RECIPES
 
 
@@ -155,7 +155,7 @@ def test_a_pair_that_nothing_is_chosen_by_enters_neither_choice_nor_study():
 
 
 @pytest.mark.parametrize(
-    ("section", "write", "page"),
+    ("name", "write", "page"),
     [
         ("policy_summary", adaptation.summary, adaptation.SUMMARY),
         ("one_policy", adaptation.table, adaptation.PAGE),
@@ -164,8 +164,6 @@ def test_a_pair_that_nothing_is_chosen_by_enters_neither_choice_nor_study():
         ("tried", adaptation.tried, adaptation.COMBINED_PAGE),
     ],
 )
-def test_the_pages_are_those_of_the_json(section, write, page):
-    written = (
-        f"<!-- {section}: begin -->\n\n{write(adaptation.load(adaptation.RESULTS)).strip()}\n\n<!-- {section}: end -->"
-    )
+def test_the_pages_are_those_of_the_json(name, write, page):
+    written = harness.section(name, write(adaptation.load(adaptation.RESULTS)))
     assert written in page.read_text(encoding="utf-8"), "run benchmarks/adaptation.py --table"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import against
+from benchmarks import against, harness
 
 
 def _row(low: float, ratio: float, high: float) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def test_the_table_marks_what_is_slower_beyond_its_spread() -> None:
 
 def test_the_page_is_that_of_the_json() -> None:
     rows = json.loads(against.RESULTS.read_text(encoding="utf-8"))["rows"]
-    written = f"<!-- against: begin -->\n\n{against.by_size(rows).strip()}\n\n<!-- against: end -->"
+    written = harness.section("against", against.by_size(rows))
     assert written in against.PAGE.read_text(encoding="utf-8"), "run benchmarks/against.py --page"
 
 

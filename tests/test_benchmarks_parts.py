@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import adaptation, after_deployment, parts, parts_cost
+from benchmarks import adaptation, after_deployment, harness, parts, parts_cost
 from gta2cs.recipes import Dacs
 
 
@@ -83,8 +83,7 @@ def test_the_pages_are_those_of_the_json() -> None:
         "guard": (parts.guard({**policy, **results}), parts.SCORES),
     }
     for name, (text, page) in sections.items():
-        written = f"<!-- {name}: begin -->\n\n{text.strip()}\n\n<!-- {name}: end -->"
-        assert written in page.read_text(encoding="utf-8"), "run benchmarks/parts.py --table"
+        assert harness.section(name, text) in page.read_text(encoding="utf-8"), "run benchmarks/parts.py --table"
 
 
 def test_after_deployment_says_what_each_way_gains() -> None:

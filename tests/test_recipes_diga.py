@@ -12,7 +12,7 @@ import yaml
 from torch import nn
 
 import train_gta2cs
-from benchmarks import real_pairs, rows, selection_quality
+from benchmarks import harness, real_pairs, rows, selection_quality
 from benchmarks.rows import duda as rows_of_duda
 from gta2cs import learned_translator, report
 from gta2cs.checkpoints import load_checkpoint
@@ -325,7 +325,7 @@ def test_every_selector_is_scored_on_the_same_logits():
 def test_the_page_of_selectors_is_that_of_the_json():
     text = selection_quality.table(json.loads(selection_quality.MEASURED.read_text(encoding="utf-8")))
     page = selection_quality.PAGE.read_text(encoding="utf-8")
-    assert f"<!-- selectors: begin -->\n\n{text.strip()}\n\n<!-- selectors: end -->" in page
+    assert harness.section("selectors", text) in page
 
 
 # --- the benchmark's rows --------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from benchmarks import adaptation, main_job, results_page
+from benchmarks import adaptation, harness, main_job, results_page
 from contract.registry import CHECKS
 from gta2cs.label_free import RELIABILITY
 
@@ -101,9 +101,7 @@ def test_the_pages_are_those_of_the_json() -> None:
     results = json.loads(results_page.RESULTS.read_text(encoding="utf-8"))
     pages = "".join(p.read_text(encoding="utf-8") for p in results_page.pages_of(results_page.DOCS / "results.md"))
     for name, text in results_page.sections(results).items():
-        assert f"<!-- {name}: begin -->\n\n{text.strip()}\n\n<!-- {name}: end -->" in pages, (
-            f"run {results_page.__file__}"
-        )
+        assert harness.section(name, text) in pages, f"run {results_page.__file__}"
 
 
 def numbers_of_prose() -> list[tuple[str, str, str, bool]]:

@@ -250,8 +250,9 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
     choice, source = run.choice, run.source_only
     if choice is None:
         return "No net was chosen: no evaluation took place.\n"
-    lines = ["**A dry run of two steps a stage: what follows shows the form, and says nothing of the nets.**"]
-    lines = lines if run.config.dry_run else []
+    lines = []
+    if run.config.dry_run:
+        lines.append("**A dry run of two steps a stage: what follows shows the form, and says nothing of the nets.**")
     score = choice.score if choice.score in DIRECTIONS else GUARD
     named = score.replace("_", " ")
     last = next(iter(histories[-1]["label_free"][-1]["nets"].values()))["scores"][score]

@@ -75,15 +75,7 @@ def _divided(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     return logits if temperature == 1 else torch.div(logits, temperature, out=out)
 
 
-def _fake(
-    student: Tensor,
-    teacher: Tensor,
-    temperature: float,
-    keep: bool,
-    valid: Tensor | None = None,
-    kl: bool = False,
-    link: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def _fake(student: Tensor, teacher: Tensor, temperature: float, keep: bool, *_: Any) -> tuple[Tensor, Tensor]:
     n, c, *space = student.shape
     return student.new_empty((n, *space)), student.new_empty((n, c, math.prod(space)) if keep else (0,))
 
