@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from udakit._checks.form import brief, is_integer, is_sequence, kind_of
+from udakit._checks.form import brief, is_integer, is_sequence, kind_of, shape_of
 
 _SIZES = {
     1: ("(length,)", "one positive integer"),
@@ -137,8 +137,8 @@ def check_numbers(name: str, values: Any, count: int, form: str, *, low: float =
         check_range(name, value, low, **ends)
 
 
-def check_size(name: str, size: Any, spatial: int = 2, *, of: str = "", hint: str = "") -> None:
-    """Raise unless `size` has a positive integer for each spatial axis, as (height, width); `of` names its owner."""
+def check_size(name: str, size: Any, spatial: int = 2, *, labels: Tensor | None = None, hint: str = "") -> None:
+    """Raise unless `size` has a positive integer for each spatial axis, as (height, width) of `labels`."""
     form, numbers_of = _SIZES[spatial]
     if not is_sequence(size) or len(size) != spatial or not all(is_integer(side) and side >= 1 for side in size):
         if is_integer(size) and size >= 1:
@@ -146,6 +146,7 @@ def check_size(name: str, size: Any, spatial: int = 2, *, of: str = "", hint: st
             hint = hint or f" For a square, pass ({size}, {size})."
         elif isinstance(size, torch.Size) and not hint:
             hint = f" Take the spatial part of a shape with {'.shape[-2:]' if spatial == 2 else '.shape[2:]'}."
+        of = "" if labels is None else f" for `labels` {shape_of(labels)}"
         raise ValueError(f"Expected `{name}` to be {form}, {numbers_of}{of}, but got {brief(size)}.{hint}")
 
 

@@ -112,7 +112,7 @@ def resize_labels(labels: Integer[Tensor, "n *space"], size: Sequence[int]) -> I
     check_spatial("labels", labels)
     single = is_sequence(size) and len(size) == labels.ndim
     hint = " For a single map, add the batch axis with .unsqueeze(0)." if single else ""
-    check_size("size", size, labels.ndim - 1, of=f" for `labels` {shape_of(labels)}", hint=hint)
+    check_size("size", size, labels.ndim - 1, labels=labels, hint=hint)
     if 0 in labels.shape[1:]:
         raise ValueError(f"Expected `labels` to have pixels to resize, but got {shape_of(labels)}.")
     for axis, new in enumerate(size, 1):
