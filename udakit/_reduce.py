@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Literal, get_args
 
 import torch
@@ -218,11 +218,14 @@ class _Select(torch.autograd.Function):
 
 def zero_where_not_(mask: Tensor, x: Tensor) -> Tensor:
     """Set `x` to exactly 0 where the mask is False, even at NaN, in place; the memory of `x` must be the caller's."""
-    if any(stride == 0 and side > 1 for stride, side in zip(x.stride(), x.shape, strict=True)):
+    if not x.is_contiguous() and any(n > 1 and not step for step, n in zip(x.stride(), x.shape, strict=True)):
         return select(mask, x)  # the elements of an expanded tensor share memory
     if x.device.type == "cpu" and x.itemsize in _BITS:
         bits = _BITS[x.itemsize]
-        x.view(bits).bitwise_and_(mask.to(bits).neg_())
+        if x.itemsize == 8:
+            x.view(bits).bitwise_and_(mask.to(bits).neg_())
+        else:  # also without NaN, and fewer calls; for 8 bytes there is no fast product
+            x.view(bits).mul_(mask)
         return x
     return x.masked_fill_(~mask, 0)
 
@@ -238,33 +241,38 @@ def guard(x: Tensor, valid: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         guarded: Tensor = _CompiledGuard.apply(x, valid)
         return guarded
-    # A pass over a small map is faster than Python code.
-    if x.numel() < LARGE or is_transformed():
+    if is_transformed():
         return torch.where(valid.unsqueeze(1), x, 0)
-    guarded = _Guard.apply(x, valid)
+    guarded = x.view_as(x)
+    guarded.register_hook(partial(_zeroed, valid))  # type: ignore[no-untyped-call]  # quicker than a Function
     return guarded
 
 
-class _Guard(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, valid: Tensor) -> Tensor:
-        return x.view_as(x)
+def _zeroed(valid: Tensor, grad: Tensor) -> Tensor:
+    mask = valid.unsqueeze(1)
+    # create_graph=True: others use this gradient. Otherwise only the loss itself uses the result of `guard`, so nobody
+    # else holds the memory of its gradient.
+    return select(mask, grad) if torch.is_grad_enabled() else zero_where_not_(mask, grad)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        mask = ctx.saved_tensors[0].unsqueeze(1)
-        if torch.is_grad_enabled():  # create_graph=True: others use this gradient
-            return select(mask, grad), None
-        # Only the loss itself uses the result of `guard`, so nobody else holds the memory of its gradient.
-        return zero_where_not_(mask, grad), None
+def softmax_where(valid: Tensor | None, x: Tensor, *, log: bool = False) -> tuple[Tensor, bool]:
+    """`F.softmax(x, dim=1)`, or its log, without gradients from pixels that are not valid; and whether it is 0 there.
+
+    The result is set to 0 at these pixels where that is quicker than `guard`. The backward pass reads the result and
+    not the logits, so a gradient that is 0 there stays 0, even where the logits are NaN.
+    """
+    function = F.log_softmax if log else F.softmax
+    if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
+        return function(x, dim=1), False
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
+        return function(guard(x, valid), dim=1), False
+    result = function(x, dim=1)
+    zero_where_not_(valid.unsqueeze(1), result.data)  # `.data`, because autograd is meant to use what is written
+    return result, True
 
 
 class _CompiledGuard(torch.autograd.Function):
-    """The same in a form that torch.compile of torch 2.5 traces. The compiler fuses the `where`."""
+    """The same in a form that torch.compile traces. The compiler fuses the `where`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, valid: Tensor) -> Tensor:

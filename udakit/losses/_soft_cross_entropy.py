@@ -22,9 +22,12 @@ def soft_cross_entropy(
     student, teacher = plain(upcast(student)), plain(upcast(teacher.detach()).to(upcast(student).dtype))
     refuse_tangents(student)
     keep = student.requires_grad and torch.is_grad_enabled()
+    if torch.compiler.is_compiling():
+        loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep, valid, kl)[0]
+        return loss
     # Leads a second derivative back to the student, to be refused; the student itself would be kept in memory.
-    link = student[:0].clone() if keep and not torch.compiler.is_compiling() else None
-    loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep, valid, kl, link)[0]
+    link = student[:0].clone() if keep else None
+    loss = _Eager.apply(student, teacher, temperature, keep, valid, kl, link)
     return loss
 
 
@@ -35,7 +38,6 @@ def _forward(
     keep: bool,
     valid: Tensor | None = None,
     kl: bool = False,
-    link: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """T^2 H(softmax(t / T), softmax(s / T)) per pixel, and softmax(s / T) - softmax(t / T), its gradient / T.
 
@@ -82,25 +84,52 @@ def _fake(student: Tensor, teacher: Tensor, temperature: float, keep: bool, *_: 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # or autograd makes a class map of zeros for the second output
-    ctx.save_for_backward(output[1], inputs[6])
+    ctx.save_for_backward(output[1])
     ctx.temperature = inputs[2]
 
 
-@first_derivative_only("`kd_loss` of large maps, and of the losses made of it,")
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, *tuple[None, ...]]:
     if grad is None:
-        return (None,) * 7
-    kept, _ = ctx.saved_tensors
+        return (None,) * 6
+    return _gradient(ctx, grad), *(None,) * 5
+
+
+def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     grad = grad * ctx.temperature if ctx.temperature != 1 else grad
-    return (kept * grad.flatten(1).unsqueeze(1)).unflatten(2, grad.shape[1:]), *(None,) * 6
+    gradient: Tensor = (ctx.saved_tensors[0] * grad.flatten(1).unsqueeze(1)).unflatten(2, grad.shape[1:])
+    return gradient
+
+
+class _Eager(torch.autograd.Function):
+    """The same without the operator, whose dispatch takes longer than a small map."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        temperature: float,
+        keep: bool,
+        valid: Tensor | None,
+        kl: bool,
+        link: Tensor | None,
+    ) -> Tensor:
+        loss, kept = _forward(student, teacher, temperature, keep, valid, kl)
+        ctx.save_for_backward(kept, link)
+        ctx.temperature = temperature
+        return loss
+
+    @staticmethod
+    @first_derivative_only("`kd_loss` of large maps, and of the losses made of it,")
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx, grad), *(None,) * 6
 
 
 _op = torch.library.custom_op(
     "udakit::soft_cross_entropy",
     _forward,
     mutates_args=(),
-    schema="(Tensor student, Tensor teacher, float temperature, bool keep, Tensor? valid=None, bool kl=False, "
-    "Tensor? link=None)"
+    schema="(Tensor student, Tensor teacher, float temperature, bool keep, Tensor? valid=None, bool kl=False)"
     " -> (Tensor, Tensor)",
 )
 _op.register_fake(_fake)

@@ -21,11 +21,11 @@ from udakit._reduce import (
     LOG_2,
     Reduction,
     check_reduction,
-    guard,
     is_large,
     plain,
     reduce_pixels,
     select,
+    softmax_where,
     upcast,
     zero_where_not_,
 )
@@ -116,7 +116,8 @@ def labelled_cross_entropy(
             loss: Tensor = _CrossEntropy.apply(plain(logits), plain(labels), weight, ignore_index)[0]
             return loss
         if grows:
-            logits = guard(logits, labels != ignore_index if valid is None else valid)
+            log_p, _ = softmax_where(labels != ignore_index if valid is None else valid, logits, log=True)
+            return F.nll_loss(log_p, labels, weight, ignore_index=ignore_index, reduction="none")
         return F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction="none")
     except IndexError as error:
         raise unknown_id(logits, ignore_index) from error

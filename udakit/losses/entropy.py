@@ -23,6 +23,7 @@ from udakit._reduce import (
     plain,
     reduce_pixels,
     select,
+    softmax_where,
     upcast,
     zero_where_not_,
 )
@@ -80,7 +81,7 @@ def entropy_loss(
     if kind == "logits" and x.requires_grad and torch.is_grad_enabled() and is_large(x):
         loss: Tensor = _Entropy.apply(plain(x), None if valid is None else plain(valid))[0]
     elif kind == "logits":
-        log_p = F.log_softmax(guard(x, valid), dim=1)
+        log_p, _ = softmax_where(valid, x, log=True)
         loss = -(log_p.exp() * log_p).sum(dim=1)
     else:
         x = guard(x, valid)

@@ -18,7 +18,19 @@ from udakit._checks import (
     check_weight_like,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, Reduction, check_reduction, guard, interpolate, is_large, reduce_pixels, upcast
+from udakit._reduce import (
+    KINDS,
+    Kind,
+    Reduction,
+    check_reduction,
+    interpolate,
+    is_large,
+    reduce_pixels,
+    select,
+    softmax_where,
+    upcast,
+    zero_where_not_,
+)
 from udakit.losses._soft_cross_entropy import soft_cross_entropy
 
 Divergence = Literal["cross_entropy", "kl"]
@@ -100,14 +112,28 @@ def kd_loss(
     if teacher_kind == "logits" and is_large(student):
         loss = soft_cross_entropy(student, teacher, temperature, valid, kl=divergence == "kl")
         return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
-    student = guard(student, valid)
+    loss, zeroed = whole_soft_cross_entropy(student, teacher, temperature, valid, divergence, teacher_kind)
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=zeroed)
+
+
+def whole_soft_cross_entropy(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    valid: Tensor | None,
+    divergence: str = "cross_entropy",
+    teacher_kind: Kind = "logits",
+) -> tuple[Tensor, bool]:
+    """`kd_loss` at each pixel, by operators that have a derivative; and whether it is 0 where not `valid`."""
+    log_p, zeroed = softmax_where(valid, student if temperature == 1 else student / temperature, log=True)
     target = soften(teacher, temperature, teacher_kind).to(student.dtype)
-    student = student if temperature == 1 else student / temperature
-    loss = -(target * F.log_softmax(student, dim=1)).sum(dim=1)
+    if zeroed and valid is not None:  # of the teacher, too, or its NaN would be a factor of the gradient
+        own = teacher_kind == "logits" or temperature != 1
+        target = (zero_where_not_ if own else select)(valid.unsqueeze(1), target)
+    loss = -(target * log_p).sum(dim=1)
     if divergence == "kl":
         loss = loss + torch.special.xlogy(target, target).sum(dim=1)
-    loss = loss if temperature == 1 else temperature**2 * loss
-    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+    return loss if temperature == 1 else temperature**2 * loss, zeroed
 
 
 def match_logits(

@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_mask_like, check_option, check_range, check_scores, check_weight_like
-from udakit._reduce import KINDS, Kind, Reduction, check_reduction, guard, reduce_pixels, top_class, upcast
+from udakit._reduce import (
+    KINDS,
+    Kind,
+    Reduction,
+    check_reduction,
+    guard,
+    reduce_pixels,
+    softmax_where,
+    top_class,
+    upcast,
+)
 
 
 def max_square_loss(
@@ -65,12 +74,12 @@ def max_square_loss(
         check_mask_like(valid, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
-    x = guard(upcast(logits), valid)
-    p = F.softmax(x, dim=1) if kind == "logits" else x
+    x = upcast(logits)
+    p, zeroed = softmax_where(valid, x) if kind == "logits" else (guard(x, valid), False)
     loss = -0.5 * p.square().sum(dim=1)
     if balance:
         loss = loss * _balancing(x.detach(), valid, balance)
-    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=zeroed)
 
 
 def _balancing(scores: Tensor, valid: Tensor | None, balance: float) -> Tensor:

@@ -6,12 +6,11 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from udakit._checks import check_ignore_index, check_labels_like, check_range, check_scores, check_weight_like
-from udakit._reduce import Reduction, check_reduction, guard, reduce_pixels, upcast
+from udakit._reduce import Reduction, check_reduction, reduce_pixels, softmax_where, upcast
 from udakit.losses.cross_entropy import labelled_cross_entropy
 
 
@@ -72,12 +71,12 @@ def symmetric_cross_entropy(
         check_weight_like(pixel_weight, logits)
     labels = labels.long()
     valid = labels != ignore_index
-    x = guard(upcast(logits), valid)
-    ce = labelled_cross_entropy(x, labels, ignore_index)
+    x = upcast(logits)
+    ce = labelled_cross_entropy(x, labels, ignore_index, valid=valid)
     # The log of the label is 0 at the labelled class. What remains is the probability of all other classes. It is
     # summed directly, because 1 - p_y would lose it to rounding.
     other = torch.arange(x.shape[1], device=x.device).view(-1, *[1] * (x.ndim - 2)) != labels.unsqueeze(1)
-    rce = -math.log(min_label) * (F.softmax(x, dim=1).clamp(min=min_probability) * other).sum(dim=1)
+    rce = -math.log(min_label) * (softmax_where(valid, x)[0].clamp(min=min_probability) * other).sum(dim=1)
     return reduce_pixels(ce_weight * ce + rce_weight * rce, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 

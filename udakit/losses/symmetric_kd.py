@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_range, check_same_shape, check_scores
-from udakit._reduce import LARGE, Reduction, check_reduction, guard, is_transformed, reduce_pixels
+from udakit._reduce import LARGE, Reduction, check_reduction, is_transformed, reduce_pixels, upcast
 from udakit.losses._soft_cross_entropy import soft_cross_entropy
-from udakit.losses.kd import kd_loss
+from udakit.losses.kd import whole_soft_cross_entropy
 
 
 def symmetric_kd_loss(
@@ -78,9 +78,9 @@ def symmetric_kd_loss(
         check_same_shape(x, student_clean, name=name, reference_name="student_clean")
     if valid is not None:
         check_mask_like(valid, student_clean, reference_name="student_clean")
-    forward = _soft_cross_entropy(student_mixed, teacher_clean, temperature, valid)
-    reverse = _soft_cross_entropy(student_clean, teacher_mixed, temperature, valid)
-    return reduce_pixels(forward + reverse_weight * reverse, valid, reduction=reduction)
+    forward, zeroed = _soft_cross_entropy(student_mixed, teacher_clean, temperature, valid)
+    reverse, both = _soft_cross_entropy(student_clean, teacher_mixed, temperature, valid)
+    return reduce_pixels(forward + reverse_weight * reverse, valid, reduction=reduction, zeroed=zeroed and both)
 
 
 def _check_options(reverse_weight: float, temperature: float, reduction: str) -> None:
@@ -89,13 +89,16 @@ def _check_options(reverse_weight: float, temperature: float, reduction: str) ->
     check_reduction(reduction)
 
 
-def _soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None) -> Tensor:
-    """`kd_loss` at each pixel, (N, *space)."""
+def _soft_cross_entropy(
+    student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None
+) -> tuple[Tensor, bool]:
+    """`kd_loss` at each pixel, (N, *space), and whether it is 0 where not `valid`."""
     compiling, on_cpu = torch.compiler.is_compiling(), student.device.type == "cpu"
     few = on_cpu and not compiling and student.numel() < LARGE  # where the operator costs more than it saves
     if few or is_transformed() or (compiling and not on_cpu):
-        return kd_loss(guard(student, valid), teacher, temperature=temperature, reduction="none")
-    return soft_cross_entropy(student, teacher, temperature, valid)
+        student = upcast(student)
+        return whole_soft_cross_entropy(student, upcast(teacher.detach()).to(student.dtype), temperature, valid)
+    return soft_cross_entropy(student, teacher, temperature, valid), False
 
 
 class SymmetricKDLoss(nn.Module):
