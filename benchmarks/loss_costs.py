@@ -5,9 +5,9 @@
     python benchmarks/loss_costs.py --quick --results /tmp/quick.json --no-table
     python benchmarks/loss_costs.py --table    # measures nothing, writes the tables of docs/performance/losses.md
 
-A row is forward and backward to the gradient of the loss's own input: the logits at the size of the crop, for the
-contrasts the logits or features at an eighth of it. Memory is the most that the call holds at once beyond its inputs,
-by the events of torch's allocator.
+A row is forward and backward to the gradient of the loss's own input: the logits of the head at a quarter of the crop,
+for the contrasts the logits or features at an eighth of it. Memory is the most that the call holds at once beyond its
+inputs, by the events of torch's allocator.
 
 Beside pytorch-metric-learning stand its `SupConLoss` and `NTXentLoss` on the same rows, where all three define one
 number. It is optional; without it, or where a contestant would hold too much, the row says so.
@@ -43,9 +43,9 @@ from benchmarks.harness import (
     write_section,
 )
 from benchmarks.peers import metric_learning
-from gta2cs.recipes.ehtdi import band_loss
+from gta2cs.outputs import SegOutput
 
-STRIDE, WIDTH, ANCHORS = 8, 256, 64
+HEAD, STRIDE, WIDTH, ANCHORS = 4, 8, 256, 64
 LIMIT = 2 * 2**30  # bytes of pair matrices that a contestant may hold
 PEERS = ("SupConLoss", "NTXentLoss")
 TIMING = {"min_run_time": 0.3, "min_runs": 5, "max_time": 3.0}
@@ -91,10 +91,6 @@ def gradient(loss: Callable[..., Tensor], *inputs: Tensor) -> Call:
     return call
 
 
-def shrink(logits: Tensor) -> Tensor:
-    return F.avg_pool2d(logits, STRIDE, ceil_mode=True)
-
-
 def step_losses(size: Size) -> dict[str, Callable[[], Call]]:
     """How to make each call; the inputs live no longer than its row takes."""
     generator = torch.Generator().manual_seed(SEED)
@@ -106,8 +102,13 @@ def step_losses(size: Size) -> dict[str, Callable[[], Call]]:
     def normal(channels: int, shape: tuple[int, int]) -> Tensor:
         return torch.randn(size.batch, channels, *shape, generator=generator)
 
-    def logits() -> Tensor:
-        return normal(size.classes, (size.height, size.width))
+    def on_head(loss: Callable[[SegOutput], Tensor]) -> Call:
+        head = normal(size.classes, (-(-size.height // HEAD), -(-size.width // HEAD)))
+        return gradient(lambda x: loss(SegOutput(x, x, x, (size.height, size.width))), head)
+
+    def both(output: SegOutput) -> Tensor:
+        everywhere, inside = output.cross_entropy_and_band(labels, udakit.boundary_band(mask))
+        return everywhere + inside
 
     def views() -> tuple[Tensor, Tensor]:
         return normal(size.classes, small), normal(size.classes, small)
@@ -128,9 +129,9 @@ def step_losses(size: Size) -> dict[str, Callable[[], Call]]:
         )
 
     return {
-        "cross-entropy": lambda: gradient(partial(udakit.cross_entropy, labels=labels), logits()),
-        "boundary term": lambda: gradient(partial(band_loss, labels=labels, mask=mask), logits()),
-        "shrinking one view": lambda: gradient(lambda x: shrink(x).sum(), logits()),
+        "cross-entropy": lambda: on_head(lambda output: output.cross_entropy(labels)),
+        "cross-entropy and boundary term": lambda: on_head(both),
+        "shrinking one view": lambda: on_head(lambda output: output.averaged(STRIDE).sum()),
         "pixel contrast": lambda: gradient(pixel_contrast, *views()),
         "prototype contrast": lambda: gradient(prototype_contrast, *views()),
         "supervised contrast": lambda: gradient(supervised_contrast, normal(WIDTH, small)),
@@ -257,9 +258,10 @@ def loss_table(results: Results) -> str:
     head = [text for size in sizes for text in (f"{size}: ms", "peak extra MiB")]
     lines = [[loss, *(x for size in sizes for x in cells(by_place.get((size, loss))))] for loss in losses]
     return (
-        f"The contrasts work at stride {STRIDE}. The supervised contrast, which EHTDI does not use, takes features of "
-        f"width {WIDTH} with {ANCHORS} anchors for each class. One step of EHTDI computes cross-entropy three times, "
-        "the boundary term and the shrinking twice, and each contrast once.\n\n"
+        f"The first three rows start from the logits of the head, at stride {HEAD}, and do not enlarge them. The "
+        f"contrasts work at stride {STRIDE}. The supervised contrast, which EHTDI does not use, takes features of "
+        f"width {WIDTH} with {ANCHORS} anchors for each class. One step of EHTDI computes cross-entropy alone once, "
+        "with its boundary term twice, the shrinking twice, and each contrast once.\n\n"
         f"{markdown_table(['forward and backward', *head], lines)}"
     )
 

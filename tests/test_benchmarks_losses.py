@@ -51,7 +51,7 @@ def test_every_loss_has_a_value_a_time_and_a_peak(tmp_path: Path) -> None:
 
 def test_a_second_run_measures_what_is_missing(tmp_path: Path) -> None:
     first, _ = run(tmp_path, "--quick", "--rows", "cross-entropy")
-    second, _ = run(tmp_path, "--quick", "--rows", "cross-entropy", "boundary term")
+    second, _ = run(tmp_path, "--quick", "--rows", "cross-entropy", "shrinking one view")
     assert len(first) == 1
     assert len(second) == 2
     assert second.items() >= first.items()

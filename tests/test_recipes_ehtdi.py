@@ -15,7 +15,7 @@ from benchmarks import real_pairs, rows
 from gta2cs.loading import Batch
 from gta2cs.nets import SegOutput
 from gta2cs.recipes import Draws, Ehtdi
-from gta2cs.recipes.ehtdi import band_loss
+from gta2cs.recipes.ehtdi import band_of
 from udakit import class_mask, pixel_contrast_loss, prototype_contrast_loss, resize_labels
 
 CLASSES, SIZE, IGNORE = 4, (16, 24), 255
@@ -132,13 +132,18 @@ def test_a_threshold_that_nothing_reaches_pastes_nothing() -> None:
 def test_an_empty_band_gives_zero_with_a_graph(value: bool) -> None:
     logits = torch.randn(1, CLASSES, 5, 5, requires_grad=True)
     labels, mask = torch.zeros(1, 5, 5, dtype=torch.long), torch.full((1, 5, 5), value)
-    loss = band_loss(logits, labels, mask)
+
+    def band_loss(mask: Tensor, outside: Tensor | None = None) -> Tensor:
+        output = SegOutput(logits, logits, logits)
+        return output.cross_entropy_and_band(labels, band_of(mask, outside, 3))[1]
+
+    loss = band_loss(mask)
     loss.backward()
     assert loss == 0
     assert not logits.grad.any()
     one = mask.index_fill(1, torch.tensor([0]), not value)
-    assert band_loss(logits, labels, one) > 0
-    assert band_loss(logits, labels, one, outside=torch.ones_like(one)) == 0
+    assert band_loss(one) > 0
+    assert band_loss(one, torch.ones_like(one)) == 0
 
 
 # --- who labels, what may be pasted ----------------------------------------------------------------------------------

@@ -24,7 +24,6 @@ from udakit import (
     boundary_band,
     class_mask,
     class_mix,
-    cross_entropy,
     paste,
     pixel_contrast_loss,
     prototype_contrast_loss,
@@ -143,13 +142,6 @@ class Ehtdi(SelfTraining):
 
     def _small(self, output: SegOutput) -> Tensor:
         return output.averaged(self.options.contrast_stride)
-
-
-def band_loss(
-    logits: Tensor, labels: Tensor, mask: Tensor, *, outside: Tensor | None = None, kernel_size: int = 3
-) -> Tensor:
-    """Cross-entropy on the boundary band of a paste; an empty band gives 0."""
-    return cross_entropy(logits, labels.where(band_of(mask, outside, kernel_size), 255))
 
 
 def band_of(mask: Tensor, outside: Tensor | None, kernel_size: int) -> Tensor:
