@@ -288,3 +288,14 @@ def test_a_pixel_weight_may_learn() -> None:
     theirs = udakit.cross_entropy(upsample(x, (5, 7), False), labels, pixel_weight=weight)
     for a, b in zip(*(torch.autograd.grad(y, (x, weight)) for y in (ours, theirs)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loss", [udakit.cross_entropy, udakit.upsampled_cross_entropy])
+def test_class_weights_are_constants(loss: Callable[..., Tensor], reduction: str) -> None:
+    (x,) = draw(7, (1, 3, 4, 5))
+    weight = torch.ones(3, dtype=torch.float64, requires_grad=True)
+    value = loss(x.requires_grad_(), torch.ones(1, 4, 5).long(), class_weight=weight, reduction=reduction)
+    slopes = torch.autograd.grad(value.sum(), (x, weight), allow_unused=True)
+    assert slopes[0] is not None
+    assert slopes[1] is None

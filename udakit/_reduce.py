@@ -170,14 +170,21 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def refuse_tangents(x: Tensor) -> None:
-    """Raise if `x` has a tangent, because torch would let our own operators drop it without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+def refuse_transforms(x: Tensor, *, vmap: bool = False) -> None:
+    """Raise where our own code has no rules: in forward mode, under `torch.func.grad`, and with `vmap` under that.
+
+    torch would let an operator drop a tangent without a word, and its errors would be about our code.
+    """
+    if torch.compiler.is_compiling():
         return
-    if forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+    kinds = torch._C._functorch.TransformType
+    refused = [kinds.Grad, kinds.Jvp, kinds.Vmap] if vmap else [kinds.Grad]
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
+    if dual or any(level.key() in refused for level in torch._C._functorch.get_interpreter_stack() or ()):
         raise NotImplementedError(
-            "Forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) is not implemented for this "
-            "function. Use torch.autograd.grad or .backward()."
+            "Forward-mode differentiation (torch.func.jvp, torch.autograd.forward_ad) and torch.func.grad, vjp"
+            f"{', vmap' if vmap else ''} and jacrev are not implemented for this function. Use torch.autograd.grad or "
+            ".backward()."
         )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import LOG_2, first_derivative_only, full_precision, plain, refuse_tangents
+from udakit._reduce import LOG_2, first_derivative_only, full_precision, plain, refuse_transforms
 from udakit.losses._infonce_short import is_short, log_sums, slopes
 
 BLOCK = {"cpu": 512, "other": 4096}  # pixels per side of a block: 1 MiB fits a CPU cache, 64 MiB keep launches few
@@ -24,17 +24,21 @@ BLOCK = {"cpu": 512, "other": 4096}  # pixels per side of a block: 1 MiB fits a 
 def infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int | None) -> Tensor:
     """InfoNCE of each column of z (n, d, 2m); columns i and i + m are partners. Invalid ones give 0: (n, 2m)."""
     block = block or BLOCK.get(z.device.type, BLOCK["other"])
-    refuse_tangents(z)
+    refuse_transforms(z)
     loss: Tensor = torch.ops.udakit.infonce(plain(z), None if valid is None else plain(valid), temperature, block)[0]
     return loss
 
 
-def _infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) -> tuple[Tensor, Tensor]:
+def _infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and log-sum-exp of each row, and on a CPU whether the rows are short."""
     n, _, count = z.shape
     lse = z.new_full((n, count), float("-inf"))
     loss = z.new_zeros(n, count)
+    decision = z.new_empty((), dtype=torch.bool)
     with full_precision(z):
         short = is_short(z, temperature)
+        if z.device.type == "cpu":
+            decision.fill_(short)
         if short:
             ours, theirs = z.chunk(2, 2)
             loss = ((ours * theirs).sum(1) / (temperature * LOG_2)).repeat(1, 2)
@@ -55,18 +59,18 @@ def _infonce(z: Tensor, valid: Tensor | None, temperature: float, block: int) ->
     if valid is not None:
         loss = torch.where(valid, loss, 0)
         lse = torch.where(valid, lse, float("inf"))  # exp(S - lse) is 0 there
-    return loss, lse
+    return loss, lse, decision
 
 
 def _infonce_backward(
-    grad: Tensor, z: Tensor, valid: Tensor | None, lse: Tensor, temperature: float, block: int
+    grad: Tensor, z: Tensor, valid: Tensor | None, lse: Tensor, decision: Tensor, temperature: float, block: int
 ) -> Tensor:
     n, _, count = z.shape
     result = torch.zeros_like(z, memory_format=torch.contiguous_format)
     if valid is not None:
         grad = torch.where(valid, grad, 0)
     with full_precision(z):
-        scaled, short = z / temperature, is_short(z, temperature)
+        scaled, short = z / temperature, z.device.type == "cpu" and bool(decision)
         for k in range(n):
             g = grad[k]
             if short:
@@ -116,30 +120,30 @@ def _add_log2_sum_exp2(lse: Tensor, s: Tensor, dim: int, scratch: Tensor) -> Non
     torch.logaddexp2(lse, total, out=lse)
 
 
-def _fake(z: Tensor, valid: Tensor | None, temperature: float, block: int) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape[0], z.shape[2]), z.new_empty(z.shape[0], z.shape[2])
+def _fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss, lse = (z.new_empty(z.shape[0], z.shape[2]) for _ in range(2))
+    return loss, lse, z.new_empty((), dtype=torch.bool)
 
 
 def _fake_backward(grad: Tensor, z: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(z, memory_format=torch.contiguous_format)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     z, valid, ctx.temperature, ctx.block = inputs
-    ctx.save_for_backward(z, valid, output[1])
+    ctx.save_for_backward(z, valid, *output[1:])
 
 
 @first_derivative_only("`pixel_contrast_loss`")
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor, None, None, None]:
-    z, valid, lse = ctx.saved_tensors
-    return torch.ops.udakit.infonce_backward(grad, z, valid, lse, ctx.temperature, ctx.block), None, None, None
+def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, None, None]:
+    return torch.ops.udakit.infonce_backward(grad, *ctx.saved_tensors, ctx.temperature, ctx.block), None, None, None
 
 
 _op = torch.library.custom_op(
     "udakit::infonce",
     _infonce,
     mutates_args=(),
-    schema="(Tensor z, Tensor? valid, float temperature, int block) -> (Tensor, Tensor)",
+    schema="(Tensor z, Tensor? valid, float temperature, int block) -> (Tensor, Tensor, Tensor)",
 )
 _op.register_fake(_fake)
 _op.register_autograd(_backward, setup_context=_setup_context)
@@ -147,6 +151,7 @@ _op_backward = torch.library.custom_op(
     "udakit::infonce_backward",
     _infonce_backward,
     mutates_args=(),
-    schema="(Tensor grad, Tensor z, Tensor? valid, Tensor lse, float temperature, int block) -> Tensor",
+    schema="(Tensor grad, Tensor z, Tensor? valid, Tensor lse, Tensor decision, float temperature, int block)"
+    " -> Tensor",
 )
 _op_backward.register_fake(_fake_backward)

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import full_precision
+from udakit._reduce import full_precision, is_transformed
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """A @ b of one batch shape, untouched by autocast, even by one that is still on during backward."""
+    if is_transformed():
+        return torch.matmul(a, b)
     product: Tensor = _MatMul.apply(a, b)
     return product
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import BLOCK, exp_, first_derivative_only, plain, refuse_tangents, upcast, zero_where_not_
+from udakit._reduce import BLOCK, exp_, first_derivative_only, plain, refuse_transforms, upcast, zero_where_not_
 
 
 def soft_cross_entropy(
@@ -20,7 +20,7 @@ def soft_cross_entropy(
     """
     valid = None if valid is None else plain(valid)
     student, teacher = plain(upcast(student)), plain(upcast(teacher.detach()).to(upcast(student).dtype))
-    refuse_tangents(student)
+    refuse_transforms(student)
     keep = student.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep, valid, kl)[0]

@@ -12,19 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import is_large, select, zero_where_not_
+from udakit._reduce import is_large, refuse_transforms, select, zero_where_not_
 
 BLOCK = 2**20  # numbers of a piece: fewer would make short rows
 
 
 def lengths(x: Tensor, valid: Tensor | None = None) -> Tensor:
     """|x| over axis 1, which is kept. Zero vectors and pixels that are not `valid` have gradient 0."""
+    refuse_transforms(x, vmap=True)
     length: Tensor = _Lengths.apply(x, valid)
     return length
 
 
 def unit_vectors(x: Tensor, valid: Tensor | None = None) -> Tensor:
     """X / |x| over axis 1. Zero vectors and pixels that are not `valid`, even NaN ones, give 0 with zero gradient."""
+    refuse_transforms(x, vmap=True)
     unit: Tensor = _UnitVectors.apply(x, valid)[0]
     return unit
 

@@ -18,7 +18,7 @@ from udakit._reduce import (
     full_precision,
     is_transformed,
     plain,
-    refuse_tangents,
+    refuse_transforms,
     select,
     upcast,
     zero_where_not_,
@@ -45,18 +45,18 @@ def upsampled_loss(
     teacher_kind: Kind = "logits",
 ) -> Tensor:
     """Loss (N, H, W) of `logits` at `size` against labels of that size, or against a teacher's map of any size."""
-    refuse_tangents(logits)
+    refuse_transforms(logits)
     options = align_corners, chunk_rows or 0, ignore_index, temperature, divergence, teacher_kind
     loss: Tensor = torch.ops.udakit.upsampled_loss(plain(logits), plain(target), *size, *options)
     return loss
 
 
-def sums_at_once(logits: Tensor, reduction: Reduction, *weights: Tensor | None) -> bool:
+def sums_at_once(logits: Tensor, reduction: Reduction, pixel_weight: Tensor | None) -> bool:
     """Whether `upsampled_sum` applies: on a CPU, where the loss is summed and only the logits learn."""
     if reduction == "none" or logits.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
         return False
     learns = logits.requires_grad and torch.is_grad_enabled()
-    return learns and not at_once(logits) and not any(w is not None and w.requires_grad for w in weights)
+    return learns and not at_once(logits) and not (pixel_weight is not None and pixel_weight.requires_grad)
 
 
 def upsampled_sum(

@@ -57,7 +57,7 @@ def cross_entropy(
         labels: class ids 0..C-1 or `ignore_index`, int64 or uint8. Any other id is an error (on CUDA, a device-side
             assertion); `udakit.labels.check_labels` lists such ids.
         pixel_weight: weight of each pixel's loss, for example the confidence weight of a pseudo-label.
-        class_weight: weight of each class.
+        class_weight: weight of each class; detached.
         ignore_index: the label of the pixels to ignore.
         reduction: "mean" | "mean_all" | "sum" | "none".
 
@@ -193,7 +193,7 @@ def reduce_labelled(
     labels = labels.long()  # uint8 would wrap an `ignore_index` of -100
     valid = labels != ignore_index
     if class_weight is not None:
-        loss = loss * class_weight.to(loss.dtype)[labels.where(valid, 0)]
+        loss = loss * class_weight.detach().to(loss.dtype)[labels.where(valid, 0)]
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
 
 

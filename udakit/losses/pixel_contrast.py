@@ -39,8 +39,8 @@ def pixel_contrast_loss(
     **Cost.** Each image takes about (2hw)^2 D operations. Besides a few copies of the embeddings, memory is needed for
     two blocks of `chunk_size`^2 numbers: by default 2 MiB in float32, and at most 128 MiB on a GPU. The dense formula
     needs several times 16 (hw)^2 bytes. The backward pass recomputes the blocks from the stored log-sum-exps. The loss
-    cannot be differentiated twice, nor in forward mode. On a CPU, embeddings of squared length up to 38 tau, such as
-    probabilities at tau = 0.05, take half as many exponentials.
+    cannot be differentiated twice, nor in forward mode or by `torch.func.grad`. On a CPU, embeddings of squared length
+    up to 38 tau, such as probabilities at tau = 0.05, take half as many exponentials.
 
     Args:
         view_a: embeddings of one view, with any D and any stride; absolute values up to 1e15 in float32.

@@ -53,7 +53,7 @@ def pixel_prototype_contrast_loss(
         normalize: scale features and prototypes to unit length; a zero vector stays zero.
         seen: classes that have a prototype, for example `ClassPrototypes.seen`; None means the rows that are not all
             zero.
-        class_weight: weight of each class.
+        class_weight: weight of each class; detached.
         pixel_weight: weight of each pixel's loss; the divisor does not include it.
         ignore_index: the label of the pixels to ignore.
         reduction: "mean" | "mean_all" | "sum" | "none".
@@ -92,7 +92,7 @@ def pixel_prototype_contrast_loss(
     logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
     loss = seen_cross_entropy(logits, ids, valid, seen)
     if class_weight is not None:
-        loss = loss * class_weight.to(loss.dtype)[ids]
+        loss = loss * class_weight.detach().to(loss.dtype)[ids]
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
 
 

@@ -28,6 +28,7 @@ from udakit._reduce import (
     first_derivative_only,
     full_precision,
     reduce_pixels,
+    refuse_transforms,
     upcast,
 )
 from udakit.losses._unit import unit_vectors
@@ -112,6 +113,7 @@ def supervised_pixel_contrast_loss(
     if denominator == "negatives":
         others = others & (classes != classes.unsqueeze(1))
     own, partners = _own_columns(classes, rank, drawn, max_anchors)
+    refuse_transforms(z, vmap=True)
     spread: Tensor = _Spread.apply(z, others, own, temperature)
     loss = F.softplus(spread) if denominator == "negatives" else spread
     positives = partners.sum(dim=1)

@@ -53,14 +53,14 @@ def upsampled_cross_entropy(
     **Cost.** Besides the inputs, their gradient and a few (N, H, W) maps, it holds a few bands of N C `chunk_rows` W
     numbers. The plain way holds several maps of N C H W numbers. The backward pass recomputes the bands from the
     logits, so nothing else is stored; on a CPU, a sum or mean takes its gradient together with its value. The loss
-    cannot be differentiated twice, nor in forward mode. If the logits already have the size of the labels, this is
-    `cross_entropy` in bands.
+    cannot be differentiated twice, nor in forward mode or by `torch.func.grad`. If the logits already have the size of
+    the labels, this is `cross_entropy` in bands.
 
     Args:
         logits: class scores before the softmax, in any float dtype and of any size.
         labels: class ids 0..C-1 or `ignore_index`, int64 or uint8, at the size of the loss.
         pixel_weight: weight of each pixel's loss, at the size of the labels.
-        class_weight: weight of each class.
+        class_weight: weight of each class; detached.
         ignore_index: the label of the pixels to ignore.
         align_corners: option of the upsampling, as in `F.interpolate`.
         chunk_rows: number of rows in a band, at the size of the labels; None takes as many rows as fit in 2 MiB of
@@ -101,12 +101,12 @@ def upsampled_cross_entropy(
         "ignore_index": ignore_index,
     }
     maps = logits, labels, (labels.shape[1], labels.shape[2])
-    if sums_at_once(logits, reduction, pixel_weight, class_weight):
-        valid = labels.long() != ignore_index
-        weight = pixel_weight
-        if class_weight is not None:
-            weight = class_weight.to(upcast(logits[:0]).dtype)[
-                labels.long().where(valid, 0).clamp(0, logits.shape[1] - 1)
+    if sums_at_once(logits, reduction, pixel_weight):
+        ids = labels.long()
+        valid, weight = ids != ignore_index, pixel_weight
+        if class_weight is not None:  # an id that is not a class is an error below
+            weight = class_weight.detach().to(upcast(logits[:0]).dtype)[
+                ids.where(valid, 0).clamp(0, logits.shape[1] - 1)
             ]
             weight = weight if pixel_weight is None else weight * pixel_weight.to(weight.dtype)
         return divided(upsampled_sum(*maps, weight, valid, **options), labels.shape, valid, reduction)

@@ -55,7 +55,7 @@ def upsampled_kd_loss(
     **Cost.** Besides the inputs, the student's gradient and a few (N, H, W) maps, it holds a few bands of N C
     `chunk_rows` W numbers. The plain way holds several maps of N C H W numbers. The backward pass recomputes the bands
     from the inputs, so nothing else is stored; on a CPU, a sum or mean takes its gradient together with its value. The
-    loss cannot be differentiated twice, nor in forward mode.
+    loss cannot be differentiated twice, nor in forward mode or by `torch.func.grad`.
 
     Args:
         student_logits: the student's logits, before the softmax, of any size.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import first_derivative_only, full_precision, upcast
+from udakit._reduce import first_derivative_only, full_precision, refuse_transforms, upcast
 
 
 def class_distances(values: Tensor, centres: Tensor, square: Tensor) -> Tensor:
@@ -16,6 +16,7 @@ def class_distances(values: Tensor, centres: Tensor, square: Tensor) -> Tensor:
 
     `square` (C, 1) is the squared norm of each centre, or +inf for a centre at an infinite distance.
     """
+    refuse_transforms(values, vmap=True)
     distance: Tensor = _Distances.apply(values, centres, square)
     return distance
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from udakit._checks import check_flag, check_ignore_index, check_integer, check_labels_like, check_maps
-from udakit._reduce import class_ids, cut_evenly, full_precision, plain, upcast
+from udakit._reduce import class_ids, cut_evenly, full_precision, plain, refuse_transforms, upcast
 
 __all__ = ["class_means"]
 
@@ -75,6 +75,7 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int, ignore_index:
     features, labels = plain(features), plain(labels)
     ids = class_ids(labels, num_classes, ignore_index).flatten(1)
     counts = ids.new_zeros(len(ids), num_classes + 1).scatter_add_(1, ids, torch.ones_like(ids))
+    refuse_transforms(features, vmap=True)
     sums: Tensor = _SumMembers.apply(features.flatten(2), ids, num_classes)
     return sums, counts[:, :num_classes]
 
