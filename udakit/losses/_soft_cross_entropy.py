@@ -16,7 +16,7 @@ def soft_cross_entropy(
 ) -> Tensor:
     """`kd_loss` of logits at each pixel, (N, *space); it cannot be differentiated twice.
 
-    Pixels that are not `valid` get no gradient. Their loss may be NaN: the caller has to mask it.
+    Pixels that are not `valid` have loss 0 and get no gradient.
     """
     valid = None if valid is None else plain(valid)
     student, teacher = plain(upcast(student)), plain(upcast(teacher.detach()).to(upcast(student).dtype))
@@ -69,6 +69,8 @@ def _forward(
                 torch.sub(exp_(log_p), q, out=kept[at])
                 if mask is not None:
                     zero_where_not_(mask[at], kept[at])
+    if mask is not None:
+        zero_where_not_(mask.squeeze(1), loss)
     return loss.view(n, *student.shape[2:]).mul_(-(temperature**2)), kept
 
 

@@ -111,7 +111,7 @@ def kd_loss(
 
     if teacher_kind == "logits" and is_large(student):
         loss = soft_cross_entropy(student, teacher, temperature, valid, kl=divergence == "kl")
-        return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+        return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
     loss, zeroed = whole_soft_cross_entropy(student, teacher, temperature, valid, divergence, teacher_kind)
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=zeroed)
 

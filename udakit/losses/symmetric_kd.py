@@ -98,7 +98,7 @@ def _soft_cross_entropy(
     if few or is_transformed() or (compiling and not on_cpu):
         student = upcast(student)
         return whole_soft_cross_entropy(student, upcast(teacher.detach()).to(student.dtype), temperature, valid)
-    return soft_cross_entropy(student, teacher, temperature, valid), False
+    return soft_cross_entropy(student, teacher, temperature, valid), True
 
 
 class SymmetricKDLoss(nn.Module):
