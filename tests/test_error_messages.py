@@ -284,6 +284,18 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: prototypes(momentum=99), r"`momentum` .* but got 99\. It is a fraction: 99 % is 0\.99"),
         (lambda: prototypes().update(LOGITS, LABELS), r"`features` to be .* with D = 6, but got \(2, 5, 8, 8\)"),
         (lambda: prototypes().set_(PROTOTYPES, [1] * C), r"`counts` to be an integer tensor, but got list\. .*"),
+        (
+            lambda: prototypes().set_(PROTOTYPES, torch.arange(C) - 1),
+            "`counts` to have no negative numbers, but got -1",
+        ),
+        (
+            lambda: u.ClassDistributions(C, D).set_(PROTOTYPES, PROTOTYPES * 0 - 0.5),
+            "`variances` to have no negative numbers, but got -0.5",
+        ),
+        (
+            lambda: u.ClassDistributions(C, D).set_(PROTOTYPES, PROTOTYPES * 0, torch.arange(C) - 2),
+            "`counts` to have no negative numbers, but got -2",
+        ),
     ],
     "teachers": [
         (

@@ -27,7 +27,8 @@ def test_statistics_are_the_average_over_batches(share: float) -> None:
     model = net().train()
     model[2].eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    adapted = udakit.adapt_batch_norm(model, batches(), source_share=share)
+    empty = batches()[0][:0]  # does not count
+    adapted = udakit.adapt_batch_norm(model, [empty, *batches(), empty], source_share=share)
     seen = [model[0](x).movedim(1, -1).flatten(0, -2) for x in batches()]
     mean = torch.stack([x.mean(0) for x in seen]).mean(0)
     variance = torch.stack([x.var(0) for x in seen]).mean(0)
@@ -66,8 +67,9 @@ def test_parameters_of_every_normalisation_once() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"Expected `batches` to have at least one batch"):
-        udakit.adapt_batch_norm(net(), [])
+    for none in ([], [batches()[0][:0]]):
+        with pytest.raises(ValueError, match=r"Expected `batches` to have at least one batch with images"):
+            udakit.adapt_batch_norm(net(), none)
     with pytest.raises(ValueError, match=r"Expected `model` to have BatchNorm layers .* LayerNorm"):
         udakit.adapt_batch_norm(nn.LayerNorm(3), batches())
     with pytest.raises(TypeError, match=r"Expected `batches` to be an iterable of tensors"):

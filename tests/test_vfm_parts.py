@@ -68,5 +68,8 @@ def test_errors() -> None:
         udakit.mask_tokens(tokens, mask, torch.zeros(4))
     with pytest.raises(ValueError, match=r"Expected `ratio` to be in \[0, 1\]"):
         udakit.draw_token_mask(1, 4, ratio=2.0)
+    with pytest.raises(ValueError, match=r"Expected `prefix` to be at most `tokens` 4, .* but got 5"):
+        udakit.draw_token_mask(1, 4, prefix=5)
+    assert not udakit.draw_token_mask(1, 4, ratio=1.0, prefix=4).any()
     with pytest.raises(ValueError, match=r"Expected `cosine_weight` to be in \[0, 1\]"):
         udakit.FeatureDistillationLoss(cosine_weight=-0.1)

@@ -67,7 +67,7 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_shar
     **Convention.** The copy has the train and eval modes of the net and no wrappers (see `copy_net`). The net itself
     does not change. During the estimation, BatchNorm layers normalise with the statistics of the batch, and everything
     else is in evaluation mode, without dropout. The result is the plain average over the batches, with unbiased
-    variances as in torch. Layers without running statistics do not change.
+    variances as in torch. Empty batches are left out. Layers without running statistics do not change.
 
     **Source.** AdaBN (Li et al., 2016) is s = 0. Schneider et al. (NeurIPS 2020) keep a share of the source statistics
     if there are few target images.
@@ -83,7 +83,7 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_shar
 
     Raises:
         TypeError: `model` is not a Module, or the batches are not tensors.
-        ValueError: the net has no BatchNorm statistics, there is no batch, or `source_share` is out of range.
+        ValueError: the net has no BatchNorm statistics, there is no image, or `source_share` is out of range.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -110,13 +110,16 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_shar
         norm.reset_running_stats()
     count = 0
     with torch.no_grad():
-        for count, batch in enumerate(batches, 1):
+        for batch in batches:
             check_tensor("batches", batch, "an iterable of tensors")
+            if batch.shape[:1] == (0,):  # without images
+                continue
+            count += 1
             for norm in norms:
                 norm.momentum = 1 / count  # the plain average; with None, torch would read the count from the device
             adapted(batch)
     if count == 0:
-        raise ValueError("Expected `batches` to have at least one batch, but got none.")
+        raise ValueError("Expected `batches` to have at least one batch with images, but got none.")
     for module, mode in modes.items():
         module.training = mode
     for norm, momentum, (mean, variance) in zip(norms, momenta, source, strict=True):

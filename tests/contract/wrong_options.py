@@ -125,7 +125,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     # resolution, tokens, norms
     "cosine_weight": SHARE,
     "tokens": COUNT,
-    "prefix": (-1, 2.5, "3", None, True),
+    "prefix": (-1, 2**20, 2.5, "3", None, True),
     "window": (4, "8", (0, 4), (4,), (4.0, 4)),
     "stride": (4, "8", (0, 4), (4,), (4.0, 4), (400, 4)),
     "detail": (4, "8", (0, 4), (4,), (4.0, 4), (400, 4)),

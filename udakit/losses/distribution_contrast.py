@@ -58,7 +58,8 @@ def distribution_contrast_loss(
         features: embeddings, at any stride.
         labels: class ids at the size of the features (`udakit.downscale_labels`), or `ignore_index`.
         means: mean feature of each class, (C, D), for example `ClassDistributions.means`.
-        variances: variance of each channel and class, (C, D), for example `ClassDistributions.variances`.
+        variances: variance of each channel and class, (C, D), for example `ClassDistributions.variances`. That none is
+            negative is not checked.
         temperature: T > 0.
         ratio: lambda >= 0, the weight of the variances; 0 contrasts with the means alone.
         normalize: scale the features to unit length; a zero vector stays zero.

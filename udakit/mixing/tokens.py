@@ -56,6 +56,8 @@ def draw_token_mask(
     check_integer("tokens", tokens)
     check_range("ratio", ratio, 0.0, 1.0)
     check_integer("prefix", prefix, 0)
+    if prefix > tokens:
+        raise ValueError(f"Expected `prefix` to be at most `tokens` {tokens}, which include it, but got {prefix}.")
     device = device_of_draw(generator, n, device)
     drawn = uniform((n, tokens), generator, device) < ratio
     return drawn & (torch.arange(tokens, device=device) >= prefix)

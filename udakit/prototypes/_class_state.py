@@ -60,6 +60,10 @@ class ClassState(FullPrecisionState):
             raise TypeError(f"Expected `counts` to be an integer tensor, but got {kind_of(counts)}.")
         if counts.shape != self.counts.shape:
             raise ValueError(f"Expected `counts` to be (C,) = {shape_of(self.counts)}, but got {shape_of(counts)}.")
+        for name, x in {**vectors, "counts": counts}.items():
+            # Nobody waits on a CPU for the value read here. On a GPU, negative numbers are taken as they are.
+            if name in ("counts", "variances") and x.device.type == "cpu" and bool((x < 0).any()):
+                raise ValueError(f"Expected `{name}` to have no negative numbers, but got {float(x.amin()):g}.")
         with torch.no_grad():
             for name, x in vectors.items():
                 getattr(self, name).copy_(x)

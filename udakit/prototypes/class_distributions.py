@@ -127,13 +127,13 @@ class ClassDistributions(ClassState):
 
         Args:
             means: mean of each class, (C, D); they are copied.
-            variances: variance of each channel and class, (C, D); they are copied.
-            counts: number of pixels of each class, from which cumulative statistics continue. By default it is 1 for
-                every row with a non-zero mean.
+            variances: variance of each channel and class, (C, D), not negative; they are copied.
+            counts: number of pixels of each class, from which cumulative statistics continue, not negative. By default
+                it is 1 for every row with a non-zero mean.
 
         Raises:
             TypeError: `means` or `variances` are not float, or `counts` are not integers.
-            ValueError: the shapes do not match.
+            ValueError: the shapes do not match, or a variance or count is negative (looked at on the CPU only).
         """
         self._take(torch.zeros_like(self.counts) if counts is None else counts, means=means, variances=variances)
         if counts is None:

@@ -225,12 +225,12 @@ class ClassPrototypes(ClassState):
 
         Args:
             prototypes: one row for each class, (C, D); they are copied.
-            counts: number of vectors of each class, from which mode "mean" continues. By default it is 1 for every
-                non-zero row.
+            counts: number of vectors of each class, from which mode "mean" continues, not negative. By default it is 1
+                for every non-zero row.
 
         Raises:
             TypeError: `prototypes` are not float, or `counts` are not integers.
-            ValueError: the shapes do not match.
+            ValueError: the shapes do not match, or a count is negative (looked at on the CPU only).
         """
         self._take(torch.zeros_like(self.counts) if counts is None else counts, prototypes=prototypes)
         with torch.no_grad():
