@@ -83,6 +83,24 @@ def test_curves_have_the_colours_of_the_panels(tmp_path: Path, monkeypatch: pyte
     assert np.allclose(drawn["car"], np.array([0, 0, 142]) / 255)
 
 
+def test_curves_show_the_score_of_the_choice_and_single_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point between two steps without the class has no line; it has a marker."""
+    kept = [{}, {"car": 0.2}, {}, {"car": 0.3}, {"car": 0.4}, {}]
+    losses = [{"step": k, "terms": {"source": 1.0}, "kept": {"road": 0.5, **one}} for k, one in enumerate(kept)]
+    scores = {"scores": {"confident_consistency": 0.5, "mirror_consistency": 0.8}}
+    free = [{"step": 5, "nets": {"student": scores}}]
+    stage = {"name": "dacs", "steps": 6, "losses": losses, "scores": [], "label_free": free, "source_only": scores}
+    figures = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    report.save_curves(tmp_path / "curves.png", [stage])
+    report.save_curves(tmp_path / "curves.png", [stage], score="mirror_consistency")
+    _, score, shares = figures[0].axes
+    assert score.get_title() == "confident consistency on target, %, no labels"
+    assert [list(line.get_ydata()) for line in score.lines] == [[50.0], [50.0, 50.0]]
+    assert {line.get_label(): line.get_markevery() for line in shares.lines} == {"road": [], "car": [1]}
+    assert list(figures[1].axes[1].lines[0].get_ydata()) == [80.0]
+
+
 def test_confidence_has_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     classes = ClassSet(("road",), np.array([[128, 64, 128]], np.uint8))
     row = {"image": np.zeros((8, 8, 3), np.uint8), "net": np.zeros((8, 8), np.uint8), "confidence": np.ones((8, 8))}

@@ -42,6 +42,12 @@ FACTOR = 4  # by which a class's share may change before the alarm speaks
 GUARD = DEFAULT  # what `source_or_last` compares by
 
 
+def score_of(select: str) -> str:
+    """The score that `select` compares nets by; with "last", which compares none, the one that is shown."""
+    name = select.lstrip("-")
+    return name if name in DIRECTIONS else GUARD
+
+
 @dataclass
 class Choice:
     """The deployed net: where it comes from, and the score for which it was chosen."""
@@ -127,8 +133,7 @@ class Choosing:
                     state.history.setdefault("alarms", []).append(f"{state.stage.recipe}, step {state.done}: {warning}")
                     run.console.print(f"[yellow]step {state.done}: {escape(warning)}[/]")
         if run.is_main:
-            shown = run.config.select.lstrip("-")
-            shown = shown if shown in DIRECTIONS else GUARD
+            shown = score_of(run.config.select)
             values = [f"{name} {100 * scores.scores[shown]:.1f}" for name, scores in found.items()]
             if run.source_only is not None:
                 values.append(f"source-only net {100 * run.source_only.scores[shown]:.1f}")
@@ -143,7 +148,7 @@ class Choosing:
         starts = name == SOURCE_ONLY
         if not starts and self.first is not None and index < self.first:
             return  # the net of a source-only stage is offered where the next stage starts from it
-        score = GUARD if select in ("last", "source_or_last") else select.lstrip("-")
+        score = score_of(select)
         sign = -1 if select.startswith("-") else DIRECTIONS[score]
         value = found.scores[score]
         better = run.choice is None or run.choice.value is None or sign * value > sign * run.choice.value

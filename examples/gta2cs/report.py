@@ -26,6 +26,7 @@ from gta2cs.evaluation import Score
 from gta2cs.files import replacing
 from gta2cs.files import write_json as write_json
 from gta2cs.files import write_text as write_text
+from gta2cs.label_free import DEFAULT
 from gta2cs.palettes import on_white
 
 
@@ -117,10 +118,13 @@ def save_panels(path: Path, rows: list[dict[str, np.ndarray]], classes: ClassSet
     _save(figure, path)
 
 
-def save_curves(path: Path, stages: list[dict[str, Any]], classes: ClassSet | None = None) -> None:
-    """Losses, mIoU, the kept share of each predicted class, and what else is logged for each class, over all steps.
+def save_curves(
+    path: Path, stages: list[dict[str, Any]], classes: ClassSet | None = None, *, score: str = DEFAULT
+) -> None:
+    """Losses, mIoU, a score without labels, the kept share of each predicted class, and what else is logged for each.
 
-    With `classes`, a class has the same colour as in the panels, darkened if it would not show on white.
+    With `classes`, a class has the same colour as in the panels, darkened if it would not show on white. `score` is the
+    one that the deployed net is chosen by.
     """
     logged = [entry.get("per_class", {}) for stage in stages for entry in stage["losses"]]
     quantities = list(dict.fromkeys(quantity for entry in logged for quantity in entry))
@@ -130,9 +134,9 @@ def save_curves(path: Path, stages: list[dict[str, Any]], classes: ClassSet | No
     for stage in stages:
         _plot_losses(left, stage, start)
         _plot_nets(middle, stage, "scores", start, lambda net: next(iter(net["means"].values())))
-        _plot_nets(free, stage, "label_free", start, _mirror_consistency)
+        _plot_nets(free, stage, "label_free", start, lambda net: 100 * net["scores"][score])
         if "source_only" in stage:
-            value = _mirror_consistency(stage["source_only"])
+            value = 100 * stage["source_only"]["scores"][score]
             free.axhline(value, color="0.5", ls="--", lw=1, label="source-only net")
         per_class.plot(right, [(start + e["step"], e["kept"]) for e in stage["losses"] if e.get("kept")])
         for quantity, axis in zip(quantities, more, strict=True):
@@ -142,7 +146,7 @@ def save_curves(path: Path, stages: list[dict[str, Any]], classes: ClassSet | No
     titles = [
         "loss",
         "mIoU on target, %",
-        "mirror consistency on target, %, no labels",
+        f"{score.replace('_', ' ')} on target, %, no labels",
         "share of each predicted class that is sure enough",
         *quantities,
     ]
@@ -172,7 +176,7 @@ class ClassLines:
             color, dashes = self.styles.setdefault(name, (f"C{count % 10}", ("-", "--", ":")[count // 10 % 3]))
             x, y = [step for step, _ in entries], [values.get(name, np.nan) for _, values in entries]
             seen = name in axis.get_legend_handles_labels()[1]
-            axis.plot(x, y, color=color, linestyle=dashes, lw=1, label=None if seen else name)
+            _line(axis, x, y, color=color, linestyle=dashes, label=None if seen else name)
 
 
 def _plot_losses(axis: Any, stage: dict[str, Any], start: int) -> None:
@@ -181,7 +185,7 @@ def _plot_losses(axis: Any, stage: dict[str, Any], start: int) -> None:
     for term in stage["losses"][0]["terms"] if stage["losses"] else []:
         x = [start + entry["step"] for entry in stage["losses"]]
         y = [entry["terms"].get(term, np.nan) for entry in stage["losses"]]
-        axis.plot(x, y, color=seen.get(term), label=None if term in seen else term, lw=1)
+        _line(axis, x, y, color=seen.get(term), label=None if term in seen else term)
 
 
 def _plot_nets(
@@ -194,8 +198,11 @@ def _plot_nets(
         axis.plot(x, y, marker="o", ms=3, label=f"{stage['name']}, {net}")
 
 
-def _mirror_consistency(net: dict[str, Any]) -> float:
-    return 100 * net["scores"]["mirror_consistency"]
+def _line(axis: Any, x: list[int], y: list[float], **style: Any) -> None:
+    """A thin line, with a marker at points without a neighbour, which a line would not show."""
+    gap = np.isnan([np.nan, *y, np.nan])
+    alone = ~gap[1:-1] & gap[:-2] & gap[2:]
+    axis.plot(x, y, lw=1, marker="o", ms=3, markevery=np.flatnonzero(alone).tolist(), **style)
 
 
 def _lay_out(figure: Any, below: Sequence[Any]) -> None:

@@ -33,7 +33,9 @@ def write_report(run: Run, rows: dict[str, Score], nets: dict[str, nn.Module], h
             run.console.print(sentence.replace("**", ""), markup=False)
     parts: dict[str, Callable[[], object]] = {
         "panels.png": lambda: report.save_panels(config.out / "panels.png", panels_of(run, nets), pair.classes),
-        "curves.png": lambda: report.save_curves(config.out / "curves.png", histories, pair.classes),
+        "curves.png": lambda: report.save_curves(
+            config.out / "curves.png", histories, pair.classes, score=choosing.score_of(config.select)
+        ),
         "report.md": lambda: report.write_text(config.out / "report.md", text_of(run, rows, histories)),
         "report.html": lambda: html.write_html(config.out / "report.md", pair.classes),
         "the verdict": lambda: run.console.print(choosing.verdict(run, histories).replace("**", ""), markup=False),
