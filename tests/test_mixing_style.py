@@ -182,6 +182,23 @@ def test_histogram_transfer_at_any_scale(seed, scale, shift):
             torch.testing.assert_close(got[i, k].flatten(), expected, atol=3e-4 * scale * (1 + abs(shift)), rtol=0)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4])
+@pytest.mark.parametrize("shift", [-2.0, 0.0, 5.0])
+def test_values_of_one_bin_share_the_rank_of_its_middle(scale, shift, monkeypatch):
+    """Equal ones and such that differ by a few of the last bits, of either sign: as if all six of a level were one."""
+    monkeypatch.setattr("udakit.mixing.histogram.EXACT", 0)
+    content, style = pair(1, 6, 7)
+    levels = scale * ((content.flatten(2).argsort(2).argsort(2) // 6).view_as(content) / 7 - 0.45 + shift)
+    style = scale * (style - 0.5 + shift)
+    bits = torch.randint(3, levels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    got = udakit.histogram_transfer((levels.view(torch.int32) + bits).view(torch.float32), style, bins=5000)
+    assert torch.equal(got, udakit.histogram_transfer(levels, style, bins=5000))
+    for one, level, values in zip(got.flatten(0, 1), levels.flatten(0, 1), style.flatten(0, 1), strict=True):
+        expected = textbook_histogram(level.flatten(), values.flatten())
+        torch.testing.assert_close(one.flatten(), expected, atol=2e-3 * scale * (1 + abs(shift)), rtol=0)
+        assert len(one.unique()) == 7
+
+
 @pytest.mark.parametrize("sizes", [((0, 4), (4, 4)), ((4, 4), (0, 4)), ((0, 4), (0, 4))])
 def test_histogram_transfer_of_images_without_pixels(sizes):
     content, style = (torch.rand(2, 3, *size) for size in sizes)
