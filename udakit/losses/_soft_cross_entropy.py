@@ -8,26 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import BLOCK, exp_, first_derivative_only, plain, refuse_transforms, upcast, zero_where_not_
+from udakit._reduce import BLOCK, exp_, plain, refuse_transforms, upcast, zero_where_not_
 
 
 def soft_cross_entropy(
     student: Tensor, teacher: Tensor, temperature: float, valid: Tensor | None = None, *, kl: bool = False
 ) -> Tensor:
-    """`kd_loss` of logits at each pixel, (N, *space); it cannot be differentiated twice.
-
-    Pixels that are not `valid` have loss 0 and get no gradient.
-    """
-    valid = None if valid is None else plain(valid)
+    """`kd_loss` of logits at each pixel, (N, *space). Pixels that are not `valid` have loss 0 and get no gradient."""
+    valid, given = None if valid is None else plain(valid), plain(student)
     student, teacher = plain(upcast(student)), plain(upcast(teacher.detach()).to(upcast(student).dtype))
     refuse_transforms(student)
     keep = student.requires_grad and torch.is_grad_enabled()
     if torch.compiler.is_compiling():
         loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep, valid, kl)[0]
         return loss
-    # Leads a second derivative back to the student, to be refused; the student itself would be kept in memory.
-    link = student[:0].clone() if keep else None
-    loss = _Eager.apply(student, teacher, temperature, keep, valid, kl, link)
+    loss = _Eager.apply(student, teacher, temperature, keep, valid, kl, given if keep else None)
     return loss
 
 
@@ -103,7 +98,10 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
 
 
 class _Eager(torch.autograd.Function):
-    """The same without the operator, whose dispatch takes longer than a small map."""
+    """The same without the operator, whose dispatch takes longer than a small map, and with a second derivative.
+
+    That needs the logits as they were given, which the caller holds as well.
+    """
 
     @staticmethod
     def forward(
@@ -114,17 +112,22 @@ class _Eager(torch.autograd.Function):
         keep: bool,
         valid: Tensor | None,
         kl: bool,
-        link: Tensor | None,
+        given: Tensor | None,
     ) -> Tensor:
         loss, kept = _forward(student, teacher, temperature, keep, valid, kl)
-        ctx.save_for_backward(kept, link)
+        ctx.save_for_backward(kept, given, valid)
         ctx.temperature = temperature
         return loss
 
     @staticmethod
-    @first_derivative_only("`kd_loss` of large maps, and of the losses made of it,")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _gradient(ctx, grad), *(None,) * 6
+        if not torch.is_grad_enabled():
+            return _gradient(ctx, grad), *(None,) * 6
+        kept, student, valid = ctx.saved_tensors  # create_graph=True: in operations that have a derivative
+        x = upcast(student) if valid is None else torch.where(valid.unsqueeze(1), upcast(student), 0)
+        p = torch.softmax(x / ctx.temperature, dim=1)
+        q = p.detach() - kept.view(p.shape)
+        return (p - q) * (grad * ctx.temperature).unsqueeze(1), *(None,) * 6
 
 
 _op = torch.library.custom_op(

@@ -70,7 +70,7 @@ def kd_loss(
     value but not the gradient. With `teacher_kind="probabilities"` the teacher's softmax is skipped; for T != 1 it is
     replaced by the normalised power p^(1/T), which equals softmax(log p / T).
 
-    **Cost.** On the CPU, large maps of logits are processed block by block. That form cannot be differentiated twice.
+    **Cost.** On the CPU, large maps of logits are processed block by block. Maps of any size have a second derivative.
 
     **Source.** Hinton et al. 2015 for the factor T^2. DiGA's released code uses the soft cross-entropy with T = 1 over
     all pixels.

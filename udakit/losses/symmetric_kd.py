@@ -38,9 +38,9 @@ def symmetric_kd_loss(
     **Source.** DiGA (Shen et al. 2023). Its released code uses T = 1 and all pixels. The term in which the teacher saw
     the mixed rendering has lambda = 0.5 (GTA5) or 0.25 (SYNTHIA). The sum has the weight 0.5 or 0.25 in the total loss.
 
-    **Cost.** Each term is computed block by block and keeps one class map for the backward pass; the plain formula
-    keeps two. The loss cannot be differentiated twice. Under `torch.compile`, the CPU keeps these blocks and other
-    devices fuse the plain formula. Small maps on the CPU are computed by the plain formula.
+    **Cost.** Each term is computed block by block and keeps one class map for the backward pass, besides the student's
+    logits; the plain formula keeps two. Under `torch.compile`, the CPU keeps these blocks and other devices fuse the
+    plain formula. Small maps on the CPU are computed by the plain formula. Maps of any size have a second derivative.
 
     Args:
         student_clean: the student's logits on the clean rendering.
