@@ -182,6 +182,8 @@ def test_data_is_checked_without_the_stages_of_the_toy_pair(tmp_path: Path) -> N
     report = train_gta2cs.checked(train_gta2cs.parse(arguments))
     (line,) = report.lines()
     assert line.startswith("refused: Expected `data.mean` and `data.std` for images of 4 channels")
+    (option,) = report.normalisation()
+    assert re.fullmatch(r'Those of all images: --data\.mean "\[(0\.\d+, ){3}0\.\d+\]" --data\.std "\[.*\]"', option)
     four = "[0.1,0.1,0.1,0.1]"
     known = [*arguments, f"--data.mean={four}", f"--data.std={four}"]
     assert train_gta2cs.checked(train_gta2cs.parse(known)).ok

@@ -439,6 +439,18 @@ def test_unreadable_files_are_reported_and_raised_by_name(tmp_path: Path) -> Non
     assert report.lines(limit=1)[1] == "unreadable: and 1 more"
 
 
+def test_problems_that_differ_by_the_file_are_told_once(tmp_path: Path) -> None:
+    make_folder(tmp_path, {name: [7] for name in "abcd"} | {"e": [9]}, {})
+    lines = check_data(folder(tmp_path, "train", TWO).labelled()).lines(limit=2)
+    assert [line.split(str(tmp_path))[0] for line in lines] == [
+        "unexpected ids: data: ",
+        "unexpected ids: the same of b.png, c.png and 1 more",
+        "unexpected ids: data: ",
+    ]
+    assert lines[0].endswith("a.png holds [7]. Map them with `ids` in classes.yaml (`ids: {7: 255}` ignores them).")
+    assert "e.png holds [9]" in lines[2]
+
+
 def test_target_images_are_checked_without_labels(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": [0]}, {})
     data = folder(tmp_path, "train", TWO).unlabelled()

@@ -5,6 +5,7 @@ No file stops this command: every error while reading a file becomes a row of th
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from gta2cs.samples import ClassSet, Labelled, Unlabelled, progress
 
 if TYPE_CHECKING:
     from gta2cs.datasets import Pair
+
+
+PLACE = re.compile(r"\S*[/\\]\S+")  # a path in a problem
 
 
 @dataclass
@@ -55,10 +59,7 @@ class Seen:
 
     def statistics(self) -> tuple[str, str]:
         """Mean and standard deviation of each channel, for `data.mean` and `data.std`."""
-        if not self.mean:
-            return "", ""
-        mean, square = np.mean(self.mean, 0), np.mean(self.square, 0)
-        return _numbers(mean), _numbers(np.sqrt(np.maximum(square - mean**2, 0)))
+        return _statistics(self.mean, self.square)
 
 
 @dataclass
@@ -85,14 +86,16 @@ class CheckReport:
         table = Table("set", "images", "with label", "problems", "classes that never occur")
         for name, images, labels, absent in self.rows:
             count = sum(what.startswith(f"{name}: ") for found in self.problems.values() for what in found)
-            table.add_row(
-                name, str(images), str(labels), str(count) if count else "none", escape(", ".join(absent)) or "none"
-            )
+            never = escape(", ".join(absent)) or ("none" if labels else "–")
+            table.add_row(name, str(images), str(labels), str(count) if count else "none", never)
         return table
 
     def values(self) -> Table:
         """One row for each set: how its image files are stored, and what the net gets."""
-        table = Table("set", "width x height", "channels", "depth", "values", "turned by EXIF", "mean", "std")
+        table = Table("set", "width x height")
+        table.add_column("channels", min_width=len("channels"))
+        for title in ("depth", "values", "turned by EXIF", "mean", "std"):
+            table.add_column(title)
         for name, seen in self.seen.items():
             if seen.sizes:
                 low, high = min(seen.sizes), max(seen.sizes)
@@ -114,20 +117,35 @@ class CheckReport:
         return table
 
     def lines(self, limit: int = 10) -> list[str]:
-        """Problems as text, at most `limit` of each kind by name and the rest as a number."""
+        """Problems as text: those that differ by the file alone are told once, with the names of up to `limit` more."""
         lines = []
         for kind, found in self.problems.items():
-            lines += [f"{kind}: {what}" for what in found[:limit]]
-            if len(found) > limit:
-                lines.append(f"{kind}: and {len(found) - limit} more")
+            alike: dict[str, list[str]] = {}
+            for what in found:
+                alike.setdefault(PLACE.sub("", what), []).append(what)
+            for first, *others in list(alike.values())[:limit]:
+                lines.append(f"{kind}: {first}")
+                names = [Path(place[0].replace("\\", "/")).name for x in others[:limit] if (place := PLACE.search(x))]
+                if others:
+                    rest = f" and {len(others) - limit} more" if len(others) > limit else ""
+                    lines.append(f"{kind}: the same of {', '.join(names)}{rest}")
+            if len(alike) > limit:
+                lines.append(f"{kind}: and {sum(map(len, list(alike.values())[limit:]))} more")
         return lines
+
+    def normalisation(self) -> list[str]:
+        """The options to write where the number of channels has no known mean and deviation."""
+        parts = self.seen.values()
+        mean, std = _statistics([x for part in parts for x in part.mean], [x for part in parts for x in part.square])
+        asked = any("`data.mean` and `data.std`" in what for found in self.problems.values() for what in found)
+        return [f'Those of all images: --data.mean "{mean}" --data.std "{std}"'] if asked and mean else []
 
     def __rich__(self) -> Group:
         """Print the tables, then hints, then the problems."""
         tables = [self.table()]
         tables += [self.values()] if any(seen.sizes for seen in self.seen.values()) else []
         tables += [self.histogram()] if self.names and any(seen.pixels.any() for seen in self.seen.values()) else []
-        return Group(*tables, *(escape(line) for line in (*self.notes, *self.lines())))
+        return Group(*tables, *(escape(line) for line in (*self.notes, *self.lines(), *self.normalisation())))
 
 
 def nothing_opened(error: Exception) -> CheckReport:
@@ -230,7 +248,8 @@ def _check_label(
         seen.masks = seen.masks or Masks.of(format)
         seen.masks.add(path, ids_of(raw))
     if extra := format.unexpected(raw):
-        report.add("unexpected ids", f"{name}: {path} holds {_some_ids(extra)}")
+        way_out = f". {format.way_out(extra)}" if format.strict else ""
+        report.add("unexpected ids", f"{name}: {path} holds {_some_ids(extra)}{way_out}")
     inside = (raw >= 0) & (raw < 256)
     train = np.where(inside, format.table[np.where(inside, raw, 0)], IGNORE)
     seen.pixels += np.bincount(train.ravel(), minlength=256)
@@ -287,6 +306,14 @@ def _try(report: CheckReport, name: str, read: Callable[[], Any]) -> Any:
     except Exception as error:  # no file may end the search: the others are still to be looked at
         report.add("unreadable", f"{name}: {type(error).__name__}: {error}")
     return None
+
+
+def _statistics(mean: list[np.ndarray], square: list[np.ndarray]) -> tuple[str, str]:
+    """Mean and standard deviation of each channel as text; empty without images."""
+    if not mean:
+        return "", ""
+    centre = np.mean(mean, 0)
+    return _numbers(centre), _numbers(np.sqrt(np.maximum(np.mean(square, 0) - centre**2, 0)))
 
 
 def _numbers(values: Iterable[float]) -> str:

@@ -92,7 +92,7 @@ class ImageFormat:
         if known is None and (self.mean is None or self.std is None):
             raise ValueError(
                 f"Expected `data.mean` and `data.std` for images of {self.channels} channels, but got {self.mean} and "
-                f"{self.std}. --check-data prints those of your images."
+                f"{self.std}. `--check-data --data.channels {self.channels}` prints those of your images."
             )
         mean, std = known or ((), ())
         return self.mean or mean, self.std or std

@@ -74,14 +74,15 @@ class LabelFormat:
             known = sorted(self.expected - {IGNORE})
             raise ValueError(
                 f"Expected label ids {ranges(known)} or 255, but {path} also holds {ranges(extra)}. "
-                f"Map them with `ids` in classes.yaml ({self._example(extra)} ignores them)."
+                f"{self.way_out(extra)}"
             )
         return self.table[raw]
 
     @staticmethod
-    def _example(ids: Sequence[int], limit: int = 4) -> str:
+    def way_out(ids: Sequence[int], limit: int = 4) -> str:
+        """What to do about ids that no class has."""
         entries = [f"{raw}: {IGNORE}" for raw in ids[:limit]] + ["..."] * (len(ids) > limit)
-        return "`ids: {" + ", ".join(entries) + "}`"
+        return f"Map them with `ids` in classes.yaml (`ids: {{{', '.join(entries)}}}` ignores them)."
 
     def unexpected(self, raw: np.ndarray) -> list[int]:
         """Raw ids that such a file should not contain."""
