@@ -241,6 +241,58 @@ def test_passes_of_the_teacher_leave_followed_statistics_alone(buffers: str) -> 
     torch.testing.assert_close(out, reference(images))  # the statistics of the batch
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("space", [(), (5,), (4, 6), (2, 3, 4)])
+def test_statistics_of_a_batch_are_blended_with_the_running_ones(space: tuple[int, ...], dtype: torch.dtype) -> None:
+    kind = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[len(space)]
+    norm = kind(3).double()
+    for x in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        assert x is not None
+        x.uniform_(0.5, 2)
+    images = (torch.randn(4, 3, *space, dtype=torch.float64) * 3 + 5).to(dtype).double()
+    dims = [d for d in range(images.ndim) if d != 1]
+    shape = [1, 3, *[1] * len(space)]
+    for share in (0.0, 0.3, 1.0):
+        teacher = EMATeacher(norm.to(dtype), running_share=share, mode="batch_statistics")
+        before = state(teacher)
+        out = teacher(images.to(dtype))
+        mean = share * norm.running_mean.double() + (1 - share) * images.mean(dims)
+        var = share * norm.running_var.double() + (1 - share) * images.var(dims, correction=0)
+        expected = (images - mean.view(shape)) / (var.view(shape) + norm.eps).sqrt()
+        expected = expected * norm.weight.double().view(shape) + norm.bias.double().view(shape)
+        tolerance = {"rtol": 0.05, "atol": 0.05} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(out.double(), expected, **tolerance)
+        assert out.dtype == dtype
+        assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
+        torch.testing.assert_close(teacher.eval()(images.to(dtype)), norm.eval()(images.to(dtype)))
+        torch.testing.assert_close(teacher.train().module.eval()(images.to(dtype)), norm(images.to(dtype)))
+        norm.train()
+
+
+def test_blended_statistics_in_nets_that_were_copied_compiled_and_emptied() -> None:
+    from timm.layers import BatchNormAct2d
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2), nn.Dropout())
+    net(torch.rand(2, 3, 4, 4))
+    images = torch.rand(2, 3, 4, 4) * 5 + 1
+    teacher = EMATeacher(net, running_share=0.5)
+    out = teacher(images)
+    ends = [EMATeacher(net, mode=mode)(images) for mode in ("batch_statistics", "eval")]
+    assert all((out - end).abs().max() > 0.01 for end in ends)
+    torch.testing.assert_close(copy.deepcopy(teacher)(images), out)
+    torch.testing.assert_close(torch.compile(teacher, fullgraph=True, backend="aot_eager")(images), out)
+    torch.testing.assert_close(EMATeacher(teacher.module, mode="eval")(images), ends[1])  # a copy does not blend
+    reference = copy.deepcopy(net)
+    torch.optim.swa_utils.update_bn([images], reference)
+    torch.optim.swa_utils.update_bn([images], teacher)
+    for name, x in reference.named_buffers():
+        torch.testing.assert_close(teacher.module.get_buffer(name), x, msg=name)
+    with pytest.raises(ValueError, match=r"`running_share` to be 0 with `mode` 'eval', but got 0\.5"):
+        EMATeacher(net, mode="eval", running_share=0.5)
+    with pytest.raises(ValueError, match=r"`running_share` to be in \[0, 1\], but got 2"):
+        EMATeacher(net, running_share=2)
+
+
 def test_an_error_in_the_net_leaves_it_as_it_was() -> None:
     teacher = EMATeacher(make_net())
     with pytest.raises(RuntimeError):

@@ -15,7 +15,7 @@ from udakit._state import FullPrecisionState
 from udakit.teachers._held import place_of
 from udakit.teachers._matching import check_apart, check_match, local, shards
 from udakit.teachers.copying import FROZEN, computed_buffers, copy_sharing, is_frozen, named_modules, unsaved_buffers
-from udakit.teachers.statistics import Emptied, recording, set_recording
+from udakit.teachers.statistics import Blending, Emptied, recording, set_recording
 from udakit.teachers.unwrap import Average, named_state, unwrap_model, without_wrappers
 
 __all__ = ["EMATeacher"]
@@ -52,12 +52,18 @@ class EMATeacher(Average):
     is DAFormer's teacher. "train" is plain training mode (DACS, DiGA). "eval" always stays in evaluation mode.
     `.eval()` always switches to evaluation. A new teacher starts as if `.train()` had been called.
 
+    With `running_share` s > 0, "batch_statistics" uses $s\, \mu_R + (1 - s)\, \mu_B$ and
+    $s\, \sigma_R^2 + (1 - s)\, \sigma_B^2$, of the running statistics R and those of the batch B. Statistics of a batch
+    fit the look of the target, but follow what its few images show; running statistics do neither. 0 is the batch
+    alone, 1 is "eval". Every process uses its own batch, also with SyncBatchNorm.
+
     **BatchNorm statistics.** With `buffers` "copy" or "ema", the running statistics follow the student, and the
     teacher's own passes do not change them. With "keep" they belong to the teacher: its passes in training mode update
     them, and the student does not. Buffers from which weights are computed (`spectral_norm`, `prune`) always follow the
     student. `torch.optim.swa_utils.update_bn(loader, teacher)` re-estimates the statistics in any `mode`.
 
     **Source.** Tarvainen and Valpola 2017. DACS, DAFormer and DiGA average only the parameters (`buffers="keep"`).
+    `running_share`: Schneider et al., NeurIPS 2020, for a whole target set; You et al., 2021, for each batch.
 
     Args:
         model: the student. It is copied (see `copy_net`), and no reference to it is kept.
@@ -66,6 +72,7 @@ class EMATeacher(Average):
         buffers: whether floating-point buffers are copied from the student ("copy"), averaged like parameters ("ema"),
             or left alone ("keep").
         mode: mode of the teacher after `.train()`: "batch_statistics" | "train" | "eval".
+        running_share: s in [0, 1], for "batch_statistics".
         share_frozen: whether parameters that do not require a gradient are shared with the student instead of copied,
             so that a frozen backbone is stored once. Unfreezing one later raises an error at the next update. Moving or
             casting the teacher (`.to`, `.half`) also moves or casts these tensors of the student. Loading other values
@@ -77,8 +84,8 @@ class EMATeacher(Average):
             memory. An update then moves the student's tensors there, and a GPU waits for it.
 
     Raises:
-        ValueError: an option is unknown, the net cannot be copied (the message names the submodule), or `module` does
-            not match; in `update`, the model does not match.
+        ValueError: an option is unknown, `running_share` is given with another `mode`, the net cannot be copied (the
+            message names the submodule), or `module` does not match; in `update`, the model does not match.
 
     Example:
         >>> student = nn.Conv2d(3, 2, 1)
@@ -102,6 +109,7 @@ class EMATeacher(Average):
         buffers: Buffers = "copy",
         *,
         mode: TeacherMode = "batch_statistics",
+        running_share: float = 0.0,
         share_frozen: bool = False,
         module: nn.Module | None = None,
         device: torch.device | str | None = None,
@@ -110,6 +118,12 @@ class EMATeacher(Average):
         check_range("decay", decay, 0.0, 1.0)
         check_option("buffers", buffers, BUFFERS)
         check_option("mode", mode, TEACHER_MODES)
+        check_range("running_share", running_share, 0.0, 1.0)
+        if running_share > 0 and mode != "batch_statistics":
+            raise ValueError(
+                f"Expected `running_share` to be 0 with `mode` {mode!r}, but got {running_share}. It is the share "
+                'of the running statistics in those that "batch_statistics" uses.'
+            )
         check_flag("warmup", warmup)
         check_flag("share_frozen", share_frozen)
         device = None if device is None else as_device(device)
@@ -117,6 +131,7 @@ class EMATeacher(Average):
         self.warmup = warmup
         self.buffers_policy: Buffers = buffers
         self.mode: TeacherMode = mode
+        self.running_share = running_share
         inner = without_wrappers(model)
         shared = {id(p) for p in inner.parameters() if share_frozen and not p.requires_grad}
         if shared and device is not None:
@@ -141,6 +156,10 @@ class EMATeacher(Average):
                 self._cumulative = True
                 norm.reset_running_stats = Emptied(norm)  # type: ignore[method-assign]
         self._anew = False
+        self._blending = Blending(running_share)
+        if running_share > 0:
+            for norm in self._norms():
+                norm.register_forward_pre_hook(self._blending)
         first = next(self.module.parameters(), torch.empty(0))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=first.device))
         self.masters = FullPrecisionState()
@@ -216,9 +235,11 @@ class EMATeacher(Average):
             set_recording(quiet, False)  # batch statistics are used in training mode, but not recorded
             for norm in anew:
                 norm.train()
+            self._blending.on = self.training and not anew
             with torch.no_grad():
                 return self.module(*args, **kwargs)
         finally:
+            self._blending.on = False
             set_recording(quiet, True)
             for norm, mode in zip(anew, modes, strict=True):
                 norm.train(mode)
@@ -230,7 +251,7 @@ class EMATeacher(Average):
         # `update_bn` resets the layers, calls `train`, runs the net, and calls `train` again, with statistics by then.
         resets = (norm.__dict__.get("reset_running_stats") for norm in self._norms() if self._cumulative)
         self._anew = mode and any(isinstance(reset, Emptied) and reset.still for reset in resets)
-        if mode and self.mode == "batch_statistics":
+        if mode and self.mode == "batch_statistics" and (self.running_share == 0 or self._anew):
             for norm in self._norms():
                 norm.train()
         return self
@@ -239,7 +260,7 @@ class EMATeacher(Average):
         """Return the options as they were given."""
         return (
             f"decay={self.decay}, warmup={self.warmup}, buffers={self.buffers_policy!r}, mode={self.mode!r}, "
-            f"share_frozen={bool(self._shared)}"
+            f"running_share={self.running_share}, share_frozen={bool(self._shared)}"
         )
 
     def _norms(self) -> list[_BatchNorm]:

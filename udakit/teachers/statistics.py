@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from udakit.teachers.unwrap import unwrap_model
@@ -37,6 +38,32 @@ def keep_statistics(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         set_recording(norms, True)
+
+
+class Blending:
+    """Pre-hook of BatchNorm layers in evaluation mode: they normalise with a share of the batch's statistics as well.
+
+    It rescales the input so that the running statistics, applied to it, come to what the blended ones come to. So it
+    holds for every kind of layer, whatever the layer does after normalising, and changes no buffer.
+    """
+
+    def __init__(self, running_share: float) -> None:
+        self.running_share = running_share
+        self.on = False
+
+    def __call__(self, norm: _BatchNorm, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """The rescaled input of a layer."""
+        if not self.on or norm.running_mean is None or norm.running_var is None:
+            return None
+        x, *rest = args
+        own = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        mean, var = norm.running_mean.to(own.dtype).view(shape), norm.running_var.to(own.dtype).view(shape)
+        batch_var, batch_mean = torch.var_mean(own, [0, *range(2, x.ndim)], correction=0, keepdim=True)
+        center = batch_mean.lerp(mean, self.running_share)
+        spread = batch_var.lerp(var, self.running_share)
+        scale = ((var + norm.eps) / (spread + norm.eps)).sqrt()
+        return torch.addcmul(mean - center * scale, own, scale).to(x.dtype), *rest
 
 
 class Emptied:
