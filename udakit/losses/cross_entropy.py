@@ -115,12 +115,49 @@ def labelled_cross_entropy(
         if grows and is_large(logits):
             loss: Tensor = _CrossEntropy.apply(plain(logits), plain(labels), weight, ignore_index)[0]
             return loss
+        if grows and torch.compiler.is_compiling():
+            ids = torch.where(labels == ignore_index, -1, labels).int()
+            compiled: Tensor = _CompiledCrossEntropy.apply(logits, ids, weight)
+            return compiled
         if grows:
             log_p, _ = softmax_where(labels != ignore_index if valid is None else valid, logits, log=True)
             return F.nll_loss(log_p, labels, weight, ignore_index=ignore_index, reduction="none")
         return F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction="none")
     except IndexError as error:
         raise unknown_id(logits, ignore_index) from error
+
+
+class _CompiledCrossEntropy(torch.autograd.Function):
+    """-w log softmax at `ids`, 0 at ids below 0, for a compiler: it fuses this gradient into one pass.
+
+    The derivative of `F.cross_entropy` writes a map first, sums it over the classes, and reads it again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ids: Tensor, weight: Tensor | None) -> Tensor:
+        top = x.amax(1, keepdim=True)
+        log_sum = (x - top).exp().sum(1, keepdim=True).log()
+        known = ids.clamp_min(0).long().unsqueeze(1)
+        # `weight[ids]` would be looked up again for each class in the backward pass; an embedding is kept.
+        own_weight = None if weight is None else F.embedding(known.squeeze(1), weight.unsqueeze(1)).squeeze(-1)
+        ctx.save_for_backward(x, top, log_sum, ids, own_weight)
+        loss = (log_sum - (x.gather(1, known) - top)).squeeze(1)
+        return torch.where(ids < 0, 0, loss if own_weight is None else loss * own_weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, top, log_sum, ids, own_weight = ctx.saved_tensors
+        grad = (grad if own_weight is None else grad * own_weight).unsqueeze(1)
+        slope = (x - top - log_sum).exp() - _one_hot(x, ids).to(x.dtype)
+        return torch.where(ids.unsqueeze(1) < 0, 0, slope * grad), None, None
+
+
+def _one_hot(x: Tensor, ids: Tensor) -> Tensor:
+    return _along_classes(x, torch.arange(x.shape[1], dtype=ids.dtype, device=x.device)) == ids.unsqueeze(1)
+
+
+def _along_classes(x: Tensor, values: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (x.ndim - 2))
 
 
 def unknown_id(logits: Tensor, ignore_index: int) -> ValueError:
