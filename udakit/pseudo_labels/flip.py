@@ -58,8 +58,8 @@ def hflip_average(
     with torch.no_grad():
         straight, mirrored = (_logits(model(x)) for x in (images, images.flip(-1)))
         if average == "probabilities":
-            straight, mirrored = straight.softmax(1), mirrored.softmax(1)
-        return (straight + mirrored.flip(-1)) / 2
+            return straight.softmax(1).add_(mirrored.softmax(1).flip(-1)).mul_(0.5)
+        return (straight + mirrored.flip(-1)).mul_(0.5)
 
 
 def _logits(output: Any) -> Tensor:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_device, check_maps, check_same_shape, check_scores, shape_of
 from udakit._reduce import interpolate, upcast
-from udakit.resolution.detail import DetailBox, check_box, gather_pixels, joint
+from udakit.resolution.detail import DetailBox, check_box, joint
 
 
 def fuse_scales(
@@ -104,17 +105,14 @@ def _inside(box: DetailBox, size: tuple[int, ...]) -> Tensor:
 
 def _in_place(detail: Tensor, box: DetailBox, size: tuple[int, ...]) -> Tensor:
     """The detail logits at their position in a map of the whole image, which is 0 elsewhere."""
-    places, outside = [], torch.zeros([1] * (len(size) + 2), dtype=torch.bool, device=detail.device)
-    for axis, (cells, image) in enumerate(zip(size, box.image, strict=True)):
-        side = detail.shape[axis + 2]
-        place = torch.arange(cells, device=detail.device) - box.start[:, axis : axis + 1] * cells // image
-        inner = place.clamp(0, side - 1)
-        outside = outside | _along(place != inner, axis, len(size))
-        places.append(inner)
-    # One pass: a position outside points to a pixel of zeros that is put behind the others.
-    pixels = F.pad(detail.flatten(2), (0, 1))
-    place = joint(places, detail.shape[2:]).masked_fill_(outside.flatten(1), pixels.shape[2] - 1)
-    return gather_pixels(pixels, place).view(*detail.shape[:2], *size)
+    n, c, *sides = detail.shape
+    places = [
+        box.start[:, axis : axis + 1] * cells // image + torch.arange(side, device=detail.device)
+        for axis, (cells, side, image) in enumerate(zip(size, sides, box.image, strict=True))
+    ]
+    # Writing the crop touches less memory than picking a pixel for each position, and its gradient is the crop again.
+    place = joint(places, size).unsqueeze(1).expand(-1, c, -1)
+    return detail.new_zeros(n, c, math.prod(size)).scatter_(2, place, detail.flatten(2)).view(n, c, *size)
 
 
 def _along(x: Tensor, axis: int, spatial: int) -> Tensor:
