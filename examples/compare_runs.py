@@ -80,6 +80,11 @@ class Comparison:
         pairs = [(run, net) for run in self.runs for net in self.nets(run)]
         return sorted(pairs, key=lambda pair: self.value(pair[1]), reverse=True)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the truth is known of any net."""
+        return any(net["truth_miou"] is not None for _, net in self.all_nets)
+
     def text(self) -> str:
         """The page, as Markdown."""
         winner = self.runs[0]
@@ -87,7 +92,7 @@ class Comparison:
         named = self.score.replace("_", " ")
         lines = [
             f"# {winner.pair}: {len(self.runs)} runs, compared without labels\n",
-            f"**Use the {title(net)} of `{winner.folder.name}`**: its {named} is {net['scores'][self.score]:.3f}, the "
+            f"**Use the {title(net)}, in `{winner.folder.name}`**: its {named} is {net['scores'][self.score]:.3f}, the "
             f"{'highest' if self.sign > 0 else 'lowest'} of {len(self.all_nets)} nets. "
             f"{RELIABILITY.get(self.score, UNRELIABLE)}\n",
             *self.table_of_runs(),
@@ -101,10 +106,10 @@ class Comparison:
 
     def table_of_runs(self) -> list[str]:
         """One row per run: the chosen net and its score, and the scores of the source-only net and the last student."""
+        true_ones = " true mIoU of the chosen | of source-only | of the last | of the best |" if self.labelled else ""
         lines = [
-            "| run | recipe | seed | chosen net | its score | of source-only | of the last | true mIoU of the chosen "
-            "| of source-only | of the last | of the best |",
-            "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+            f"| run | recipe | seed | chosen net | its score | of source-only | of the last |{true_ones}",
+            "|---|---|---:|---|---:|---:|---:|" + "---:|" * (4 if self.labelled else 0),
         ]
         for run in self.runs:
             best, start = self.best(run), run.start
@@ -121,15 +126,17 @@ class Comparison:
                 max(truths, default=None),
             ]
             cells = [run.folder.name, run.recipe, str(run.seed), title(best)]
-            cells += [number(v, 3) for v in values] + [number(v, 1) for v in true]
+            cells += [number(v, 3) for v in values] + [number(v, 1) for v in true if self.labelled]
             lines.append("| " + " | ".join(cells) + " |")
         return lines
 
     def table_of_nets(self) -> list[str]:
         """One row per net, best first."""
-        lines = [f"| net | run | {self.score.replace('_', ' ')} | mIoU |", "|---|---|---:|---:|"]
+        true_one, line = (" mIoU |", "---:|") if self.labelled else ("", "")
+        lines = [f"| net | run | {self.score.replace('_', ' ')} |{true_one}", f"|---|---|---:|{line}"]
         for run, net in self.all_nets[:TOP]:
-            cells = [title(net), run.folder.name, number(net["scores"][self.score], 3), number(net["truth_miou"], 1)]
+            cells = [title(net), run.folder.name, number(net["scores"][self.score], 3)]
+            cells += [number(net["truth_miou"], 1)] if self.labelled else []
             lines.append("| " + " | ".join(cells) + " |")
         return lines
 
@@ -193,7 +200,7 @@ def title(net: dict[str, Any]) -> str:
     """Name of a net in tables and in the run's own report; steps count within their stage."""
     if net["net"] == "source_only":
         return "source-only net"
-    return f"{net['stage']}, {net['net']} of step {net['stage_step']}"
+    return f"{net['net']} of {net['stage']}, step {net['stage_step']}"
 
 
 def number(value: float | None, digits: int) -> str:
@@ -265,9 +272,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--page", type=Path, help="the page; default: runs_compared.html, or in the folder of the sweep"
     )
     parser.add_argument("--sweep", type=Path, help="a YAML list of settings to run first")
-    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "configs" / "dacs_toy.yaml")
-    parser.add_argument("--out", type=Path, default=Path("runs/sweep"), help="where the sweep's runs go")
+    parser.add_argument("--config", type=Path, help="what the sweep changes; default: dacs_toy.yaml")
+    parser.add_argument("--out", type=Path, help="where the sweep's runs go; default: runs/sweep")
     options = parser.parse_args(arguments)
+    if not options.sweep and (options.config or options.out):
+        parser.error("--config and --out are about the runs of a --sweep; the page of others goes to --page")
+    options.config = options.config or Path(__file__).parent / "configs" / "dacs_toy.yaml"
+    options.out = options.out or Path("runs/sweep")
     again = " The same command goes on with the sweep." if options.sweep else ""
     return in_a_line(lambda: compare(options), f"{NOTHING_TORN}{again}")
 
@@ -289,7 +300,7 @@ def compare(options: argparse.Namespace) -> None:
         console.print(
             f"{place}. {escape(run.folder.name)}: {title(best)}, {comparison.score.replace('_', ' ')} {value:.3f}"
         )
-    console.print(f"Use the {title(net)} of {escape(str(comparison.runs[0].folder))}. Page: {page}")
+    console.print(f"Use the {title(net)}, in {escape(str(comparison.runs[0].folder))}. Page: {page}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def test_the_best_net_of_the_best_run_and_how_right_that_was(tmp_path, capsys):
     page = tmp_path / "page.html"
     assert compare_runs.main([*map(str, runs), "--page", str(page)]) == 0
     printed = capsys.readouterr().out
-    assert "Use the dacs, student of step 20 of" in printed
+    assert "Use the student of dacs, step 20, in" in printed
     assert [line.split(":")[0] for line in printed.splitlines()[:3]] == ["1. b", "2. a", "3. c"]
     assert "3. c: source-only net, confident consistency 0.500" in printed
     text = page.read_text()
@@ -70,7 +70,7 @@ def test_a_step_counts_within_its_stage(tmp_path, capsys):
     assert run.start["step"] == 100
     assert run.last["stage"] == "diga (stage 5)"
     assert compare_runs.main([str(folder), "--page", str(tmp_path / "page.html")]) == 0
-    assert "Use the dacs, student of step 20 of" in capsys.readouterr().out
+    assert "Use the student of dacs, step 20, in" in capsys.readouterr().out
 
 
 def test_without_labels(tmp_path):
@@ -79,6 +79,8 @@ def test_without_labels(tmp_path):
     text = (tmp_path / "page.html").read_text()
     assert "Target has no labels" in text
     assert "How right" not in text
+    assert "mIoU</th>" not in text
+    assert "true mIoU of the chosen" not in text
 
 
 def test_what_is_refused(tmp_path, capsys):

@@ -97,7 +97,7 @@ def test_curves_show_the_score_of_the_choice_and_single_points(tmp_path: Path, m
     _, score, shares = figures[0].axes
     assert score.get_title() == "confident consistency on target, %, no labels"
     assert [list(line.get_ydata()) for line in score.lines] == [[50.0], [50.0, 50.0]]
-    assert {line.get_label(): line.get_markevery() for line in shares.lines} == {"road": [], "car": [1]}
+    assert {line.get_label(): line.get_markevery() for line in shares.lines} == {"road": None, "car": [1]}
     assert list(figures[1].axes[1].lines[0].get_ydata()) == [80.0]
 
 

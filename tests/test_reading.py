@@ -40,6 +40,10 @@ def test_images_that_are_read(tmp_path: Path, odd: Odd) -> None:
     assert viewable(image).shape == (*image.shape[-2:], 3)
 
 
+def test_very_dark_images_are_brighter_in_a_picture() -> None:
+    assert [int(viewable(torch.full((4, 2, 2), value)).max()) for value in (0, 40, 100)] == [0, 255, 100]
+
+
 @pytest.mark.parametrize("odd", REFUSED, ids=lambda odd: odd.name)
 def test_images_that_are_refused_by_name(tmp_path: Path, odd: Odd) -> None:
     root = make_folder(tmp_path, odd)

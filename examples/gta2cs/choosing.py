@@ -64,7 +64,7 @@ class Choice:
         """Name of the net in a row of a table."""
         if self.recipe == SOURCE_ONLY and self.net == SOURCE_ONLY:
             return "source-only net"
-        return f"{self.recipe}, {self.net} of step {self.step}"
+        return f"{self.net} of {self.recipe}, step {self.step}"
 
 
 def check_select(config: Config) -> None:

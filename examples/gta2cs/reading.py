@@ -228,9 +228,11 @@ class Refused(Exception):
 
 
 def viewable(image: Tensor) -> np.ndarray:
-    """An image (K, H, W) for display: uint8 (H, W, 3), grey or with its first three channels."""
-    shown = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
-    return shown.float().round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+    """An image (K, H, W) for display: uint8 (H, W, 3), grey or with its first three channels, brighter if very dark."""
+    shown = (image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)).float()
+    if 0 < (top := float(shown.max())) < 64:  # of 255
+        shown = shown * (255 / top)
+    return shown.round().clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
 
 
 def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:

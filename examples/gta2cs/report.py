@@ -156,9 +156,16 @@ def save_curves(
         axis.grid(alpha=0.3)
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")  # the default one writes formulas, and they are off: see above
-    left.yaxis.set_minor_formatter(LogFormatter())
+    left.yaxis.set_minor_formatter(_PlainLog())
     _lay_out(figure, below=(right, *more))
     _save(figure, path)
+
+
+class _PlainLog(LogFormatter):
+    """Labels at the same places, as 0.06 instead of 6e-02."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 class ClassLines:
@@ -201,8 +208,9 @@ def _plot_nets(
 def _line(axis: Any, x: list[int], y: list[float], **style: Any) -> None:
     """A thin line, with a marker at points without a neighbour, which a line would not show."""
     gap = np.isnan([np.nan, *y, np.nan])
-    alone = ~gap[1:-1] & gap[:-2] & gap[2:]
-    axis.plot(x, y, lw=1, marker="o", ms=3, markevery=np.flatnonzero(alone).tolist(), **style)
+    alone = np.flatnonzero(~gap[1:-1] & gap[:-2] & gap[2:]).tolist()
+    markers: dict[str, Any] = {"marker": "o", "ms": 3, "markevery": alone} if alone else {}
+    axis.plot(x, y, lw=1, **markers, **style)
 
 
 def _lay_out(figure: Any, below: Sequence[Any]) -> None:
