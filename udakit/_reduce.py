@@ -150,6 +150,7 @@ def class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 
 
 LARGE = 2**17  # number of elements from which our own passes on the CPU are faster than torch's operators
+SMALL = 2**14  # the same for operations on bits that autograd does not record
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -159,8 +160,11 @@ def is_large(x: Tensor) -> bool:
     On a GPU each block is a launch, a compiler fuses the operators, and `torch.func` and forward-mode differentiation
     have no rules for our own code.
     """
-    large = x.numel() >= LARGE and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return large and not is_transformed()
+    return x.numel() >= LARGE and _is_eager_on_cpu(x)
+
+
+def _is_eager_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def is_transformed() -> bool:
@@ -195,22 +199,27 @@ def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
     arithmetic m x + (1 - m) y would let a NaN of the other side through. Operations on bits do not.
     """
     pair = x.dtype if other is None else torch.promote_types(x.dtype, other.dtype)
-    if not is_large(x) or pair.itemsize not in _BITS:
+    learns = torch.is_grad_enabled() and (x.requires_grad or (other is not None and other.requires_grad))
+    if x.numel() < (LARGE if learns else SMALL) or not _is_eager_on_cpu(x) or pair.itemsize not in _BITS:
         return torch.where(mask, x, 0 if other is None else other)
     x, other = x.to(pair), None if other is None else other.to(pair)
-    selected: Tensor = _Select.apply(mask, x, other)
+    selected: Tensor = _Select.apply(mask, x, other) if learns else _selected(mask, x, other)
     return selected
+
+
+def _selected(mask: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
+    bits = _BITS[x.itemsize]
+    ones = mask.to(bits).neg_()  # in -1 all bits are set
+    if other is None:
+        return torch.bitwise_and(x.view(bits), ones).view(x.dtype)
+    rest = other.view(bits)
+    return torch.bitwise_xor(x.view(bits), rest).bitwise_and_(ones).bitwise_xor_(rest).view(x.dtype)
 
 
 class _Select(torch.autograd.Function):
     @staticmethod
     def forward(mask: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
-        bits = _BITS[x.itemsize]
-        ones = mask.to(bits).neg_()  # in -1 all bits are set
-        if other is None:
-            return torch.bitwise_and(x.view(bits), ones).view(x.dtype)
-        rest = other.view(bits)
-        return torch.bitwise_xor(x.view(bits), rest).bitwise_and_(ones).bitwise_xor_(rest).view(x.dtype)
+        return _selected(mask, x, other)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

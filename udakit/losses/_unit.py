@@ -84,7 +84,11 @@ class _Lengths(torch.autograd.Function):
         factor = grad * _inverse(length)
         if torch.is_grad_enabled() or not _in_pieces(x):
             gradient: Tensor = x * factor
-            return gradient if valid is None else select(valid.unsqueeze(1), gradient), None
+            if valid is None:
+                return gradient, None
+            # create_graph=True: the gradient has a derivative, and is not to be changed.
+            hide = select if torch.is_grad_enabled() or torch.compiler.is_compiling() else zero_where_not_
+            return hide(valid.unsqueeze(1), gradient), None
         gradient = torch.empty_like(x, memory_format=torch.contiguous_format)
         result, flat, factor = _flat(gradient, x, factor)
         mask = _masks(flat, valid)
@@ -119,7 +123,7 @@ class _UnitVectors(torch.autograd.Function):
                     part = zero_where_not_(mask[at], own.copy_(part))
                 _direction(part, own, norms[at], scratch[:, :, : part.shape[2]])
         else:
-            x = x if valid is None else torch.where(valid.unsqueeze(1), x, 0)
+            x = x if valid is None else select(valid.unsqueeze(1), x)
             scratch = x.abs()
             scale = _scale(scratch)
             unit = x / scale
