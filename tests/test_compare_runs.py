@@ -95,6 +95,9 @@ def test_what_is_refused(tmp_path, capsys):
     ):
         assert compare_runs.main(arguments) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit):
+        compare_runs.main([str(toy), "--out", str(tmp_path / "page")])
+    assert "--config and --out are about the runs of a --sweep" in " ".join(capsys.readouterr().err.split())
 
 
 def test_settings_of_a_sweep(tmp_path):

@@ -23,7 +23,7 @@ from udakit._reduce import (
     upcast,
     zero_where_not_,
 )
-from udakit.losses._upsampled_cpu import CachedUpsampling, HardBand, SoftBand
+from udakit.losses._upsampled_cpu import CachedUpsampling, Formula, band_of
 from udakit.losses._upsampling import Upsampling, at_once
 from udakit.losses.cross_entropy import labelled_cross_entropy
 from udakit.losses.kd import Divergence, kd_loss, soften
@@ -94,7 +94,7 @@ class _Sum(torch.autograd.Function):
         valid: Tensor | None,
         options: tuple[bool, int, int, float, Divergence, Kind],
     ) -> Tensor:
-        align_corners, rows, ignore_index, temperature, divergence, teacher_kind = options
+        (align_corners, rows), kind = options[:2], options[2:]
         loss = _fake(logits, target, *size)
         if weight is not None:
             weight = weight.to(loss.dtype) if valid is None else select(valid, weight.to(loss.dtype))
@@ -102,17 +102,13 @@ class _Sum(torch.autograd.Function):
             weight = valid.to(loss.dtype)
         bands = _bands(logits, *size, rows)
         student, teacher = _upsamplings(logits, target, bands, *size, align_corners, loss.dtype)
+        assert isinstance(student, CachedUpsampling)
         result: Tensor | None = None
         with full_precision(logits):
             for start, stop in bands:
-                grad = None if weight is None else weight[:, None, start:stop]
-                assert isinstance(student, CachedUpsampling)
-                if isinstance(teacher, CachedUpsampling):
-                    soft = SoftBand(student, teacher, start, stop, temperature, teacher_kind)
-                    loss[:, start:stop], slope = soft.loss(divergence), soft.gradient(grad)
-                else:
-                    hard = HardBand(student, target, start, stop, ignore_index)
-                    loss[:, start:stop], slope = hard.loss(), hard.gradient(grad)
+                band = band_of(student, teacher, target, start, stop, kind)
+                loss[:, start:stop] = band.loss()
+                slope = band.gradient(None if weight is None else weight[:, None, start:stop])
                 result = student.add_transposed(result, slope, start, stop)
         ctx.save_for_backward(torch.zeros_like(logits) if result is None else result, logits)
         ctx.dtype = logits.dtype
@@ -145,11 +141,8 @@ def _upsampled_loss(
         for start, stop in bands:
             at = slice(start, stop)
             if isinstance(student, CachedUpsampling):
-                if isinstance(teacher, CachedUpsampling):
-                    soft = SoftBand(student, teacher, start, stop, temperature, teacher_kind)
-                    loss[:, at] = soft.loss(divergence)
-                else:
-                    loss[:, at] = HardBand(student, target, start, stop, ignore_index).loss()
+                kind: Formula = ignore_index, temperature, divergence, teacher_kind
+                loss[:, at] = band_of(student, teacher, target, start, stop, kind).loss()
                 continue
             z = student.band(start, stop)
             if teacher is not None:
@@ -182,10 +175,8 @@ def _upsampled_loss_backward(
         for start, stop in bands:
             g = grad[:, None, start:stop]
             if isinstance(student, CachedUpsampling):
-                if isinstance(teacher, CachedUpsampling):
-                    p = SoftBand(student, teacher, start, stop, temperature, teacher_kind).gradient(g)
-                else:
-                    p = HardBand(student, target, start, stop, ignore_index).gradient(g)
+                kind: Formula = ignore_index, temperature, "cross_entropy", teacher_kind  # "kl" has the same gradient
+                p = band_of(student, teacher, target, start, stop, kind).gradient(g)
                 result = student.add_transposed(result, p, start, stop)
                 continue
             p = student.band(start, stop)

@@ -16,6 +16,8 @@ from udakit.losses._upsampling import Upsampling
 from udakit.losses.cross_entropy import unknown_id
 from udakit.losses.kd import Divergence, soften
 
+Formula = tuple[int, float, Divergence, Kind]  # ignore_index, temperature, divergence, teacher_kind
+
 
 class CachedUpsampling(Upsampling):
     """The same for a CPU, in memory that the bands share.
@@ -150,9 +152,10 @@ class SoftBand:
         start: int,
         stop: int,
         temperature: float,
+        divergence: Divergence,
         teacher_kind: Kind,
     ) -> None:
-        self.temperature = temperature
+        self.temperature, self.divergence = temperature, divergence
         self.parts = student.exponentials(start, stop, temperature)
         self.log_q: Tensor | None = None
         self.share: Tensor | None = None
@@ -161,9 +164,9 @@ class SoftBand:
         else:
             self.q = soften(teacher.band(start, stop), temperature, teacher_kind)
 
-    def loss(self, divergence: Divergence) -> Tensor:
+    def loss(self) -> Tensor:
         """(N, rows, W): log sum exp - sum q z, and with "kl" the teacher's entropy subtracted."""
-        (d, _, total), q, kl = self.parts, self.q, divergence == "kl"
+        (d, _, total), q, kl = self.parts, self.q, self.divergence == "kl"
         loss = total.log()
         if self.log_q is not None and self.share is not None:
             if kl:
@@ -185,3 +188,18 @@ class SoftBand:
         else:
             p.mul_(scaled * q.sum(1, keepdim=True) / total).addcmul_(q, scaled, value=-1)
         return p if grad is None else zero_where_not_(grad != 0, p)
+
+
+def band_of(
+    student: CachedUpsampling,
+    teacher: Upsampling | None,
+    target: Tensor,
+    start: int,
+    stop: int,
+    kind: Formula,
+) -> HardBand | SoftBand:
+    """Loss and gradient of a band on a CPU, against labels or a teacher."""
+    ignore_index, temperature, divergence, teacher_kind = kind
+    if isinstance(teacher, CachedUpsampling):
+        return SoftBand(student, teacher, start, stop, temperature, divergence, teacher_kind)
+    return HardBand(student, target, start, stop, ignore_index)
