@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from udakit._checks import check_flag, check_ignore_index, check_integer, check_labels_like, check_maps
-from udakit._reduce import class_ids, cut_evenly, full_precision, plain, refuse_transforms, upcast
+from udakit._reduce import class_ids, cut_evenly, full_precision, plain, refuse_transforms, select, upcast
 
 __all__ = ["class_means"]
 
@@ -162,7 +162,7 @@ def _sums_by_product(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
         values, ids, pixels = F.pad(values, (0, more)), F.pad(ids, (0, more), value=num_classes), pixels + more
     known = (ids < num_classes).unsqueeze(1)
     if parts == 1:
-        members = torch.where(known, values, 0)
+        members = select(known, values)
     else:
         ids = ids.reshape(n * parts, pixels // parts)
         members = _known_in_parts(values, known, parts)
