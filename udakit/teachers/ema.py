@@ -115,17 +115,7 @@ class EMATeacher(Average):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_range("decay", decay, 0.0, 1.0)
-        check_option("buffers", buffers, BUFFERS)
-        check_option("mode", mode, TEACHER_MODES)
-        check_range("running_share", running_share, 0.0, 1.0)
-        if running_share > 0 and mode != "batch_statistics":
-            raise ValueError(
-                f"Expected `running_share` to be 0 with `mode` {mode!r}, but got {running_share}. It is the share "
-                'of the running statistics in those that "batch_statistics" uses.'
-            )
-        check_flag("warmup", warmup)
-        check_flag("share_frozen", share_frozen)
+        _check_options(decay, warmup, buffers, mode, running_share, share_frozen)
         device = None if device is None else as_device(device)
         self.decay = decay
         self.warmup = warmup
@@ -322,6 +312,22 @@ class EMATeacher(Average):
             if _key(name) in self.masters._buffers and digits is not None:
                 state_dict[key] = digits
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _check_options(
+    decay: float, warmup: bool, buffers: str, mode: str, running_share: float, share_frozen: bool
+) -> None:
+    check_range("decay", decay, 0.0, 1.0)
+    check_option("buffers", buffers, BUFFERS)
+    check_option("mode", mode, TEACHER_MODES)
+    check_range("running_share", running_share, 0.0, 1.0)
+    if running_share > 0 and mode != "batch_statistics":
+        raise ValueError(
+            f"Expected `running_share` to be 0 with `mode` {mode!r}, but got {running_share}. It is the share "
+            'of the running statistics in those that "batch_statistics" uses.'
+        )
+    check_flag("warmup", warmup)
+    check_flag("share_frozen", share_frozen)
 
 
 def _switches(module: nn.Module) -> bool:
