@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -283,3 +284,29 @@ def test_the_vector_of_an_unseen_class_may_be_anything(kind, normalize):
     assert torch.equal(loss, expected)
     assert torch.equal(grad, expected_grad)
     assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, labels: udakit.cross_entropy(x, labels),
+        lambda x, labels: udakit.symmetric_cross_entropy(x, labels),
+        lambda x, labels: udakit.entropy_loss(x, valid=labels != 255),
+        lambda x, labels: udakit.max_square_loss(x, valid=labels != 255),
+        lambda x, labels: udakit.kd_loss(x, torch.zeros_like(x), valid=labels != 255),
+    ],
+    ids=["cross_entropy", "symmetric_cross_entropy", "entropy", "max_square", "kd"],
+)
+def test_what_hooks_save_as_a_copy_has_no_nan_at_ignored_pixels(
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x[0, :, 0, 0] = torch.nan
+    labels = torch.ones(1, 4, 4, dtype=torch.int64)
+    labels[0, 0, 0] = 255
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(x, labels), x)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+        (actual,) = torch.autograd.grad(loss(x, labels), x)
+    assert (actual[0, :, 0, 0] == 0).all()
+    torch.testing.assert_close(actual, expected)

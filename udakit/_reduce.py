@@ -280,11 +280,20 @@ def softmax_where(valid: Tensor | None, x: Tensor, *, log: bool = False) -> tupl
     function = F.log_softmax if log else F.softmax
     if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
         return function(x, dim=1), False
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
+    if not _is_eager_on_cpu(x) or _saves_elsewhere():
         return function(guard(x, valid), dim=1), False
     result = function(x, dim=1)
     zero_where_not_(valid.unsqueeze(1), result.data)  # `.data`, because autograd is meant to use what is written
     return result, True
+
+
+# torch before 2.8 does not tell.
+_hooks_of_saved_tensors = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
+def _saves_elsewhere() -> bool:
+    """Whether hooks may keep a copy of what autograd saves, as `saved_tensors_hooks` and checkpoints do."""
+    return _hooks_of_saved_tensors is None or _hooks_of_saved_tensors(True) is not None
 
 
 class _CompiledGuard(torch.autograd.Function):
