@@ -26,7 +26,7 @@ from benchmarks import adaptation
 from benchmarks.harness import PAIR_NAMES, markdown_table
 from gta2cs.datasets import Labelled, Unlabelled
 from gta2cs.evaluation import evaluate
-from gta2cs.label_free import DEFAULT, measure
+from gta2cs.label_free import BY_CLASS, measure
 from gta2cs.recipes.combined import ahead
 from gta2cs.samples import Remembered
 from gta2cs.translators import TRANSLATORS
@@ -61,7 +61,7 @@ def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> dict[
         shares = shares or unlabelled.shares
         truth = evaluate(net, restyled(pair.target_val, pair.source_train, style), pair.classes)
         found[style] = {
-            "score": unlabelled.scores[DEFAULT],
+            "score": unlabelled.scores[BY_CLASS],
             "miou": truth.means[adaptation.headline(truth.means)],
         }
     print(f"{pair_name}: {found}", flush=True)

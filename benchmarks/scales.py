@@ -26,7 +26,7 @@ from torch import nn
 from benchmarks import adaptation
 from benchmarks.harness import PAIR_NAMES, markdown_table
 from gta2cs.evaluation import evaluate
-from gta2cs.label_free import DEFAULT, LabelFree, measure
+from gta2cs.label_free import BY_CLASS, LabelFree, measure
 from gta2cs.matching import REACH, STEP, Rescaled, match_scale
 
 RESULTS = ROOT / "benchmarks" / "results" / "scales.json"
@@ -46,7 +46,7 @@ def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> list[
         found.append(
             {
                 "position": position,
-                "score": unlabelled.scores[DEFAULT],
+                "score": unlabelled.scores[BY_CLASS],
                 "miou": truth.means[adaptation.headline(truth.means)],
             }
         )
@@ -59,7 +59,7 @@ def climbed(found: list[dict[str, Any]]) -> int:
     score = {entry["position"]: entry["score"] for entry in found}
 
     def known(net: nn.Module, shares: object) -> LabelFree:
-        return LabelFree({DEFAULT: score[round(math.log(getattr(net, "factor", 1.0), STEP))]}, [])
+        return LabelFree({BY_CLASS: score[round(math.log(getattr(net, "factor", 1.0), STEP))]}, [])
 
     return round(math.log(match_scale(known, nn.Identity())[0], STEP))
 

@@ -40,7 +40,7 @@ from rich.markup import escape
 
 from gta2cs import html, report
 from gta2cs.histories import RunNets, read_run
-from gta2cs.label_free import DEFAULT, DIRECTIONS, RELIABILITY, UNRELIABLE
+from gta2cs.label_free import DEFAULT, DIRECTIONS, RELIABILITY, UNRELIABLE, collapsed
 from gta2cs.options import changed, in_a_line, read_yaml
 from gta2cs.rank_statistics import spearman
 
@@ -67,8 +67,10 @@ class Comparison:
         return float("-inf") if found is None else self.sign * found
 
     def best(self, run: RunNets) -> dict[str, Any]:
-        """The net of a run with the best score, which may be its source-only net."""
-        return max(self.nets(run), key=self.value)
+        """The net of a run with the best score, which may be its source-only net; none that has lost a class of it."""
+        shares = run.start["shares"] if run.start else []
+        kept = [net for net in self.nets(run) if not collapsed(shares, net["shares"])]
+        return max(kept or self.nets(run), key=self.value)
 
     def nets(self, run: RunNets) -> list[dict[str, Any]]:
         """Source-only net and checkpoints."""

@@ -58,7 +58,7 @@ from gta2cs.config import Config, DataConfig, NetConfig, Stage, parse, plain
 from gta2cs.datasets import Pair, build_pair, check_data
 from gta2cs.evaluation import Score, with_bn_statistics
 from gta2cs.files import WriteError
-from gta2cs.label_free import DEFAULT, NoScoreError
+from gta2cs.label_free import BY_CLASS, NoScoreError
 from gta2cs.loading import Batch, StepData, sample_generator, step_loader
 from gta2cs.matching import match_scale
 from gta2cs.observers import LossLog, Observer, ProgressLine, Saving, Scoring, note_decisions, score_on_target
@@ -178,7 +178,7 @@ def match_source_scale(state: StageState) -> None:
         factor = run.source_factor
         enlarged = "source images keep their size" if factor == 1 else f"source images are enlarged {factor:.2g} times"
         state.recipe.decisions.append(
-            f"scale of target images by {DEFAULT.replace('_', ' ')}, %: {listed}; "
+            f"scale of target images by {BY_CLASS.replace('_', ' ')}, %: {listed}; "
             f"{enlarged}, times a draw of data.target_scale"
         )
     state.history["source_factor"] = run.source_factor

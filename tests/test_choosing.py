@@ -61,6 +61,25 @@ def test_a_net_that_lost_its_classes_is_not_called_consistent():
     assert measure(Net(constant), IMAGES, CLASSES, count=4).scores["mirror_consistency"] == 1
 
 
+def test_classes_count_by_their_pixels_in_the_default_score_and_old_runs_have_it_too():
+    found = measure(
+        Net(lambda x: x + torch.linspace(-1, 1, x.shape[-1]) * torch.tensor([1, 0, -1]).view(3, 1, 1)),
+        IMAGES,
+        CLASSES,
+        count=5,
+    )
+    iou = found.class_iou["mirror"]
+    weighted = sum(share * value for share, value in zip(found.shares, iou, strict=True)) * found.scores["confidence"]
+    assert found.scores["confident_fwiou"] == pytest.approx(weighted, rel=1e-5)
+    assert weighted < found.scores["confidence"]
+    saved = found.to_json()
+    del saved["scores"]["confident_fwiou"]
+    assert LabelFree.from_json(saved).scores["confident_fwiou"] == pytest.approx(weighted, rel=1e-5)
+    assert LabelFree.from_json({"scores": {"confidence": 1.0}, "shares": [0.0], "class_iou": {}}).scores == {
+        "confidence": 1.0
+    }
+
+
 def test_the_same_few_images_and_the_same_numbers_at_every_call():
     assert label_free.picked(100, 4) == [12, 37, 62, 87]
     assert label_free.picked(3, 24) == [0, 1, 2]
@@ -106,12 +125,12 @@ def test_alarm_in_both_directions_once_and_for_two_classes():
     assert choosing.ShareAlarm(("a", "b"), [1.0, 0.0])("student", [0.9999, 0.0001]) == []
 
 
-def offers(tmp_path, select, candidates):
+def offers(tmp_path, select, candidates, source_only=None, shares=()):
     """Which of (name, value, step) candidates is chosen, and which were written."""
     config = train_gta2cs.Config(
         stages=[train_gta2cs.Stage("source_only"), train_gta2cs.Stage("dacs", steps=20)], select=select, out=tmp_path
     )
-    run = SimpleNamespace(config=config, choice=None, is_main=True, source_only=None)
+    run = SimpleNamespace(config=config, choice=None, is_main=True, source_only=source_only)
     nets = {"student": nn.Conv2d(1, 1, 1), "teacher": nn.Conv2d(1, 1, 1)}
     state = SimpleNamespace(
         run=run,
@@ -125,9 +144,9 @@ def offers(tmp_path, select, candidates):
     chooser = object.__new__(choosing.Choosing)
     chooser.state, chooser.first = state, 1
     for name, value, step in candidates:
-        scores = {"mirror_consistency": value, "confident_consistency": value, "class_correlation": value}
+        scores = {"mirror_consistency": value, "confident_fwiou": value, "class_correlation": value}
         net = nets.get(name, nets["student"])
-        chooser._offer(name if name == "source_only" else "dacs", name, net, LabelFree(scores, []), step=step)
+        chooser._offer(name if name == "source_only" else "dacs", name, net, LabelFree(scores, list(shares)), step=step)
     return run.choice
 
 
@@ -158,6 +177,32 @@ def test_the_source_only_net_stays_where_nothing_is_better(tmp_path, select):
     choice = offers(tmp_path, select, [("source_only", 0.9, 0), *CANDIDATES[1:]])
     assert choice.net == "source_only"
     assert choice.title == "source-only net"
+
+
+@pytest.mark.parametrize(
+    ("shares", "net"),
+    [([0.98, 0.02], "source_only"), ([0.97, 0.03], "student"), ([0.0, 1.0], "source_only")],
+)
+@pytest.mark.parametrize("select", ["mirror_consistency", "source_or_last"])
+def test_a_net_that_has_lost_a_class_is_not_chosen(tmp_path, select, shares, net):
+    """One class everywhere never contradicts itself; a net on the way there contradicts itself less."""
+    before = LabelFree({}, [0.9, 0.1])
+    choice = offers(tmp_path, select, [CANDIDATES[0], ("student", 0.9, 20)], before, shares)
+    assert choice.net == net
+    assert offers(tmp_path, "last", [CANDIDATES[0], ("student", 0.9, 20)], before, shares).net == "student"
+    assert label_free.collapsed([0.005, 0.9], [0.0, 0.9]) == []  # too small to tell
+
+
+def test_the_verdict_names_the_class_that_was_lost():
+    source, last = LabelFree({"confident_fwiou": 0.5}, [0.9, 0.1]), LabelFree({"confident_fwiou": 0.9}, [0.99, 0.01])
+    choice = choosing.Choice("source_only", 1, 0, "source_only", "confident_fwiou", 0.5)
+    classes = SimpleNamespace(names=("background", "nuclei"))
+    run = SimpleNamespace(
+        choice=choice, source_only=source, config=train_gta2cs.Config(), pair=SimpleNamespace(classes=classes)
+    )
+    words = choosing.verdict(run, [{"label_free": [{"nets": {"student": last.to_json()}}]}])
+    assert "**Use the source-only net** (`best.pt`). The last student has 0.900 against 0.500" in words
+    assert "lost most of nuclei" in words
 
 
 def tiny(out, **changes):
@@ -214,14 +259,14 @@ def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("score", "value", "level"),
     [
-        ("confident_consistency", 0.505, True),
-        ("confident_consistency", 0.515, False),
+        ("confident_fwiou", 0.505, True),
+        ("confident_fwiou", 0.515, False),
         ("class_correlation", 0.2, False),  # the lower, the better: far ahead
         ("matrix_norm", 0.505, False),  # nothing is known of its differences
     ],
 )
 def test_a_verdict_calls_nets_level_only_by_a_score_whose_differences_are_known(score, value, level):
-    both = {"confident_consistency": 0.5, score: 0.5}, {"confident_consistency": 0.5, score: value}
+    both = {"confident_fwiou": 0.5, score: 0.5}, {"confident_fwiou": 0.5, score: value}
     source, last = (LabelFree(scores, []) for scores in both)
     choice, config = choosing.Choice("dacs", 1, 20, "student", score, value), train_gta2cs.Config()
     run = SimpleNamespace(choice=choice, source_only=source, config=config)

@@ -55,7 +55,7 @@ def test_one_value_of_one_stage(tmp_path: Path) -> None:
     given = ["--config", str(file), "--stages.0.steps", "20", "--stages.1.options.images=8", "--stages.1.lr", "3e-5"]
     config = train_gta2cs.parse([*given, "--seed", "3"])
     first, second = config.stages
-    assert (first.steps, first.lr, second.steps, second.lr, second.options) == (20, 3e-4, 600, 3e-5, {"images": 8})
+    assert (first.steps, first.lr, second.steps, second.lr, second.options) == (20, 3e-4, 300, 3e-5, {"images": 8})
     assert config.seed == 3
     assert dataclasses.replace(config, stages=as_it_is.stages, seed=0) == as_it_is
     assert [s.steps for s in train_gta2cs.parse(["--stages.1.steps=7"]).stages] == [300, 7], "of the toy pair"

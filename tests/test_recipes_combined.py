@@ -14,11 +14,12 @@ from gta2cs.checkpoints import load_checkpoint, load_net
 from gta2cs.datasets import build_pair
 from gta2cs.evaluation import evaluating
 from gta2cs.recipes import Combined, Preparation
-from gta2cs.recipes.combined import CANDIDATES, SHARED, UNTRAINED, ahead, options_of
+from gta2cs.recipes.combined import SHARED, UNTRAINED, ahead, options_of
 from tiny import tiny_net
 from udakit import EMATeacher
 
 TWO = {"a": {}, "b": {"selector": "argmax"}}
+LABELLING = {"running": {"teacher_mode": "eval", "record_mixed": False}, "batch": {"teacher_mode": "batch_statistics"}}
 
 
 def config_of(out: Path, steps: int = 6, **changes) -> train_gta2cs.Config:
@@ -39,7 +40,7 @@ def build(**options) -> Combined:
     net = train_gta2cs.NetConfig(weights="random")
     torch.manual_seed(0)
     student = net.build(8)
-    recipe = Combined.build(student, 8, options, lambda **changes: net.build(8, **changes))
+    recipe = Combined.build(student, 8, {"candidates": LABELLING, **options}, lambda **changes: net.build(8, **changes))
     assert isinstance(recipe, Combined)
     return recipe
 
@@ -115,15 +116,15 @@ def test_the_candidate_that_contradicts_itself_least_is_kept_and_a_lost_class_co
 
 def test_candidates_take_turns_and_start_from_the_same_net():
     recipe = build(trial=0.5)
-    assert list(recipe.candidates) == list(CANDIDATES)
+    assert list(recipe.candidates) == list(LABELLING)
     first = recipe.student.state_dict()
     for candidate in recipe.candidates.values():
         assert all(torch.equal(value, first[name]) for name, value in candidate.student.state_dict().items())
     turns = []
     for recipe.done in range(6):
         turns.append(next(name for name, c in recipe.candidates.items() if c is recipe.active))
-    assert turns == 3 * list(CANDIDATES)
-    assert len(recipe.extra_param_groups(1e-3)) >= len(CANDIDATES) - 1
+    assert turns == 3 * list(LABELLING)
+    assert len(recipe.extra_param_groups(1e-3)) >= len(LABELLING) - 1
 
 
 def test_without_a_trial_the_labels_that_teachers_would_begin_with_decide():
@@ -135,7 +136,7 @@ def test_without_a_trial_the_labels_that_teachers_would_begin_with_decide():
     assert by_batch != running  # the statistics are not the same: each labels in its own way
     assert recipe.extra_param_groups(1e-3) == []
     batch = SimpleNamespace(target_images=torch.randn(4, 3, 64, 64), source_images=torch.randn(4, 3, 64, 64))
-    for wanted in CANDIDATES:
+    for wanted in LABELLING:
         recipe = build()
         for name, candidate in recipe.candidates.items():
             sure = 50.0 if name == wanted else 0.0  # one class everywhere: consistent, and as sure as its logits say
@@ -165,7 +166,7 @@ def decided(**options) -> tuple[Combined, dict[str, torch.Tensor]]:
 
 
 def test_the_teacher_that_was_not_taken_is_freed_and_both_kinds_of_checkpoint_resume():
-    first, second = CANDIDATES
+    first, second = LABELLING
     recipe, with_others = decided()
     assert list(recipe.candidates) == [second]
     assert sum(isinstance(module, EMATeacher) for module in recipe.modules()) == 1
@@ -229,6 +230,16 @@ def test_source_takes_targets_colours_only_where_target_in_those_of_source_is_un
     assert [c.options.translate for c in again.candidates.values()] == [expected, "none"]
 
 
+def test_the_teacher_labels_with_half_of_the_statistics_of_target_unless_told_otherwise():
+    net = train_gta2cs.NetConfig(weights="random")
+    recipe = Combined.build(net.build(8), 8, {}, lambda **changes: None)
+    teacher = recipe.candidates["blended"].teacher
+    assert (teacher.mode, teacher.running_share, teacher.buffers_policy) == ("batch_statistics", 0.5, "ema")
+    images = torch.randn(2, 3, 64, 64)
+    ends = [EMATeacher(recipe.student, mode=mode)(images).logits for mode in ("batch_statistics", "eval")]
+    assert all((teacher(images).logits - end).abs().max() > 0 for end in ends)
+
+
 def test_shared_options_are_added_to_those_of_the_policy_and_other_channels_have_no_colours():
     recipe = build(shared={"jitter": 0.3})
     options = [c.options for c in recipe.candidates.values()]
@@ -254,7 +265,11 @@ def test_a_later_candidate_has_to_be_ahead_by_more_than_differences_that_say_not
         ({"images": 0}, "`images` to be at least 1"),
         ({"images": "all"}, "`images` of recipe Combined to be a whole number, but got 'all'"),
         ({"candidates": {"running": None}}, "`candidates` of recipe Combined to be a table"),
-        ({"shared": {"jiter": 0.3}}, r"'jiter'\. It is an option of candidate 'running' or of `shared`"),
+        ({"shared": {"jiter": 0.3}}, r"'jiter'\. It is an option of candidate 'blended' or of `shared`"),
+        (
+            {"candidates": {"a": {"teacher_mode": "eval", "teacher_running_share": 0.5}}},
+            r"`teacher_running_share` to be a share in \[0, 1\], with .* got 0\.5 with eval",
+        ),
         ({"candidates": {"a": {"teacher_mode": "evl"}}}, r"`teacher_mode` .* one of \[.*'evl'\. .* candidate 'a'"),
         ({"shared": {"share": "most"}}, "`share` of recipe Dacs to be a number, but got 'most'"),
         ({"shared": {"translate": "colour"}}, "`translate` to be one of"),

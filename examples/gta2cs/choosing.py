@@ -2,6 +2,7 @@
 
 Candidates are the source-only net (the net that the first adapting stage starts from) and, at every evaluation, the
 student and the teacher. `select` says how one is chosen: `last`, `source_or_last`, or the score to be highest.
+Except for `last`, a net in which a class of the source-only net has collapsed is never chosen.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gta2cs.config import Config, plain
 from gta2cs.label_free import (
     DEFAULT,
     DIRECTIONS,
+    FACTOR,
     MARGIN,
     PRESENT,
     RELIABILITY,
@@ -27,6 +29,7 @@ from gta2cs.label_free import (
     VIEWS,
     LabelFree,
     NoScoreError,
+    collapsed,
     measure,
     views_of,
 )
@@ -38,7 +41,6 @@ from udakit import copy_net
 
 SOURCE_ONLY = "source_only"
 CHOSEN = "chosen without labels"  # the row of `best.pt`
-FACTOR = 4  # by which a class's share may change before the alarm speaks
 GUARD = DEFAULT  # what `source_or_last` compares by
 
 
@@ -152,6 +154,8 @@ class Choosing:
         sign = -1 if select.startswith("-") else DIRECTIONS[score]
         value = found.scores[score]
         better = run.choice is None or run.choice.value is None or sign * value > sign * run.choice.value
+        if better and run.source_only is not None and not starts:
+            better = not collapsed(run.source_only.shares, found.shares)
         if select == "last":
             taken = ends and first
         elif select == "source_or_last":
@@ -272,10 +276,16 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
                 "looks better."
             )
         elif choice.net == SOURCE_ONLY:
-            lines.append(
-                f"**Use the source-only net** (`best.pt`). No adapted net reaches its {named} of {before:.3f}; the "
-                f"last student has {last:.3f}. The adaptation did not help, as far as this score can tell."
+            found = next(iter(histories[-1]["label_free"][-1]["nets"].values()))
+            lost = [run.pair.classes.names[c] for c in collapsed(source.shares, found["shares"])]
+            why = (
+                f"The last student has {last:.3f} against {before:.3f} of {named}, but it has lost most of "
+                f"{', '.join(lost)}: no score is trusted about such a net."
+                if lost
+                else f"No adapted net reaches its {named} of {before:.3f}; the last student has {last:.3f}. The "
+                "adaptation did not help, as far as this score can tell."
             )
+            lines.append(f"**Use the source-only net** (`best.pt`). {why}")
         else:
             assert choice.value is not None
             lines.append(

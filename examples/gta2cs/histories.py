@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gta2cs.checkpoints import load_checkpoint
+from gta2cs.label_free import completed
 
 
 @dataclass
@@ -103,7 +104,7 @@ def headline(means: dict[str, float]) -> float:
 
 def all_scores(found: dict[str, Any]) -> dict[str, float | None]:
     """The stored scores, and the consistency over only the classes that are present."""
-    scores = {**found["scores"]}
+    scores = completed(found)
     for view, iou in found.get("class_iou", {}).items():
         present = [value for value in iou if value is not None]
         if present:  # a class that is gone does not count here, as it does in "consistency"

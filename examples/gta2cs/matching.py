@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gta2cs.label_free import DEFAULT, LabelFree
+from gta2cs.label_free import BY_CLASS, LabelFree
 from gta2cs.nets import SegOutput
 
 STEP = math.sqrt(2)  # between neighbouring scales
@@ -60,11 +60,11 @@ def match_scale(
         share `WORTH` of what the score lacks, or a larger one is better, too (then the score says something else).
     """
     as_is = score(net, None)
-    found = {0: as_is.scores[DEFAULT]}
+    found = {0: as_is.scores[BY_CLASS]}
 
     def at(position: int) -> float:
         if position not in found:
-            found[position] = score(Rescaled(net, STEP**position), as_is.shares).scores[DEFAULT]
+            found[position] = score(Rescaled(net, STEP**position), as_is.shares).scores[BY_CLASS]
         return found[position]
 
     best = 0

@@ -1,13 +1,14 @@
-"""Decide with a label-free score: the scale of the source, how the teacher labels, and which candidate continues.
+"""Decide with a label-free score: the scale and the colours of the source, and which candidate continues.
 
 Ours; no paper has it. No fixed setting serves every pair of domains, and falling losses do not show which one does.
 What tells them apart without a target label is how far a net contradicts itself on the mirror image, times how sure it
 is (docs/families/validation.md). So before the first step the loop finds how much larger things are in target, and
 scales source images to it (gta2cs/matching.py). The same question is asked about colours: source images take those of
-target only where target crops in the colours of source are understood better than as they are. Then candidates are
-compared on target crops: with `trial` 0 by the labels that their teachers would begin with, which costs no step;
-otherwise they take turns for that share of the steps, a step each, on nets of their own. One goes on. A trial counts
-into the steps of the stage.
+target only where target crops in the colours of source are understood better than as they are.
+
+There is one candidate unless you name several. Those are compared on target crops: with `trial` 0 by the labels that
+their teachers would begin with, which costs no step; otherwise they take turns for that share of the steps, a step
+each, on nets of their own. One goes on. A trial counts into the steps of the stage.
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ UNTRAINED = (
     "name a net trained on these classes by `init` or `net.weights`, or put a stage of source_only before"
 )
 
-# What the candidates differ in, and what all of them have (benchmarks/adaptation.py). Statistics of target batches help
-# where the images differ in look, and mislead where they differ in what they show; running statistics are source's own
-# only while no mixed image enters them. The first is kept unless another is ahead of it by a hundredth.
+# How the teacher labels: statistics of a target batch mislead where the domains differ in what they show, running
+# statistics of source where they differ in look, each by ten points on some pair (docs/methods/combined.md). Half of
+# each is safe.
 CANDIDATES: dict[str, dict[str, Any]] = {
-    "running": {"teacher_mode": "eval", "record_mixed": False},
-    "batch": {"teacher_mode": "batch_statistics"},
+    "blended": {
+        "teacher_mode": "batch_statistics",
+        "teacher_running_share": 0.5,
+        "buffers": "ema",
+        "record_mixed": False,  # so that the running statistics are source's
+    }
 }
 SHARED: dict[str, Any] = {
     "jitter": 0.5,

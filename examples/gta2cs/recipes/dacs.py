@@ -17,7 +17,7 @@ from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe, Shared, write_numbers
 from gta2cs.recipes.contrast import DistributionContrast, PrototypeContrast
 from gta2cs.recipes.rectified import CENTROID_BATCHES, RectifiedLabels
-from gta2cs.recipes.self_training import Selection, TargetStyled
+from gta2cs.recipes.self_training import Selection, TargetStyled, labelling_statistics
 from udakit import (
     AdaptiveThresholdSelector,
     ArgmaxSelector,
@@ -65,7 +65,7 @@ class Dacs(TargetStyled):
         self.rectified: RectifiedLabels | None = None
         if options.selector == "rectified":
             self.rectified = RectifiedLabels(
-                student, num_classes, mode=options.teacher_mode, momentum=options.prototype_momentum
+                student, num_classes, momentum=options.prototype_momentum, **labelling_statistics(options)
             )
         self.selector = nn.Identity() if self.rectified is not None else make_selector(options, num_classes)
         self.steps, self.done = 0, 0

@@ -18,7 +18,7 @@ from gta2cs.loading import Batch
 from gta2cs.recipes.base import Draws, Losses, Preparation, Shared
 from gta2cs.recipes.dacs import make_selector, pseudo_loss, selection_of
 from gta2cs.recipes.rectified import CENTROID_BATCHES, classes_at_features, target_centroids
-from gta2cs.recipes.self_training import LABELLING, MASKING, TargetStyled
+from gta2cs.recipes.self_training import LABELLING, MASKING, TargetStyled, labelling_statistics
 from udakit import (
     BilateralConsensus,
     ClassPrototypes,
@@ -110,7 +110,7 @@ class Diga(DigaWarmup):
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__(student, num_classes, options)
         # The net of the previous stage (its student: that is where this stage starts) labels the target images.
-        self.labeller = EMATeacher(student, mode=options.teacher_mode)  # never updated: frozen
+        self.labeller = EMATeacher(student, **labelling_statistics(options))  # never updated: frozen
         self.prototypes = ClassPrototypes(num_classes, student.feature_dim, momentum=options.prototype_momentum)
         self.consensus = BilateralConsensus(self.prototypes)
         own = {"consensus": self.consensus, "rectified": RectifiedSelector(self.prototypes)}

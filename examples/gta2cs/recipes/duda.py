@@ -22,7 +22,7 @@ from gta2cs.recipes.base import Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.dacs import Dacs, pseudo_loss
 from gta2cs.recipes.diga import Diga
 from gta2cs.recipes.ehtdi import Ehtdi
-from gta2cs.recipes.self_training import Selection, SelfTraining, as_logits
+from gta2cs.recipes.self_training import Selection, SelfTraining, as_logits, labelling_statistics
 from udakit import EMATeacher, InconsistencyLoss, ProjectedFeatureLoss, fuse_teachers, kd_loss
 
 BASES: dict[str, type[SelfTraining]] = {"dacs": Dacs, "diga": Diga, "ehtdi": Ehtdi}
@@ -133,7 +133,7 @@ class Duda(SelfTraining):
         # Never updated, so frozen; EMATeacher keeps their running statistics and their dropout still as well.
         self.large = nn.ModuleDict(
             {
-                name.replace(" ", "_"): EMATeacher(net, mode=options.teacher_mode)
+                name.replace(" ", "_"): EMATeacher(net, **labelling_statistics(options))
                 for name, net in large.items()
                 if name in options.teachers
             }

@@ -20,9 +20,9 @@ class RectifiedLabels(nn.Module):
     The stage must start from a trained net, because its labels are never renewed, only re-weighted.
     """
 
-    def __init__(self, student: nn.Module, num_classes: int, *, mode: Any, momentum: float) -> None:
+    def __init__(self, student: nn.Module, num_classes: int, *, momentum: float, **statistics: Any) -> None:
         super().__init__()
-        self.labeller = EMATeacher(student, mode=mode)  # never updated: frozen
+        self.labeller = EMATeacher(student, **statistics)  # never updated: frozen
         self.prototypes = ClassPrototypes(num_classes, student.feature_dim, momentum=momentum)  # type: ignore[arg-type]
         self.select = RectifiedSelector(self.prototypes)
 

@@ -42,6 +42,7 @@ class SelfTraining(Recipe):
         ema: float = 0.99  # the papers: 0.999 over 40k to 250k steps
         ema_warmup: bool = False  # True when the student starts from ImageNet instead of from a source-trained net
         teacher_mode: Literal["batch_statistics", "train", "eval"] = "batch_statistics"  # when it labels
+        teacher_running_share: float = 0.0  # of the running statistics in those of batch_statistics
         batch_norm: Literal["separate", "joint"] = "separate"  # one forward a domain, or both in one
         record_mixed: bool = True  # False: the running statistics, for evaluation, are those of source alone
         buffers: Literal["copy", "ema", "keep"] = "copy"  # BatchNorm statistics of the teacher
@@ -59,8 +60,21 @@ class SelfTraining(Recipe):
 
     def __init__(self, student: nn.Module, num_classes: int, options: Any) -> None:
         super().__init__(student, num_classes, options)
-        self.teacher = EMATeacher(student, options.ema, options.ema_warmup, options.buffers, mode=options.teacher_mode)
+        self.teacher = EMATeacher(
+            student, options.ema, options.ema_warmup, options.buffers, **labelling_statistics(options)
+        )
         self.alignment = DistributionAlignment(num_classes, sync=True) if options.align else None
+
+    @classmethod
+    def check(cls, options: Any) -> None:
+        """Refuse a share of statistics that the teacher does not use."""
+        super().check(options)
+        share, mode = options.teacher_running_share, options.teacher_mode
+        if not 0 <= share <= 1 or (share > 0 and mode != "batch_statistics"):
+            raise ValueError(
+                "Expected `teacher_running_share` to be a share in [0, 1], with `teacher_mode` batch_statistics, "
+                f"but got {share} with {mode}."
+            )
 
     def after_step(self) -> None:
         """Let the teacher follow the student."""
@@ -145,6 +159,11 @@ class SelfTraining(Recipe):
             return None
         n, _, h, w = logits.shape
         return row_mask(h, w, top, bottom).to(logits.device).expand(n, h, w)
+
+
+def labelling_statistics(options: Any) -> dict[str, Any]:
+    """The options of an `EMATeacher` that say which BatchNorm statistics it labels with."""
+    return {"mode": options.teacher_mode, "running_share": options.teacher_running_share}
 
 
 def as_logits(probabilities: Tensor) -> Tensor:
