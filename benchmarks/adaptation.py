@@ -5,8 +5,8 @@
     python benchmarks/adaptation.py --choose                               # which policy the other pairs choose
 
 A pair brings its paths, net, crop and numbers of steps; all that a method or an augmentation could be tuned by is the
-policy's. The line under the table names the setting of DACS that the OTHER pairs choose (the two that share CamVid's
-day images are left out together). A run is (pair, row, seed): a source-only warm start, shared by the rows of a seed,
+policy's. The line under the table names the setting of DACS that the OTHER pairs choose (the street pairs, which share
+images, are left out together). A run is (pair, row, seed): a source-only warm start, shared by the rows of a seed,
 then the same number of optimiser steps for each row. The last checkpoint counts, never the best on validation; every
 100 steps the label-free scores of all nets are kept beside their true mIoU, for benchmarks/selection.py.
 """
@@ -40,8 +40,9 @@ from benchmarks.results_page import STATISTICS
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import Pair
 from gta2cs.files import write_json
+from gta2cs.label_free import DEFAULT, collapsed, completed
 from gta2cs.pretrained import load_init
-from gta2cs.recipes.combined import CANDIDATES, SHARED
+from gta2cs.recipes.combined import SHARED
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptation.json"
 PAGE = ROOT / "docs" / "results" / "one_policy.md"
@@ -58,17 +59,17 @@ PAIRS: dict[str, dict[str, Any]] = {
     "camvid": STREET,
     "carla2camvid": STREET,
 }
-# Pairs that nothing was chosen by: neither an option, nor a rule, nor a score. A pair's name in the loop and, where the
-# domains change places, its two folders.
-HELD_OUT: dict[str, dict[str, Any]] = {
+# Street pairs that came last. A pair's name in the loop and, where the domains change places, its two folders.
+FURTHER: dict[str, dict[str, Any]] = {
     "carla2dusk": STREET,
     "dusk2day": {**STREET, "of": "camvid", "folders": ("camvid/target", "camvid/source")},
     "day2carla": {**STREET, "of": "carla2camvid", "folders": ("camvid/source", "carla")},
 }
-TOGETHER = {"camvid": {"camvid", "carla2camvid"}, "carla2camvid": {"camvid", "carla2camvid"}}  # share day images
+STREETS = {"camvid", "carla2camvid", *FURTHER}
+TOGETHER = dict.fromkeys(STREETS, STREETS)  # share images
 LR = {"source_only": 3e-4, "oracle": 3e-4}
 ADAPTATION_LR = 3e-4
-SCORE = "confident_consistency"  # that deploys a net, and that `combined` chooses by
+SCORE = DEFAULT  # that deploys a net
 TITLES = {
     "source_only": "source-only",
     STATISTICS: "source-only, BatchNorm's statistics of target",
@@ -78,6 +79,7 @@ TITLES = {
     "diga": "DiGA",
     "ehtdi": "EHTDI",
     "combined": "combined",
+    "decided": "combined as it was before",
     "ablation_unmatched": "DACS, labels by statistics of target batches, scale not matched",
     "oracle": "oracle",
 }
@@ -90,8 +92,23 @@ SCALES = {"source_scale": (0.6, 1.7), "target_scale": (0.8, 1.25)}
 AUGMENT: dict[str, Any] = {"jitter": SHARED["jitter"]}
 MATCH = {"match_scale": True}  # of every row that adapts
 DEFAULT_DATA = {"match_scale": False, "source_scale": (1.0, 1.0), "target_scale": (1.0, 1.0)}
-# ... and how DACS labels: `combined` decides between them itself.
-SETTINGS: dict[str, dict[str, Any]] = {name: {**SHARED, **own} for name, own in CANDIDATES.items()}
+# ... and how DACS labels: by statistics of source or of the target batch. `combined` takes half of each.
+LABELLING: dict[str, dict[str, Any]] = {
+    "running": {"teacher_mode": "eval", "record_mixed": False},
+    "batch": {"teacher_mode": "batch_statistics"},
+}
+SETTINGS: dict[str, dict[str, Any]] = {name: {**SHARED, **own} for name, own in LABELLING.items()}
+DECIDED = {
+    "candidates": LABELLING
+}  # `combined` before: the score chose between the two, and no source steps came first
+BLENDED = {"teacher_mode": "batch_statistics", "teacher_running_share": 0.5, "buffers": "ema"}
+# `combined` without source steps first: row -> (title, how its teacher labels)
+AT_ONCE: dict[str, tuple[str, dict[str, Any]]] = {
+    "running_at_once": ("running statistics of source", LABELLING["running"]),
+    "batch_at_once": ("statistics of the target batch", LABELLING["batch"]),
+    "recorded_at_once": ("half of each, the running ones also of mixed images", BLENDED),
+    "blended_at_once": ("half of each", {**BLENDED, "record_mixed": False}),
+}
 EHTDI = {
     "labels_from": "teacher",
     "mix_weight": 1.0,
@@ -104,8 +121,8 @@ EHTDI = {
 ABLATION: dict[str, dict[str, Any]] = {
     "ablation_unmatched": {"recipes": ["dacs"], "options": SETTINGS["batch"], "data": {"match_scale": False}},
 }
-# What was tried, each change of `combined` alone: name -> (title, changes: `shared` to the options, `data` to the data,
-# `recipes`, `lr`).
+# What was tried, each change of the `decided` row alone: name -> (title, changes: `shared` to the options, `data` to
+# the data, `recipes`, `lr`).
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {
     "fixed": ("no random scales", {"data": {"target_scale": (1.0, 1.0)}}),
     "ratio": ("a weight by confidence in place of class balance", {"shared": {"selector": "confident_ratio"}}),
@@ -145,7 +162,7 @@ TRIED: dict[str, tuple[str, dict[str, Any]]] = {
 def tried_row(name: str) -> dict[str, Any]:
     """The row of a change."""
     _, change = TRIED[name]
-    options = {"combined": {"shared": change.get("shared", {})}, "source_only": AUGMENT}
+    options = {"combined": {"shared": change.get("shared", {}), **DECIDED}, "source_only": AUGMENT}
     return {"recipes": ["combined"], "own": True, **change, "options": options}
 
 
@@ -166,7 +183,16 @@ def rows_of() -> dict[str, dict[str, Any]]:
         "source_only": {"recipes": ["source_only"]},
         "dacs_defaults": {"recipes": ["dacs"], "own": True, "data": DEFAULT_DATA},
         **{f"dacs_{name}": {"recipes": ["dacs"], "options": options} for name, options in SETTINGS.items()},
-        "combined": {"recipes": ["combined"], "own": True},
+        "combined": {
+            "recipes": ["source_only", "combined"],
+            "own": True,
+            "options": {"source_only": AUGMENT, "combined": {}},
+        },
+        "decided": {"recipes": ["combined"], "own": True, "options": DECIDED},
+        **{
+            name: {"recipes": ["combined"], "own": True, "options": {"candidates": {"only": own}}}
+            for name, (_, own) in AT_ONCE.items()
+        },
         "diga": {"recipes": ["diga_warmup", "diga"], "options": {"augment_source": True, "translate": "color"}},
         "ehtdi": {"recipes": ["ehtdi"], "options": EHTDI},
         "oracle": {"recipes": ["source_only"], "data": {"oracle": True}},
@@ -179,6 +205,7 @@ def rows_of() -> dict[str, dict[str, Any]]:
 GROUPS: dict[str, tuple[str, ...]] = {
     "main": ("source_only", *(f"dacs_{name}" for name in SETTINGS), "combined", "oracle"),
     "methods": ("dacs_defaults", "diga", "ehtdi"),
+    "labelling": ("decided", *AT_ONCE),
     "ablation": tuple(ABLATION),
     "longer": tuple(f"longer_{name}" for name in LONGER_ROWS),
     "tried": tuple(TRIED_ROWS),
@@ -226,7 +253,7 @@ def seeds_of(results: dict[str, Any], pair: str, *rows: str) -> set[int]:
 
 def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
     """The run of a row; "warm" is the source-only net that all rows of a seed start from."""
-    own = {**PAIRS, **HELD_OUT}[pair]
+    own = {**PAIRS, **FURTHER}[pair]
     entry = {"recipes": ["source_only"]} if row == "warm" else rows_of()[row]
     steps = own["warm"] if row == "warm" else own["steps"] * entry.get("times", 1)
     recipes = entry["recipes"]
@@ -298,9 +325,7 @@ def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> 
     began = time.perf_counter()
     rows = train_gta2cs.main(config)
     histories = histories_of(config)
-    source_only = histories[0].get("source_only")
-    if source_only is not None:  # its truth is the warm start's
-        source_only["miou"] = truth_of(warm_start(pair, seed, cache))
+    source_only = start_of(histories, warm_start(pair, seed, cache))
     return {
         "pair": pair,
         "recipe": row,
@@ -315,6 +340,17 @@ def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> 
         "rows": {title: score.to_json() for title, score in rows.items()},
         "checkpoints": list(checkpoints_of(histories)),
     }
+
+
+def start_of(histories: list[dict[str, Any]], warm: Path) -> dict[str, Any] | None:
+    """Scores of the net that the first adapting stage starts from, with its truth: where the stage before ended."""
+    position = next((k for k, history in enumerate(histories) if "source_only" in history), None)
+    if position is None:
+        return None
+    if position == 0:
+        return {**histories[0]["source_only"], "miou": truth_of(warm)}
+    *_, end = (net for net in checkpoints_of(histories[:position]))
+    return {**histories[position]["source_only"], "miou": end["miou"]}
 
 
 def truth_of(checkpoint: Path) -> float:
@@ -371,8 +407,11 @@ def add(path: Path, key: str, result: dict[str, Any] | list[Any]) -> None:
 
 def chosen(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
     """What `select` deploys: the highest score among the start and all evaluations; None where nothing has one."""
-    nets = [c for c in [run.get("source_only"), *run["checkpoints"]] if c and "miou" in c and "scores" in c]
-    return max(nets, key=lambda net: net["scores"][score]) if nets else None
+    start = run.get("source_only")
+    nets = [c for c in [start, *run["checkpoints"]] if c and "miou" in c and "scores" in c]
+    if start:  # a net that has lost a class of the start is never chosen
+        nets = [c for c in nets if not collapsed(start["shares"], c["shares"])]
+    return max(nets, key=lambda net: completed(net)[score] or 0.0) if nets else None
 
 
 def guarded(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
@@ -381,7 +420,8 @@ def guarded(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
     start = run.get("source_only")
     if last is None or "scores" not in last or not start or "miou" not in start:
         return None
-    return last if last["scores"][score] > start["scores"][score] else start
+    better = (completed(last)[score] or 0.0) > (completed(start)[score] or 0.0)
+    return last if better and not collapsed(start["shares"], last["shares"]) else start
 
 
 def runs_of(results: dict[str, Any], pair: str, row: str) -> list[dict[str, Any]]:
@@ -391,9 +431,9 @@ def runs_of(results: dict[str, Any], pair: str, row: str) -> list[dict[str, Any]
     return sorted(found, key=lambda r: r["seed"])
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: dict[str, Any], of: Iterable[str] = PAIRS) -> str:
     """Markdown: a line a row, a column a pair; the last student, and for `combined` the net chosen without labels."""
-    if not (pairs := pairs_run(results)):
+    if not (pairs := pairs_run(results, of)):
         return "Not measured yet.\n"
     lines = [
         *lines_of(results, TITLES, pairs),
@@ -403,8 +443,9 @@ def table(results: dict[str, Any]) -> str:
     picks = [
         f"{PAIR_NAMES[pair]}: {choose(pair, results)}" for pair in pairs if any(gains_elsewhere(pair, results).values())
     ]
-    text = ", ".join(picks) or "not measured yet, no pair has both"
-    return "\n".join(lines) + f"\n\nSetting of DACS that the other pairs choose: {text}.\n"
+    if not picks:
+        return "\n".join(lines) + "\n"
+    return "\n".join(lines) + f"\n\nSetting of DACS that the other pairs choose: {', '.join(picks)}.\n"
 
 
 def summary(results: dict[str, Any], of: Iterable[str] = PAIRS) -> str:
@@ -417,9 +458,41 @@ def summary(results: dict[str, Any], of: Iterable[str] = PAIRS) -> str:
     return "\n".join([*lines_of(results, titles, pairs), deployed, *oracle]) + "\n"
 
 
-def held_out(results: dict[str, Any]) -> str:
-    """Markdown: the same of the pairs that nothing was chosen by."""
-    return summary(results, HELD_OUT)
+def further(results: dict[str, Any]) -> str:
+    """Markdown: the whole table of the street pairs that came last."""
+    return table(results, FURTHER)
+
+
+def labelling(results: dict[str, Any]) -> str:
+    """Markdown: the last student by how the teacher labels, with and without source steps first."""
+    pairs = pairs_run(results, [*PAIRS, *FURTHER])
+    rows = {
+        **{name: title for name, (title, _) in AT_ONCE.items()},
+        "decided": "running or batch, by the score",
+        "combined": "half of each, after half of the steps on source",
+        "source_only": "source-only, for comparison",
+    }
+    lines = ["| labels by | " + " | ".join(PAIR_NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    for row, title in rows.items():
+        cells = [spread(final(results, pair, row)) for pair in pairs]
+        if any(text != "–" for text in cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    groups = {"street pairs": STREETS, "the others": set(PAIRS) - STREETS}
+    picks = {name: preferred(results, set(pairs) - left_out) for name, left_out in groups.items()}
+    if not all(picks.values()):
+        return "\n".join(lines) + "\n"
+    said = "; ".join(f"without {name}: {rows[row]}" for name, row in picks.items() if row)
+    return "\n".join(lines) + f"\n\nHighest mean over the pairs, {said}.\n"
+
+
+def preferred(results: dict[str, Any], pairs: Iterable[str]) -> str | None:
+    """The row of `labelling` with the highest mean over these pairs, of those that have run on all of them."""
+    means = {}
+    for row in (*AT_ONCE, "decided", "combined"):
+        found = [final(results, pair, row) for pair in pairs]
+        if found and all(found):
+            means[row] = statistics.mean(statistics.mean(values) for values in found)
+    return max(means, key=means.__getitem__) if means else None
 
 
 def pairs_run(results: dict[str, Any], of: Iterable[str] = PAIRS) -> list[str]:
@@ -458,7 +531,7 @@ def tried(results: dict[str, Any]) -> str:
     if not pairs:
         return "Not measured yet.\n"
     lines = ["| | " + " | ".join(PAIR_NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
-    rows = {"combined": "nothing changed", **{f"tried_{name}": title for name, (title, _) in TRIED.items()}}
+    rows = {"decided": "nothing changed", **{f"tried_{name}": title for name, (title, _) in TRIED.items()}}
     for row, title in rows.items():
         cells = [tried_cell(results, pair, row, seeds[pair]) for pair in pairs]
         if any(cells):
@@ -478,7 +551,7 @@ def tried(results: dict[str, Any]) -> str:
 def tried_elsewhere(results: dict[str, Any], pair: str, seeds: dict[str, set[int]]) -> str:
     """The line with the best mean gain on the pairs that share no images with `pair`, of those that ran on all."""
     elsewhere = [other for other in others(pair) if seeds[other]]
-    gains = {"combined": 0.0}
+    gains = {"decided": 0.0}
     for row in TRIED_ROWS:
         found = [tried_gains(results, other, row, seeds[other]) for other in elsewhere]
         if found and all(found):
@@ -487,15 +560,15 @@ def tried_elsewhere(results: dict[str, Any], pair: str, seeds: dict[str, set[int
 
 
 def tried_gains(results: dict[str, Any], pair: str, row: str, seeds: set[int]) -> list[tuple[float, float]]:
-    """Gain in mIoU and in the score over `combined`, seed by seed, for the seeds that both ran with."""
-    both = sorted(seeds & seeds_of(results, pair, row, "combined"))
-    nets = [[last_of(results, pair, seed, name)[0] for name in (row, "combined")] for seed in both]
+    """Gain in mIoU and in the score over `decided`, seed by seed, for the seeds that both ran with."""
+    both = sorted(seeds & seeds_of(results, pair, row, "decided"))
+    nets = [[last_of(results, pair, seed, name)[0] for name in (row, "decided")] for seed in both]
     return [(a[0] - b[0], a[1] - b[1]) for a, b in nets]
 
 
 def tried_cell(results: dict[str, Any], pair: str, row: str, seeds: set[int]) -> str:
-    """Gain in mIoU and, in brackets, in the score over `combined` with the same seeds; of that itself, its values."""
-    if row == "combined":
+    """Gain in mIoU and, in brackets, in the score over `decided` with the same seeds; of that itself, its values."""
+    if row == "decided":
         if not (found := [last_of(results, pair, seed, row)[0] for seed in seeds & seeds_of(results, pair, row)]):
             return ""
         miou, score = map(statistics.mean, zip(*found, strict=True))
@@ -511,7 +584,7 @@ def last_of(results: dict[str, Any], pair: str, seed: int, *rows: str) -> list[t
     found = []
     for run in (r for row in rows for r in runs_of(results, pair, row) if r["seed"] == seed):
         net = next(c for c in reversed(run["checkpoints"]) if c["net"] == "student")
-        found.append((net["miou"], 100 * net["scores"][SCORE]))
+        found.append((net["miou"], 100 * (completed(net)[SCORE] or 0.0)))
     return found
 
 
@@ -555,7 +628,7 @@ def spread(values: list[float]) -> str:
 
 def study(results: dict[str, Any]) -> list[dict[str, Any]]:
     """The runs as benchmarks/selection.py reads them: adapting runs whose nets have scores beside the truth."""
-    named = lambda c: {**{k: v for k, v in c.items() if k != "miou"}, "truth_miou": c["miou"]}  # noqa: E731
+    named = lambda c: {**{k: v for k, v in c.items() if k != "miou"}, "truth_miou": c["miou"], "scores": completed(c)}  # noqa: E731
     return [
         {
             **{k: r[k] for k in ("pair", "recipe", "seed", "bad")},
@@ -563,7 +636,7 @@ def study(results: dict[str, Any]) -> list[dict[str, Any]]:
             "checkpoints": [named(c) for c in r["checkpoints"]],
         }
         for r in results.values()
-        if r["pair"] in PAIRS
+        if r["pair"] in {**PAIRS, **FURTHER}
         and r.get("source_only")
         and "miou" in r["source_only"]
         and all("scores" in c for c in r["checkpoints"])
@@ -613,9 +686,7 @@ def main_of_starts(
 
 
 def main() -> None:
-    parser = parser_of_runs(
-        __doc__, results=RESULTS, page=PAGE, pairs=[*PAIRS], of=[*PAIRS, *HELD_OUT], seeds=[0, 1, 2]
-    )
+    parser = parser_of_runs(__doc__, results=RESULTS, page=PAGE, pairs=[*PAIRS], of=[*PAIRS, *FURTHER], seeds=[0, 1, 2])
     parser.add_argument("--group", default="main", choices=list(GROUPS))
     parser.add_argument("--rows", nargs="+", help="default: all of the group")
     parser.add_argument("--study", type=Path, help="train nothing, write the runs for benchmarks/selection.py here")
@@ -630,8 +701,9 @@ def main() -> None:
         if options.table:
             write_section("policy_summary", summary(results), SUMMARY)
             write_section("one_policy", table(results), PAGE)
-            write_section("held_out", held_out(results), PAGE)
+            write_section("further", further(results), PAGE)
             write_section("longer", longer(results), PAGE)
+            write_section("labelling", labelling(results), COMBINED_PAGE)
             write_section("tried", tried(results), COMBINED_PAGE)
         if options.study:
             write_json(options.study, study(results))

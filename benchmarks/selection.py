@@ -14,7 +14,7 @@ checkpoints are {step, net, truth_miou, scores: {name: value}, shares: [...]}. T
 - guard: the last student of this run, or the source-only net?
 
 The sign of a score is fixed on the other pairs (by its mean Spearman correlation there), and so is the score itself in
-the row "chosen on the other pairs"; the pairs that share CamVid's day images are left out together. Intervals are 95 %
+the row "chosen on the other pairs"; the street pairs, which share images, are left out together. Intervals are 95 %
 bootstraps over runs, drawn within each pair.
 """
 
@@ -39,14 +39,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from benchmarks.harness import pair_name
 from gta2cs.histories import all_scores, headline, read_run
-from gta2cs.label_free import DEFAULT
+from gta2cs.label_free import DEFAULT, collapsed
 from gta2cs.rank_statistics import kendall, ranks, spearman
 
 Net = dict[str, Any]
 Run = dict[str, Any]
-TOGETHER = ({"camvid", "carla2camvid"},)  # share images: left out together
+STREETS = {"camvid", "carla2camvid", "carla2dusk", "dusk2day", "day2carla"}
+TOGETHER = (STREETS,)  # share images: left out together
 QUESTIONS = ("checkpoint", "setting", "guard")
 SHOWN = (
+    "balanced_consistency",
     "confident_consistency",
     "mirror_consistency",
     "nuclear_norm",
@@ -117,10 +119,15 @@ Policy = Callable[[Sequence[Net], str], float]  # (candidates, question) -> mIoU
 
 
 def by_score(score: Score, signs: dict[str, int]) -> Policy:
-    """Take the candidate with the highest score; ties are broken by chance, so their mean is what one gets."""
+    """Take the candidate with the highest score; ties are broken by chance, so their mean is what one gets.
+
+    As in the loop, a net that has lost a class of the one that it started from is taken only if there is no other.
+    """
 
     def take(nets: Sequence[Net], question: str) -> float:
         values = np.array(score.values(nets, signs))
+        gone = np.array([net.get("lost", False) for net in nets])
+        values = np.where(gone & ~gone.all(), -np.inf, values)
         truth = np.array([net["truth_miou"] for net in nets])
         return float(truth[values == values.max()].mean())
 
@@ -247,6 +254,9 @@ class Study:
 
     def __init__(self, runs: Sequence[Run]) -> None:
         check_runs(runs)
+        for run in runs:
+            for net in run["checkpoints"]:
+                net["lost"] = bool(run.get("start")) and lost(run["start"], net)
         self.pairs, self.names = by_pair(runs), score_names(runs)
         self.rest = {pair: others(self.pairs, pair) or self.pairs for pair in self.pairs}
         self.signs = {pair: signs_on(rest, self.names) for pair, rest in self.rest.items()}
@@ -348,14 +358,15 @@ def guard_table(study: Study, name: str = DEFAULT) -> str:
         duels = choices(runs, "guard")
         if not duels:
             continue
-        deployed = [b["scores"][name] > a["scores"][name] for a, b in duels]
+        deployed = [b["scores"][name] > a["scores"][name] and not lost(a, b) for a, b in duels]
         gains = [b["truth_miou"] - a["truth_miou"] for a, b in duels]
         got = [gain if taken else 0.0 for gain, taken in zip(gains, deployed, strict=True)]
         missed = sum(gain >= 3 and not taken for gain, taken in zip(gains, deployed, strict=True))
         best, adapted = [], 0
         for run in runs:
             if run.get("start"):
-                nets = [run["start"], *run["checkpoints"]]  # the earlier one on a tie, as in the loop
+                kept = [net for net in run["checkpoints"] if not lost(run["start"], net)]
+                nets = [run["start"], *kept]  # the earlier one on a tie, as in the loop
                 chosen = nets[int(np.argmax(Score(name).values(nets, signs)))]
                 best.append(chosen["truth_miou"] - run["start"]["truth_miou"])
                 adapted += chosen is not run["start"]
@@ -364,6 +375,11 @@ def guard_table(study: Study, name: str = DEFAULT) -> str:
             f"| {missed} | {np.mean(best):+.1f} | {adapted} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def lost(start: Net, net: Net) -> bool:
+    """Whether a net has lost a class of the one that it started from, so that the loop never deploys it."""
+    return bool(collapsed(start.get("shares", ()), net.get("shares", ())))
 
 
 def _two(value: float) -> str:

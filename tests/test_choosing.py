@@ -61,7 +61,7 @@ def test_a_net_that_lost_its_classes_is_not_called_consistent():
     assert measure(Net(constant), IMAGES, CLASSES, count=4).scores["mirror_consistency"] == 1
 
 
-def test_classes_count_by_their_pixels_in_the_default_score_and_old_runs_have_it_too():
+def test_classes_count_by_the_root_of_their_pixels_in_the_default_score_and_old_runs_have_it_too():
     found = measure(
         Net(lambda x: x + torch.linspace(-1, 1, x.shape[-1]) * torch.tensor([1, 0, -1]).view(3, 1, 1)),
         IMAGES,
@@ -69,12 +69,14 @@ def test_classes_count_by_their_pixels_in_the_default_score_and_old_runs_have_it
         count=5,
     )
     iou = found.class_iou["mirror"]
-    weighted = sum(share * value for share, value in zip(found.shares, iou, strict=True)) * found.scores["confidence"]
-    assert found.scores["confident_fwiou"] == pytest.approx(weighted, rel=1e-5)
+    roots = [share**0.5 for share in found.shares]
+    weighted = sum(root * value for root, value in zip(roots, iou, strict=True)) / sum(roots)
+    weighted *= found.scores["confidence"]
+    assert found.scores["balanced_consistency"] == pytest.approx(weighted, rel=1e-5)
     assert weighted < found.scores["confidence"]
     saved = found.to_json()
-    del saved["scores"]["confident_fwiou"]
-    assert LabelFree.from_json(saved).scores["confident_fwiou"] == pytest.approx(weighted, rel=1e-5)
+    del saved["scores"]["balanced_consistency"]
+    assert LabelFree.from_json(saved).scores["balanced_consistency"] == pytest.approx(weighted, rel=1e-5)
     assert LabelFree.from_json({"scores": {"confidence": 1.0}, "shares": [0.0], "class_iou": {}}).scores == {
         "confidence": 1.0
     }
@@ -144,7 +146,7 @@ def offers(tmp_path, select, candidates, source_only=None, shares=()):
     chooser = object.__new__(choosing.Choosing)
     chooser.state, chooser.first = state, 1
     for name, value, step in candidates:
-        scores = {"mirror_consistency": value, "confident_fwiou": value, "class_correlation": value}
+        scores = {"mirror_consistency": value, "balanced_consistency": value, "class_correlation": value}
         net = nets.get(name, nets["student"])
         chooser._offer(name if name == "source_only" else "dacs", name, net, LabelFree(scores, list(shares)), step=step)
     return run.choice
@@ -194,8 +196,11 @@ def test_a_net_that_has_lost_a_class_is_not_chosen(tmp_path, select, shares, net
 
 
 def test_the_verdict_names_the_class_that_was_lost():
-    source, last = LabelFree({"confident_fwiou": 0.5}, [0.9, 0.1]), LabelFree({"confident_fwiou": 0.9}, [0.99, 0.01])
-    choice = choosing.Choice("source_only", 1, 0, "source_only", "confident_fwiou", 0.5)
+    source, last = (
+        LabelFree({"balanced_consistency": 0.5}, [0.9, 0.1]),
+        LabelFree({"balanced_consistency": 0.9}, [0.99, 0.01]),
+    )
+    choice = choosing.Choice("source_only", 1, 0, "source_only", "balanced_consistency", 0.5)
     classes = SimpleNamespace(names=("background", "nuclei"))
     run = SimpleNamespace(
         choice=choice, source_only=source, config=train_gta2cs.Config(), pair=SimpleNamespace(classes=classes)
@@ -259,14 +264,14 @@ def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("score", "value", "level"),
     [
-        ("confident_fwiou", 0.505, True),
-        ("confident_fwiou", 0.515, False),
+        ("balanced_consistency", 0.505, True),
+        ("balanced_consistency", 0.515, False),
         ("class_correlation", 0.2, False),  # the lower, the better: far ahead
         ("matrix_norm", 0.505, False),  # nothing is known of its differences
     ],
 )
 def test_a_verdict_calls_nets_level_only_by_a_score_whose_differences_are_known(score, value, level):
-    both = {"confident_fwiou": 0.5, score: 0.5}, {"confident_fwiou": 0.5, score: value}
+    both = {"balanced_consistency": 0.5, score: 0.5}, {"balanced_consistency": 0.5, score: value}
     source, last = (LabelFree(scores, []) for scores in both)
     choice, config = choosing.Choice("dacs", 1, 20, "student", score, value), train_gta2cs.Config()
     run = SimpleNamespace(choice=choice, source_only=source, config=config)

@@ -13,7 +13,7 @@ from gta2cs.histories import read_run
 
 
 def net(value):
-    return {"scores": {"mirror_consistency": value, "confident_fwiou": value}, "shares": [1.0], "class_iou": {}}
+    return {"scores": {"mirror_consistency": value, "balanced_consistency": value}, "shares": [1.0], "class_iou": {}}
 
 
 def write_run(folder, values, truths, *, start=0.5, pair="toy"):
@@ -47,7 +47,7 @@ def test_the_best_net_of_the_best_run_and_how_right_that_was(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Use the student of dacs, step 20, in" in printed
     assert [line.split(":")[0] for line in printed.splitlines()[:3]] == ["1. b", "2. a", "3. c"]
-    assert "3. c: source-only net, confident fwiou 0.500" in printed
+    assert "3. c: source-only net, balanced consistency 0.500" in printed
     text = page.read_text()
     assert "an mIoU of 62.0, the best of all 64.0: the choice loses 2.0" in text
     assert "45.7 in the mean" in text  # of the last students: 55, 62, 20
@@ -68,7 +68,7 @@ def test_a_net_that_has_lost_a_class_is_not_chosen(tmp_path):
     ):
         found["shares"] = shares
     (folder / "history.json").write_text(json.dumps(saved))
-    found = compare_runs.Comparison([read_run(folder)], "confident_fwiou")
+    found = compare_runs.Comparison([read_run(folder)], "balanced_consistency")
     assert found.best(found.runs[0])["truth_miou"] == 60.0
 
 
@@ -153,8 +153,8 @@ def test_folders_of_two_people_do_not_compare(tmp_path):
         (folder / "history.json").write_text(json.dumps(saved))
     runs = [read_run(tmp_path / name) for name in "ab"]
     with pytest.raises(ValueError, match=r"Expected runs on one pair, .*'folder /one'"):
-        compare_runs.Comparison(runs, "confident_fwiou")
-    assert compare_runs.Comparison(runs[:1] * 2, "confident_fwiou").text().startswith("# folder /one: 2 runs")
+        compare_runs.Comparison(runs, "balanced_consistency")
+    assert compare_runs.Comparison(runs[:1] * 2, "balanced_consistency").text().startswith("# folder /one: 2 runs")
 
 
 def test_a_sweep_runs_what_is_not_finished(tmp_path, monkeypatch, capsys):

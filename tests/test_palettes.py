@@ -87,7 +87,7 @@ def test_curves_show_the_score_of_the_choice_and_single_points(tmp_path: Path, m
     """A point between two steps without the class has no line; it has a marker."""
     kept = [{}, {"car": 0.2}, {}, {"car": 0.3}, {"car": 0.4}, {}]
     losses = [{"step": k, "terms": {"source": 1.0}, "kept": {"road": 0.5, **one}} for k, one in enumerate(kept)]
-    scores = {"scores": {"confident_fwiou": 0.5, "mirror_consistency": 0.8}}
+    scores = {"scores": {"balanced_consistency": 0.5, "mirror_consistency": 0.8}}
     free = [{"step": 5, "nets": {"student": scores}}]
     stage = {"name": "dacs", "steps": 6, "losses": losses, "scores": [], "label_free": free, "source_only": scores}
     figures = []
@@ -95,7 +95,7 @@ def test_curves_show_the_score_of_the_choice_and_single_points(tmp_path: Path, m
     report.save_curves(tmp_path / "curves.png", [stage])
     report.save_curves(tmp_path / "curves.png", [stage], score="mirror_consistency")
     _, score, shares = figures[0].axes
-    assert score.get_title() == "confident fwiou on target, %, no labels"
+    assert score.get_title() == "balanced consistency on target, %, no labels"
     assert [list(line.get_ydata()) for line in score.lines] == [[50.0], [50.0, 50.0]]
     assert {line.get_label(): line.get_markevery() for line in shares.lines} == {"road": None, "car": [1]}
     assert list(figures[1].axes[1].lines[0].get_ydata()) == [80.0]

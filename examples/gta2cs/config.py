@@ -148,9 +148,9 @@ class Config:
     """Number of steps between evaluations on the target; 0 evaluates only at the end of a stage."""
     eval_trimap: int = 0
     """Also score the pixels within this distance of a true boundary, as "boundary"."""
-    select: str = "confident_fwiou"
+    select: str = "balanced_consistency"
     """How best.pt is chosen, without target labels, at every evaluation: last, source_or_last, or a score
-    (confident_fwiou, mirror_consistency, nuclear_norm, ...; a leading minus reverses its direction)."""
+    (balanced_consistency, mirror_consistency, nuclear_norm, ...; a leading minus reverses its direction)."""
     score_images: int = 24
     """Number of unlabelled target training images for the label-free scores."""
     score_views: list[str] = field(default_factory=lambda: ["mirror"])

@@ -40,7 +40,7 @@ DIRECTIONS = {
     **{f"{view}_consistency": 1 for view in VIEWS},
     **{f"{view}_worst_class": 1 for view in VIEWS},
     "confident_consistency": 1,  # ours: mirror consistency times confidence, so that certainty decides between equals
-    "confident_fwiou": 1,  # ours: the same with classes weighted by their share of the pixels
+    "balanced_consistency": 1,  # ours: the same, each class with the weight of the root of its pixels
     "confidence": 1,
     "negative_entropy": 1,
     "information_maximization": 1,
@@ -49,12 +49,12 @@ DIRECTIONS = {
     "neighbourhood_density": 1,
     "matrix_norm": 1,
 }
-DEFAULT = "confident_fwiou"  # what `select` looks at
+DEFAULT = "balanced_consistency"  # what `select` looks at
 BY_CLASS = "confident_consistency"  # what decides the scale and the colours of source: every class counts the same
 # What is known of a score, in words, for the verdict.
 MARGIN = 0.01  # differences of a hundredth say nothing
 RELIABILITY = {
-    "confident_fwiou": "On eight pairs, one to three seeds, its rank correlation with the true mIoU was RHO "
+    "balanced_consistency": "On eight pairs, one to three seeds, its rank correlation with the true mIoU was RHO "
     "(docs/results/scores.md). Differences of a hundredth say nothing.",
     "confident_consistency": "On eight pairs, one to three seeds, its rank correlation with the true mIoU was RHO "
     "(docs/results/scores.md): it can point the wrong way.",
@@ -158,22 +158,26 @@ def measure(
         found[f"{view}_worst_class"] = min(counted)
     if "mirror" in agreement:
         found["confident_consistency"] = found["mirror_consistency"] * found["confidence"]
-        found["confident_fwiou"] = fwiou(shares, iou["mirror"]) * found["confidence"]
+        found["balanced_consistency"] = balanced_iou(shares, iou["mirror"]) * found["confidence"]
     return LabelFree(found, shares, iou)
 
 
 def completed(saved: dict[str, Any]) -> dict[str, float | None]:
-    """The scores that `to_json` wrote, with `confident_fwiou` also where a run of before it existed wrote them."""
+    """The scores that `to_json` wrote, with `balanced_consistency` also where a run of before it existed wrote them."""
     scores: dict[str, float | None] = {**saved["scores"]}
     mirror, sure = saved.get("class_iou", {}).get("mirror"), scores.get("confidence")
-    if "confident_fwiou" not in scores and mirror is not None and sure is not None and sum(saved["shares"]) > 0:
-        scores["confident_fwiou"] = fwiou(saved["shares"], mirror) * sure
+    if "balanced_consistency" not in scores and mirror is not None and sure is not None and sum(saved["shares"]) > 0:
+        scores["balanced_consistency"] = balanced_iou(saved["shares"], mirror) * sure
     return scores
 
 
-def fwiou(shares: Sequence[float], class_iou: Sequence[float | None]) -> float:
-    """Frequency-weighted IoU: a mean over the classes, each with the weight of its pixels."""
-    return sum(share * (iou or 0.0) for share, iou in zip(shares, class_iou, strict=True)) / sum(shares)
+def balanced_iou(shares: Sequence[float], class_iou: Sequence[float | None]) -> float:
+    """Mean IoU with the root of a class's share of the pixels as its weight.
+
+    With equal weights a few pixels of rare classes decide; weighted by pixels, a rare class may vanish unseen.
+    """
+    weights = [share**0.5 for share in shares]
+    return sum(weight * (iou or 0.0) for weight, iou in zip(weights, class_iou, strict=True)) / sum(weights)
 
 
 def _see(net: nn.Module, images: Tensor, scores: LabelFreeScores, agreement: dict[str, ConsistencyScore]) -> None:
