@@ -56,7 +56,7 @@ MARGIN = 0.01  # differences of a hundredth say nothing
 RELIABILITY = {
     "balanced_consistency": "On eight pairs its rank correlation with the truth was 0.26 to 0.84 "
     "(docs/results/scores.md). Differences of a hundredth say nothing.",
-    "confident_consistency": "On eight pairs its rank correlation with the truth was -0.28 to 0.92 "
+    "confident_consistency": "On eight pairs its rank correlation with the truth was -0.28 to 0.93 "
     "(docs/results/scores.md): it can point the wrong way.",
     "mirror_consistency": "On eight pairs its rank correlation with the truth was -0.51 to 0.94 "
     "(docs/results/scores.md): it can point the wrong way.",
