@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -291,6 +293,36 @@ def test_blended_statistics_in_nets_that_were_copied_compiled_and_emptied() -> N
         EMATeacher(net, mode="eval", running_share=0.5)
     with pytest.raises(ValueError, match=r"`running_share` to be in \[0, 1\], but got 2"):
         EMATeacher(net, running_share=2)
+
+
+def test_a_blending_layer_treats_its_input_as_it_does_alone() -> None:
+    class ByName(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.norm(input=images)  # type: ignore[no-any-return]
+
+    net = ByName()
+    net(torch.rand(2, 3, 4, 4))
+    images = torch.rand(2, 3, 4, 4) * 5 + 1
+    teacher = EMATeacher(net, running_share=0.3)
+    out = teacher(images)
+    torch.testing.assert_close(out, EMATeacher(net.norm, running_share=0.3)(images))
+    for wrong in (images[:, :1], images[:, :2], images[0], images[0, 0]):  # by the layer, not by the rescaling
+        with pytest.raises((RuntimeError, ValueError)) as alone:
+            EMATeacher(net, mode="eval")(wrong)
+        with pytest.raises(alone.type, match=re.escape(str(alone.value))):
+            teacher(wrong)
+    torch.testing.assert_close(teacher(images), out)
+    assert teacher(images[:1, :, :1, :1]).isfinite().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert teacher(images[:0]).shape == (0, 3, 4, 4)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(teacher).train()
+    assert isinstance(converted.module.norm, nn.SyncBatchNorm)
+    torch.testing.assert_close(converted(images), out)
 
 
 def test_an_error_in_the_net_leaves_it_as_it_was() -> None:

@@ -55,7 +55,8 @@ class EMATeacher(Average):
     With `running_share` s > 0, "batch_statistics" uses $s\, \mu_R + (1 - s)\, \mu_B$ and
     $s\, \sigma_R^2 + (1 - s)\, \sigma_B^2$, of the running statistics R and those of the batch B. Statistics of a batch
     fit the look of the target, but follow what its few images show; running statistics do neither. 0 is the batch
-    alone, 1 is "eval". Every process uses its own batch, also with SyncBatchNorm.
+    alone, 1 is "eval". Every process uses its own batch, also with SyncBatchNorm. Only calls of the teacher blend:
+    `.module`, called directly, uses the running statistics. With `buffers="keep"` these stay as they were copied.
 
     **BatchNorm statistics.** With `buffers` "copy" or "ema", the running statistics follow the student, and the
     teacher's own passes do not change them. With "keep" they belong to the teacher: its passes in training mode update
@@ -147,9 +148,6 @@ class EMATeacher(Average):
                 norm.reset_running_stats = Emptied(norm)  # type: ignore[method-assign]
         self._anew = False
         self._blending = Blending(running_share)
-        if running_share > 0:
-            for norm in self._norms():
-                norm.register_forward_pre_hook(self._blending)
         first = next(self.module.parameters(), torch.empty(0))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=first.device))
         self.masters = FullPrecisionState()
@@ -241,6 +239,8 @@ class EMATeacher(Average):
         # `update_bn` resets the layers, calls `train`, runs the net, and calls `train` again, with statistics by then.
         resets = (norm.__dict__.get("reset_running_stats") for norm in self._norms() if self._cumulative)
         self._anew = mode and any(isinstance(reset, Emptied) and reset.still for reset in resets)
+        if self.running_share > 0:
+            self._blending.register(self._norms())  # again, if a layer was replaced: `convert_sync_batchnorm`
         if mode and self.mode == "batch_statistics" and (self.running_share == 0 or self._anew):
             for norm in self._norms():
                 norm.train()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from udakit.teachers.unwrap import unwrap_model
@@ -51,11 +52,21 @@ class Blending:
         self.running_share = running_share
         self.on = False
 
-    def __call__(self, norm: _BatchNorm, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """The rescaled input of a layer."""
+    def register(self, norms: Iterable[_BatchNorm]) -> None:
+        """Hook into layers that do not have it yet."""
+        for norm in norms:
+            if not any(hook is self for hook in norm._forward_pre_hooks.values()):
+                norm.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(
+        self, norm: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The rescaled input of a layer; the layer itself refuses one of another shape."""
         if not self.on or norm.running_mean is None or norm.running_var is None:
             return None
-        x, *rest = args
+        x, *rest = (*args, *kwargs.values())  # its name differs between layers
+        if x.ndim < 2 or x.shape[1] != norm.running_mean.numel() or x.numel() == 0:
+            return None
         own = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         shape = [1, -1, *[1] * (x.ndim - 2)]
         mean, var = norm.running_mean.to(own.dtype).view(shape), norm.running_var.to(own.dtype).view(shape)
@@ -63,7 +74,9 @@ class Blending:
         center = batch_mean.lerp(mean, self.running_share)
         spread = batch_var.lerp(var, self.running_share)
         scale = ((var + norm.eps) / (spread + norm.eps)).sqrt()
-        return torch.addcmul(mean - center * scale, own, scale).to(x.dtype), *rest
+        rescaled = torch.addcmul(mean - center * scale, own, scale).to(x.dtype)
+        by_place = (rescaled, *rest)[: len(args)]
+        return by_place, dict(zip(kwargs, (rescaled, *rest)[len(args) :], strict=True))
 
 
 class Emptied:
