@@ -27,7 +27,7 @@ from gta2cs.threads import considerate_threads
 considerate_threads()  # before torch is imported
 
 import train_gta2cs
-from benchmarks import adaptation
+from benchmarks import adaptation, selection
 from benchmarks.harness import PAIR_NAMES, write_section
 from gta2cs.files import write_json
 
@@ -169,6 +169,17 @@ def guard(results: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n" if len(lines) > 2 else "Not measured yet.\n"
 
 
+def weights(results: dict[str, Any]) -> str:
+    """Markdown: what the guard would gain with other weights of the classes in its score."""
+    pairs: dict[str, list[dict[str, Any]]] = {}
+    for run in results.values():
+        if adaptation.guarded(run) is not None and run["source_only"].get("class_iou"):
+            named = [{**net, "truth_miou": net["miou"]} for net in (run["source_only"], *run["checkpoints"])]
+            pairs.setdefault(run["pair"], []).append({"start": named[0], "checkpoints": named[1:]})
+    ordered = {pair: pairs[pair] for pair in PAIR_NAMES if pair in pairs}
+    return selection.weights_table(ordered) if ordered else "Not measured yet.\n"
+
+
 def published(results: dict[str, Any]) -> str:
     """Markdown: the published gain of a part beside ours on each pair."""
     pairs = [pair for pair in STEPS if any(is_run(r, pair, BASE) for r in results.values())]
@@ -202,7 +213,9 @@ def main(arguments: list[str] | None = None) -> None:
         write_section("parts", table(results), PAGE)
         write_section("parts_published", published(results), SUMMARY)
         write_section("masked_trial", trial(results), MASKED)
-        write_section("guard", guard({**adaptation.load(adaptation.RESULTS), **results}), SCORES)
+        both = {**adaptation.load(adaptation.RESULTS), **results}
+        write_section("guard", guard(both), SCORES)
+        write_section("weights", weights(both), SCORES)
         return
     cases = itertools.product(options.seeds, options.pairs, options.parts)
     adaptation.run_missing([(pair, part, seed) for seed, pair, part in cases], run, options)

@@ -39,13 +39,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from benchmarks.harness import pair_name
 from gta2cs.histories import all_scores, headline, read_run
-from gta2cs.label_free import DEFAULT, collapsed
+from gta2cs.label_free import DEFAULT, PRESENT, collapsed
 from gta2cs.rank_statistics import kendall, ranks, spearman
 
 Net = dict[str, Any]
 Run = dict[str, Any]
 STREETS = {"camvid", "carla2camvid", "carla2dusk", "dusk2day", "day2carla"}
 TOGETHER = (STREETS,)  # share images: left out together
+POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 QUESTIONS = ("checkpoint", "setting", "guard")
 SHOWN = (
     "balanced_consistency",
@@ -375,6 +376,39 @@ def guard_table(study: Study, name: str = DEFAULT) -> str:
             f"| {missed} | {np.mean(best):+.1f} | {adapted} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def weights_table(pairs: dict[str, list[Run]]) -> str:
+    """What the guard gains if a class weighs its share of the pixels to a power, and the power other pairs take."""
+    gains = {power: {pair: guarded_gain(runs, power) for pair, runs in pairs.items()} for power in POWERS}
+    lines = ["| power | " + " | ".join(map(pair_name, pairs)) + " | mean |", "|---:|" + "---:|" * (len(pairs) + 1)]
+    for power, found in gains.items():
+        values = [*found.values(), mean(list(found.values()))]
+        lines.append(f"| {power:g} | " + " | ".join(f"{value:+.2f}".replace("-", "−") for value in values) + " |")
+    picks = []
+    for pair in pairs:
+        rest = {power: mean([v for other, v in found.items() if other != pair]) for power, found in gains.items()}
+        picks.append(f"{pair_name(pair)}: {max(rest, key=rest.__getitem__):g}")
+    return "\n".join(lines) + f"\n\nPower that the other pairs choose, for {'; '.join(picks)}.\n"
+
+
+def guarded_gain(runs: Sequence[Run], power: float) -> float:
+    """Mean gain of the last student where it has the higher score and has lost no class, 0 elsewhere."""
+    found = []
+    for run in runs:
+        start, last = run.get("start"), last_student(run)
+        if start and "class_iou" in start and "class_iou" in last:
+            taken = weighted(last, power) > weighted(start, power) and not lost(start, last)
+            found.append(last["truth_miou"] - start["truth_miou"] if taken else 0.0)
+    return mean(found)
+
+
+def weighted(net: Net, power: float) -> float:
+    """Mirror IoU with such weights, times confidence."""
+    weights = [share**power if share >= PRESENT or power > 0 else 0.0 for share in net["shares"]]
+    iou = net["class_iou"]["mirror"]
+    total = sum(weight * (value or 0.0) for weight, value in zip(weights, iou, strict=True))
+    return total / sum(weights) * net["scores"]["confidence"]  # type: ignore[no-any-return]
 
 
 def lost(start: Net, net: Net) -> bool:

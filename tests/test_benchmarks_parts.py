@@ -82,6 +82,7 @@ def test_the_pages_are_those_of_the_json() -> None:
         "parts_published": (parts.published(results), parts.SUMMARY),
         "masked_trial": (parts.trial(results), parts.MASKED),
         "guard": (parts.guard({**policy, **results}), parts.SCORES),
+        "weights": (parts.weights({**policy, **results}), parts.SCORES),
     }
     for name, (text, page) in sections.items():
         assert harness.section(name, text) in page.read_text(encoding="utf-8"), "run benchmarks/parts.py --table"

@@ -124,6 +124,25 @@ def test_guard_counts():
     assert nuclei == ["2", "+4.5", "1", "+7.0", "0", "+9.0", "2"]
 
 
+def test_the_weight_of_a_class_decides_what_the_guard_takes():
+    """The rare class becomes more consistent at the cost of the other: a gain by classes, a loss by pixels."""
+
+    def seen(truth, first, second, shares=(0.9, 0.1)):
+        mirror = {"class_iou": {"mirror": [first, second]}, "scores": {"confidence": 1.0}}
+        return {"step": 10, "net": "student", "truth_miou": truth, "shares": list(shares), **mirror}
+
+    harmful = [{"start": seen(50.0, 0.9, 0.3), "checkpoints": [seen(40.0, 0.8, 0.6)]}]
+    collapsed = [{"start": seen(50.0, 0.9, 0.3), "checkpoints": [seen(20.0, 1.0, 0.5, (0.98, 0.02))]}]
+    assert [selection.guarded_gain(harmful, power) for power in (0.0, 1.0)] == [-10.0, 0.0]
+    assert [selection.guarded_gain(collapsed, power) for power in (0.0, 1.0)] == [0.0, 0.0]
+    assert selection.weighted(seen(50.0, 0.9, 0.3), 0.5) == pytest.approx(
+        (0.9**0.5 * 0.9 + 0.1**0.5 * 0.3) / (0.9**0.5 + 0.1**0.5)
+    )
+    text = selection.weights_table({"toy": harmful, "nuclei": collapsed})
+    assert "| 0 | −10.00 | +0.00 | −5.00 |" in text
+    assert "nuclei: 0.5" in text or "nuclei: 0.75" in text or "nuclei: 1" in text  # the toy pair's harm decides
+
+
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
