@@ -207,7 +207,10 @@ def test_the_verdict_names_the_class_that_was_lost():
     )
     words = choosing.verdict(run, [{"label_free": [{"nets": {"student": last.to_json()}}]}])
     assert "**Use the source-only net** (`best.pt`). The last student has 0.900 against 0.500" in words
-    assert "lost most of nuclei" in words
+    assert ", but it has lost most of nuclei" in words
+    worse = LabelFree({"balanced_consistency": 0.4}, [0.99, 0.01])
+    words = choosing.verdict(run, [{"label_free": [{"nets": {"student": worse.to_json()}}]}])
+    assert "0.400 against 0.500 of balanced consistency, and it has lost most of nuclei" in words
 
 
 def tiny(out, **changes):

@@ -183,6 +183,12 @@ def test_the_teacher_that_was_not_taken_is_freed_and_both_kinds_of_checkpoint_re
         again.load_state_dict(saved)  # also where the other is gone already
 
 
+def test_a_checkpoint_of_other_candidates_is_refused_by_their_names():
+    recipe, _ = decided()
+    with pytest.raises(ValueError, match=f"it has the candidate {[*LABELLING][1]}, and this run has other"):
+        build(images=2, candidates={"other": {}}).load_state_dict(recipe.state_dict())
+
+
 def test_decisions_of_a_net_that_nothing_has_trained_are_called_so():
     batch = SimpleNamespace(target_images=torch.randn(1, 3, 64, 64), source_images=torch.randn(1, 3, 64, 64))
     data = Preparation(lambda start, stop: [batch] * (stop - start), steps=10, trained=False)

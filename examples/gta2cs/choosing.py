@@ -279,11 +279,12 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
             found = next(iter(histories[-1]["label_free"][-1]["nets"].values()))
             lost = [run.pair.classes.names[c] for c in collapsed(source.shares, found["shares"])]
             why = (
-                f"The last student has {last:.3f} against {before:.3f} of {named}, but it has lost most of "
-                f"{', '.join(lost)}: no score is trusted about such a net."
+                f"The last student has {last:.3f} against {before:.3f} of {named}, "
+                f"{'but' if last > before else 'and'} it has lost most of {', '.join(lost)}: no score is trusted "
+                "about such a net."
                 if lost
-                else f"No adapted net reaches its {named} of {before:.3f}; the last student has {last:.3f}. The "
-                "adaptation did not help, as far as this score can tell."
+                else f"No adapted net that kept its classes reaches its {named} of {before:.3f}; the last student has "
+                f"{last:.3f}. The adaptation did not help, as far as this score can tell."
             )
             lines.append(f"**Use the source-only net** (`best.pt`). {why}")
         else:

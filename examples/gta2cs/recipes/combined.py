@@ -39,8 +39,8 @@ UNTRAINED = (
 )
 
 # How the teacher labels: statistics of a target batch mislead where the domains differ in what they show, running
-# statistics of source where they differ in look, each by ten points on some pair (docs/methods/combined.md). Half of
-# each is safe.
+# statistics of source where they differ in look, each by about ten points on some pair (docs/methods/combined.md).
+# Half of each is never far behind the better one.
 CANDIDATES: dict[str, dict[str, Any]] = {
     "blended": {
         "teacher_mode": "batch_statistics",
@@ -278,6 +278,13 @@ class Combined(Recipe):
         return groups  # type: ignore[no-any-return]
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        held = f"{prefix}candidates."
+        theirs = dict.fromkeys(key.removeprefix(held).split(".")[0] for key in state_dict if key.startswith(held))
+        if unknown := [name for name in theirs if name not in self.names]:
+            raise ValueError(
+                f"it has the candidate {', '.join(unknown)}, and this run has {', '.join(self.names)}. If you changed "
+                "no `candidates`, an earlier version with other ones wrote it: use --overwrite to start anew."
+            )
         if (saved := state_dict.get(prefix + "progress")) is not None:
             self.done, self.trial_steps, kept = saved.tolist()
             self.keep(max(0, kept))  # `student` is the kept one's: known before its tensors are read
