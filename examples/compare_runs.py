@@ -68,9 +68,11 @@ class Comparison:
 
     def best(self, run: RunNets) -> dict[str, Any]:
         """The net of a run with the best score, which may be its source-only net; none that has lost a class of it."""
-        shares = run.start["shares"] if run.start else []
-        kept = [net for net in self.nets(run) if not collapsed(shares, net["shares"])]
-        return max(kept or self.nets(run), key=self.value)
+        return max(self.nets(run), key=lambda net: (not self.lost(run, net), self.value(net)))
+
+    def lost(self, run: RunNets, net: dict[str, Any]) -> bool:
+        """Whether a net has lost a class of the run's source-only net."""
+        return run.start is not None and bool(collapsed(run.start["shares"], net["shares"]))
 
     def nets(self, run: RunNets) -> list[dict[str, Any]]:
         """Source-only net and checkpoints."""
@@ -78,9 +80,9 @@ class Comparison:
 
     @property
     def all_nets(self) -> list[tuple[RunNets, dict[str, Any]]]:
-        """Every net of every run, best first."""
+        """Every net of every run, best first; those that have lost a class come last."""
         pairs = [(run, net) for run in self.runs for net in self.nets(run)]
-        return sorted(pairs, key=lambda pair: self.value(pair[1]), reverse=True)
+        return sorted(pairs, key=lambda pair: (not self.lost(*pair), self.value(pair[1])), reverse=True)
 
     @property
     def labelled(self) -> bool:
@@ -92,10 +94,12 @@ class Comparison:
         winner = self.runs[0]
         net = self.best(winner)
         named = self.score.replace("_", " ")
+        kept = sum(not self.lost(*pair) for pair in self.all_nets)
+        of = "nets" if kept == len(self.all_nets) else "nets that kept their classes"
         lines = [
             f"# {winner.pair}: {len(self.runs)} runs, compared without labels\n",
             f"**Use the {title(net)}, in `{winner.folder.name}`**: its {named} is {net['scores'][self.score]:.3f}, the "
-            f"{'highest' if self.sign > 0 else 'lowest'} of {len(self.all_nets)} nets. "
+            f"{'highest' if self.sign > 0 else 'lowest'} of {kept or len(self.all_nets)} {of}. "
             f"{RELIABILITY.get(self.score, UNRELIABLE)}\n",
             *self.table_of_runs(),
             "",
@@ -137,7 +141,8 @@ class Comparison:
         true_one, line = (" mIoU |", "---:|") if self.labelled else ("", "")
         lines = [f"| net | run | {self.score.replace('_', ' ')} |{true_one}", f"|---|---|---:|{line}"]
         for run, net in self.all_nets[:TOP]:
-            cells = [title(net), run.folder.name, number(net["scores"][self.score], 3)]
+            name = f"{title(net)} (lost a class)" if self.lost(run, net) else title(net)
+            cells = [name, run.folder.name, number(net["scores"][self.score], 3)]
             cells += [number(net["truth_miou"], 1)] if self.labelled else []
             lines.append("| " + " | ".join(cells) + " |")
         return lines

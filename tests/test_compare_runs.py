@@ -70,6 +70,10 @@ def test_a_net_that_has_lost_a_class_is_not_chosen(tmp_path):
     (folder / "history.json").write_text(json.dumps(saved))
     found = compare_runs.Comparison([read_run(folder)], "balanced_consistency")
     assert found.best(found.runs[0])["truth_miou"] == 60.0
+    text = found.text()
+    assert "0.600, the highest of 2 nets that kept their classes" in text
+    assert "The chosen net has an mIoU of 60.0" in text  # not the one with the highest score
+    assert text.index("| student of dacs, step 10 |") < text.index("| student of dacs, step 20 (lost a class) |")
 
 
 def test_a_step_counts_within_its_stage(tmp_path, capsys):
