@@ -12,7 +12,7 @@ from torch import nn
 
 import train_gta2cs
 from gta2cs import choosing, label_free
-from gta2cs.checkpoints import load_checkpoint
+from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.inference import Trained
 from gta2cs.label_free import LabelFree, measure
 from gta2cs.samples import ClassSet, Unlabelled
@@ -248,6 +248,25 @@ def test_a_target_without_any_label(tmp_path, monkeypatch):
     again = train_gta2cs.main(dataclasses.replace(tiny(tmp_path), resume=True))  # all stages are done: it reports again
     assert again == {}
     assert json.loads((tmp_path / "history.json").read_text())["choice"] == history["choice"]
+
+
+def test_a_run_from_before_the_score_existed_is_resumed(tmp_path):
+    config = tiny(tmp_path, select="source_or_last")
+    train_gta2cs.main(config)
+    choice = json.loads((tmp_path / "history.json").read_text())["choice"]
+    for path in (tmp_path / "best.pt", *tmp_path.glob("stage*/last.pt")):
+        saved = load_checkpoint(path)
+        history = json.loads(saved["history"])
+        nets = [net for entry in history["label_free"] for net in entry["nets"].values()]
+        for found in [*nets, *([history["source_only"]] if "source_only" in history else [])]:
+            del found["scores"]["balanced_consistency"]
+        saved["history"] = json.dumps(history)
+        if path.name == "best.pt":
+            saved["choice"] = json.dumps({**choice, "score": "confident_consistency", "value": 0.123})
+        save_checkpoint(path, saved)
+    train_gta2cs.main(dataclasses.replace(config, resume=True))
+    assert json.loads((tmp_path / "history.json").read_text())["choice"] == pytest.approx(choice)
+    assert "balanced consistency" in (tmp_path / "report.md").read_text()
 
 
 def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from gta2cs.label_free import (
     LabelFree,
     NoScoreError,
     collapsed,
+    complete,
     measure,
     views_of,
 )
@@ -237,8 +238,14 @@ def resume_choice(run: Run) -> None:
     """Start a new choice, or continue the choice of a resumed run."""
     path = best_path(run)
     if run.config.resume and path.is_file():
-        saved = json.loads(load_checkpoint(path)["choice"])
+        opened, score = load_checkpoint(path), score_of(run.config.select)
+        saved = json.loads(opened["choice"])
         run.choice = None if saved is None else Choice(**saved)
+        if run.choice is not None and run.choice.score not in ("last", score):  # `source_or_last` had another one
+            history = complete(json.loads(opened["history"]))
+            starts = run.choice.net == SOURCE_ONLY
+            found = history["source_only"] if starts else history["label_free"][-1]["nets"][run.choice.net]
+            run.choice.score, run.choice.value = score, found["scores"].get(score)
     elif run.is_main:
         path.unlink(missing_ok=True)
 

@@ -171,6 +171,14 @@ def completed(saved: dict[str, Any]) -> dict[str, float | None]:
     return scores
 
 
+def complete(history: dict[str, Any]) -> dict[str, Any]:
+    """The history of a stage, with scores that did not exist when an earlier version wrote it."""
+    nets = [net for entry in history.get("label_free", ()) for net in entry["nets"].values()]
+    for found in [*nets, *([history["source_only"]] if "source_only" in history else [])]:
+        found["scores"] = completed(found)
+    return history
+
+
 def balanced_iou(shares: Sequence[float], class_iou: Sequence[float | None]) -> float:
     """Mean IoU with the root of a class's share of the pixels as its weight.
 

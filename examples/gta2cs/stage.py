@@ -17,6 +17,7 @@ from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.config import Config, Stage, check_same_run, plain
 from gta2cs.datasets import Pair
 from gta2cs.interrupts import NOTHING_DONE, postponed
+from gta2cs.label_free import complete
 from gta2cs.nets import param_groups
 from gta2cs.recipes import RECIPES, Recipe
 
@@ -149,7 +150,7 @@ class StageState:
                 f"Expected {checkpoint} to be a checkpoint of this run, but it does not fit: {first}"
             ) from error
         self.done = self.saved = saved["step"]
-        self.history = {**self.history, **json.loads(saved["history"])}
+        self.history = {**self.history, **complete(json.loads(saved["history"]))}
         self.began = time.perf_counter() - self.history["seconds"]
         self.run.source_factor = self.history.get("source_factor")
         return True
