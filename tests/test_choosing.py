@@ -264,9 +264,12 @@ def test_a_run_from_before_the_score_existed_is_resumed(tmp_path):
         if path.name == "best.pt":
             saved["choice"] = json.dumps({**choice, "score": "confident_consistency", "value": 0.123})
         save_checkpoint(path, saved)
+    for name in ("history.json", "report.md", "curves.png"):
+        (tmp_path / name).unlink()
     train_gta2cs.main(dataclasses.replace(config, resume=True))
     assert json.loads((tmp_path / "history.json").read_text())["choice"] == pytest.approx(choice)
     assert "balanced consistency" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "curves.png").exists()
 
 
 def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):
