@@ -43,6 +43,14 @@ def test_statistics_are_the_average_over_batches(share: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(adapted.parameters(), model.parameters(), strict=True))
 
 
+def test_empty_batches_alone_leave_the_statistics_of_source() -> None:
+    model = net()
+    adapted = udakit.adapt_batch_norm(model, [batches()[0][:0]])
+    for name, x in model[1].named_buffers():
+        if name != "num_batches_tracked":
+            torch.testing.assert_close(adapted[1].get_buffer(name), x)
+
+
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(4), nn.BatchNorm3d(4)])
 def test_signals_and_volumes(layer: nn.Module) -> None:
     space = {nn.BatchNorm1d: (9,), nn.BatchNorm3d: (2, 3, 4)}[type(layer)]
@@ -67,9 +75,8 @@ def test_parameters_of_every_normalisation_once() -> None:
 
 
 def test_errors() -> None:
-    for none in ([], [batches()[0][:0]]):
-        with pytest.raises(ValueError, match=r"Expected `batches` to have at least one batch with images"):
-            udakit.adapt_batch_norm(net(), none)
+    with pytest.raises(ValueError, match=r"Expected `batches` to have at least one batch, but got none"):
+        udakit.adapt_batch_norm(net(), [])
     with pytest.raises(ValueError, match=r"Expected `model` to have BatchNorm layers .* LayerNorm"):
         udakit.adapt_batch_norm(nn.LayerNorm(3), batches())
     with pytest.raises(TypeError, match=r"Expected `batches` to be an iterable of tensors"):

@@ -67,7 +67,8 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_shar
     **Convention.** The copy has the train and eval modes of the net and no wrappers (see `copy_net`). The net itself
     does not change. During the estimation, BatchNorm layers normalise with the statistics of the batch, and everything
     else is in evaluation mode, without dropout. The result is the plain average over the batches, with unbiased
-    variances as in torch. Empty batches are left out. Layers without running statistics do not change.
+    variances as in torch. Empty batches are left out; of empty batches alone, the statistics stay those of source.
+    Layers without running statistics do not change.
 
     **Source.** AdaBN (Li et al., 2016) is s = 0. Schneider et al. (NeurIPS 2020) keep a share of the source statistics
     if there are few target images.
@@ -83,7 +84,7 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_shar
 
     Raises:
         TypeError: `model` is not a Module, or the batches are not tensors.
-        ValueError: the net has no BatchNorm statistics, there is no image, or `source_share` is out of range.
+        ValueError: the net has no BatchNorm statistics, there is no batch, or `source_share` is out of range.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
@@ -108,9 +109,10 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_shar
     for norm in norms:
         norm.train()
         norm.reset_running_stats()
-    count = 0
+    given, count = False, 0
     with torch.no_grad():
         for batch in batches:
+            given = True
             check_tensor("batches", batch, "an iterable of tensors")
             if batch.shape[:1] == (0,):  # without images
                 continue
@@ -118,8 +120,9 @@ def adapt_batch_norm(model: nn.Module, batches: Iterable[Tensor], *, source_shar
             for norm in norms:
                 norm.momentum = 1 / count  # the plain average; with None, torch would read the count from the device
             adapted(batch)
-    if count == 0:
-        raise ValueError("Expected `batches` to have at least one batch with images, but got none.")
+    if not given:
+        raise ValueError("Expected `batches` to have at least one batch, but got none.")
+    source_share = source_share if count else 1.0
     for module, mode in modes.items():
         module.training = mode
     for norm, momentum, (mean, variance) in zip(norms, momenta, source, strict=True):

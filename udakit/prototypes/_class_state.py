@@ -48,22 +48,23 @@ class ClassState(FullPrecisionState):
             raise ValueError(f"Expected `features` to be {form}, but got {shape_of(features)}.")
         check_device("features", features, getattr(self, self._names[0]), self._names[0])
 
-    def _take(self, counts: Tensor, **vectors: Tensor) -> None:
-        """Copy given vectors and counts into the buffers; raise if their kind or shape is wrong."""
+    def _take(self, given: Tensor | None, **vectors: Tensor) -> None:
+        """Copy given vectors and counts (None: 0) into the buffers; raise if their kind, shape or sign is wrong."""
         shape = (self.num_classes, self.dim)
         for name, x in vectors.items():
             check_float(name, x)
             if x.shape != shape:
                 raise ValueError(f"Expected `{name}` to be (C, D) = {shape}, but got {shape_of(x)}.")
+        counts = torch.zeros_like(self.counts) if given is None else given
         check_tensor("counts", counts, "an integer tensor")
         if counts.is_floating_point() or counts.dtype == torch.bool:
             raise TypeError(f"Expected `counts` to be an integer tensor, but got {kind_of(counts)}.")
         if counts.shape != self.counts.shape:
             raise ValueError(f"Expected `counts` to be (C,) = {shape_of(self.counts)}, but got {shape_of(counts)}.")
-        for name, x in {**vectors, "counts": counts}.items():
+        for kind, numbers in {"variances": vectors.get("variances"), "counts": given}.items():
             # Nobody waits on a CPU for the value read here. On a GPU, negative numbers are taken as they are.
-            if name in ("counts", "variances") and x.device.type == "cpu" and bool((x < 0).any()):
-                raise ValueError(f"Expected `{name}` to have no negative numbers, but got {float(x.amin()):g}.")
+            if numbers is not None and numbers.device.type == "cpu" and bool((numbers < 0).any()):
+                raise ValueError(f"Expected `{kind}` to have no negative numbers, but got {float(numbers.amin()):g}.")
         with torch.no_grad():
             for name, x in vectors.items():
                 getattr(self, name).copy_(x)

@@ -135,7 +135,7 @@ class ClassDistributions(ClassState):
             TypeError: `means` or `variances` are not float, or `counts` are not integers.
             ValueError: the shapes do not match, or a variance or count is negative (looked at on the CPU only).
         """
-        self._take(torch.zeros_like(self.counts) if counts is None else counts, means=means, variances=variances)
+        self._take(counts, means=means, variances=variances)
         if counts is None:
             self.counts.copy_((self.means != 0).any(1))
         return self

@@ -232,7 +232,7 @@ class ClassPrototypes(ClassState):
             TypeError: `prototypes` are not float, or `counts` are not integers.
             ValueError: the shapes do not match, or a count is negative (looked at on the CPU only).
         """
-        self._take(torch.zeros_like(self.counts) if counts is None else counts, prototypes=prototypes)
+        self._take(counts, prototypes=prototypes)
         with torch.no_grad():
             self.counts.clamp_(min=(self.prototypes != 0).any(1).long())
         return self
