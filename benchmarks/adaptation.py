@@ -98,9 +98,8 @@ LABELLING: dict[str, dict[str, Any]] = {
     "batch": {"teacher_mode": "batch_statistics"},
 }
 SETTINGS: dict[str, dict[str, Any]] = {name: {**SHARED, **own} for name, own in LABELLING.items()}
-DECIDED = {
-    "candidates": LABELLING
-}  # `combined` before: the score chose between the two, and no source steps came first
+# `combined` before: the score chose between the two, and no source steps came first.
+DECIDED = {"candidates": LABELLING}
 BLENDED = {"teacher_mode": "batch_statistics", "teacher_running_share": 0.5, "buffers": "ema"}
 # `combined` without source steps first: row -> (title, how its teacher labels)
 AT_ONCE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -448,9 +447,9 @@ def table(results: dict[str, Any], of: Iterable[str] = PAIRS) -> str:
     return "\n".join(lines) + f"\n\nSetting of DACS that the other pairs choose: {', '.join(picks)}.\n"
 
 
-def summary(results: dict[str, Any], of: Iterable[str] = PAIRS) -> str:
+def summary(results: dict[str, Any]) -> str:
     """Markdown: `combined`, by its last student and by the net that the loop deploys, between what bounds it."""
-    if not (pairs := pairs_run(results, of)):
+    if not (pairs := pairs_run(results)):
         return "Not measured yet.\n"
     titles = {row: TITLES[row] for row in ("source_only", STATISTICS, "combined")}
     deployed = line_of(results, "combined, the net chosen without labels", chosen, pairs)
@@ -472,7 +471,7 @@ def labelling(results: dict[str, Any]) -> str:
         "combined": "half of each, after half of the steps on source",
         "source_only": "source-only, for comparison",
     }
-    lines = ["| labels by | " + " | ".join(PAIR_NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    lines = head_of(pairs, "labels by ")
     for row, title in rows.items():
         cells = [spread(final(results, pair, row)) for pair in pairs]
         if any(text != "–" for text in cells):
@@ -500,9 +499,14 @@ def pairs_run(results: dict[str, Any], of: Iterable[str] = PAIRS) -> list[str]:
     return [pair for pair in of if runs_of(results, pair, "source_only")]
 
 
+def head_of(pairs: Sequence[str], first: str = "") -> list[str]:
+    """Head of a table with a column a pair."""
+    return [f"| {first}| " + " | ".join(PAIR_NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+
+
 def lines_of(results: dict[str, Any], titles: dict[str, str], pairs: Sequence[str]) -> list[str]:
     """Head of a table, and a line of each row that has run on any pair."""
-    lines = ["| | " + " | ".join(PAIR_NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    lines = head_of(pairs)
     for row, title in titles.items():
         cells = [cell(results, pair, row) for pair in pairs]
         if any(text != "–" for text in cells):
@@ -530,7 +534,7 @@ def tried(results: dict[str, Any]) -> str:
     pairs = [pair for pair, found in seeds.items() if found]
     if not pairs:
         return "Not measured yet.\n"
-    lines = ["| | " + " | ".join(PAIR_NAMES[pair] for pair in pairs) + " |", "|---|" + "---:|" * len(pairs)]
+    lines = head_of(pairs)
     rows = {"decided": "nothing changed", **{f"tried_{name}": title for name, (title, _) in TRIED.items()}}
     for row, title in rows.items():
         cells = [tried_cell(results, pair, row, seeds[pair]) for pair in pairs]

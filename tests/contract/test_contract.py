@@ -4,6 +4,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -99,25 +100,22 @@ def test_no_pixels(op: Operation, side: str) -> None:
     assert all(x.isfinite().all() for x in gradients)
 
 
+def _of_inputs(ex: checks.Example, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The float outputs with other values of the arguments that take a gradient."""
+    for i, x in zip(ex.grad, inputs, strict=True):
+        ex = ex.change(i, x)
+    return tuple(x for x in checks.run(ex) if x.is_floating_point())
+
+
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 @pytest.mark.parametrize("way", ["jvp", "dual"])
 @every_operation
 def test_forward_mode(op: Operation, way: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A derivative in forward mode is that of `backward`, or an error: torch takes what an operator drops for 0."""
-    if large:
-        monkeypatch.setattr("udakit._reduce.LARGE", 1)
-    ex = checks.make(checks.as_used(op), c=3, d=3, h=4, w=4, dtype=torch.float64)
-    if not ex.grad:
-        pytest.skip("takes no gradient")
-    primals = tuple(x.detach().clone() for x in ex.inputs())
+    ex = _learning(op, large, monkeypatch)
+    primals, function = tuple(x.detach().clone() for x in ex.inputs()), partial(_of_inputs, ex)
     g = torch.Generator().manual_seed(0)
     tangents = tuple(torch.randn(x.shape, dtype=x.dtype, generator=g) for x in primals)
-
-    def function(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        changed = ex
-        for i, x in zip(ex.grad, inputs, strict=True):
-            changed = changed.change(i, x)
-        return tuple(x for x in checks.run(changed) if x.is_floating_point())
 
     try:
         if way == "jvp":
@@ -140,22 +138,22 @@ def test_forward_mode(op: Operation, way: str, large: bool, monkeypatch: pytest.
             torch.testing.assert_close((slope * weight).sum(), torch.as_tensor(expected, dtype=x.dtype))
 
 
-@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
-@every_operation
-def test_functional_gradient(op: Operation, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.func.vjp` gives what `backward` does, or an error that says so in our words."""
+def _learning(op: Operation, large: bool, monkeypatch: pytest.MonkeyPatch) -> checks.Example:
+    """A small float64 example that takes a gradient, in passes for `large` tensors on request."""
     if large:
         monkeypatch.setattr("udakit._reduce.LARGE", 1)
     ex = checks.make(checks.as_used(op), c=3, d=3, h=4, w=4, dtype=torch.float64)
     if not ex.grad:
         pytest.skip("takes no gradient")
-    primals = tuple(x.detach().clone() for x in ex.inputs())
+    return ex
 
-    def function(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        changed = ex
-        for i, x in zip(ex.grad, inputs, strict=True):
-            changed = changed.change(i, x)
-        return tuple(x for x in checks.run(changed) if x.is_floating_point())
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@every_operation
+def test_functional_gradient(op: Operation, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.func.vjp` gives what `backward` does, or an error that says so in our words."""
+    ex = _learning(op, large, monkeypatch)
+    primals, function = tuple(x.detach().clone() for x in ex.inputs()), partial(_of_inputs, ex)
 
     leaves = tuple(x.clone().requires_grad_() for x in primals)
     out = function(*leaves)
@@ -176,11 +174,7 @@ def test_functional_gradient(op: Operation, large: bool, monkeypatch: pytest.Mon
 @every_operation
 def test_second_derivative(op: Operation, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `create_graph=True` gives is the derivative of the gradient, or an error that says so: never a silent 0."""
-    if large:
-        monkeypatch.setattr("udakit._reduce.LARGE", 1)
-    ex = checks.make(checks.as_used(op), c=3, d=3, h=4, w=4, dtype=torch.float64)
-    if not ex.grad:
-        pytest.skip("takes no gradient")
+    ex = _learning(op, large, monkeypatch)
     g = torch.Generator().manual_seed(0)
     along = [torch.randn(x.shape, dtype=x.dtype, generator=g) for x in ex.inputs()]
 
