@@ -158,15 +158,23 @@ def guard(results: dict[str, Any]) -> str:
         runs = [r for r in results.values() if r["pair"] == pair and adaptation.guarded(r) is not None]
         if not runs:
             continue
-        gains = [last(r) - r["source_only"]["miou"] for r in runs]
         chosen = [adaptation.chosen(r)["miou"] - r["source_only"]["miou"] for r in runs]
-        kept = [adaptation.guarded(r) is r["source_only"] for r in runs]
-        lost = [k for g, k in zip(gains, kept, strict=True) if g < -LOST]
-        won = [k for g, k in zip(gains, kept, strict=True) if g >= WON]
-        counts = [len(runs), len(lost), sum(lost), len(won), len(won) - sum(won)]
-        means = [signed([statistics.mean(values)]) for values in (gains, chosen)]
-        lines.append(f"| {PAIR_NAMES[pair]} | {' | '.join(map(str, [*counts, *means]))} |")
+        means = [signed([statistics.mean(values)]) for values in ([gain_of(r) for r in runs], chosen)]
+        lines.append(f"| {PAIR_NAMES[pair]} | {' | '.join(map(str, [len(runs), *guard_counts(runs), *means]))} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else "Not measured yet.\n"
+
+
+def gain_of(run: dict[str, Any]) -> float:
+    """Points of mIoU of the last student over the net that it started from."""
+    return float(last(run) - run["source_only"]["miou"])
+
+
+def guard_counts(runs: Iterable[dict[str, Any]]) -> tuple[int, int, int, int]:
+    """Runs whose student lost, those of them whose start was kept, runs whose student won, those deployed."""
+    judged = [(gain_of(r), adaptation.guarded(r) is r["source_only"]) for r in runs if adaptation.guarded(r)]
+    lost = [kept for gain, kept in judged if gain < -LOST]
+    won = [not kept for gain, kept in judged if gain >= WON]
+    return len(lost), sum(lost), len(won), sum(won)
 
 
 def weights(results: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from benchmarks import adaptation, harness, main_job, results_page
+from benchmarks import adaptation, harness, main_job, parts, results_page
 from contract.registry import CHECKS
 from gta2cs.label_free import RELIABILITY
 
@@ -106,9 +106,10 @@ def test_the_pages_are_those_of_the_json() -> None:
 
 def numbers_of_prose() -> list[tuple[str, str, str, bool]]:
     """Page, what stands around a number in its prose, the number by the JSON or a script's table, must it be there."""
-    pairs, policy = (
-        json.loads((ROOT / f"benchmarks/results/{n}.json").read_text()) for n in ("real_pairs", "adaptation")
+    pairs, policy, single = (
+        json.loads((ROOT / f"benchmarks/results/{n}.json").read_text()) for n in ("real_pairs", "adaptation", "parts")
     )
+    lost, kept, won, deployed = map(str, parts.guard_counts([*policy.values(), *single.values()]))
     dacs = [pairs[f"toy/dacs/{seed}"]["rows"]["dacs, student"]["means"]["mIoU"] for seed in range(3)]
     job = json.loads((ROOT / "benchmarks/results/main_job.json").read_text())["rows"]
     starts = [job[name]["mIoU"] for name in main_job.STARTS]
@@ -118,7 +119,11 @@ def numbers_of_prose() -> list[tuple[str, str, str, bool]]:
         for pair in adaptation.PAIRS
     }
     found = [
-        *numbers_of_the_home_page(starts, dacs),
+        *numbers_of_the_home_page(starts, dacs, (kept, lost)),
+        ("docs/results/scores.md", r"(\d+) ended with a student that is worse", lost, True),
+        ("docs/results/scores.md", r"In (\d+) of them the loop kept the start", kept, True),
+        ("docs/results/scores.md", r"of (\d+) runs whose student was better", won, True),
+        ("docs/results/scores.md", r"kept the start in (\d+) of \d+ runs", str(int(won) - int(deployed)), True),
         ("docs/results.md", r"source-only net, at (\d+\.\d ± \d\.\d)", f"{start:.1f} ± {stdev(starts):.1f}", True),
         ("docs/results.md", r"from there DACS gains (\d+) points", f"{reached - start:.0f}", True),
         ("docs/results/per_class.md", r"300 steps, at (\d+\.\d) ±", f"{start:.1f}", True),
@@ -139,7 +144,9 @@ def numbers_of_prose() -> list[tuple[str, str, str, bool]]:
     return found
 
 
-def numbers_of_the_home_page(starts: list[float], dacs: list[float]) -> list[tuple[str, str, str, bool]]:
+def numbers_of_the_home_page(
+    starts: list[float], dacs: list[float], kept: tuple[str, str]
+) -> list[tuple[str, str, str, bool]]:
     """The same of the home page, as README and in docs/."""
     job = json.loads((ROOT / "benchmarks/results/main_job.json").read_text())["rows"]["one thread"]
     seconds = sum(main_job.lines_of(job).values())
@@ -155,6 +162,8 @@ def numbers_of_the_home_page(starts: list[float], dacs: list[float]) -> list[tup
         r"\((\d+\.\d ± \d\.\d) to": f"{mean(starts):.1f} ± {stdev(starts):.1f}",
         r"to (\d+\.\d ± \d\.\d)\)": f"{mean(dacs):.1f} ± {stdev(dacs):.1f}",
         r"in (\d+) minutes on one CPU core": f"{seconds / 60:.0f}",
+        r"worse: in (\d+) of": kept[0],
+        r"of (\d+) such runs": kept[1],
         r"contrast takes (\S+) × the time": f"{ratio['median']:.1f}",
         r"the time and (\S+) × the memory": f"{ratio['peak_bytes']:.2f}",
         r"NVIDIA H(\d+)": clock["card"]["name"].removeprefix("NVIDIA H"),
@@ -171,7 +180,7 @@ def test_the_home_page_has_no_number_that_nothing_stands_behind() -> None:
     headline = results_page.headline(json.loads(results_page.RESULTS.read_text(encoding="utf-8")))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     versions = {project["requires-python"].removeprefix(">="), project["dependencies"][0].removeprefix("torch>=")}
-    known = {around for _, around, _, _ in numbers_of_the_home_page([1.0, 2.0], [1.0, 2.0])}
+    known = {around for _, around, _, _ in numbers_of_the_home_page([1.0, 2.0], [1.0, 2.0], ("1", "2"))}
     for page, folder in zip(HOMES, ("docs/", ""), strict=True):
         text = (ROOT / page).read_text(encoding="utf-8")
         written = headline.replace("](", f"]({folder}")
