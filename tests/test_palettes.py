@@ -26,12 +26,25 @@ def test_lab_of_known_colours() -> None:
 
 @pytest.mark.parametrize(("count", "least"), [(2, 60), (11, 45), (19, 35), (40, 20)])
 def test_automatic_colours_are_far_apart(count: int, least: float) -> None:
-    colours = rainbow(count)
+    colours = rainbow([str(i) for i in range(count)])
     assert colours.shape == (count, 3)
     assert colours.dtype == np.uint8
     assert closest(colours) > least
     assert closest(np.vstack([colours, [[0, 0, 0], [255, 255, 255]]])) > least, "one looks like ignored or like paper"
-    assert np.array_equal(rainbow(count + 3)[:count], colours)  # a class more changes no colour
+    longer = rainbow([str(i) for i in range(count + 3)])
+    assert np.array_equal(longer[:count], colours)  # a class more changes no colour
+
+
+@pytest.mark.parametrize(("count", "least"), [(2, 35), (11, 30), (19, 25), (40, 15)])
+@pytest.mark.parametrize("name", ["background", "Void", "back ground", "unlabelled"])
+def test_a_background_is_dark_grey_and_the_others_show_on_it(name: str, count: int, least: float) -> None:
+    colours = rainbow([name, *(str(i) for i in range(count - 1))])
+    assert colours[0].tolist() == [64, 64, 64]
+    assert lab(colours[1:])[:, 0].min() > lab(colours[:1])[0, 0] + 15
+    assert closest(np.vstack([colours[1:], [[64, 64, 64], [255, 255, 255]]])) > least
+    assert lab(colours[:1])[0, 0] > 20, "looks like ignored"
+    assert np.array_equal(rainbow(["road", name])[1], colours[0])
+    assert not np.array_equal(rainbow([f"{name} cell", "road"])[0], colours[0]), "a class of its own"
 
 
 def test_lines_show_on_white() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from gta2cs.lists import read_text
 from gta2cs.palettes import far_apart
 from gta2cs.reading import IGNORE, Colour
 
+NEUTRAL = re.compile(r"back[ _-]?ground|bg|void|other|others|nothing|none|unlabell?ed|clutter", re.IGNORECASE)
+GREY = np.array([64, 64, 64], np.uint8)  # darker than what stands on it, and not the black of ignored pixels
 Ids = Mapping[int, int] | Mapping[Colour, int] | None  # raw label id, or colour (r, g, b) -> class id
 
 
@@ -47,9 +50,12 @@ class ClassSet:
         return len(self.names)
 
 
-def rainbow(count: int) -> np.ndarray:
-    """Colours (count, 3) uint8 for classes without a palette."""
-    return far_apart(count)
+def rainbow(names: Sequence[str]) -> np.ndarray:
+    """Colours (K, 3) uint8 for classes without a palette: the background is dark grey, the others are far apart."""
+    place = next((i for i, name in enumerate(names) if NEUTRAL.fullmatch(name.strip())), None)
+    if place is None:
+        return far_apart(len(names))
+    return np.insert(far_apart(len(names) - 1, background=GREY), place, GREY, axis=0)
 
 
 class ClassesFile(NamedTuple):
@@ -115,7 +121,7 @@ def _read(path: Path) -> ClassesFile:
             f"Expected {path} to be a mapping with `names` and only {sorted(known)}, but got {_short.repr(content)}."
         )
     names = _names(content["names"])
-    palette = rainbow(len(names)) if content.get("palette") is None else _palette(content["palette"], len(names))
+    palette = rainbow(names) if content.get("palette") is None else _palette(content["palette"], len(names))
     if content.get("ids") is not None and content.get("colors") is not None:
         raise _Fault("`ids` or `colors`", _Words("both"))
     ids: Ids = None

@@ -212,7 +212,8 @@ def build_pair(
         except (OSError, ValueError) as error:
             if strict:
                 raise
-            classes, problems = ClassSet(tuple(map(str, range(IGNORE))), rainbow(IGNORE)), (str(error),)
+            numbers = tuple(map(str, range(IGNORE)))
+            classes, problems = ClassSet(numbers, rainbow(numbers)), (str(error),)
     find = _find_folders if name in SMALL else _find_synthetic if name in SYNTHETIC else _find_adverse
     found = find(name, source_folder, target_folder, classes=classes, ids=own_ids, strict=strict)
     of_source = {"size": source_hw, "image_format": ImageFormat(channels, source_range, mean, std)}

@@ -81,7 +81,7 @@ class Trained:
                 "first evaluation, which would have told their names."
             )
         names = next(iter(self.history["scores"][-1]["nets"].values()))["iou"]
-        return ClassSet(tuple(names), rainbow(len(names)))
+        return ClassSet(tuple(names), rainbow(list(names)))
 
     @property
     def seen_size(self) -> Size | None:
