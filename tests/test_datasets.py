@@ -451,6 +451,24 @@ def test_problems_that_differ_by_the_file_are_told_once(tmp_path: Path) -> None:
     assert "e.png holds [9]" in lines[2]
 
 
+def test_names_of_missing_labels_end_with_the_name(tmp_path: Path) -> None:
+    for name in "ab":
+        write_image(tmp_path / "images" / f"{name}.png")
+    lines = check_data(folder(tmp_path, "train", TWO).labelled(strict=False)).lines()
+    assert lines[1] == "missing: the same of b.png"
+
+
+def test_refusals_that_differ_by_numbers_are_told_once_with_the_largest(tmp_path: Path) -> None:
+    for name, high in {"a": 900, "b": 4000, "c": 30}.items():
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(np.full((4, 4), high, np.uint16)).save(tmp_path / "images" / f"{name}.png")
+    lines = check_data(folder(tmp_path, "train", TWO).unlabelled()).lines()
+    assert len(lines) == 2
+    assert "b.png to have 8 bits per channel or a given range, but it holds uint16 from 0 to 4000." in lines[0]
+    assert "[0, 4095] of a camera of 12 bits" in lines[0]
+    assert lines[1] == "refused: the same, with other numbers, of a.png, c.png"
+
+
 def test_target_images_are_checked_without_labels(tmp_path: Path) -> None:
     make_folder(tmp_path, {"a": [0]}, {})
     data = folder(tmp_path, "train", TWO).unlabelled()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 PLACE = re.compile(r"\S*[/\\]\S+")  # a path in a problem
+NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
 @dataclass
@@ -122,13 +123,22 @@ class CheckReport:
         for kind, found in self.problems.items():
             alike: dict[str, list[str]] = {}
             for what in found:
-                alike.setdefault(PLACE.sub("", what), []).append(what)
-            for first, *others in list(alike.values())[:limit]:
+                words = PLACE.sub("", what)
+                alike.setdefault(NUMBER.sub("", words) if kind == "refused" else words, []).append(what)
+            for group in list(alike.values())[:limit]:
+                first = max(group, key=lambda what: [float(n) for n in NUMBER.findall(PLACE.sub("", what))])
+                others = [what for what in group if what is not first]
                 lines.append(f"{kind}: {first}")
-                names = [Path(place[0].replace("\\", "/")).name for x in others[:limit] if (place := PLACE.search(x))]
+                exact = len({PLACE.sub("", what) for what in group}) == 1
+                same = "the same" if exact else "the same, with other numbers,"
+                names = [
+                    Path(place[0].replace("\\", "/")).name.rstrip(":,")
+                    for x in others[:limit]
+                    if (place := PLACE.search(x))
+                ]
                 if others:
                     rest = f" and {len(others) - limit} more" if len(others) > limit else ""
-                    lines.append(f"{kind}: the same of {', '.join(names)}{rest}")
+                    lines.append(f"{kind}: {same} of {', '.join(names)}{rest}")
             if len(alike) > limit:
                 lines.append(f"{kind}: and {sum(map(len, list(alike.values())[limit:]))} more")
         return lines
