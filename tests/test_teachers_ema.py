@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import re
 import warnings
 from collections.abc import Callable
@@ -783,3 +784,19 @@ def test_update_bn_of_norms_that_average_cumulatively(mode: str, buffers: str) -
     if buffers != "keep":
         assert all(torch.equal(x, before[name]) for name, x in teacher.module.state_dict().items())
     assert not net[1].__dict__.get("reset_running_stats"), "the student stays as it was"
+
+
+def test_a_teacher_that_an_earlier_version_pickled_whole_is_read() -> None:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    teacher = EMATeacher(student)
+    images = torch.rand(2, 3, 8, 8)
+    expected = teacher(images)
+    del teacher.running_share, teacher._blending  # as it was before they existed
+    again = pickle.loads(pickle.dumps(teacher))
+    assert again.running_share == 0
+    assert torch.equal(again.train()(images), expected)
+    again.update(student)
+    half = pickle.loads(pickle.dumps(EMATeacher(student, running_share=0.5)))
+    assert half.running_share == half._blending.running_share == 0.5
+    assert not torch.allclose(half(images), expected)

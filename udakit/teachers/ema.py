@@ -58,6 +58,9 @@ class EMATeacher(Average):
     alone, 1 is "eval". Every process uses its own batch, also with SyncBatchNorm. Only calls of the teacher blend:
     `.module`, called directly, uses the running statistics. With `buffers="keep"` these stay as they were copied.
 
+    **Threads.** A pass switches the recording and blending of statistics on and off in the net itself, so only one
+    thread at a time may call a teacher.
+
     **BatchNorm statistics.** With `buffers` "copy" or "ema", the running statistics follow the student, and the
     teacher's own passes do not change them. With "keep" they belong to the teacher: its passes in training mode update
     them, and the student does not. Buffers from which weights are computed (`spectral_norm`, `prune`) always follow the
@@ -245,6 +248,12 @@ class EMATeacher(Average):
             for norm in self._norms():
                 norm.train()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickle a teacher, also one that was pickled whole before `running_share` existed."""
+        super().__setstate__(  # type: ignore[no-untyped-call]
+            {"running_share": 0.0, "_blending": Blending(0.0), **state}
+        )
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""
