@@ -141,7 +141,7 @@ class Comparison:
         true_one, line = (" mIoU |", "---:|") if self.labelled else ("", "")
         lines = [f"| net | run | {self.score.replace('_', ' ')} |{true_one}", f"|---|---|---:|{line}"]
         for run, net in self.all_nets[:TOP]:
-            name = f"{title(net)} (lost a class)" if self.lost(run, net) else title(net)
+            name = f"{title(net)} (a class shrank)" if self.lost(run, net) else title(net)
             cells = [name, run.folder.name, number(net["scores"][self.score], 3)]
             cells += [number(net["truth_miou"], 1)] if self.labelled else []
             lines.append("| " + " | ".join(cells) + " |")

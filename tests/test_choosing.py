@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 import train_gta2cs
-from gta2cs import choosing, label_free
+from gta2cs import choosing, html, label_free
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.inference import Trained
 from gta2cs.label_free import LabelFree, measure
 from gta2cs.samples import ClassSet, Unlabelled
+from gta2cs.summary import compared
 from tiny import tiny_net
 
 CLASSES = ClassSet(("a", "b", "c"), torch.zeros(3, 3, dtype=torch.uint8).numpy())
@@ -119,10 +120,14 @@ def test_alarm_in_both_directions_once_and_for_two_classes():
     alarm = choosing.ShareAlarm(("background", "nuclei"), [0.9, 0.1])
     assert alarm("student", [0.97, 0.03]) == []
     (gone,) = alarm("student", [0.98, 0.02])
-    assert "'nuclei' collapses: the student predicts it at 2 % of the pixels, the source-only net at 10 %" in gone
+    assert gone == (
+        "class 'nuclei' shrinks: the student predicts it at 2 % of the pixels, the source-only net at 10 % "
+        "(being lost, or too much before?)"
+    )
     assert alarm("student", [0.99, 0.01]) == []
     (grown,) = alarm("student", [0.55, 0.45])
-    assert "'nuclei' explodes" in grown
+    assert "'nuclei' grows" in grown
+    assert grown.endswith("(taken for it too often now, or missed before?)")
     assert len(alarm("teacher", [0.1, 0.9])) == 2
     assert choosing.ShareAlarm(("a", "b"), [1.0, 0.0])("student", [0.9999, 0.0001]) == []
 
@@ -200,17 +205,82 @@ def test_the_verdict_names_the_class_that_was_lost():
         LabelFree({"balanced_consistency": 0.5}, [0.9, 0.1]),
         LabelFree({"balanced_consistency": 0.9}, [0.99, 0.01]),
     )
-    choice = choosing.Choice("source_only", 1, 0, "source_only", "balanced_consistency", 0.5)
+    choice = choosing.Choice("source_only", 0, 0, "source_only", "balanced_consistency", 0.5)
     classes = SimpleNamespace(names=("background", "nuclei"))
     run = SimpleNamespace(
         choice=choice, source_only=source, config=train_gta2cs.Config(), pair=SimpleNamespace(classes=classes)
     )
-    words = choosing.verdict(run, [{"label_free": [{"nets": {"student": last.to_json()}}]}])
+    words = choosing.verdict(run, [{"name": "dacs", "label_free": [{"nets": {"student": last.to_json()}}]}])
     assert "**Use the source-only net** (`best.pt`). The last student has 0.900 against 0.500" in words
-    assert ", but it has lost most of nuclei" in words
+    assert ", but it predicts less than a quarter of the source-only net's pixels as nuclei. No score can tell" in words
+    assert "if the student is right, use `stage1_dacs/last.pt`." in words
     worse = LabelFree({"balanced_consistency": 0.4}, [0.99, 0.01])
-    words = choosing.verdict(run, [{"label_free": [{"nets": {"student": worse.to_json()}}]}])
-    assert "0.400 against 0.500 of balanced consistency, and it has lost most of nuclei" in words
+    words = choosing.verdict(run, [{"name": "dacs", "label_free": [{"nets": {"student": worse.to_json()}}]}])
+    assert "0.400 against 0.500 of balanced consistency, and it predicts less than a quarter" in words
+
+
+def test_a_choice_among_nets_of_one_class_is_called_none():
+    scores = {"balanced_consistency": 0.99, "mirror_consistency": 1.0}
+    source, student = LabelFree(scores, [1.0, 0.0]), LabelFree(scores, [0.9995, 0.0005])
+    run = SimpleNamespace(
+        choice=choosing.Choice("dacs", 1, 20, "student", "balanced_consistency", 0.99),
+        source_only=source,
+        config=train_gta2cs.Config(),
+        pair=SimpleNamespace(classes=SimpleNamespace(names=("background", "nuclei"))),
+    )
+
+    def words():
+        entry = {"step": 20, "nets": {"student": student.to_json()}}
+        return choosing.verdict(run, [{"name": "source_only"}, {"name": "dacs", "label_free": [entry]}])
+
+    said = "**The chosen net predicts only background.** Such a net cannot contradict itself"
+    assert said in words()
+    student.shares = [0.99, 0.01]
+    assert said not in words()
+    run.choice = choosing.Choice("source_only", 1, 0, "source_only", "balanced_consistency", 0.99)
+    assert said in words()
+
+
+def test_the_report_shows_few_scores_and_folds_the_others_away(tmp_path):
+    names = [f"class {i}" for i in range(19)]
+    found = LabelFree(dict.fromkeys(label_free.DIRECTIONS, 0.5), [1 / 19] * 19)
+    better = LabelFree(dict.fromkeys(label_free.DIRECTIONS, 0.6), [1 / 19] * 19)
+    entry = {"nets": {"student": better.to_json(), "teacher": found.to_json()}}
+    run = SimpleNamespace(source_only=found, config=train_gta2cs.Config(select="class_correlation"))
+    text = choosing.label_free_tables(run, [{"name": "combined", "label_free": [entry]}], names)
+    shown, rest = text.split("<details>")
+    first = shown.splitlines()[0]
+    assert first.startswith("| net, on target training images | class correlation (lower is better) | balanced cons")
+    assert "| combined, student | 0.600 | 0.600 | 0.600 | 0.600 |" in shown
+    assert "| class 18 | 5.3 | 5.3 | 5.3 |" in shown
+    assert max(map(len, shown.splitlines()[1:] + rest.splitlines())) <= 100
+    assert all(name.replace("_", " ") in rest for name in label_free.DIRECTIONS)
+    classes = ClassSet(tuple(names), torch.arange(57, dtype=torch.uint8).view(19, 3).numpy())
+    page = html.render(text, tmp_path, classes)
+    assert "<details><summary>All scores</summary>" in page
+    assert page.count("</details>") == 1
+    assert page.count('class="swatch"') == 19
+    assert "<td>class 18" not in page, "no swatch"
+    table = page.split("<details>")[0]
+    assert table.count('<td class="best">0.500</td>') == 2, "the lower correlation is the better one"
+    assert table.count('<td class="best">0.600</td>') == 3
+    assert 'class="best"' not in page.split("<details>")[1]
+
+
+def test_panels_show_what_was_turned_down():
+    names = ["source_only", "dacs, student", "dacs, teacher", choosing.CHOSEN]
+    run = SimpleNamespace(choice=choosing.Choice("dacs", 1, 20, "teacher"))
+    assert list(compared(run, names).items()) == [
+        ("source_only", "source_only"),
+        ("chosen without labels: teacher", choosing.CHOSEN),
+    ]
+    run.choice = choosing.Choice("source_only", 1, 0, "source_only")
+    assert list(compared(run, names).items()) == [
+        ("chosen without labels: source-only net", choosing.CHOSEN),
+        ("dacs, student", "dacs, student"),
+    ]
+    run.choice = choosing.Choice("source_only", 0, 60, "student")
+    assert list(compared(run, ["source_only", choosing.CHOSEN])) == ["source_only", "chosen without labels: student"]
 
 
 def tiny(out, **changes):

@@ -73,7 +73,7 @@ def test_a_net_that_has_lost_a_class_is_not_chosen(tmp_path):
     text = found.text()
     assert "0.600, the highest of 2 nets that kept their classes" in text
     assert "The chosen net has an mIoU of 60.0" in text  # not the one with the highest score
-    assert text.index("| student of dacs, step 10 |") < text.index("| student of dacs, step 20 (lost a class) |")
+    assert text.index("| student of dacs, step 10 |") < text.index("| student of dacs, step 20 (a class shrank) |")
 
 
 def test_a_step_counts_within_its_stage(tmp_path, capsys):

@@ -32,6 +32,7 @@ from gta2cs.label_free import (
     collapsed,
     complete,
     measure,
+    only_class,
     views_of,
 )
 from gta2cs.observers import score_on_target
@@ -42,6 +43,11 @@ from udakit import copy_net
 
 SOURCE_ONLY = "source_only"
 CHOSEN = "chosen without labels"  # the row of `best.pt`
+SHOWN = ("balanced_consistency", "mirror_consistency", "confidence")  # in the first table of a report
+ONE_CLASS = (
+    "Such a net cannot contradict itself, so its scores say nothing. If target shows other classes, train longer on "
+    "source before you adapt, and look at what --check-data says of the labels."
+)
 GUARD = DEFAULT  # what `source_or_last` compares by
 
 
@@ -105,6 +111,12 @@ class Choosing:
             if state.index == 0 and run.pair.target_val is not None:  # otherwise the stage before has scored it
                 state.history["source_only_truth"] = score_on_target(run, state.recipe.student).to_json()
             self._offer(SOURCE_ONLY, SOURCE_ONLY, state.recipe.student, found, step=0)
+            if (only := only_class(found.shares)) is not None:
+                name = run.pair.classes.names[only]
+                run.console.print(
+                    f"[yellow]The net that {state.stage.recipe} starts from predicts only '{escape(name)}' on target. "
+                    f"{ONE_CLASS}[/]"
+                )
         if "source_only" in state.history:
             run.source_only = LabelFree.from_json(state.history["source_only"])
         self.alarm = ShareAlarm(run.pair.classes.names, run.source_only.shares if run.source_only else None)
@@ -137,10 +149,12 @@ class Choosing:
                     run.console.print(f"[yellow]step {state.done}: {escape(warning)}[/]")
         if run.is_main:
             shown = score_of(run.config.select)
+            place = "" if state.history["scores"] else f"{state.stage.recipe}, step {state.done} of {state.steps}:"
             values = [f"{name} {100 * scores.scores[shown]:.1f}" for name, scores in found.items()]
             if run.source_only is not None:
                 values.append(f"source-only net {100 * run.source_only.scores[shown]:.1f}")
-            run.console.print(f"  without labels, {shown.replace('_', ' ')}, %: {', '.join(values)}")
+            named = shown.replace("_", " ")
+            run.console.print(f"{place or ' '} without labels, {named}, %: {', '.join(values)}", markup=False)
 
     def _offer(self, recipe: str, name: str, net: nn.Module, found: LabelFree, *, step: int) -> None:
         """Make a net the one to deploy, if `select` says so."""
@@ -192,7 +206,10 @@ def score_without_labels(
 
 
 class ShareAlarm:
-    """Warn once about a class if its predicted share collapses or explodes compared with the source-only net."""
+    """Warn once about a class if its predicted share shrinks or grows much compared with the source-only net's.
+
+    The source-only net may be wrong itself, so a warning says what is known, and what either net may have done.
+    """
 
     def __init__(self, names: Sequence[str], reference: Sequence[float] | None, factor: float = FACTOR) -> None:
         self.names, self.reference, self.factor = names, reference, factor
@@ -206,9 +223,10 @@ class ShareAlarm:
             gone = before >= PRESENT and now < before / self.factor
             if (grown or gone) and (net, name, grown) not in self.warned:
                 self.warned.add((net, name, grown))
+                doubt = "taken for it too often now, or missed before" if grown else "being lost, or too much before"
                 warnings.append(
-                    f"class '{name}' {'explodes' if grown else 'collapses'}: the {net} predicts it at "
-                    f"{100 * now:.2g} % of the pixels, the source-only net at {100 * before:.2g} %"
+                    f"class '{name}' {'grows' if grown else 'shrinks'}: the {net} predicts it at {100 * now:.2g} % of "
+                    f"the pixels, the source-only net at {100 * before:.2g} % ({doubt}?)"
                 )
         return warnings
 
@@ -285,10 +303,13 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
         elif choice.net == SOURCE_ONLY:
             found = next(iter(histories[-1]["label_free"][-1]["nets"].values()))
             lost = [run.pair.classes.names[c] for c in collapsed(source.shares, found["shares"])]
+            file = f"stage{len(histories)}_{histories[-1]['name']}/last.pt"
             why = (
                 f"The last student has {last:.3f} against {before:.3f} of {named}, "
-                f"{'but' if last > before else 'and'} it has lost most of {', '.join(lost)}: no score is trusted "
-                "about such a net."
+                f"{'but' if last > before else 'and'} it predicts less than a quarter of the source-only net's pixels "
+                f"as {', '.join(lost)}. No score can tell whether a class is being lost or was predicted too often "
+                f"before, so such a net is never chosen. Compare the two in `panels.png`; if the student is right, use "
+                f"`{file}`."
                 if lost
                 else f"No adapted net that kept its classes reaches its {named} of {before:.3f}; the last student has "
                 f"{last:.3f}. The adaptation did not help, as far as this score can tell."
@@ -302,29 +323,62 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
             )
             if score in RELIABILITY and abs(choice.value - before) < MARGIN:
                 lines.append("So small a difference says nothing: as far as this score can tell, the two are level.")
+    shares = chosen_shares(run, histories)
+    if (only := only_class(shares)) is not None:
+        lines.append(f"**The chosen net predicts only {run.pair.classes.names[only]}.** {ONE_CLASS}")
     lines.append(RELIABILITY.get(score, UNRELIABLE))
     alarms = [alarm for history in histories for alarm in history.get("alarms", [])]
     if alarms:
         lines.append(
-            "Classes whose share ran away against the source-only net's:\n\n" + "\n".join(f"- {a}" for a in alarms)
+            "Classes whose share changed by a factor of four or more against the source-only net's. If the source-only "
+            "net was wrong about them, that is a gain: look at predictions of both.\n\n"
+            + "\n".join(f"- {a}" for a in alarms)
         )
     return "\n\n".join(lines) + "\n"
 
 
-def label_free_table(run: Run, histories: list[dict[str, Any]], names: Sequence[str]) -> str:
-    """The scores of the source-only net and of the last nets, and the share of the pixels of each class."""
-    rows: dict[str, LabelFree] = {}
+def chosen_shares(run: Run, histories: list[dict[str, Any]]) -> Sequence[float]:
+    """Shares of the classes in the predictions of the chosen net; empty if they are not known."""
+    choice = run.choice
+    if choice is None or choice.net == SOURCE_ONLY:
+        return run.source_only.shares if run.source_only else ()
+    entries = histories[choice.stage].get("label_free", ()) if choice.stage < len(histories) else ()
+    return next((e["nets"][choice.net]["shares"] for e in entries if e.get("step") == choice.step), ())
+
+
+def label_free_tables(run: Run, histories: list[dict[str, Any]], names: Sequence[str]) -> str:
+    """Three tables of the source-only net and the last nets: scores that count, shares of the classes, all scores."""
+    nets: dict[str, LabelFree] = {}
     if run.source_only is not None:
-        rows["source-only net"] = run.source_only
+        nets["source-only net"] = run.source_only
     for history in histories[-1:]:
         if history.get("label_free"):
             for net, found in history["label_free"][-1]["nets"].items():
-                rows[f"{history['name']}, {net}"] = LabelFree.from_json(found)
-    columns = list(next(iter(rows.values())).scores) if rows else []
-    head = [*(name.replace("_", " ") for name in columns), *(f"{cell(name)}, % of pixels" for name in names)]
-    lines = ["| net, on target training images | " + " | ".join(head) + " |", "|---|" + "---:|" * len(head)]
-    for title, found in rows.items():
-        cells = [f"{found.scores.get(name, float('nan')):.3f}" for name in columns]
-        cells += [f"{100 * share:.1f}" for share in found.shares]
-        lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+                nets[f"{history['name']}, {net}"] = LabelFree.from_json(found)
+    if not nets:
+        return ""
+    known = list(next(iter(nets.values())).scores)
+    shown = [name for name in dict.fromkeys((score_of(run.config.select), *SHOWN)) if name in known]
+    value = lambda found, name: f"{found.scores.get(name, float('nan')):.3f}"  # noqa: E731
+    main = _table(
+        ["net, on target training images", *(_titled(name) for name in shown)],
+        [[title, *(value(found, name) for name in shown)] for title, found in nets.items()],
+    )
+    shares = _table(
+        ["class, % of the predicted pixels", *nets],
+        [[cell(c), *(f"{100 * found.shares[i]:.1f}" for found in nets.values())] for i, c in enumerate(names)],
+    )
+    everything = _table(
+        ["score", *nets], [[_titled(name), *(value(found, name) for found in nets.values())] for name in known]
+    )
+    return f"{main}\n{shares}\n<details><summary>All scores</summary>\n\n{everything}\n</details>\n"
+
+
+def _titled(score: str) -> str:
+    named = score.replace("_", " ")
+    return f"{named} (lower is better)" if DIRECTIONS.get(score) == -1 else named
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---|" + "---:|" * (len(head) - 1), *lines[1:]]) + "\n"

@@ -1,6 +1,7 @@
 """The report of a run as a single HTML file with its pictures inside, without scripts.
 
-It supports only the Markdown that our reports use: headings, paragraphs, tables, lists, code, bold, links and pictures.
+It supports only the Markdown that our reports use: headings, paragraphs, tables, lists, code, bold, links, pictures,
+and parts that are folded away.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from gta2cs.files import write_text
 CELL = re.compile(r"\|((?:\\.|[^\\|])*)")  # what follows a bar that is not escaped
 ESCAPED = re.compile(r"\\([\\|`*\[\]<>$])")
 _HIDDEN = 0xE000  # first of the characters that mean nothing
+DETAILS = re.compile(r"<details><summary>(.*)</summary>")  # its own block, as the end is
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1b22; --page: #fff; --line: #ddd; --best: #e8e0f7; --quiet: #666 }
@@ -62,7 +64,8 @@ def render(text: str, folder: Path, classes: ClassSet | None = None) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(_plain(title))}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n{body}\n"
-        "<footer>In each column of a table the largest value is marked, unless it is 0 or all are equal.</footer>\n"
+        "<footer>Where rows are nets or runs, the best value of a column is marked, unless it is 0 or all are equal."
+        "</footer>\n"
         "</body>\n</html>\n"
     )
 
@@ -78,7 +81,9 @@ def _blocks(text: str, folder: Path, classes: ClassSet | None) -> Iterator[str]:
             lines = lines[1:]
         if not lines:
             continue
-        if lines[0].startswith("|"):
+        if (opened := DETAILS.fullmatch(lines[0])) or lines == ["</details>"]:
+            yield f"<details><summary>{_inline(opened[1])}</summary>" if opened else "</details>"
+        elif lines[0].startswith("|"):
             yield _table(lines, classes)
         elif lines[0].startswith("- "):
             items = " \n".join(lines)[2:].split("\n- ")
@@ -96,22 +101,31 @@ def _table(lines: list[str], classes: ClassSet | None) -> str:
     head, _, *rows = ([cell.strip() for cell in CELL.findall(line.strip())[:-1]] for line in lines)
     colors = {} if classes is None else dict(zip(classes.names, classes.palette.tolist(), strict=True))
     values = np.array([[_number(cell) for cell in row] for row in rows]).reshape(len(rows), len(head))
+    values[:, ["(lower is better)" in cell for cell in head]] *= -1
     best = np.where(np.isnan(values), -np.inf, values).max(0, initial=-np.inf)
     best[(values == best).all(0)] = 0  # nothing stands out
+    if head[0].startswith(("class", "score")):  # a column holds different things
+        best[:] = 0
     words = [' class="words"' if column and np.isnan(values[:, column]).all() else "" for column in range(len(head))]
     parts = ["<tr>"]
     for cell, kind in zip(head, words, strict=True):
-        r, g, b = colors.get(_plain(cell), (0, 0, 0))
-        swatch = f'<span class="swatch" style="background:rgb({r},{g},{b})"></span>' if _plain(cell) in colors else ""
-        parts.append(f'<th scope="col"{kind}>{swatch}{_inline(cell)}</th>')
+        parts.append(f'<th scope="col"{kind}>{_swatch(cell, colors)}{_inline(cell)}</th>')
     parts.append("</tr>")
     for row, numbers in zip(rows, values, strict=True):
         parts.append("<tr>")
-        for cell, number, most, kind in zip(row, numbers, best, words, strict=True):
+        for column, (cell, number, most, kind) in enumerate(zip(row, numbers, best, words, strict=True)):
             mark = ' class="best"' if len(rows) > 1 and number == most != 0 else kind
-            parts.append(f"<td{mark}>{_inline(cell)}</td>")
+            swatch = _swatch(cell, colors) if column == 0 and head[0].startswith("class") else ""
+            parts.append(f"<td{mark}>{swatch}{_inline(cell)}</td>")
         parts.append("</tr>")
     return '<div class="scroll"><table>' + "".join(parts) + "</table></div>"
+
+
+def _swatch(cell: str, colors: dict[str, list[int]]) -> str:
+    """The colour of the class that a cell names, if it names one."""
+    if (color := colors.get(_plain(cell))) is None:
+        return ""
+    return f'<span class="swatch" style="background:rgb({",".join(map(str, color))})"></span>'
 
 
 def _picture(path: Path, alt: str) -> str:

@@ -75,6 +75,11 @@ def collapsed(before: Sequence[float], now: Sequence[float]) -> list[int]:
     return [c for c, (was, is_) in enumerate(zip(before, now, strict=False)) if was >= LARGE and is_ < was / FACTOR]
 
 
+def only_class(shares: Sequence[float]) -> int | None:
+    """The class that takes all pixels but a thousandth, if there is one."""
+    return next((c for c, share in enumerate(shares) if share > 1 - PRESENT), None)
+
+
 class NoScoreError(ValueError):
     """A net has no score, because its logits are not finite."""
 

@@ -55,7 +55,10 @@ def note_decisions(state: StageState, losses: Losses | None = None) -> None:
 
 
 class ClassAlarm:
-    """Warn once if the teacher nearly stops predicting a class that it predicted before, the usual way a run fails."""
+    """Warn once if the teacher nearly stops predicting a class that it predicted before.
+
+    This is the usual way in which a run fails. It is also what happens where the first net saw too much of the class.
+    """
 
     def __init__(self, names: tuple[str, ...], patience: int = 5, floor: float = 0.05) -> None:
         self.names, self.patience, self.floor = names, patience, floor
@@ -79,7 +82,8 @@ class ClassAlarm:
         ]
         self.warned.update(dead)
         return [
-            f"class '{self.names[c]}' is dying: the teacher gives it {last[c]:.0f} pixels, {first[c]:.0f} at the start"
+            f"class '{self.names[c]}' is nearly gone from the pseudo-labels: {last[c]:.0f} pixels in the last "
+            f"{self.patience} entries of the log, {first[c]:.0f} in the first (being lost, or too much before?)"
             for c in dead
         ]
 

@@ -77,17 +77,30 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
         text += "Target has no label, so nothing is compared with truth.\n\n"
     decided = "".join(f"- {line}\n" for history in histories for line in history.get("decisions", []))
     decided = f"## Decided without labels\n\n{decided}\n" if decided else ""
+    truth, scored = ("their truth, ", "mIoU on target, ") if pair.target_val is not None else ("", "")
     return text + (
-        "![Target images, their truth where there is one, what the nets predict, and how sure the chosen one is]"
-        "(panels.png)\n\n"
-        "![Losses, mIoU on target, scores without labels and, with pseudo-labels, the share that was kept](curves.png)"
-        f"\n\n{decided}## Without labels\n\n{choosing.label_free_table(run, histories, pair.classes.names)}\n"
+        f"![Target images, {truth}what the nets predict, and how sure the chosen one is](panels.png)\n\n"
+        f"![Losses, {scored}scores without labels and, with pseudo-labels, the share that was kept](curves.png)"
+        f"\n\n{decided}## Without labels\n\n{choosing.label_free_tables(run, histories, pair.classes.names)}\n"
         f"{choosing.verdict(run, histories)}"
     )
 
 
+def compared(run: Run, names: list[str]) -> dict[str, str]:
+    """Title -> net of the two to compare: where the run began and what was chosen.
+
+    If both are the source-only net, the last student takes the place of the second, so that one sees why.
+    """
+    first, chosen = names[0], names[-1]
+    assert run.choice is not None
+    if run.choice.net != choosing.SOURCE_ONLY or run.choice.stage == 0:
+        return {first: first, f"{chosen}: {run.choice.net}": chosen}
+    last = next((name for name in reversed(names[:-1]) if name.endswith(", student")), names[-2])
+    return {f"{chosen}: source-only net": chosen, last: last}
+
+
 def panels_of(run: Run, nets: dict[str, nn.Module]) -> list[dict[str, np.ndarray]]:
-    """Panels of four target images: truth, first prediction, last prediction, and its confidence."""
+    """Panels of four target images: truth, two predictions, and the confidence of the chosen net."""
     pair = run.pair
     count = len(pair.target_train if pair.target_val is None else pair.target_val)
     picked = [count * (2 * i + 1) // 8 for i in range(4)]
@@ -99,9 +112,11 @@ def panels_of(run: Run, nets: dict[str, nn.Module]) -> list[dict[str, np.ndarray
         else:
             image, label = pair.target_val[i]
             row = {"image": viewable(image), "truth": label.numpy()}
-        for name in dict.fromkeys((next(iter(nets)), list(nets)[-1])):  # where the run began, and what was chosen
+        for title, name in compared(run, list(nets)).items():
             probabilities = predict(nets[name].eval(), image, run.device, pair.target_train.image_format).cpu()
-            row[name] = probabilities.argmax(0).byte().numpy()
-        row["confidence"] = probabilities.amax(0).numpy()
+            row[title] = probabilities.argmax(0).byte().numpy()
+            if name == choosing.CHOSEN:
+                confidence = probabilities.amax(0).numpy()
+        row["confidence of the chosen"] = confidence
         panels.append(row)
     return panels
