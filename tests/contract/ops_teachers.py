@@ -29,6 +29,19 @@ class _Student(nn.Module):
         return nn.functional.conv2d(images, self.weight) + self.shift
 
 
+class _Normed(_Student):
+    """With BatchNorm, whose running statistics are other than those of the images (its own come from the host)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight)
+        self.norm = nn.BatchNorm2d(len(weight), track_running_stats=False, dtype=weight.dtype, device=weight.device)
+        self.norm.running_mean, self.norm.running_var = weight.new_full((2, len(weight)), 0.5).unbind()
+        self.norm.num_batches_tracked, self.norm.track_running_stats = self.count.clone(), True
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(super().forward(images))
+
+
 def _average(**options: Any) -> Callable[[Sample], Call]:
     return lambda s: Call((s.tag(s.normal(5, 3, 1, 1), "other"), s.images()), {}, {"decay": 0.7, **options})
 
@@ -41,7 +54,8 @@ def _use(teacher: udakit.EMATeacher, students: list[nn.Module], images: Tensor) 
 
 
 def _parts(weight: Tensor, options: dict[str, Any]) -> tuple[udakit.EMATeacher, list[nn.Module]]:
-    students = [_Student(weight * k) for k in (1, -2, 3)]
+    student = _Normed if "running_share" in options else _Student
+    students = [student(weight * k) for k in (1, -2, 3)]
     return udakit.EMATeacher(students[0], **options), students
 
 
@@ -110,5 +124,6 @@ OPERATIONS = [
     ),
     Operation("EMATeacher", _average(), _ema, covers=COVERS, **STATE, exempt=NET),
     Operation("EMATeacher[ema]", _average(buffers="ema", warmup=False, mode="train"), _ema, **STATE, exempt=NET),
+    Operation("EMATeacher[blended]", _average(buffers="ema", running_share=0.5), _ema, **STATE, exempt=NET),
     Operation("EMATeacher[keep]", _average(buffers="keep", mode="eval"), _ema, **STATE, exempt=NET),
 ]
