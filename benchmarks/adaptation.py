@@ -593,7 +593,10 @@ def last_of(results: dict[str, Any], pair: str, seed: int, *rows: str) -> list[t
 
 
 def longer(results: dict[str, Any]) -> str:
-    """Markdown: a line a row, two columns a pair: the last student after the usual steps, and after more of them."""
+    """Markdown: a line a row, two columns a pair: the last student after the usual steps, and after more of them.
+
+    The oracle, which stands below, took the usual steps. Shares of the gap begin at source-only of as many steps.
+    """
     pairs = [pair for pair in PAIRS if any(final(results, pair, f"longer_{row}") for row in LONGER_ROWS)]
     if not pairs:
         return f"Runs of {LONGER} times the steps (`--group longer`) are not measured yet.\n"
@@ -603,20 +606,25 @@ def longer(results: dict[str, Any]) -> str:
         cells = []
         for pair in pairs:
             seeds = seeds_of(results, pair, f"longer_{row}")
-            cells += [spread(final(results, pair, name, seeds=seeds)) for name in (row, f"longer_{row}")]
+            cells.append(cell(results, pair, row, seeds=seeds))
+            cells.append(cell(results, pair, f"longer_{row}", start="longer_source_only"))
         lines.append(f"| {TITLES[row]} | {' | '.join(cells)} |")
+    oracles = [f"{spread(final(results, pair, 'oracle'))} | –" for pair in pairs]
+    lines.append(f"| oracle | {' | '.join(oracles)} |")
     return "\n".join(lines) + "\n"
 
 
-def cell(results: dict[str, Any], pair: str, row: str) -> str:
+def cell(
+    results: dict[str, Any], pair: str, row: str, *, seeds: Iterable[int] | None = None, start: str = "source_only"
+) -> str:
     """Mean and spread of the last student's mIoU, and the share of the gap to the oracle that its seeds close."""
-    values = final(results, pair, row)
+    seeds = seeds_of(results, pair, row) if seeds is None else seeds
+    values = final(results, pair, row, seeds=seeds)
     if not values:
         return "–"
-    seeds = seeds_of(results, pair, row)
-    base, top = (final(results, pair, name, seeds=seeds) for name in ("source_only", "oracle"))
+    base, top = (final(results, pair, name, seeds=seeds) for name in (start, "oracle"))
     text = spread(values)
-    if row not in ("source_only", "oracle") and base and top:
+    if row not in (start, "oracle") and base and top:
         gap = statistics.mean(top) - statistics.mean(base)
         text += f" ({100 * (statistics.mean(values) - statistics.mean(base)) / gap:.0f} %)"
     return text.replace("-", "−")

@@ -107,9 +107,13 @@ def test_a_change_is_chosen_on_pairs_that_share_no_images():
 
 def test_longer_runs_stand_beside_those_of_the_same_seeds():
     runs = [run_of("toy", "combined", s, 60.0 + s) for s in (0, 1)] + [run_of("toy", "longer_combined", 0, 65.0)]
+    runs += [run_of("toy", "source_only", 0, 56.0), run_of("toy", "longer_source_only", 0, 61.0)]
+    runs += [run_of("toy", "oracle", 0, 66.0)]
     text = adaptation.longer(results_of(runs))
     assert "| | game → camera, 450 steps | game → camera, 1800 steps |" in text
-    assert "| combined | 60.0 [1] | 65.0 [1] |" in text
+    assert "| source-only | 56.0 [1] | 61.0 [1] |" in text
+    assert "| combined | 60.0 [1] (40 %) | 65.0 [1] (80 %) |" in text
+    assert "| oracle | 66.0 [1] | – |" in text
     assert "| DiGA | – | – |" in text
     assert "not measured yet" in adaptation.longer({})
 
