@@ -105,8 +105,12 @@ def train_stage(
                 losses = step(batch)
                 for observer in observers:
                     observer(state, losses)
-        except (WriteError, FloatingPointError, NoScoreError) as error:
-            raise type(error)(f"{error} {state.where()}") from None
+        except (OSError, ValueError, FloatingPointError) as error:
+            said = str(error) if isinstance(error, (WriteError, FloatingPointError, NoScoreError)) else words_of(error)
+            if not said:
+                raise
+            others = " --check-data lists all such files." if said.startswith("Cannot read") else ""
+            raise type(error)(f"{said}{others} {state.where()}") from None
     return state.recipe, state.history
 
 
@@ -408,6 +412,11 @@ def words_of(error: Exception) -> str:
     """The message of an error. For an error in a data-loading process, the text below the trace of that process."""
     below = re.match(r"Caught .*\n\w+: ((?:Expected|Cannot) .*)\Z", str(error), re.DOTALL)
     said = below[1].rstrip() if below else str(error)
+    if said.startswith("Expected more than 1 value per channel"):  # torch's
+        return (
+            "Expected batches large enough for the net's normalisation layers, but one of them got a single value for "
+            "each channel. Use batch_size 2 or more, or a larger crop."
+        )
     return said if said.startswith(("Expected", "Cannot")) else ""
 
 

@@ -164,6 +164,37 @@ def test_training_ends_in_a_line_and_the_check_in_a_row(
     assert not report.ok
 
 
+def test_a_bad_file_that_is_met_on_the_way_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = good(tmp_path / "pair")
+    (root / "source" / "images" / "a.png").write_text("hello")
+    stages = ['--stages=[{"recipe": "source_only", "steps": 2}]', "--batch_size=1"]
+    arguments = [*ARGUMENTS, "--data.pair=folder", f"--data.data_root={root}", "--data.crop=[64,64]", *stages]
+    for workers in (0, 1):
+        out = f"--out={tmp_path / str(workers)}"
+        monkeypatch.setattr(sys, "argv", ["train", *arguments, out, f"--data.workers={workers}"])
+        assert train_gta2cs.command() == 2
+        said = capsys.readouterr().err
+        assert re.match(
+            r"Cannot read .*images/a\.png: it is no image of a known kind, whatever its name says\. --check-data lists "
+            r"all such files\. Stopped in stage 1 of 1 \(source_only\) after step 0 of 2; no checkpoint was due yet\.",
+            said,
+        ), said
+
+
+def test_a_batch_too_small_for_the_net_says_what_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = good(tmp_path / "pair")
+    arguments = ["--data.pair=folder", f"--data.data_root={root}", "--data.crop=[32,32]", f"--out={tmp_path / 'out'}"]
+    net = ["--net.arch=deeplabv3plus", "--net.encoder=tu-test_efficientnet", "--net.weights=random", "--net.options={}"]
+    stages = ['--stages=[{"recipe": "source_only", "steps": 2}]', "--batch_size=1"]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments, *net, *stages])
+    assert train_gta2cs.command() == 2
+    assert "Use batch_size 2 or more, or a larger crop. Stopped in stage 1 of 1" in capsys.readouterr().err
+
+
 def test_a_good_pair_is_good(tmp_path: Path) -> None:
     arguments = ["--data.pair=folder", f"--data.data_root={good(tmp_path)}", "--check_data=true"]
     report = train_gta2cs.checked(train_gta2cs.parse(arguments))

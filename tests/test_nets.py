@@ -244,7 +244,8 @@ def test_bad_options(tmp_path: Path) -> None:
     ):
         build_net("unet", "resnet18", num_classes=2, weights="random", deep=3)
     with pytest.raises(
-        ValueError, match=r"Cannot build .* with the options {'deep': 3}: .*unexpected keyword.* 'deep'"
+        ValueError,
+        match=r"Cannot build .* with the options {'deep': 3}: .*unexpected keyword.* 'deep'\. Options belong",
     ):
         build_net("unet", "tu-test_efficientnet", num_classes=2, weights="random", deep=3)
 

@@ -109,7 +109,9 @@ def build_net(
             raise
         said = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
         given = f" with the options {options}" if options else ""
-        raise ValueError(f"Cannot build {arch} / {encoder}, weights {start!r}{given}: {said}") from error
+        foreign = options and "unexpected keyword" in said
+        hint = ". Options belong to one decoder; `--net.options {}` takes the defaults of this one." if foreign else ""
+        raise ValueError(f"Cannot build {arch} / {encoder}, weights {start!r}{given}: {said}{hint}") from error
     take_channels(net, channels)  # first: the file may be of a net of as many
     if path is not None:
         load_weights(net, path, take=take)

@@ -219,6 +219,8 @@ def decode(path: Path, *, palette: bool = True) -> Decoded:
         raise OSError(f"Cannot read {path}: it does not fit into memory. Cut it into tiles.") from error
     except Refused as error:
         raise ValueError(str(error)) from error
+    except UnidentifiedImageError as error:
+        raise OSError(f"Cannot read {path}: it is no image of a known kind, whatever its name says.") from error
     except Exception as error:  # decoders of broken files raise anything: struct.error, SyntaxError, zlib.error ...
         raise OSError(f"Cannot read {path}: {error or type(error).__name__}") from error
 
