@@ -348,8 +348,8 @@ def _folder_classes(
     if not found:
         where = ", ".join(map(str, roots))
         raise FileNotFoundError(
-            f"Expected `classes`, or a classes.yaml with `names`, in one of {where}, but found none. It lists the classes "
-            "in the order of their ids, for example `names: [background, road]`."
+            f"Expected `classes`, or a classes.yaml with `names`, in one of {where}, but found none. It lists the "
+            "classes in the order of their ids, for example `names: [background, road]`."
         )
     if len(names := {file.known.names for file in found.values()}) > 1:
         where = ", ".join(map(str, found))
