@@ -16,7 +16,7 @@ from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.inference import Trained
 from gta2cs.label_free import LabelFree, measure
 from gta2cs.samples import ClassSet, Unlabelled
-from gta2cs.summary import compared
+from gta2cs.summary import compared, headlines
 from tiny import tiny_net
 
 CLASSES = ClassSet(("a", "b", "c"), torch.zeros(3, 3, dtype=torch.uint8).numpy())
@@ -246,15 +246,22 @@ def test_the_report_shows_few_scores_and_folds_the_others_away(tmp_path):
     found = LabelFree(dict.fromkeys(label_free.DIRECTIONS, 0.5), [1 / 19] * 19)
     better = LabelFree(dict.fromkeys(label_free.DIRECTIONS, 0.6), [1 / 19] * 19)
     entry = {"nets": {"student": better.to_json(), "teacher": found.to_json()}}
-    run = SimpleNamespace(source_only=found, config=train_gta2cs.Config(select="class_correlation"))
+    choice = choosing.Choice("combined", 0, 20, "student")
+    run = SimpleNamespace(source_only=found, config=train_gta2cs.Config(select="class_correlation"), choice=choice)
     text = choosing.label_free_tables(run, [{"name": "combined", "label_free": [entry]}], names)
     shown, rest = text.split("<details>")
-    first = shown.splitlines()[0]
+    first = shown.splitlines()[2]
     assert first.startswith("| net, on target training images | class correlation (lower is better) | balanced cons")
     assert "| combined, student | 0.600 | 0.600 | 0.600 | 0.600 |" in shown
     assert "| class 18 | 5.3 | 5.3 | 5.3 |" in shown
-    assert max(map(len, shown.splitlines()[1:] + rest.splitlines())) <= 100
+    assert max(map(len, shown.splitlines()[3:] + rest.splitlines())) <= 100
     assert all(name.replace("_", " ") in rest for name in label_free.DIRECTIONS)
+    earlier = {
+        "step": 20,
+        "nets": {"student": LabelFree(dict.fromkeys(label_free.DIRECTIONS, 0.7), [0.0] * 19).to_json()},
+    }
+    again = choosing.label_free_tables(run, [{"name": "combined", "label_free": [earlier, entry]}], names)
+    assert "| chosen: student of combined, step 20 | 0.700 |" in again, "the chosen net is not among the last ones"
     classes = ClassSet(tuple(names), torch.arange(57, dtype=torch.uint8).view(19, 3).numpy())
     page = html.render(text, tmp_path, classes)
     assert "<details><summary>All scores</summary>" in page
@@ -360,6 +367,7 @@ def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):
     ("score", "value", "level"),
     [
         ("balanced_consistency", 0.505, True),
+        ("balanced_consistency", 0.51, True),
         ("balanced_consistency", 0.515, False),
         ("class_correlation", 0.2, False),  # the lower, the better: far ahead
         ("matrix_norm", 0.505, False),  # nothing is known of its differences
@@ -373,3 +381,10 @@ def test_a_verdict_calls_nets_level_only_by_a_score_whose_differences_are_known(
     words = choosing.verdict(run, [{"label_free": [{"nets": {"student": last.to_json()}}]}])
     assert "Use the adapted net" in words
     assert ("the two are level" in words) is level
+
+
+def test_the_best_of_a_stage_is_of_all_nets_that_can_be_deployed():
+    nets = {"student": 40.0, "teacher": 42.5, "large student": 60.0, "other": None}
+    entry = {"step": 10, "miou": 40.0, "nets": {name: {"means": {"mIoU": value}} for name, value in nets.items()}}
+    assert headlines({"scores": [entry]}) == [40.0, 42.5]
+    assert headlines({"scores": []}) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -124,6 +125,23 @@ def test_resume_refuses_another_configuration(tmp_path):
         train_gta2cs.main(tiny_config(tmp_path, stage, seed=1, resume=True))
 
 
+def test_resume_refuses_other_classes(tmp_path, monkeypatch):
+    stage = train_gta2cs.Stage("source_only")
+    train_gta2cs.main(tiny_config(tmp_path, stage))
+    opened = train_gta2cs.open_pair
+
+    def renamed(config):
+        pair = opened(config)
+        names = ("cell", *pair.classes.names[1:])
+        return dataclasses.replace(pair, classes=dataclasses.replace(pair.classes, names=names))
+
+    monkeypatch.setattr(train_gta2cs, "open_pair", renamed)
+    with pytest.raises(
+        ValueError, match=r"Expected the classes of .*last\.pt, \['.*, but the data has \['cell', .* Take"
+    ):
+        train_gta2cs.main(tiny_config(tmp_path, stage, resume=True))
+
+
 def test_a_refused_resume_changes_nothing_and_a_new_run_leaves_no_old_stage(tmp_path):
     stages = [train_gta2cs.Stage("source_only"), train_gta2cs.Stage("source_only")]
     rows = train_gta2cs.main(tiny_config(tmp_path, *stages))
@@ -133,7 +151,7 @@ def test_a_refused_resume_changes_nothing_and_a_new_run_leaves_no_old_stage(tmp_
     with pytest.raises(ValueError, match=r"these values differ: seed: 0 -> 7"):
         train_gta2cs.main(tiny_config(tmp_path, *stages, resume=True, seed=7))
     assert (tmp_path / "config.yaml").read_text() == before
-    with pytest.raises(ValueError, match=r"stage2_source_only.* these values differ: stages"):
+    with pytest.raises(ValueError, match=r"stage2_source_only.* differ: stages\.1\.lr: 0\.0001 -> 0\.1\. Take"):
         train_gta2cs.main(tiny_config(tmp_path, stages[0], train_gta2cs.Stage("source_only", lr=0.1), resume=True))
     assert (tmp_path / "config.yaml").read_text() == before
     train_gta2cs.main(tiny_config(tmp_path, stages[0]))

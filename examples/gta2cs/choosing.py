@@ -44,6 +44,10 @@ from udakit import copy_net
 SOURCE_ONLY = "source_only"
 CHOSEN = "chosen without labels"  # the row of `best.pt`
 SHOWN = ("balanced_consistency", "mirror_consistency", "confidence")  # in the first table of a report
+EXPLAINED = (
+    "Balanced consistency is the IoU of a net's prediction with that of the mirrored image, classes weighted by the "
+    "root of their pixels, times the mean confidence. It lies between 0 and 1, and higher is better."
+)
 ONE_CLASS = (
     "Such a net cannot contradict itself, so its scores say nothing. If target shows other classes, train longer on "
     "source before you adapt, and look at what --check-data says of the labels."
@@ -321,12 +325,13 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
                 f"**Use the adapted net** (`best.pt`): the {choice.title}. Its {named} is {choice.value:.3f}, the "
                 f"source-only net's {before:.3f} ({choice.value - before:+.3f}), the last student's {last:.3f}."
             )
-            if score in RELIABILITY and abs(choice.value - before) < MARGIN:
+            if score in RELIABILITY and round(abs(choice.value - before), 3) <= MARGIN:
                 lines.append("So small a difference says nothing: as far as this score can tell, the two are level.")
-    shares = chosen_shares(run, histories)
-    if (only := only_class(shares)) is not None:
+    chosen = found_of_chosen(run, histories)
+    if chosen is not None and (only := only_class(chosen.shares)) is not None:
         lines.append(f"**The chosen net predicts only {run.pair.classes.names[only]}.** {ONE_CLASS}")
-    lines.append(RELIABILITY.get(score, UNRELIABLE))
+    if source is not None:
+        lines.append(RELIABILITY.get(score, UNRELIABLE))
     alarms = [alarm for history in histories for alarm in history.get("alarms", [])]
     if alarms:
         lines.append(
@@ -337,13 +342,14 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def chosen_shares(run: Run, histories: list[dict[str, Any]]) -> Sequence[float]:
-    """Shares of the classes in the predictions of the chosen net; empty if they are not known."""
+def found_of_chosen(run: Run, histories: list[dict[str, Any]]) -> LabelFree | None:
+    """Scores and shares of the chosen net; None if they are not known."""
     choice = run.choice
     if choice is None or choice.net == SOURCE_ONLY:
-        return run.source_only.shares if run.source_only else ()
+        return run.source_only
     entries = histories[choice.stage].get("label_free", ()) if choice.stage < len(histories) else ()
-    return next((e["nets"][choice.net]["shares"] for e in entries if e.get("step") == choice.step), ())
+    saved = next((entry["nets"][choice.net] for entry in entries if entry.get("step") == choice.step), None)
+    return None if saved is None else LabelFree.from_json(saved)
 
 
 def label_free_tables(run: Run, histories: list[dict[str, Any]], names: Sequence[str]) -> str:
@@ -355,6 +361,10 @@ def label_free_tables(run: Run, histories: list[dict[str, Any]], names: Sequence
         if history.get("label_free"):
             for net, found in history["label_free"][-1]["nets"].items():
                 nets[f"{history['name']}, {net}"] = LabelFree.from_json(found)
+    chosen = found_of_chosen(run, histories)
+    if chosen is not None and chosen not in nets.values():  # of an earlier evaluation
+        assert run.choice is not None
+        nets[f"chosen: {run.choice.title}"] = chosen
     if not nets:
         return ""
     known = list(next(iter(nets.values())).scores)
@@ -371,7 +381,7 @@ def label_free_tables(run: Run, histories: list[dict[str, Any]], names: Sequence
     everything = _table(
         ["score", *nets], [[_titled(name), *(value(found, name) for found in nets.values())] for name in known]
     )
-    return f"{main}\n{shares}\n<details><summary>All scores</summary>\n\n{everything}\n</details>\n"
+    return f"{EXPLAINED}\n\n{main}\n{shares}\n<details><summary>All scores</summary>\n\n{everything}\n</details>\n"
 
 
 def _titled(score: str) -> str:

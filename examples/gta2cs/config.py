@@ -17,6 +17,7 @@ from gta2cs.options import changed, read_options, read_yaml
 CONFIGS = Path(__file__).parent.parent / "configs"
 TOY = CONFIGS / "dacs_toy.yaml"
 POLICY = CONFIGS / "combined_folder.yaml"  # chosen on no pair in particular
+UNSET = "not set"
 PLACE = re.compile(r"--(stages\.\d+\..+)")
 
 
@@ -271,7 +272,22 @@ def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path
     for side in (saved, now):
         side["stages"] = side["stages"][: index + 1]
         side["data"] = {k: v for k, v in side["data"].items() if k not in ("workers", "cache") and "root" not in k}
-    changed = [k for k in now if k not in free and now[k] != saved.get(k)]
+    changed = [line for k in now if k not in free for line in differences(saved.get(k), now[k], k)]
     if changed:
-        details = "; ".join(f"{k}: {saved.get(k)} -> {now[k]}" for k in changed)
-        raise ValueError(f"Expected {path} to have the same configuration, but these values differ: {details}.")
+        raise ValueError(
+            f"Expected {path} to have the same configuration, but these values differ: {'; '.join(changed)}. Take the "
+            "changes back to go on with this run, or start another one in another `out`."
+        )
+
+
+def differences(before: Any, now: Any, place: str) -> list[str]:
+    """What differs, each as `stages.1.lr: 0.001 -> 0.0001`, the form in which the command line takes it."""
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        return [x for k in keys for x in differences(before.get(k, UNSET), now.get(k, UNSET), f"{place}.{k}")]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return [x for i, (old, new) in pairs for x in differences(old, new, f"{place}.{i}")]
+    return [f"{place}: {before} -> {now}"]

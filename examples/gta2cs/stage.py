@@ -137,6 +137,12 @@ class StageState:
         needs = ("config", "history", "step", "world_size", "optimizer")
         saved = load_checkpoint(checkpoint, self.run.device, needs)
         check_same_run(json.loads(saved["config"]), self.run.config, self.index, checkpoint)
+        history, classes = complete(json.loads(saved["history"])), self.run.pair.classes
+        if (before := history.get("classes", {}).get("names", [*classes.names])) != [*classes.names]:
+            raise ValueError(
+                f"Expected the classes of {checkpoint}, {before}, but the data has {[*classes.names]}. Take the change "
+                "back to go on with this run, or start another one in another `out`."
+            )
         if (world := saved["world_size"]) != accelerator.num_processes:
             raise ValueError(f"Expected the {world} processes of {checkpoint}, but got {accelerator.num_processes}.")
         try:
@@ -150,7 +156,7 @@ class StageState:
                 f"Expected {checkpoint} to be a checkpoint of this run, but it does not fit: {first}"
             ) from error
         self.done = self.saved = saved["step"]
-        self.history = {**self.history, **complete(json.loads(saved["history"]))}
+        self.history = {**self.history, **history}
         self.began = time.perf_counter() - self.history["seconds"]
         self.run.source_factor = self.history.get("source_factor")
         return True

@@ -66,11 +66,11 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
         text += f"{sentence}\n\n"
     text += f"Seed {config.seed}, {steps} steps, {seconds:.0f} s. "
     if pair.target_val is not None:
-        best = max((s["miou"] for h in histories[-1:] for s in h["scores"]), default=float("nan"))
+        best = max(headlines(histories[-1]), default=float("nan"))
         text += (
             f"IoU in percent on {len(pair.target_val)} target images, one confusion matrix, last checkpoint; the last "
             f"row is the net of `best.pt`, chosen without labels.\n\n{report.markdown_table(rows, pair.classes)}\n"
-            "Best of the last stage's evaluations, for information only (it was chosen on this very set): "
+            "Best net of the last stage's evaluations, for information only (it was chosen on this very set): "
             f"{best:.1f}.\n\n"
         )
     else:
@@ -84,6 +84,13 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
         f"\n\n{decided}## Without labels\n\n{choosing.label_free_tables(run, histories, pair.classes.names)}\n"
         f"{choosing.verdict(run, histories)}"
     )
+
+
+def headlines(history: dict[str, Any]) -> list[float]:
+    """The first mean of every net of a size to deploy, at every evaluation of a stage."""
+    nets = [net for entry in history["scores"] for net in entry["nets"].items() if not net[0].startswith("large ")]
+    found = [next(iter(net["means"].values())) for _, net in nets]
+    return [mean for mean in found if mean is not None]
 
 
 def compared(run: Run, names: list[str]) -> dict[str, str]:
