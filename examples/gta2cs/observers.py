@@ -36,8 +36,7 @@ class LossLog:
         entry: dict[str, Any] = {"step": state.done, "terms": {k: v.item() for k, v in losses.terms.items()}}
         if not all(v == v and abs(v) != float("inf") for v in entry["terms"].values()):
             raise FloatingPointError(
-                f"Expected finite losses, but at step {state.done} got {entry['terms']}. A smaller `lr`, or `precision: "
-                "no`, usually helps."
+                f"Expected finite losses, but at step {state.done} got {entry['terms']}. A smaller `lr` usually helps."
             )
         if losses.selection is not None:
             entry["kept"] = self.alarm.shares(losses.selection)
