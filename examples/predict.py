@@ -108,7 +108,8 @@ def main(config: Config) -> int:
         score(config, trained)
         return 0
     if config.images is None or config.out is None:
-        raise ValueError("Expected `images` and `out`, or `evaluate`, but got neither.")
+        lacking = " and ".join(f"`{k}`" for k in ("images", "out") if getattr(config, k) is None)
+        raise ValueError(f"Expected `images` and `out`, or `evaluate`, but got no {lacking}.")
     bad = predict(config, trained, config.images, config.out)
     if bad:
         console.print(f"[yellow]Skipped {len(bad)} bad files:[/]")
@@ -248,7 +249,8 @@ def score(config: Config, trained: Trained) -> dict[str, Score]:
     pair = trained.pair(data_root=config.data_root, source_root=config.source_root, target_root=config.target_root)
     if pair.target_val is None:
         raise ValueError(
-            f"Expected the pair {pair.name!r} to have labelled target images for `evaluate`, but it has none."
+            f"Expected the pair {pair.name!r} to have labelled target images for `evaluate`, but it has none. For a "
+            "pair of folders, `val.txt` of target names them."
         )
     stage, names = trained.history["name"], [config.net] if config.net else list(trained.names)
     rows: dict[str, Score] = {}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.inference import Trained
 from gta2cs.label_free import LabelFree, measure
 from gta2cs.samples import ClassSet, Unlabelled
-from gta2cs.summary import compared, headlines
+from gta2cs.summary import compared, headlines, panels_of
 from tiny import tiny_net
 
 CLASSES = ClassSet(("a", "b", "c"), torch.zeros(3, 3, dtype=torch.uint8).numpy())
@@ -288,6 +289,17 @@ def test_panels_show_what_was_turned_down():
     ]
     run.choice = choosing.Choice("source_only", 0, 60, "student")
     assert list(compared(run, ["source_only", choosing.CHOSEN])) == ["source_only", "chosen without labels: student"]
+
+
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (3, 3), (30, 4)])
+def test_panels_show_an_image_once(count, rows):
+    images = Unlabelled(IMAGES.names[:count], IMAGES.images[:count])
+    pair = SimpleNamespace(target_val=None, target_train=images)
+    run = SimpleNamespace(pair=pair, device="cpu", choice=choosing.Choice("dacs", 1, 20, "teacher"))
+    panels = panels_of(run, {"source_only": Net(pixels), choosing.CHOSEN: Net(constant)})
+    assert len({panel["image"].tobytes() for panel in panels}) == len(panels) == rows
+    assert list(panels[0]) == ["image", "source_only", "chosen without labels: teacher", "confidence of the chosen"]
+    assert panels[0]["confidence of the chosen"] == pytest.approx(np.full((70, 80), 2.718281828 / 4.718281828))
 
 
 def tiny(out, **changes):

@@ -326,7 +326,7 @@ def test_from_the_command_line(checkpoint, images, tmp_path):
 
 
 def test_what_cannot_be_is_named(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="`images` and `out`, or `evaluate`"):
+    with pytest.raises(ValueError, match=r"`images` and `out`, or `evaluate`, but got no `out`\."):
         run("--checkpoint", checkpoint, "--images", tmp_path)
     with pytest.raises(FileNotFoundError, match="found none"):
         run("--checkpoint", checkpoint, "--images", tmp_path, "--out", tmp_path.parent / "elsewhere")

@@ -14,6 +14,7 @@ from gta2cs import choosing, html, report
 from gta2cs.config import plain
 from gta2cs.evaluation import Score, predict
 from gta2cs.interrupts import stop_if_asked
+from gta2cs.label_free import picked
 from gta2cs.reading import viewable
 from gta2cs.stage import Run
 
@@ -107,12 +108,11 @@ def compared(run: Run, names: list[str]) -> dict[str, str]:
 
 
 def panels_of(run: Run, nets: dict[str, nn.Module]) -> list[dict[str, np.ndarray]]:
-    """Panels of four target images: truth, two predictions, and the confidence of the chosen net."""
+    """Panels of up to four target images: truth, two predictions, and the confidence of the chosen net."""
     pair = run.pair
     count = len(pair.target_train if pair.target_val is None else pair.target_val)
-    picked = [count * (2 * i + 1) // 8 for i in range(4)]
     panels = []
-    for i in picked:
+    for i in picked(count, 4):
         if pair.target_val is None:
             image = pair.target_train[i]
             row = {"image": viewable(image)}
