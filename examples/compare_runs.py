@@ -40,7 +40,7 @@ from rich.markup import escape
 
 from gta2cs import html, report
 from gta2cs.histories import RunNets, read_run
-from gta2cs.label_free import DEFAULT, DIRECTIONS, RELIABILITY, UNRELIABLE, collapsed
+from gta2cs.label_free import DEFAULT, DIRECTIONS, MARGIN, RELIABILITY, UNRELIABLE, collapsed
 from gta2cs.options import changed, in_a_line, read_yaml
 from gta2cs.rank_statistics import spearman
 
@@ -100,7 +100,7 @@ class Comparison:
             f"# {winner.pair}: {len(self.runs)} runs, compared without labels\n",
             f"**Use the {title(net)}, in `{winner.folder.name}`**: its {named} is {net['scores'][self.score]:.3f}, the "
             f"{'highest' if self.sign > 0 else 'lowest'} of {kept or len(self.all_nets)} {of}. "
-            f"{RELIABILITY.get(self.score, UNRELIABLE)}\n",
+            f"{self.level_with_start(winner, net)}{RELIABILITY.get(self.score, UNRELIABLE)}\n",
             *self.table_of_runs(),
             "",
             "![The score along each run; a star is the source-only net](score.png)\n",
@@ -109,6 +109,13 @@ class Comparison:
             *self.table_of_nets(),
         ]
         return "\n".join(lines) + "\n"
+
+    def level_with_start(self, run: RunNets, net: dict[str, Any]) -> str:
+        """A sentence, where the score cannot tell the chosen net from the source-only net of its run."""
+        if run.start is None or net is run.start or self.score not in RELIABILITY:
+            return ""
+        gain = round(abs(self.value(net) - self.value(run.start)), 3)
+        return "The run's source-only net is level with it: use either. " if gain <= MARGIN else ""
 
     def table_of_runs(self) -> list[str]:
         """One row per run: the chosen net and its score, and the scores of the source-only net and the last student."""

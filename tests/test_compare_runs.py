@@ -104,6 +104,13 @@ def test_without_labels(tmp_path):
     assert "true mIoU of the chosen" not in text
 
 
+@pytest.mark.parametrize(("value", "level"), [(0.51, True), (0.505, True), (0.52, False), (0.4, False)])
+def test_a_net_level_with_the_source_only_net_is_called_so(tmp_path, value, level):
+    write_run(tmp_path / "a", [value], [])
+    text = compare_runs.Comparison([read_run(tmp_path / "a")], "balanced_consistency").text()
+    assert ("The run's source-only net is level with it" in text) is level
+
+
 def test_what_is_refused(tmp_path, capsys):
     toy = write_run(tmp_path / "a", [0.6], [])
     other = write_run(tmp_path / "b", [0.6], [], pair="nuclei")

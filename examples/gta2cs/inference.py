@@ -107,6 +107,11 @@ class Trained:
         DUDA's large nets are built by the options of the run. `changes` (`arch`, `encoder`) are for other nets that are
         not built like the student.
         """
+        if not any(key.startswith(f"{NETS.get(name, name)}.") for key in self.recipe):
+            raise ValueError(
+                f"Expected {self.path} to hold the net {name!r}, but it holds {', '.join(self.names) or 'none'}. "
+                "The nets of a stage are in its own checkpoint (stage1_source_only/last.pt and so on)."
+            )
         options = {**self.config["net"], **(self._large if name in LARGE else {}), **changes}
         if options["arch"] != "hf_segformer" or options["encoder"] in MIT:
             options["weights"] = "random"  # all tensors come from the checkpoint, none from a package or the hub
