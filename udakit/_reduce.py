@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from typing import Any, Literal, get_args
 
@@ -65,7 +65,9 @@ def interpolate(x: Tensor, size: Sequence[int], *, align_corners: bool = False, 
 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
     """Context without autocast on the device of `x`, so that a matmul of upcast tensors is not cast down again."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    # Entering torch's own costs as much as a product of small maps.
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 BLOCK = 2**18  # elements of a class map processed at once on the CPU; they fit the cache
@@ -149,6 +151,11 @@ def class_ids(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return torch.where(labels == ignore_index, num_classes, ids) if 0 <= ignore_index < num_classes else ids
 
 
+def look_up(values: Tensor, ids: Tensor) -> Tensor:
+    """`values[ids]` of (C,) and a map of ids, in a sixth of the time on the CPU."""
+    return values.index_select(0, ids.flatten()).view(ids.shape)
+
+
 LARGE = 2**17  # number of elements from which our own passes on the CPU are faster than torch's operators
 SMALL = 2**14  # the same for operations on bits that autograd does not record
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -164,7 +171,7 @@ def is_large(x: Tensor) -> bool:
 
 
 def _is_eager_on_cpu(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+    return not torch.compiler.is_compiling() and x.is_cpu and not is_transformed()
 
 
 def is_transformed() -> bool:
@@ -179,7 +186,7 @@ def refuse_transforms(x: Tensor, *, vmap: bool = False) -> None:
 
     torch would let an operator drop a tangent without a word, and its errors would be about our code.
     """
-    if torch.compiler.is_compiling():
+    if not is_transformed():
         return
     kinds = torch._C._functorch.TransformType
     refused = [kinds.Grad, kinds.Jvp, kinds.Vmap] if vmap else [kinds.Grad]
@@ -209,6 +216,8 @@ def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
 
 def _selected(mask: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
     bits = _BITS[x.itemsize]
+    if other is None and x.itemsize < 8:  # for 8 bytes there is no fast product
+        return (x.view(bits) * mask).view(x.dtype)
     ones = mask.to(bits).neg_()  # in -1 all bits are set
     if other is None:
         return torch.bitwise_and(x.view(bits), ones).view(x.dtype)
@@ -322,7 +331,7 @@ def reduce_pixels(
     reduction: Reduction = "mean",
     zeroed: bool = False,
 ) -> Tensor:
-    """Reduce a per-pixel (or per-anchor, per-image) loss.
+    """Reduce a per-pixel (or per-anchor, per-image) loss; `valid` and `pixel_weight` have its shape.
 
     Invalid entries become exactly 0 with zero gradient. "mean" divides by the number of valid entries and "mean_all" by
     the number of all entries; `pixel_weight` does not change the divisor. Without any valid entry, the result is 0 with
@@ -341,12 +350,12 @@ def reduce_pixels(
 
 
 def divided(total: Tensor, shape: Sequence[int], valid: Tensor | None, reduction: Reduction) -> Tensor:
-    """The sum of a loss of this shape, divided as `reduction` says."""
+    """The sum of a loss of this shape, which is that of `valid`, divided as `reduction` says."""
     if reduction == "sum":
         return total
     if reduction == "mean_all" or valid is None:
         return total / max(math.prod(shape), 1)
-    return total / valid.expand(shape).sum().clamp_min(1)
+    return total / valid.sum().clamp_min(1)
 
 
 def first_derivative_only(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

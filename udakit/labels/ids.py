@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from udakit._checks import check_ignore_index, check_integer, check_tensor, is_integer, kind_of
+from udakit._reduce import look_up
 
 DENSE = 2**20  # largest range of ids for a look-up table; wider tables are searched
 
@@ -60,11 +61,12 @@ def map_ids(labels: Labels, table: Mapping[int, int], *, default: int = 255) -> 
                 old[place].fill_(pair[0])
                 new[place].fill_(pair[1])
             place_of = torch.searchsorted(old, ids).clamp_max(len(pairs) - 1)
-            return torch.where(old[place_of] == ids, new[place_of], default).to(labels.dtype)
+            found = look_up(old, place_of) == ids
+            return torch.where(found, look_up(new, place_of), default).to(labels.dtype)
         lookup = labels.new_full((high - low + 2,), default)  # the last entry is for all ids outside the table
         for key, value in pairs:
             lookup[key - low].fill_(value)
-        return lookup[torch.where((ids >= low) & (ids <= high), ids - low, high - low + 1)]
+        return look_up(lookup, torch.where((ids >= low) & (ids <= high), ids - low, high - low + 1))
     if not isinstance(labels, (np.ndarray, np.generic)):
         raise TypeError(
             f"Expected `labels` to be an integer tensor or array, but got {kind_of(labels)}. "

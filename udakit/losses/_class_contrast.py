@@ -19,7 +19,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import check_reduction, class_ids, select
+from udakit._reduce import check_reduction, class_ids, look_up, select
 
 
 def check_contrast_options(temperature: float, normalize: bool, ignore_index: int, reduction: str) -> None:
@@ -72,7 +72,7 @@ def counted_ids(
     ids = class_ids(labels, len(vectors), ignore_index)
     inside = ids < len(vectors)
     ids = torch.where(inside, ids, 0)
-    return ids, inside & seen[ids], seen
+    return ids, inside & look_up(seen, ids), seen
 
 
 def seen_rows(vectors: Tensor, seen: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def seen_rows(vectors: Tensor, seen: Tensor) -> Tensor:
 
 
 def seen_cross_entropy(logits: Tensor, ids: Tensor, valid: Tensor, seen: Tensor) -> Tensor:
-    """Cross-entropy of logits (N, C, *space) over the seen classes, for the pixels that count."""
+    """Cross-entropy of logits (N, C, *space) over the seen classes; 0 at pixels that do not count."""
     # Finite, because a pixel without any candidate would otherwise give NaN. Such a pixel is ignored.
     logits = torch.where(seen.view(-1, *[1] * (logits.ndim - 2)), logits, torch.finfo(logits.dtype).min / 4)
     return F.cross_entropy(logits, torch.where(valid, ids, -100), reduction="none")

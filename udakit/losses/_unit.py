@@ -32,14 +32,13 @@ def unit_vectors(x: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def _scale(magnitude: Tensor) -> Tensor:
-    """The largest entry of axis 1, or 1 where all are 0: the divisor before squaring."""
-    largest = magnitude.amax(1, keepdim=True)
-    return torch.where(largest == 0, 1, largest)
+    """The largest entry of axis 1, but not 0: the divisor before squaring."""
+    return magnitude.amax(1, keepdim=True).clamp_min(torch.finfo(magnitude.dtype).tiny)
 
 
 def _inverse(length: Tensor) -> Tensor:
-    zero = length == 0
-    return ~zero / torch.where(zero, 1, length)
+    """1 / length, and 0 for 0."""
+    return torch.where(length == 0, torch.inf, length).reciprocal()
 
 
 def _in_pieces(x: Tensor) -> bool:
@@ -130,21 +129,24 @@ class _UnitVectors(torch.autograd.Function):
             with torch.no_grad():  # torch.compile of torch 2.5 traces gradients here, which `out=` refuses
                 norm = torch.mul(unit, unit, out=scratch).sum(1, keepdim=True).sqrt_()
             unit, length = unit.mul_(_inverse(norm)), (scale * norm).clamp_max_(torch.finfo(x.dtype).max)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(unit, length)
         return unit, length
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, grad_length: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor | None, grad_length: Tensor | None) -> tuple[Tensor, None]:
         unit, length = ctx.saved_tensors
-        if torch.is_grad_enabled() or not _in_pieces(unit):
-            along = (unit * grad).sum(1, keepdim=True) - grad_length * length
+        grad = torch.zeros_like(unit) if grad is None else grad
+        if torch.is_grad_enabled() or grad_length is not None or not _in_pieces(unit):
+            along = (unit * grad).sum(1, keepdim=True)
+            along = along if grad_length is None else along - grad_length * length
             gradient: Tensor = (grad - unit * along) * _inverse(length)
             return gradient, None
         gradient = torch.empty_like(unit)
-        result, units, grad, along, inverse = _flat(gradient, unit, grad, grad_length * length, _inverse(length))
+        result, units, grad, inverse = _flat(gradient, unit, grad, _inverse(length))
         for at in _pieces(units):
             own = torch.mul(units[at], grad[at], out=result[at])
-            pull = own.sum(1, keepdim=True).sub_(along[at])
+            pull = own.sum(1, keepdim=True)
             torch.addcmul(grad[at], units[at], pull, value=-1, out=own).mul_(inverse[at])
         return gradient, None
 

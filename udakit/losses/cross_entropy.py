@@ -22,6 +22,7 @@ from udakit._reduce import (
     Reduction,
     check_reduction,
     is_large,
+    look_up,
     plain,
     reduce_pixels,
     select,
@@ -193,7 +194,7 @@ class _CrossEntropy(torch.autograd.Function):
         x, labels, weight, log_p = ctx.saved_tensors
         valid = labels != ctx.ignore_index
         ids = labels.where(valid, 0).unsqueeze(1)
-        grad = grad.unsqueeze(1) if weight is None else (grad * weight[ids.squeeze(1)]).unsqueeze(1)
+        grad = grad.unsqueeze(1) if weight is None else (grad * look_up(weight, ids.squeeze(1))).unsqueeze(1)
         if torch.is_grad_enabled():  # create_graph=True: in operations that have a derivative
             p = torch.where(valid.unsqueeze(1), x, 0).softmax(1)
             return select(valid.unsqueeze(1), (p - torch.zeros_like(p).scatter(1, ids, 1)) * grad), None, None, None
@@ -230,7 +231,7 @@ def reduce_labelled(
     labels = labels.long()  # uint8 would wrap an `ignore_index` of -100
     valid = labels != ignore_index
     if class_weight is not None:
-        loss = loss * class_weight.detach().to(loss.dtype)[labels.where(valid, 0)]
+        loss = loss * look_up(class_weight.detach().to(loss.dtype), labels.where(valid, 0))
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
 
 

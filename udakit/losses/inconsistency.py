@@ -19,8 +19,8 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, Reduction, check_reduction, count_ids, top_class, upcast
-from udakit.losses.kd import RESIZES, Resize, kd_loss, match_logits
+from udakit._reduce import KINDS, Kind, Reduction, check_reduction, count_ids, look_up, top_class, upcast
+from udakit.losses.kd import RESIZES, Resize, match_logits, matched_kd_loss
 
 WeightFn = Callable[[Tensor], Tensor]
 
@@ -137,6 +137,7 @@ def inconsistency_loss(
 
     Example:
         >>> import torch
+        >>> from udakit.losses import kd_loss
         >>> student = torch.randn(2, 5, 8, 8, requires_grad=True)
         >>> teacher = torch.randn(2, 5, 8, 8)
         >>> d = class_inconsistency(student, teacher)
@@ -162,15 +163,7 @@ def inconsistency_loss(
         keep_zero=weight_fn is not None,
         whole=valid is None,
     )
-    return kd_loss(
-        student,
-        teacher,
-        temperature=temperature,
-        teacher_kind=teacher_kind,
-        valid=valid,
-        pixel_weight=pixel_weight,
-        reduction=reduction,
-    )
+    return matched_kd_loss(student, teacher, temperature, "cross_entropy", teacher_kind, valid, pixel_weight, reduction)
 
 
 def count_teacher_classes(labels: Tensor, valid: Tensor | None, c: int) -> Tensor:
@@ -198,7 +191,7 @@ def normalised_weight(
     w = w / mean.clamp_min(tiny)
     if not keep_zero:  # if the formula gives every valid pixel weight 0, use 1; a `weight_fn` may mean 0
         w = torch.where(largest > tiny, w, 1)
-    return w[labels]
+    return look_up(w, labels)
 
 
 def default_weight(weight_range: tuple[float, float], weight_temperature: float) -> WeightFn:

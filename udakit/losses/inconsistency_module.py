@@ -20,7 +20,7 @@ from udakit.losses.inconsistency import (
     inconsistency_of,
     normalised_weight,
 )
-from udakit.losses.kd import Resize, kd_loss, match_logits
+from udakit.losses.kd import Resize, match_logits, matched_kd_loss
 
 _FADED = 1e-20  # average pixels of a class
 
@@ -164,14 +164,15 @@ class InconsistencyLoss(FullPrecisionState):
             keep_zero=self.weight_fn is not None,
             whole=valid is None,
         )
-        return kd_loss(
+        return matched_kd_loss(
             student,
             teacher,
-            temperature=self.temperature,
-            teacher_kind=self.teacher_kind,
-            valid=valid,
-            pixel_weight=pixel_weight,
-            reduction=self.reduction,
+            self.temperature,
+            "cross_entropy",
+            self.teacher_kind,
+            valid,
+            pixel_weight,
+            self.reduction,
         )
 
     if TYPE_CHECKING:

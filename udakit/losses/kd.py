@@ -108,7 +108,20 @@ def kd_loss(
         check_mask_like(valid, student, reference_name="student_logits")
     if pixel_weight is not None:
         check_weight_like(pixel_weight, student, reference_name="student_logits")
+    return matched_kd_loss(student, teacher, temperature, divergence, teacher_kind, valid, pixel_weight, reduction)
 
+
+def matched_kd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float,
+    divergence: Divergence,
+    teacher_kind: Kind,
+    valid: Tensor | None,
+    pixel_weight: Tensor | None,
+    reduction: Reduction,
+) -> Tensor:
+    """`kd_loss` of two maps from `match_logits`; nothing is checked."""
     if teacher_kind == "logits" and is_large(student):
         loss = soft_cross_entropy(student, teacher, temperature, valid, kl=divergence == "kl")
         return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)

@@ -76,7 +76,7 @@ def pixel_contrast_loss(
     # Invalid pixels must not enter the products, even where they are NaN.
     z = z if both is None else select(both.unsqueeze(1), z)
     loss = infonce(z, both, temperature, chunk_size).view(len(z), 2, *view_a.shape[2:])
-    return reduce_pixels(loss, None if valid is None else valid.unsqueeze(1), reduction=reduction)
+    return reduce_pixels(loss, None if both is None else both.view(loss.shape), reduction=reduction)
 
 
 def _check_options(temperature: float, chunk_size: int | None, reduction: str) -> None:

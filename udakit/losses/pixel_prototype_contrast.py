@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor, nn
 
 from udakit._checks import check_per_class, check_weight_option
-from udakit._reduce import Reduction, reduce_pixels, select, upcast
+from udakit._reduce import Reduction, look_up, reduce_pixels, select, upcast
 from udakit.losses._class_contrast import (
     check_contrast,
     check_contrast_options,
@@ -92,8 +92,8 @@ def pixel_prototype_contrast_loss(
     logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
     loss = seen_cross_entropy(logits, ids, valid, seen)
     if class_weight is not None:
-        loss = loss * class_weight.detach().to(loss.dtype)[ids]
-    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+        loss = loss * look_up(class_weight.detach().to(loss.dtype), ids)
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
 
 
 class PixelPrototypeContrastLoss(nn.Module):

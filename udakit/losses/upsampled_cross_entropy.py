@@ -19,7 +19,7 @@ from udakit._checks import (
     check_weight_option,
     shape_of,
 )
-from udakit._reduce import Reduction, check_reduction, divided, upcast
+from udakit._reduce import Reduction, check_reduction, divided, look_up, upcast
 from udakit.losses._upsampled import sums_at_once, upsampled_loss, upsampled_sum
 from udakit.losses.cross_entropy import check_class_weight, reduce_labelled
 
@@ -105,9 +105,8 @@ def upsampled_cross_entropy(
         ids = labels.long()
         valid, weight = ids != ignore_index, pixel_weight
         if class_weight is not None:  # an id that is not a class is an error below
-            weight = class_weight.detach().to(upcast(logits[:0]).dtype)[
-                ids.where(valid, 0).clamp(0, logits.shape[1] - 1)
-            ]
+            weight = class_weight.detach().to(upcast(logits[:0]).dtype)
+            weight = look_up(weight, ids.where(valid, 0).clamp(0, logits.shape[1] - 1))
             weight = weight if pixel_weight is None else weight * pixel_weight.to(weight.dtype)
         return divided(upsampled_sum(*maps, weight, valid, **options), labels.shape, valid, reduction)
     loss = upsampled_loss(*maps, **options)

@@ -155,7 +155,7 @@ class ClassPrototypes(ClassState):
         """Apply the statistics of the ranks (R, ...), one after another, in closed form."""
         so_far = number.cumsum(0)
         total = so_far[-1]
-        opening = torch.where(((number > 0) & (so_far == number)).unsqueeze(-1), first, 0).sum(0)
+        opening = torch.where((so_far == number).unsqueeze(-1), first, 0).sum(0)  # `first` is 0 for number 0
         start = torch.where(self.seen.unsqueeze(-1), self.prototypes, opening)
         if self.mode == "ema":
             scale, step = self._kept(total - so_far), self._moved(number)

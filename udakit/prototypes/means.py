@@ -191,5 +191,5 @@ def _one_hot(ids: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
 
 
 def means_of(sums: Tensor, counts: Tensor, min_pixels: int) -> Tensor:
-    enough = (counts >= min_pixels).unsqueeze(-1)
-    return torch.where(enough, sums / counts.clamp_min(1).unsqueeze(-1), 0)
+    counts = counts.unsqueeze(-1)
+    return torch.where(counts < min_pixels, 0, sums / counts.clamp_min(1))

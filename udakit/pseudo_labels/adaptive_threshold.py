@@ -19,7 +19,7 @@ from udakit._checks import (
     shape_of,
     space_form,
 )
-from udakit._reduce import KINDS, Kind, select, upcast
+from udakit._reduce import KINDS, Kind, look_up, select, upcast
 from udakit._state import FullPrecisionState, gather_ranks
 from udakit.pseudo_labels.selection import PseudoLabels, Selector, check_not_all, expand_valid, others, with_excluded
 
@@ -151,7 +151,7 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
         self, labels: Tensor, confidence: Tensor, valid: Tensor | None, num_classes: int, features: Tensor | None
     ) -> Tensor:
         """Whether the confidence reaches the threshold of its class."""
-        kept = confidence >= self.thresholds[labels]
+        kept = confidence >= look_up(self.thresholds, labels)
         return kept if valid is None else kept & valid
 
     def _update(self, probabilities: Tensor, valid: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from udakit._checks import (
     shape_of,
     space_form,
 )
-from udakit._reduce import Kind, count_ids
+from udakit._reduce import Kind, count_ids, look_up
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.pseudo_labels.selection import PseudoLabels, Selector
 
@@ -129,7 +129,7 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         bin_of_pixel = rest.log2_().mul_(-self.bins / _BITS).nan_to_num_(nan=-1.0).long()
         if self.training:
             self._update(bin_of_pixel.clamp_min(0).add_(labels, alpha=self.bins), valid)
-        kept = bin_of_pixel >= self._lowest_bin()[labels]
+        kept = bin_of_pixel >= look_up(self._lowest_bin(), labels)
         return kept if valid is None else kept & valid
 
     def _update(self, cell: Tensor, valid: Tensor | None) -> None:

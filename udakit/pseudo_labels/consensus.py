@@ -8,7 +8,7 @@ from jaxtyping import Int64, Integer
 from torch import Tensor
 
 from udakit._checks import check_flag, check_ignore_index, check_label_map, check_same_shape
-from udakit._reduce import top_class
+from udakit._reduce import look_up, top_class
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels._by_prototypes import PrototypeSelector
 
@@ -103,7 +103,7 @@ class BilateralConsensus(PrototypeSelector):
         )
         kept = labels == top_class(near)
         if not self.include_unseen:
-            kept = kept & self.prototypes.seen[labels]
+            kept = kept & look_up(self.prototypes.seen, labels)
         return kept if valid is None else kept & valid
 
     def extra_repr(self) -> str:
