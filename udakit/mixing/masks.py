@@ -65,7 +65,7 @@ def draw_box_mask(
     share, cuts, offsets = low + (high - low) * u[0], u[1:axes], u[axes:]
     if axes > 2:
         cuts = cuts.sort(dim=0).values
-    ends = [torch.zeros_like(share), *cuts, torch.ones_like(share)]
+    ends: list[float | Tensor] = [0.0, *cuts, 1.0]
     inside: Tensor | None = None
     for i, length in enumerate(size):
         extent = (length * share ** (ends[i + 1] - ends[i])).round()
