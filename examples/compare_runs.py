@@ -138,7 +138,7 @@ class Comparison:
                 run.last["truth_miou"],
                 max(truths, default=None),
             ]
-            cells = [run.folder.name, run.recipe, str(run.seed), title(best)]
+            cells = [run.name, run.recipe, str(run.seed), title(best)]
             cells += [number(v, 3) for v in values] + [number(v, 1) for v in true if self.labelled]
             lines.append("| " + " | ".join(cells) + " |")
         return lines
@@ -311,9 +311,7 @@ def compare(options: argparse.Namespace) -> None:
     for place, run in enumerate(comparison.runs, 1):
         best = comparison.best(run)
         value = best["scores"][comparison.score]
-        console.print(
-            f"{place}. {escape(run.folder.name)}: {title(best)}, {comparison.score.replace('_', ' ')} {value:.3f}"
-        )
+        console.print(f"{place}. {escape(run.name)}: {title(best)}, {comparison.score.replace('_', ' ')} {value:.3f}")
     console.print(f"Use the {title(net)}, in {escape(str(comparison.runs[0].folder))}. Page: {page}")
 
 

@@ -9,6 +9,7 @@ import yaml
 
 import compare_runs
 import train_gta2cs
+from gta2cs.checkpoints import save_checkpoint
 from gta2cs.histories import read_run
 
 
@@ -102,6 +103,19 @@ def test_without_labels(tmp_path):
     assert "How right" not in text
     assert "mIoU</th>" not in text
     assert "true mIoU of the chosen" not in text
+
+
+def test_a_run_that_was_stopped_is_called_so(tmp_path, capsys):
+    saved = json.loads((write_run(tmp_path / "whole", [0.6], []) / "history.json").read_text())
+    config = json.dumps(train_gta2cs.plain(train_gta2cs.Config(stages=[train_gta2cs.Stage()])))
+    checkpoint = {"recipe": {}, "config": config, "history": json.dumps(saved["stages"][0])}
+    save_checkpoint(tmp_path / "part" / "stage1_dacs" / "last.pt", checkpoint)
+    runs = [str(tmp_path / name) for name in ("whole", "part")]
+    assert compare_runs.main([*runs, "--page", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "1. whole: student" in printed
+    assert "2. part (not finished): student" in printed
+    assert "<td>part (not finished)</td>" in (tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize(("value", "level"), [(0.51, True), (0.505, True), (0.52, False), (0.4, False)])

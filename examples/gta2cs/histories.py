@@ -26,6 +26,12 @@ class RunNets:
     start: dict[str, Any] | None
     checkpoints: list[dict[str, Any]]
     choice: dict[str, Any] | None = None
+    finished: bool = True
+
+    @property
+    def name(self) -> str:
+        """Name of its folder, and whether it was stopped."""
+        return self.folder.name if self.finished else f"{self.folder.name} (not finished)"
 
     @property
     def truth(self) -> float | None:
@@ -94,7 +100,7 @@ def read_run(folder: Path) -> RunNets:
     pair, data = config["data"]["pair"], config["data"]
     if pair == "folder" and (root := data.get("target_root") or data.get("data_root")):
         pair = f"folder {root}"  # scores of two people's folders do not compare
-    return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice)
+    return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, path.is_file())
 
 
 def headline(means: dict[str, float]) -> float:
