@@ -400,3 +400,14 @@ def test_the_best_of_a_stage_is_of_all_nets_that_can_be_deployed():
     entry = {"step": 10, "miou": 40.0, "nets": {name: {"means": {"mIoU": value}} for name, value in nets.items()}}
     assert headlines({"scores": [entry]}) == [40.0, 42.5]
     assert headlines({"scores": []}) == []
+
+
+def test_the_log_says_that_adaptation_starts_from_a_net_of_one_class(tmp_path, monkeypatch, capsys):
+    names = train_gta2cs.open_pair(tiny(tmp_path)).classes.names
+    shares = [float(i == 1) for i in range(len(names))]
+    one = LabelFree({"balanced_consistency": 0.9, "mirror_consistency": 1.0}, shares)
+    monkeypatch.setattr(choosing, "measure", lambda *args, **options: one)
+    train_gta2cs.main(tiny(tmp_path))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"The net that dacs starts from predicts only '{names[1]}' on target. {choosing.ONE_CLASS}" in said
+    assert f"**The chosen net predicts only {names[1]}.**" in (tmp_path / "report.md").read_text()
