@@ -69,6 +69,15 @@ def test_adaptive_thresholds_are_a_selector() -> None:
     assert not torch.equal(before, recipe.selector.threshold)
 
 
+def test_any_selector_can_have_the_weight_by_confidence() -> None:
+    weighted = step(build("dacs", net(), **PLAIN, threshold=0.3, confidence_weight=True))
+    ratio = step(build("dacs", net(), selector="confident_ratio", threshold=0.3))
+    assert all(torch.equal(weighted[name], term) for name, term in ratio.items())
+    assert not torch.equal(weighted["mix"], step(build("dacs", net(), **PLAIN))["mix"])
+    with pytest.raises(ValueError, match="`confidence_weight` to be false with `selector` confident_ratio"):
+        build("dacs", net(), selector="confident_ratio", confidence_weight=True)
+
+
 def mixed_of(recipe: Dacs, student: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """What the student made of the mixture of the last step, and the mixture's labels."""
     draws = Draws(0, 0, range(2), torch.device("cpu"))

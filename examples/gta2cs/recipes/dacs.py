@@ -28,6 +28,7 @@ from udakit import (
     ThresholdSelector,
     class_mask,
     class_mix,
+    confident_ratio,
     downscale_labels,
     feature_distance_loss,
     feature_distillation_loss,
@@ -48,6 +49,7 @@ class Dacs(TargetStyled):
         threshold_momentum: float = 0.99  # for adaptive (FreeMatch: 0.999 over some hundred thousand steps)
         share: float = 0.5  # of each predicted class, for class_quantile
         share_end: float | None = None  # rising to this at the end of the stage, as CBST's does; None: it stays
+        confidence_weight: bool = False  # times the share of pixels above `threshold`, as confident_ratio has it
         prototype_momentum: float = 1e-2  # for rectified (ProDA: 1e-4 over 80k steps and more)
         mix_weight: float = 1.0
         pseudo_loss: Literal["cross_entropy", "symmetric_cross_entropy"] = "cross_entropy"  # on pseudo-labels (ProDA)
@@ -90,8 +92,13 @@ class Dacs(TargetStyled):
 
     @classmethod
     def check(cls, options: Any) -> None:
-        """Refuse a rising share of what is no share of each class."""
+        """Refuse a rising share of what is no share of each class, and a weight that the selector gives already."""
         super().check(options)
+        if options.confidence_weight and options.selector == "confident_ratio":
+            raise ValueError(
+                "Expected `confidence_weight` to be false with `selector` confident_ratio, whose labels have that "
+                "weight, but got true."
+            )
         if options.share_end is None:
             return
         if options.selector != "class_quantile" or not 0 < options.share_end <= 1:
@@ -129,6 +136,9 @@ class Dacs(TargetStyled):
                 labelled, pseudo = teacher_logits, self.selector(teacher_logits, valid=valid)
             else:
                 pseudo, labelled = self.rectified(batch.target_images, on_target, valid)
+            if options.confidence_weight:
+                ratio = confident_ratio(pseudo.confidence, threshold=options.threshold)
+                pseudo = pseudo._replace(weight=pseudo.weight * ratio)
         target = SegBatch(batch.target_images, pseudo.labels, pseudo.weight)
 
         # 2. Half of the classes of each source image are pasted onto a target image: image, label and weight alike.
