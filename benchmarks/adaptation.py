@@ -79,6 +79,8 @@ TITLES = {
     "diga": "DiGA",
     "ehtdi": "EHTDI",
     "combined": "combined",
+    "quick": "combined, with a teacher as quick as in short runs",
+    "weighed": "combined, with 90 % of each class, weighed by confidence",
     "decided": "combined as it was before",
     "ablation_unmatched": "DACS, labels by statistics of target batches, scale not matched",
     "oracle": "oracle",
@@ -98,8 +100,15 @@ LABELLING: dict[str, dict[str, Any]] = {
     "batch": {"teacher_mode": "batch_statistics"},
 }
 SETTINGS: dict[str, dict[str, Any]] = {name: {**SHARED, **own} for name, own in LABELLING.items()}
+QUICK: dict[str, Any] = {"slowing": False}  # the teacher stays as quick as it begins, also in more than 300 steps
 # `combined` before: the score chose between the two, and no source steps came first.
-DECIDED = {"candidates": LABELLING}
+DECIDED = {**QUICK, "candidates": LABELLING}
+# Forms of `combined`, all with source steps first: row -> options. The first two are the same in up to 300 steps.
+COMBINED: dict[str, dict[str, Any]] = {
+    "combined": {},
+    "quick": QUICK,
+    "weighed": {"shared": {"share": 0.9, "confidence_weight": True}},
+}
 BLENDED = {"teacher_mode": "batch_statistics", "teacher_running_share": 0.5, "buffers": "ema"}
 # `combined` without source steps first: row -> (title, how its teacher labels)
 AT_ONCE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -167,7 +176,8 @@ def tried_row(name: str) -> dict[str, Any]:
 
 TRIED_ROWS = {f"tried_{name}": tried_row(name) for name in TRIED}
 LR |= {f"tried_{name}": change["lr"] for name, (_, change) in TRIED.items() if "lr" in change}
-LONGER, LONGER_ROWS = 4, ("source_only", "dacs_batch", "diga", "ehtdi", "combined")  # that many times the steps
+LONGER = 4  # times the steps
+LONGER_ROWS = ("source_only", "dacs_batch", "diga", "ehtdi", *COMBINED)
 BAD: dict[str, dict[str, Any]] = {  # runs made bad on purpose, for the study of the scores
     "bad_argmax": {"options": {"selector": "argmax", "jitter": 0.2}},
     "bad_threshold": {"options": {"selector": "threshold", "threshold": 0.99, "jitter": 0.2}},
@@ -182,14 +192,17 @@ def rows_of() -> dict[str, dict[str, Any]]:
         "source_only": {"recipes": ["source_only"]},
         "dacs_defaults": {"recipes": ["dacs"], "own": True, "data": DEFAULT_DATA},
         **{f"dacs_{name}": {"recipes": ["dacs"], "options": options} for name, options in SETTINGS.items()},
-        "combined": {
-            "recipes": ["source_only", "combined"],
-            "own": True,
-            "options": {"source_only": AUGMENT, "combined": {}},
+        **{
+            name: {
+                "recipes": ["source_only", "combined"],
+                "own": True,
+                "options": {"source_only": AUGMENT, "combined": options},
+            }
+            for name, options in COMBINED.items()
         },
         "decided": {"recipes": ["combined"], "own": True, "options": DECIDED},
         **{
-            name: {"recipes": ["combined"], "own": True, "options": {"candidates": {"only": own}}}
+            name: {"recipes": ["combined"], "own": True, "options": {**QUICK, "candidates": {"only": own}}}
             for name, (_, own) in AT_ONCE.items()
         },
         "diga": {"recipes": ["diga_warmup", "diga"], "options": {"augment_source": True, "translate": "color"}},
@@ -205,6 +218,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "main": ("source_only", *(f"dacs_{name}" for name in SETTINGS), "combined", "oracle"),
     "methods": ("dacs_defaults", "diga", "ehtdi"),
     "labelling": ("decided", *AT_ONCE),
+    "weighed": ("weighed",),
     "ablation": tuple(ABLATION),
     "longer": tuple(f"longer_{name}" for name in LONGER_ROWS),
     "tried": tuple(TRIED_ROWS),

@@ -14,7 +14,7 @@ from gta2cs.checkpoints import load_checkpoint, load_net
 from gta2cs.datasets import build_pair
 from gta2cs.evaluation import evaluating
 from gta2cs.recipes import Combined, Preparation
-from gta2cs.recipes.combined import SHARED, UNTRAINED, ahead, options_of
+from gta2cs.recipes.combined import SHARED, UNTRAINED, ahead, options_of, slowed
 from tiny import tiny_net
 from udakit import EMATeacher
 
@@ -244,6 +244,18 @@ def test_the_teacher_labels_with_half_of_the_statistics_of_target_unless_told_ot
     images = torch.randn(2, 3, 64, 64)
     ends = [EMATeacher(recipe.student, mode=mode)(images).logits for mode in ("batch_statistics", "eval")]
     assert all((teacher(images).logits - end).abs().max() > 0 for end in ends)
+
+
+def test_a_teacher_gets_slower_in_a_long_stage_also_in_one_that_is_resumed():
+    assert slowed(0.99, 0) == slowed(0.99, 298) == 0.99
+    assert slowed(0.99, 899) == pytest.approx(1 - 1 / 300)
+    assert slowed(0.99, 10**5) == 0.999
+    assert slowed(0.9995, 10**5) == 0.9995
+    for slowing, expected in ((True, 1 - 1 / 300), (False, 0.99)):
+        recipe = build(candidates={"a": {}}, slowing=slowing)
+        recipe._load_from_state_dict({"progress": torch.tensor([899, 0, 0])}, "", {}, False, [], [], [])
+        recipe.after_step()
+        assert recipe.active.teacher.decay == pytest.approx(expected)
 
 
 def test_shared_options_are_added_to_those_of_the_policy_and_other_channels_have_no_colours():

@@ -57,6 +57,10 @@ SHARED: dict[str, Any] = {
     "translate_share": 0.7,
 }
 
+# In a long stage a quick teacher repeats the errors of its student until both agree on them.
+MEMORY = 1 / 3  # of the steps so far, which a teacher averages over at least ...
+SLOWEST = 0.999  # ... until it is as slow as in the papers
+
 
 class Combined(Recipe):
     """DACS with the candidate that the label-free score chooses."""
@@ -72,6 +76,7 @@ class Combined(Recipe):
         """Name of each candidate, and the options of dacs that it has of its own."""
         shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all of them, over the policy's
         match_style: bool = True  # leave source in its own colours where target in those of source is understood worse
+        slowing: bool = True  # of a teacher in a long stage: it averages over a third of the steps so far
         trial: float = 0.0  # share of the steps in which the candidates take turns; 0: compared before the first step
         images: int = 24  # target crops that the score looks at
 
@@ -203,6 +208,8 @@ class Combined(Recipe):
 
     def after_step(self) -> None:
         """Update the active teacher. At the end of the trial, keep the candidate with the best score."""
+        if self.options.slowing:
+            self.active.teacher.decay = slowed(self.active.options.ema, self.done)
         self.active.after_step()
         self.done += 1
         if self.kept < 0 and self.done >= self.trial_steps:
@@ -309,6 +316,11 @@ def options_of(shared: dict[str, Any], own: dict[str, Any], channels: int = 3) -
     if given.get("selector", SHARED["selector"]) != SHARED["selector"]:  # what only that selector has goes with it
         policy = {name: value for name, value in policy.items() if name not in ("share", "share_end")}
     return {**policy, **given}
+
+
+def slowed(decay: float, step: int) -> float:
+    """The decay of a teacher at a step: the given one, and from then on slower the longer the stage has run."""
+    return max(decay, min(SLOWEST, 1 - 1 / (MEMORY * (step + 1))))
 
 
 def means_of(found: list[list[tuple[Tensor, float]]]) -> list[float]:
