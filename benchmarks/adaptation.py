@@ -100,7 +100,7 @@ LABELLING: dict[str, dict[str, Any]] = {
     "batch": {"teacher_mode": "batch_statistics"},
 }
 SETTINGS: dict[str, dict[str, Any]] = {name: {**SHARED, **own} for name, own in LABELLING.items()}
-QUICK: dict[str, Any] = {"slowing": False}  # the teacher stays as quick as it begins, also in more than 300 steps
+QUICK: dict[str, Any] = {"slow_teacher": False}  # the teacher stays as quick as it begins, also in more than 300 steps
 # `combined` before: the score chose between the two, and no source steps came first.
 DECIDED = {**QUICK, "candidates": LABELLING}
 # Forms of `combined`, all with source steps first: row -> options. The first two are the same in up to 300 steps.

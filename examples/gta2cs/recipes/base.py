@@ -119,6 +119,7 @@ class Recipe(nn.Module):
         self.student = student
         self.num_classes = num_classes
         self.options = options
+        self.steps = 0  # of the stage; the loop says how many
         self.decisions: list[str] = []  # made without labels, in words; the loop prints them and takes them away
         self.normalised_with(MEAN, STD)
 

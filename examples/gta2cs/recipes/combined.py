@@ -58,8 +58,8 @@ SHARED: dict[str, Any] = {
 }
 
 # In a long stage a quick teacher repeats the errors of its student until both agree on them.
-MEMORY = 1 / 3  # of the steps so far, which a teacher averages over at least ...
-SLOWEST = 0.999  # ... until it is as slow as in the papers
+MEMORY = 1 / 3  # of the stage's steps, which a teacher averages over at least ...
+SLOWEST = 0.999  # ... but it is not slower than in the papers
 
 
 class Combined(Recipe):
@@ -76,7 +76,7 @@ class Combined(Recipe):
         """Name of each candidate, and the options of dacs that it has of its own."""
         shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all of them, over the policy's
         match_style: bool = True  # leave source in its own colours where target in those of source is understood worse
-        slowing: bool = True  # of a teacher in a long stage: it averages over a third of the steps so far
+        slow_teacher: bool = True  # in a long stage: it averages over a third of the stage's steps
         trial: float = 0.0  # share of the steps in which the candidates take turns; 0: compared before the first step
         images: int = 24  # target crops that the score looks at
 
@@ -208,8 +208,8 @@ class Combined(Recipe):
 
     def after_step(self) -> None:
         """Update the active teacher. At the end of the trial, keep the candidate with the best score."""
-        if self.options.slowing:
-            self.active.teacher.decay = slowed(self.active.options.ema, self.done)
+        if self.options.slow_teacher:
+            self.active.teacher.decay = slowed(self.active.options.ema, self.steps)
         self.active.after_step()
         self.done += 1
         if self.kept < 0 and self.done >= self.trial_steps:
@@ -318,9 +318,9 @@ def options_of(shared: dict[str, Any], own: dict[str, Any], channels: int = 3) -
     return {**policy, **given}
 
 
-def slowed(decay: float, step: int) -> float:
-    """The decay of a teacher at a step: the given one, and from then on slower the longer the stage has run."""
-    return max(decay, min(SLOWEST, 1 - 1 / (MEMORY * (step + 1))))
+def slowed(decay: float, steps: int) -> float:
+    """The decay of a teacher in a stage of so many steps: the given one, or in a long stage a slower one."""
+    return max(decay, min(SLOWEST, 1 - 1 / (MEMORY * max(1, steps))))
 
 
 def means_of(found: list[list[tuple[Tensor, float]]]) -> list[float]:

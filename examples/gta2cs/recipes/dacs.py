@@ -70,7 +70,7 @@ class Dacs(TargetStyled):
                 student, num_classes, momentum=options.prototype_momentum, **labelling_statistics(options)
             )
         self.selector = nn.Identity() if self.rectified is not None else make_selector(options, num_classes)
-        self.steps, self.done = 0, 0
+        self.done = 0
         if options.share_end is not None:
             self.register_buffer("course", torch.tensor([0, 0]))  # steps done, steps of the stage: for a resumed run
         wanted = options.feature_distance_classes or list(range(num_classes))
