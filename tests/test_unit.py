@@ -66,3 +66,17 @@ def test_second_derivatives_of_large_maps() -> None:
             (second,) = torch.autograd.grad(first.pow(2).sum(), leaf)
             found.append(second[:, :, :2, :2])
     torch.testing.assert_close(found[:2], found[2:])
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_vectors_without_a_normal_length_have_no_gradient(pieces: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 / length would be infinite, and NaN where it meets the zeros of a projection."""
+    monkeypatch.setattr(_unit, "_in_pieces", lambda x: pieces)
+    x = torch.tensor([[1e-42, 0.0], [0.0, 1e-40], [0.0, 0.0], [3.0, 4.0]]).T.unsqueeze(0).requires_grad_()
+    unit, length = _unit.unit_vectors(x), _unit.lengths(x)
+    torch.testing.assert_close(unit[0].T, torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.6, 0.8]]))
+    factor = torch.tensor([[[5.0], [7.0]]])
+    torch.testing.assert_close(
+        [torch.autograd.grad(y.sum(), x)[0][0].T for y in (unit * factor, 6 * length)],
+        [torch.tensor([[0.0, 0.0]] * 3 + [row]) for row in ([-0.032, 0.024], [3.6, 4.8])],
+    )

@@ -37,8 +37,8 @@ def _scale(magnitude: Tensor) -> Tensor:
 
 
 def _inverse(length: Tensor) -> Tensor:
-    """1 / length, and 0 for 0."""
-    return torch.where(length == 0, torch.inf, length).reciprocal()
+    """1 / length, and 0 for 0 and the subnormal numbers above it, where infinity times 0 would be NaN."""
+    return torch.where(length < torch.finfo(length.dtype).tiny, torch.inf, length).reciprocal()
 
 
 def _in_pieces(x: Tensor) -> bool:
