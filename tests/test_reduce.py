@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import udakit
 from udakit import _reduce
 from udakit._reduce import select
 
@@ -15,6 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 @pytest.fixture(autouse=True)
 def _by_bits_at_every_size(monkeypatch):
     monkeypatch.setattr(_reduce, "LARGE", 0)
+    monkeypatch.setattr(_reduce, "SMALL", 0)
 
 
 def bits(x):
@@ -94,3 +96,29 @@ def test_count_ids_is_bincount():
     ids = torch.randint(7, (3, 4, 5), generator=torch.Generator().manual_seed(0))
     assert torch.equal(_reduce.count_ids(ids, 9), torch.bincount(ids.flatten(), minlength=9))
     assert torch.equal(_reduce.count_ids(ids[:0], 9), torch.zeros(9, dtype=torch.int64))
+
+
+def test_full_precision_takes_a_device_without_autocast():
+    with _reduce.full_precision(torch.empty(0, device="meta")):
+        pass
+    x, labels = torch.empty(2, 3, 4, 5, device="meta"), torch.empty(2, 4, 5, dtype=torch.int64, device="meta")
+    assert udakit.class_means(x, labels, num_classes=3)[0].shape == (3, 3)
+
+
+def test_full_precision_follows_the_autocast_of_each_call():
+    """Also compiled: one that was traced without autocast must not run as such under it."""
+    torch._dynamo.reset()
+    a = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+
+    def product(x):
+        with _reduce.full_precision(x):
+            return x @ x
+
+    for function in (product, torch.compile(product, fullgraph=True, backend="eager")):
+        for enabled in (False, True, False):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                assert torch.equal(function(a), product(a))
+                assert function(a).dtype == torch.float32
+                assert (a @ a).dtype == (torch.bfloat16 if enabled else torch.float32)
+                with torch.autocast("cpu", enabled=False):
+                    assert torch.equal(function(a), a @ a)

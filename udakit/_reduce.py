@@ -66,8 +66,8 @@ def interpolate(x: Tensor, size: Sequence[int], *, align_corners: bool = False, 
 def full_precision(x: Tensor) -> AbstractContextManager[None]:
     """Context without autocast on the device of `x`, so that a matmul of upcast tensors is not cast down again."""
     kind = x.device.type
-    # Entering torch's own costs as much as a product of small maps.
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    # Entering torch's own costs as much as a product of small maps. "meta" has no autocast, and both would raise.
+    return torch.autocast(kind, enabled=False) if kind != "meta" and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 BLOCK = 2**18  # elements of a class map processed at once on the CPU; they fit the cache
@@ -273,7 +273,9 @@ def guard(x: Tensor, valid: Tensor | None) -> Tensor:
     return guarded
 
 
-def _zeroed(valid: Tensor, grad: Tensor) -> Tensor:
+def _zeroed(valid: Tensor, grad: Tensor | None) -> Tensor | None:
+    if grad is None:  # torch 2.5 calls the hook of a result that has no gradient
+        return None
     mask = valid.unsqueeze(1)
     # create_graph=True: others use this gradient. Otherwise only the loss itself uses the result of `guard`, so nobody
     # else holds the memory of its gradient.
