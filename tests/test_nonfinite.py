@@ -15,7 +15,7 @@ from torch import Tensor
 import udakit
 from udakit import ClassDistributions, ClassPrototypes, distribution_contrast_loss, pixel_prototype_contrast_loss
 from udakit._checks import options
-from udakit._reduce import guard
+from udakit._reduce import _zeroed, guard
 
 NAN = float("nan")
 
@@ -45,6 +45,13 @@ def test_guard_of_an_expanded_gradient(large: int, monkeypatch: pytest.MonkeyPat
     guard(x, valid).sum(dim=1).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [[[1.0, 0.0, 1.0]] * 2]
+
+
+def test_guard_of_a_result_without_a_gradient() -> None:
+    """torch 2.5 calls a hook with None where a branch of the graph has no gradient."""
+    assert _zeroed(torch.tensor([[True, False]]), None) is None
+    x = torch.zeros(1, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: guard(x, torch.tensor([[True, True]])).clone(), x)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -310,3 +317,27 @@ def test_what_hooks_save_as_a_copy_has_no_nan_at_ignored_pixels(
         (actual,) = torch.autograd.grad(loss(x, labels), x)
     assert (actual[0, :, 0, 0] == 0).all()
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("weight", [NAN, math.inf])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", ["cross_entropy", "upsampled_cross_entropy", "pixel_prototype_contrast_loss"])
+def test_the_weight_of_an_absent_class_does_not_matter(name: str, reduction: str, weight: float) -> None:
+    """1 / frequency is infinite for a class without pixels; an ignored pixel must not be taken for one of class 0."""
+    x = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([1, 2, 255, 1]).view(1, 4, 1).repeat(2, 1, 5)
+    bank = (torch.eye(3) + 0.1,) if name == "pixel_prototype_contrast_loss" else ()
+    results = []
+    for first in (weight, 1.0):
+        options = {"class_weight": torch.tensor([first, 2.0, 3.0]), "reduction": reduction}
+        loss = getattr(udakit, name)(x, labels, *bank, **options)
+        results.append((loss, torch.autograd.grad(loss.sum(), x)[0]))
+    assert bool(results[0][0].isfinite().all())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_the_weight_of_an_unseen_class_does_not_matter() -> None:
+    x = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    bank, weight = torch.eye(3) * torch.tensor([0.0, 1.0, 1.0]), torch.tensor([math.inf, 2.0, 3.0])
+    loss = pixel_prototype_contrast_loss(x, torch.tensor([[0, 1, 2, 0, 1, 2]]), bank, class_weight=weight)
+    assert bool(loss.isfinite() & torch.autograd.grad(loss, x)[0].isfinite().all())

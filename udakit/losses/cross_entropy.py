@@ -231,7 +231,8 @@ def reduce_labelled(
     labels = labels.long()  # uint8 would wrap an `ignore_index` of -100
     valid = labels != ignore_index
     if class_weight is not None:
-        loss = loss * look_up(class_weight.detach().to(loss.dtype), labels.where(valid, 0))
+        weight = look_up(class_weight.detach().to(loss.dtype), labels.where(valid, 0))
+        loss = loss * select(valid, weight)  # class 0 stands for an ignored pixel, and may have an infinite weight
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
 
 

@@ -92,7 +92,8 @@ def pixel_prototype_contrast_loss(
     logits = matmul((bank / temperature).expand(x.shape[0], -1, -1), x.flatten(2)).view(x.shape[0], c, *x.shape[2:])
     loss = seen_cross_entropy(logits, ids, valid, seen)
     if class_weight is not None:
-        loss = loss * look_up(class_weight.detach().to(loss.dtype), ids)
+        # A pixel that does not count may have the id of a class with an infinite weight.
+        loss = loss * select(valid, look_up(class_weight.detach().to(loss.dtype), ids))
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
 
 
