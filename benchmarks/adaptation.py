@@ -429,12 +429,17 @@ def chosen(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
 
 def guarded(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
     """The last student, or the source-only net where that has the higher score."""
-    last = next((c for c in reversed(run["checkpoints"]) if c["net"] == "student"), None)
+    last = last_student(run)
     start = run.get("source_only")
     if last is None or "scores" not in last or not start or "miou" not in start:
         return None
     better = (completed(last)[score] or 0.0) > (completed(start)[score] or 0.0)
     return last if better and not collapsed(start["shares"], last["shares"]) else start
+
+
+def last_student(run: dict[str, Any]) -> dict[str, Any] | None:
+    """The student of the last evaluation."""
+    return next((c for c in reversed(run["checkpoints"]) if c["net"] == "student"), None)
 
 
 def runs_of(results: dict[str, Any], pair: str, row: str) -> list[dict[str, Any]]:
@@ -496,6 +501,24 @@ def labelling(results: dict[str, Any]) -> str:
         return "\n".join(lines) + "\n"
     said = "; ".join(f"without {name}: {rows[row]}" for name, row in picks.items() if row)
     return "\n".join(lines) + f"\n\nHighest mean over the pairs, {said}.\n"
+
+
+def weighed(results: dict[str, Any]) -> str:
+    """Markdown: the last student of `combined` and of `weighed`, of runs with the same start; a column a pair."""
+    beside: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for pair in (*PAIRS, *FURTHER):
+        same_start = lambda run: (run["seed"], run.get("device"))  # noqa: E731
+        starts = {same_start(run): run for run in runs_of(results, pair, "combined")}
+        both = [(starts.get(same_start(run)), run) for run in runs_of(results, pair, "weighed")]
+        if found := [(before, run) for before, run in both if before]:
+            beside[pair] = found
+    if not beside:
+        return "Not measured yet.\n"
+    lines = head_of([*beside], "labels ")
+    for position, title in enumerate(("60 % of each class, full weight", "90 % of each class, weighed by confidence")):
+        cells = [spread([last_student(found[position])["miou"] for found in runs]) for runs in beside.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def preferred(results: dict[str, Any], pairs: Iterable[str]) -> str | None:
@@ -601,7 +624,7 @@ def last_of(results: dict[str, Any], pair: str, seed: int, *rows: str) -> list[t
     """mIoU and score, both in %, of the last student of every row that ran with a seed."""
     found = []
     for run in (r for row in rows for r in runs_of(results, pair, row) if r["seed"] == seed):
-        net = next(c for c in reversed(run["checkpoints"]) if c["net"] == "student")
+        net = last_student(run)
         found.append((net["miou"], 100 * (completed(net)[SCORE] or 0.0)))
     return found
 
@@ -730,6 +753,7 @@ def main() -> None:
             write_section("further", further(results), PAGE)
             write_section("longer", longer(results), PAGE)
             write_section("labelling", labelling(results), COMBINED_PAGE)
+            write_section("weighed", weighed(results), COMBINED_PAGE)
             write_section("tried", tried(results), COMBINED_PAGE)
         if options.study:
             write_json(options.study, study(results))

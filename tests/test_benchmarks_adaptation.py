@@ -118,6 +118,16 @@ def test_longer_runs_stand_beside_those_of_the_same_seeds():
     assert "not measured yet" in adaptation.longer({})
 
 
+def test_labels_weighed_by_confidence_stand_beside_runs_of_the_same_start():
+    runs = [run_of("toy", "combined", s, 60.0 + s) for s in (0, 1)] + [run_of("toy", "weighed", 1, 63.0)]
+    runs += [run_of("nuclei", "weighed", 0, 80.0), {**run_of("nuclei", "combined", 0, 90.0), "device": "another"}]
+    text = adaptation.weighed(results_of(runs))
+    assert text.splitlines()[0] == "| labels | game → camera |"
+    assert "| 60 % of each class, full weight | 61.0 [1] |" in text
+    assert "| 90 % of each class, weighed by confidence | 63.0 [1] |" in text
+    assert adaptation.weighed({}) == "Not measured yet.\n"
+
+
 def test_the_study_has_every_scored_run_with_the_truth_of_its_start():
     runs = [run_of("nuclei", "combined", 0, 60.0, 0.7, 50.0), run_of("nuclei", "source_only", 0, 50.0)]
     (only,) = adaptation.study(results_of(runs))
@@ -192,6 +202,7 @@ def test_a_run_starts_where_its_first_adapting_stage_does(monkeypatch):
         ("further", adaptation.further, adaptation.PAGE),
         ("labelling", adaptation.labelling, adaptation.COMBINED_PAGE),
         ("longer", adaptation.longer, adaptation.PAGE),
+        ("weighed", adaptation.weighed, adaptation.COMBINED_PAGE),
         ("tried", adaptation.tried, adaptation.COMBINED_PAGE),
     ],
 )
