@@ -54,11 +54,11 @@ BY_CLASS = "confident_consistency"  # what decides the scale and the colours of 
 # What is known of a score, in words, for the verdict.
 MARGIN = 0.01  # differences of a hundredth say nothing
 RELIABILITY = {
-    "balanced_consistency": "On eight pairs its rank correlation with the truth was 0.26 to 0.85 "
+    "balanced_consistency": "On eight pairs its rank correlation with the truth was 0.26 to 0.86 "
     "(docs/results/scores.md). Differences of a hundredth say nothing.",
-    "confident_consistency": "On eight pairs its rank correlation with the truth was -0.28 to 0.93 "
+    "confident_consistency": "On eight pairs its rank correlation with the truth was -0.31 to 0.96 "
     "(docs/results/scores.md): it can point the wrong way.",
-    "mirror_consistency": "On eight pairs its rank correlation with the truth was -0.51 to 0.95 "
+    "mirror_consistency": "On eight pairs its rank correlation with the truth was -0.53 to 0.96 "
     "(docs/results/scores.md): it can point the wrong way.",
 }
 UNRELIABLE = (
