@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from udakit._reduce import LARGE
-from udakit.losses import _unit
+from udakit.losses import _unit, pixel_prototype_contrast_loss
 
 SHAPES = [(2, 96, 40, 60), (1, 700, 2000), (2, 3, 20, 40, 60)]
 
@@ -80,3 +80,16 @@ def test_vectors_without_a_normal_length_have_no_gradient(pieces: bool, monkeypa
         [torch.autograd.grad(y.sum(), x)[0][0].T for y in (unit * factor, 6 * length)],
         [torch.tensor([[0.0, 0.0]] * 3 + [row]) for row in ([-0.032, 0.024], [3.6, 4.8])],
     )
+
+
+def test_a_compiled_loss_takes_channels_last_after_other_images() -> None:
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        return pixel_prototype_contrast_loss(x, labels, bank)
+
+    bank = torch.eye(4)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for side in (5, 9):
+        x, labels = torch.randn(2, 4, side, side), torch.randint(1, 4, (2, side, side))
+        if side == 9:
+            x, labels = x.contiguous(memory_format=torch.channels_last), labels.transpose(1, 2)
+        torch.testing.assert_close(compiled(x.requires_grad_(), labels), loss(x, labels))

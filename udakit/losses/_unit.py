@@ -126,8 +126,10 @@ class _UnitVectors(torch.autograd.Function):
             scratch = x.abs()
             scale = _scale(scratch)
             unit = x / scale
-            with torch.no_grad():  # torch.compile of torch 2.5 traces gradients here, which `out=` refuses
-                norm = torch.mul(unit, unit, out=scratch).sum(1, keepdim=True).sqrt_()
+            with torch.no_grad():  # torch.compile of torch 2.5 traces gradients here, and `unit` changes below
+                # Channels-last images after others make a compiled `out=` fail.
+                squares = unit.square() if torch.compiler.is_compiling() else torch.mul(unit, unit, out=scratch)
+                norm = squares.sum(1, keepdim=True).sqrt_()
             unit, length = unit.mul_(_inverse(norm)), (scale * norm).clamp_max_(torch.finfo(x.dtype).max)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(unit, length)
