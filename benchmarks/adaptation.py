@@ -429,7 +429,7 @@ def chosen(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
 
 def guarded(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
     """The last student, or the source-only net where that has the higher score."""
-    last = last_student(run)
+    last = last_net(run)
     start = run.get("source_only")
     if last is None or "scores" not in last or not start or "miou" not in start:
         return None
@@ -437,9 +437,9 @@ def guarded(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
     return last if better and not collapsed(start["shares"], last["shares"]) else start
 
 
-def last_student(run: dict[str, Any]) -> dict[str, Any] | None:
-    """The student of the last evaluation."""
-    return next((c for c in reversed(run["checkpoints"]) if c["net"] == "student"), None)
+def last_net(run: dict[str, Any], name: str = "student") -> dict[str, Any] | None:
+    """The net of this name at the last evaluation that has one."""
+    return next((c for c in reversed(run["checkpoints"]) if c["net"] == name), None)
 
 
 def runs_of(results: dict[str, Any], pair: str, row: str) -> list[dict[str, Any]]:
@@ -516,7 +516,7 @@ def weighed(results: dict[str, Any]) -> str:
         return "Not measured yet.\n"
     lines = head_of([*beside], "labels ")
     for position, title in enumerate(("60 % of each class, full weight", "90 % of each class, weighed by confidence")):
-        cells = [spread([last_student(found[position])["miou"] for found in runs]) for runs in beside.values()]
+        cells = [spread([last_net(found[position])["miou"] for found in runs]) for runs in beside.values()]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -624,7 +624,7 @@ def last_of(results: dict[str, Any], pair: str, seed: int, *rows: str) -> list[t
     """mIoU and score, both in %, of the last student of every row that ran with a seed."""
     found = []
     for run in (r for row in rows for r in runs_of(results, pair, row) if r["seed"] == seed):
-        net = last_student(run)
+        net = last_net(run)
         found.append((net["miou"], 100 * (completed(net)[SCORE] or 0.0)))
     return found
 

@@ -106,7 +106,7 @@ def run(pair: str, part: str, seed: int, data_root: Path | None, cache: Path) ->
 
 def last(run: dict[str, Any], net: str = "student") -> float:
     """True mIoU of a run's last net of a name."""
-    return float(next(c["miou"] for c in reversed(run["checkpoints"]) if c["net"] == net))
+    return float(adaptation.last_net(run, net)["miou"])
 
 
 def gains(results: dict[str, Any], pair: str, part: str, net: str = "student") -> list[float]:
