@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,23 @@ def test_a_loader_that_died_of_the_group_s_signal_a_moment_before(
         raise RuntimeError("DataLoader worker (pid 12) is killed by signal: Terminated.")
 
     assert ended(monkeypatch, capsys, died) == "Stopped before the first step.\n"
+
+
+def test_a_worker_whose_tensor_is_not_fetched_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    interrupts.quiet_child()
+    sharer = resource_sharer._ResourceSharer()
+    address, _ = sharer.register(lambda connection, pid: None, lambda: None)
+    for sent in (b"", b"#"):  # gone without a word, and in the middle of one
+        with socket.socket(socket.AF_UNIX) as fetching:
+            fetching.connect(address)
+            fetching.sendall(sent)
+    sharer.stop()
+    assert capsys.readouterr().err == ""
+    sys.excepthook(ValueError, ValueError("another error"), None)
+    assert "another error" in capsys.readouterr().err
 
 
 TINY = [

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 STATUS = 130
@@ -135,6 +135,17 @@ def kept_from_children() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def quiet_child(number: int = 0) -> None:
+    """In a process that loads data: say nothing when the one that fetches a tensor was stopped in between."""
+    hook = sys.excepthook
+
+    def told(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, (ConnectionError, EOFError)):
+            hook(kind, error, trace)
+
+    sys.excepthook = told  # the thread that hands tensors over reports to it; errors of the data set do not
 
 
 def _handlers() -> dict[int, Any]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gta2cs.interrupts import kept_from_children
+from gta2cs.interrupts import kept_from_children, quiet_child
 from gta2cs.reading import IGNORE, ImageFormat
 from gta2cs.reading import MEAN as MEAN
 from gta2cs.reading import STD as STD
@@ -164,7 +164,6 @@ def step_loader(
     """Batches of the steps start ... stop - 1. To resume, start at the step; there is no other state."""
     return QuietLoader(
         data,
-        batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
         pin_memory=pin_memory,
@@ -173,7 +172,10 @@ def step_loader(
 
 
 class QuietLoader(DataLoader[Any]):
-    """A loader whose workers end with the main process on Ctrl-C, without printing a trace."""
+    """A loader of single items whose workers end with the main process on Ctrl-C, without printing a trace."""
+
+    def __init__(self, data: Dataset[Any], **options: Any) -> None:
+        super().__init__(data, batch_size=None, worker_init_fn=quiet_child, **options)
 
     def __iter__(self) -> Any:
         """Start the workers."""
@@ -186,13 +188,7 @@ def evaluation_batches(
 ) -> Iterator[tuple[Tensor, Tensor | None, list[int]]]:
     """Whole images in order: (normalised images, labels int64 or None, positions), of one size in a batch."""
     chosen = range(len(data)) if indices is None else indices
-    loader = QuietLoader(
-        data,
-        batch_size=None,
-        sampler=chosen,
-        num_workers=workers,
-        generator=torch.Generator(),
-    )
+    loader = QuietLoader(data, sampler=chosen, num_workers=workers, generator=torch.Generator())
     held: list[tuple[Tensor, Tensor | None, int]] = []
     for index, item in zip(chosen, loader, strict=True):
         image, label = item if isinstance(data, Labelled) else (item, None)
