@@ -28,7 +28,7 @@ considerate_threads()  # before torch is imported
 import torch
 from torch import Tensor, nn
 
-from benchmarks import adaptation
+from benchmarks import adaptation, adaptation_rows, adaptation_tables
 from benchmarks.harness import PAIR_NAMES, write_section
 from gta2cs.datasets import Pair
 from gta2cs.evaluation import evaluate
@@ -141,7 +141,7 @@ def score(net: nn.Module, pair: Pair) -> float:
     """True mIoU on the target validation set."""
     assert pair.target_val is not None
     means = evaluate(net, pair.target_val, pair.classes).means
-    return round(means[adaptation.headline(means)], 2)
+    return round(means[adaptation_rows.headline(means)], 2)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -170,7 +170,7 @@ def line(title: str, name: str, columns: list[list[dict[str, Any]]]) -> str:
     cells = []
     for runs in columns:
         values = [r["miou"][max(r[name], key=r[name].get) if name in PICKS else name] for r in runs]
-        text = adaptation.spread(values)
+        text = adaptation_tables.spread(values)
         if name != "source_only":
             gain = sum(v - r["miou"]["source_only"] for v, r in zip(values, runs, strict=True)) / len(runs)
             text += f" ({gain:+.1f})".replace("-", "−")

@@ -22,7 +22,7 @@ considerate_threads()  # before torch is imported
 
 import torch
 
-from benchmarks import adaptation
+from benchmarks import adaptation, adaptation_rows
 from benchmarks.harness import PAIR_NAMES, markdown_table
 from gta2cs.datasets import Labelled, Unlabelled
 from gta2cs.evaluation import evaluate
@@ -62,7 +62,7 @@ def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> dict[
         truth = evaluate(net, restyled(pair.target_val, pair.source_train, style), pair.classes)
         found[style] = {
             "score": unlabelled.scores[BY_CLASS],
-            "miou": truth.means[adaptation.headline(truth.means)],
+            "miou": truth.means[adaptation_rows.headline(truth.means)],
         }
     print(f"{pair_name}: {found}", flush=True)
     return found

@@ -27,7 +27,7 @@ from gta2cs.threads import considerate_threads
 considerate_threads()  # before torch is imported
 
 import train_gta2cs
-from benchmarks import adaptation, selection
+from benchmarks import adaptation, adaptation_tables, selection
 from benchmarks.harness import PAIR_NAMES, write_section
 from gta2cs.files import write_json
 
@@ -106,7 +106,7 @@ def run(pair: str, part: str, seed: int, data_root: Path | None, cache: Path) ->
 
 def last(run: dict[str, Any], net: str = "student") -> float:
     """True mIoU of a run's last net of a name."""
-    return float(adaptation.last_net(run, net)["miou"])
+    return float(adaptation_tables.last_net(run, net)["miou"])
 
 
 def gains(results: dict[str, Any], pair: str, part: str, net: str = "student") -> list[float]:
@@ -127,14 +127,14 @@ def table(results: dict[str, Any], of: Iterable[str] = ("nuclei", "nuclei_backwa
     head = " | ".join(f"{PAIR_NAMES[pair]} | gain | teacher, gain" for pair in pairs)
     lines = [f"| added to DACS | {head} |", "|---|" + "---:|---:|---:|" * len(pairs)]
     starts = [[r["start"] for r in results.values() if is_run(r, pair, BASE)] for pair in pairs]
-    lines.append(f"| source-only start | {' | '.join(f'{adaptation.spread(s)} | | ' for s in starts)} |")
+    lines.append(f"| source-only start | {' | '.join(f'{adaptation_tables.spread(s)} | | ' for s in starts)} |")
     for part, (title, _) in PARTS.items():
         if not any(is_run(r, pair, part) for pair in pairs for r in results.values()):
             continue
         cells: list[str] = []
         for pair in pairs:
             values = [last(r) for r in results.values() if is_run(r, pair, part)]
-            cells.append(adaptation.spread(values) if values else "not run")
+            cells.append(adaptation_tables.spread(values) if values else "not run")
             added = values and part != BASE
             cells += [signed(gains(results, pair, part, net)) if added else "" for net in ("student", "teacher")]
         lines.append(f"| {title} | {' | '.join(cells)} |")
@@ -155,10 +155,10 @@ def guard(results: dict[str, Any]) -> str:
         "|---|" + "---:|" * 7,
     ]
     for pair in PAIR_NAMES:
-        runs = [r for r in results.values() if r["pair"] == pair and adaptation.guarded(r) is not None]
+        runs = [r for r in results.values() if r["pair"] == pair and adaptation_tables.guarded(r) is not None]
         if not runs:
             continue
-        chosen = [adaptation.chosen(r)["miou"] - r["source_only"]["miou"] for r in runs]
+        chosen = [adaptation_tables.chosen(r)["miou"] - r["source_only"]["miou"] for r in runs]
         means = [signed([statistics.mean(values)]) for values in ([gain_of(r) for r in runs], chosen)]
         lines.append(f"| {PAIR_NAMES[pair]} | {' | '.join(map(str, [len(runs), *guard_counts(runs), *means]))} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else "Not measured yet.\n"
@@ -171,7 +171,9 @@ def gain_of(run: dict[str, Any]) -> float:
 
 def guard_counts(runs: Iterable[dict[str, Any]]) -> tuple[int, int, int, int]:
     """Runs whose student lost, those of them whose start was kept, runs whose student won, those deployed."""
-    judged = [(gain_of(r), adaptation.guarded(r) is r["source_only"]) for r in runs if adaptation.guarded(r)]
+    judged = [
+        (gain_of(r), adaptation_tables.guarded(r) is r["source_only"]) for r in runs if adaptation_tables.guarded(r)
+    ]
     lost = [kept for gain, kept in judged if gain < -LOST]
     won = [not kept for gain, kept in judged if gain >= WON]
     return len(lost), sum(lost), len(won), sum(won)
@@ -181,7 +183,7 @@ def weights(results: dict[str, Any]) -> str:
     """Markdown: what the guard would gain with other weights of the classes in its score."""
     pairs: dict[str, list[dict[str, Any]]] = {}
     for run in results.values():
-        if adaptation.guarded(run) is not None and run["source_only"].get("class_iou"):
+        if adaptation_tables.guarded(run) is not None and run["source_only"].get("class_iou"):
             named = [{**net, "truth_miou": net["miou"]} for net in (run["source_only"], *run["checkpoints"])]
             pairs.setdefault(run["pair"], []).append({"start": named[0], "checkpoints": named[1:]})
     ordered = {pair: pairs[pair] for pair in PAIR_NAMES if pair in pairs}

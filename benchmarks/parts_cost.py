@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import torch
 from torch import nn
 
-from benchmarks.adaptation import FPN
+from benchmarks.adaptation_rows import FPN
 from benchmarks.harness import SEED, Results, markdown_table, parser_for, peak_extra_bytes, write_section
 from benchmarks.parts import BASE, PARTS
 from benchmarks.step_overhead import random_batch

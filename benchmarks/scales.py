@@ -23,7 +23,7 @@ considerate_threads()  # before torch is imported
 
 from torch import nn
 
-from benchmarks import adaptation
+from benchmarks import adaptation, adaptation_rows
 from benchmarks.harness import PAIR_NAMES, markdown_table
 from gta2cs.evaluation import evaluate
 from gta2cs.label_free import BY_CLASS, LabelFree, measure
@@ -47,7 +47,7 @@ def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> list[
             {
                 "position": position,
                 "score": unlabelled.scores[BY_CLASS],
-                "miou": truth.means[adaptation.headline(truth.means)],
+                "miou": truth.means[adaptation_rows.headline(truth.means)],
             }
         )
         print(f"{pair_name}: {found[-1]}", flush=True)

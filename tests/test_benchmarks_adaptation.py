@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 import train_gta2cs
-from benchmarks import adaptation, harness
+from benchmarks import adaptation, adaptation_rows, adaptation_tables, harness
 from gta2cs.recipes import RECIPES
 
 
 def run_of(pair: str, recipe: str, seed: int, miou: float, score: float = 0.5, start: float | None = None) -> dict:
     nets = [
-        {"step": step, "net": net, "miou": value, "scores": {adaptation.SCORE: score + shift}, "shares": [1.0]}
+        {"step": step, "net": net, "miou": value, "scores": {adaptation_rows.SCORE: score + shift}, "shares": [1.0]}
         for step, shift in ((100, 0.2), (200, 0.0))
         for net, value in (("student", miou + 10 * shift), ("teacher", miou - 1))
     ]
-    source_only = None if start is None else {"miou": start, "scores": {adaptation.SCORE: 0.6}, "shares": [1.0]}
+    source_only = None if start is None else {"miou": start, "scores": {adaptation_rows.SCORE: 0.6}, "shares": [1.0]}
     return {
-        "rows": {adaptation.STATISTICS: {"means": {"mIoU": miou + 1}}},
+        "rows": {adaptation_rows.STATISTICS: {"means": {"mIoU": miou + 1}}},
         "pair": pair,
         "recipe": recipe,
         "seed": seed,
@@ -44,42 +44,42 @@ def test_a_setting_is_chosen_on_pairs_that_share_no_images():
     }
     runs = [run_of(pair, "source_only", 0, 50.0) for pair in best]
     for pair, wanted in best.items():
-        runs += [run_of(pair, f"dacs_{name}", 0, 70.0 if name == wanted else 51.0) for name in adaptation.SETTINGS]
+        runs += [run_of(pair, f"dacs_{name}", 0, 70.0 if name == wanted else 51.0) for name in adaptation_rows.SETTINGS]
     results = results_of(runs)
-    assert adaptation.choose("toy", results) in ("batch", "running")  # two pairs each
-    for pair in sorted(adaptation.STREETS):  # they share images: all are left out
-        assert adaptation.choose(pair, results) == "batch"
-    assert adaptation.gains_elsewhere("toy", {}) == {"batch": [], "running": []}
+    assert adaptation_tables.choose("toy", results) in ("batch", "running")  # two pairs each
+    for pair in sorted(adaptation_rows.STREETS):  # they share images: all are left out
+        assert adaptation_tables.choose(pair, results) == "batch"
+    assert adaptation_tables.gains_elsewhere("toy", {}) == {"batch": [], "running": []}
 
 
 def test_the_guard_and_the_choice_look_at_scores_alone():
     better, worse = run_of("toy", "combined", 0, 60.0, 0.7, 50.0), run_of("toy", "combined", 1, 40.0, 0.5, 50.0)
-    assert adaptation.guarded(better)["miou"] == 60.0
-    assert adaptation.guarded(worse)["miou"] == 50.0
-    assert adaptation.chosen(better) == better["checkpoints"][0]  # of step 100
-    assert adaptation.guarded(run_of("toy", "source_only", 0, 50.0)) is None
+    assert adaptation_tables.guarded(better)["miou"] == 60.0
+    assert adaptation_tables.guarded(worse)["miou"] == 50.0
+    assert adaptation_tables.chosen(better) == better["checkpoints"][0]  # of step 100
+    assert adaptation_tables.guarded(run_of("toy", "source_only", 0, 50.0)) is None
     for net in better["checkpoints"]:
         net["shares"] = [0.99, 0.01]
     better["source_only"]["shares"] = [0.9, 0.1]  # a class is lost: whatever the score, the start stays
-    assert adaptation.guarded(better) is adaptation.chosen(better) is better["source_only"]
+    assert adaptation_tables.guarded(better) is adaptation_tables.chosen(better) is better["source_only"]
 
 
 def test_table_has_gain_spread_and_share_of_the_gap():
     runs = [run_of("nuclei", "source_only", s, 50.0) for s in (0, 1)] + [run_of("nuclei", "oracle", 0, 90.0)]
     runs += [run_of("nuclei", "combined", s, 78.0 + 4 * s, 0.7, 50.0) for s in (0, 1)]
-    text = adaptation.table(results_of(runs))
+    text = adaptation_tables.table(results_of(runs))
     assert "| source-only | 50.0 ± 0.0 [2] |" in text
     assert "| source-only, BatchNorm's statistics of target | 51.0 ± 0.0 [2] (2 %) |" in text
     assert "| combined | 80.0 ± 2.8 [2] (75 %) |" in text
     assert "| oracle | 90.0 [1] |" in text
     assert "DiGA" not in text
-    assert adaptation.table({}) == "Not measured yet.\n"
+    assert adaptation_tables.table({}) == "Not measured yet.\n"
 
 
 def test_what_was_tried_shows_both_gains_and_what_the_score_would_choose():
     runs = [run_of("toy", "decided", s, 63.0, 0.7) for s in (0, 1, 2)] + [run_of("nuclei", "decided", 0, 90.0, 0.9)]
     runs += [run_of("toy", "tried_ratio", s, 66.0 + s, 0.75) for s in (0, 1)] + [run_of("toy", "tried_late", 0, 80.0)]
-    text = adaptation.tried(results_of(runs))
+    text = adaptation_tables.tried(results_of(runs))
     assert "| | game → camera |\n" in text
     assert "| nothing changed | 63.0 (70.0) [2] |" in text  # on the seeds that something was tried with
     assert "| a weight by confidence in place of class balance | +3.5 (+5.0) |" in text
@@ -87,7 +87,7 @@ def test_what_was_tried_shows_both_gains_and_what_the_score_would_choose():
     assert "| **highest score of all lines** | 66.5 ± 0.7 [2] |" in text
     assert "| **best of all lines** | 73.5 ± 9.2 [2] |" in text
     assert "| **chosen on the other pairs** | nothing changed: 63.0 (70.0) [2] |" in text  # there is no other pair
-    assert adaptation.tried({}) == "Not measured yet.\n"
+    assert adaptation_tables.tried({}) == "Not measured yet.\n"
 
 
 def test_a_change_is_chosen_on_pairs_that_share_no_images():
@@ -99,7 +99,7 @@ def test_a_change_is_chosen_on_pairs_that_share_no_images():
         for name, gain in zip(("late", "half"), g, strict=True)
     ]
     runs += [run_of("toy", "tried_share", 0, 99.0)]  # not on every pair
-    text = adaptation.tried(results_of(runs))
+    text = adaptation_tables.tried(results_of(runs))
     half = "half of the weight on the mixture"
     cells = [f"{half}: +1.0 (+0.0)", f"{half}: +3.0 (+0.0)", f"{half}: +0.0 (+0.0)", f"{half}: +0.0 (+0.0)"]
     assert f"| **chosen on the other pairs** | {' | '.join(cells)} |" in text
@@ -109,34 +109,34 @@ def test_longer_runs_stand_beside_those_of_the_same_seeds():
     runs = [run_of("toy", "combined", s, 60.0 + s) for s in (0, 1)] + [run_of("toy", "longer_combined", 0, 65.0)]
     runs += [run_of("toy", "source_only", 0, 56.0), run_of("toy", "longer_source_only", 0, 61.0)]
     runs += [run_of("toy", "oracle", 0, 66.0)]
-    text = adaptation.longer(results_of(runs))
+    text = adaptation_tables.longer(results_of(runs))
     assert "| | game → camera, 450 steps | game → camera, 1800 steps |" in text
     assert "| source-only | 56.0 [1] | 61.0 [1] |" in text
     assert "| combined | 60.0 [1] (40 %) | 65.0 [1] (80 %) |" in text
     assert "| oracle | 66.0 [1] | – |" in text
     assert "| DiGA | – | – |" in text
-    assert "not measured yet" in adaptation.longer({})
+    assert "not measured yet" in adaptation_tables.longer({})
 
 
 def test_labels_weighed_by_confidence_stand_beside_runs_of_the_same_start():
     runs = [run_of("toy", "combined", s, 60.0 + s) for s in (0, 1)] + [run_of("toy", "weighed", 1, 63.0)]
     runs += [run_of("nuclei", "weighed", 0, 80.0), {**run_of("nuclei", "combined", 0, 90.0), "device": "another"}]
-    text = adaptation.weighed(results_of(runs))
+    text = adaptation_tables.weighed(results_of(runs))
     assert text.splitlines()[0] == "| labels | game → camera |"
     assert "| 60 % of each class, full weight | 61.0 [1] |" in text
     assert "| 90 % of each class, weighed by confidence | 63.0 [1] |" in text
-    assert adaptation.weighed({}) == "Not measured yet.\n"
+    assert adaptation_tables.weighed({}) == "Not measured yet.\n"
 
 
 def test_the_study_has_every_scored_run_with_the_truth_of_its_start():
     runs = [run_of("nuclei", "combined", 0, 60.0, 0.7, 50.0), run_of("nuclei", "source_only", 0, 50.0)]
-    (only,) = adaptation.study(results_of(runs))
+    (only,) = adaptation_tables.study(results_of(runs))
     assert only["start"]["truth_miou"] == 50.0
     assert [c["truth_miou"] for c in only["checkpoints"]] == [62.0, 59.0, 60.0, 59.0]
 
 
-@pytest.mark.parametrize("row", sorted(adaptation.rows_of()))
-@pytest.mark.parametrize("pair", sorted(adaptation.PAIRS | adaptation.FURTHER))
+@pytest.mark.parametrize("row", sorted(adaptation_rows.rows_of()))
+@pytest.mark.parametrize("pair", sorted(adaptation_rows.PAIRS | adaptation_rows.FURTHER))
 def test_rows_differ_between_pairs_by_nothing_but_data_net_and_steps(pair, row):
     config = adaptation.configure(pair, row, 3, None, Path("cache"))
     reference = adaptation.configure("toy", row, 3, None, Path("cache"))
@@ -144,8 +144,9 @@ def test_rows_differ_between_pairs_by_nothing_but_data_net_and_steps(pair, row):
     assert [s.lr for s in config.stages] == [s.lr for s in reference.stages]
     for name in ("source_scale", "target_scale"):
         assert getattr(config.data, name) == getattr(reference.data, name)
-    times = adaptation.LONGER if row.startswith("longer_") else 1
-    assert sum(s.steps for s in config.stages) == (adaptation.PAIRS | adaptation.FURTHER)[pair]["steps"] * times
+    times = adaptation_rows.LONGER if row.startswith("longer_") else 1
+    steps = (adaptation_rows.PAIRS | adaptation_rows.FURTHER)[pair]["steps"]
+    assert sum(s.steps for s in config.stages) == steps * times
     assert config.init == Path("cache") / pair / "seed3" / "warm" / "stage1_source_only" / "last.pt"
     for stage in config.stages:
         RECIPES[stage.recipe].parse(stage.options)
@@ -163,9 +164,9 @@ def test_domains_that_change_places_are_folders_of_each_other():
 def test_the_further_street_pairs_have_a_table_of_their_own_and_enter_the_study():
     ours = run_of("carla2dusk", "combined", 0, 60.0, 0.7, 50.0)
     results = results_of([run_of("carla2dusk", "source_only", 0, 50.0), run_of("carla2dusk", "oracle", 0, 70.0), ours])
-    assert adaptation.table(results) == "Not measured yet.\n"
-    assert len(adaptation.study(results)) == 1
-    lines = adaptation.further(results).splitlines()
+    assert adaptation_tables.table(results) == "Not measured yet.\n"
+    assert len(adaptation_tables.study(results)) == 1
+    lines = adaptation_tables.further(results).splitlines()
     assert lines[0] == "| | CARLA → dusk |"
     assert "| combined | 60.0 [1] (50 %) |" in lines
     assert "| combined, chosen over all evaluations | 62.0 [1] |" in lines
@@ -177,11 +178,11 @@ def test_how_the_teacher_labels_is_chosen_without_the_street_pairs_and_without_t
         rows = ("batch_at_once", "combined")
         runs += [run_of(pair, row, 0, float(value)) for row, value in zip(rows, values, strict=True)]
     runs.append(run_of("toy", "running_at_once", 0, 99.0))  # not on every pair
-    text = adaptation.labelling(results_of(runs))
+    text = adaptation_tables.labelling(results_of(runs))
     assert "| statistics of the target batch | 50.0 [1] | 30.0 [1] | 20.0 [1] |" in text
     late = "half of each, after half of the steps on source"
     assert f"without street pairs: {late}; without the others: {late}." in text
-    assert adaptation.preferred(adaptation.load(Path("none")), []) is None
+    assert adaptation_tables.preferred(adaptation.load(Path("none")), []) is None
 
 
 def test_a_run_starts_where_its_first_adapting_stage_does(monkeypatch):
@@ -197,13 +198,13 @@ def test_a_run_starts_where_its_first_adapting_stage_does(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "write", "page"),
     [
-        ("policy_summary", adaptation.summary, adaptation.SUMMARY),
-        ("one_policy", adaptation.table, adaptation.PAGE),
-        ("further", adaptation.further, adaptation.PAGE),
-        ("labelling", adaptation.labelling, adaptation.COMBINED_PAGE),
-        ("longer", adaptation.longer, adaptation.PAGE),
-        ("weighed", adaptation.weighed, adaptation.COMBINED_PAGE),
-        ("tried", adaptation.tried, adaptation.COMBINED_PAGE),
+        ("policy_summary", adaptation_tables.summary, adaptation.SUMMARY),
+        ("one_policy", adaptation_tables.table, adaptation.PAGE),
+        ("further", adaptation_tables.further, adaptation.PAGE),
+        ("labelling", adaptation_tables.labelling, adaptation.COMBINED_PAGE),
+        ("longer", adaptation_tables.longer, adaptation.PAGE),
+        ("weighed", adaptation_tables.weighed, adaptation.COMBINED_PAGE),
+        ("tried", adaptation_tables.tried, adaptation.COMBINED_PAGE),
     ],
 )
 def test_the_pages_are_those_of_the_json(name, write, page):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import adaptation, after_deployment, harness, parts, parts_cost
+from benchmarks import adaptation, adaptation_rows, after_deployment, harness, parts, parts_cost
 from gta2cs.recipes import Dacs
 
 
@@ -63,9 +63,9 @@ def test_the_guard_counts_what_was_kept_back_and_what_was_deployed() -> None:
     runs = []
     for seed, (student, score) in enumerate([(30.0, 0.4), (38.0, 0.6), (50.0, 0.7), (50.0, 0.3), (40.5, 0.3)]):
         run = run_of("nuclei", "dacs", seed, student, student)
-        known = {"scores": {adaptation.SCORE: score}, "shares": [1.0]}
+        known = {"scores": {adaptation_rows.SCORE: score}, "shares": [1.0]}
         run["checkpoints"] = [{**c, **known} for c in run["checkpoints"]]
-        runs.append({**run, "source_only": {**known, "miou": 40.0, "scores": {adaptation.SCORE: 0.5}}})
+        runs.append({**run, "source_only": {**known, "miou": 40.0, "scores": {adaptation_rows.SCORE: 0.5}}})
     runs.append(run_of("toy", "dacs", 0, 60.0, 60.0))  # of before the start's scores were kept
     (line,) = [x for x in parts.guard(results_of(runs)).splitlines() if x.startswith("| nuclei")]
     cells = [c.strip() for c in line.split("|")[2:-1]]

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from benchmarks import adaptation, harness, main_job, parts, results_page
+from benchmarks import adaptation_rows, adaptation_tables, harness, main_job, parts, results_page
 from contract.registry import CHECKS
 from gta2cs.label_free import RELIABILITY
 
@@ -115,8 +115,9 @@ def numbers_of_prose() -> list[tuple[str, str, str, bool]]:
     starts = [job[name]["mIoU"] for name in main_job.STARTS]
     reached, start = mean(dacs), mean(starts)
     gains = {
-        pair: mean(adaptation.final(policy, pair, "combined")) - mean(adaptation.final(policy, pair, "source_only"))
-        for pair in adaptation.PAIRS
+        pair: mean(adaptation_tables.final(policy, pair, "combined"))
+        - mean(adaptation_tables.final(policy, pair, "source_only"))
+        for pair in adaptation_rows.PAIRS
     }
     found = [
         *numbers_of_the_home_page(starts, dacs, (kept, lost)),
