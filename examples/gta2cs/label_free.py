@@ -14,7 +14,7 @@ from gta2cs.datasets import ClassSet, Unlabelled
 from gta2cs.evaluation import evaluating, of_rank_0
 from gta2cs.loading import evaluation_batches
 from udakit import ConsistencyScore, LabelFreeScores, View, crop_view, mirror_view, rotation_view, shift_view
-from udakit.validation.views import view_logits
+from udakit.validation.under_views import view_logits
 
 PRESENT = 1e-3  # share of the pixels from which on a class counts as predicted
 FACTOR = 4  # by which a class's share may change before the alarm speaks

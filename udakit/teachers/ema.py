@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from udakit._checks import as_device, check_flag, check_integer, check_option, check_range, kind_of
+from udakit._checks import as_device, check_flag, check_integer, check_option, check_range
 from udakit._state import FullPrecisionState
-from udakit.teachers._held import place_of
-from udakit.teachers._matching import check_apart, check_match, local, shards
-from udakit.teachers.copying import FROZEN, computed_buffers, copy_sharing, is_frozen, named_modules, unsaved_buffers
+from udakit.teachers._matching import check_apart, check_match, shards
+from udakit.teachers._sharing import check_not_frozen, grouped, own_when_loaded, take
+from udakit.teachers.copying import computed_buffers, copy_sharing, unsaved_buffers
 from udakit.teachers.statistics import Blending, Emptied, recording, set_recording
-from udakit.teachers.unwrap import Average, named_state, unwrap_model, without_wrappers
+from udakit.teachers.unwrap import Average, named_state, without_wrappers
 
 __all__ = ["EMATeacher"]
 
@@ -135,9 +134,9 @@ class EMATeacher(Average):
         if module is None:
             self.module = copy_sharing(inner, shared, device)
         else:
-            self.module = _take(module, inner, self._shared).to(device)
+            self.module = take(module, inner, self._shared).to(device)
         self.module.requires_grad_(False)
-        _own_when_loaded(self.module, self._shared)
+        own_when_loaded(self.module, self._shared)
         self._apart = device is not None
         self._computed = dict.fromkeys(computed_buffers(self.module))
         self._unsaved = dict.fromkeys(unsaved_buffers(self.module))
@@ -178,7 +177,7 @@ class EMATeacher(Average):
         if self._shared:  # a copy of this teacher has its own tensors
             self._shared = {name: None for name in self._shared if mine[name] is student.get(name, mine[name])}
         if len(student) < len(mine):
-            _check_not_frozen(model, mine)
+            check_not_frozen(model, mine)
         check_match(mine, student, shared=self._shared, apart=self._apart)
         check_apart(mine, student, shared=self._shared)
         if step is not None:
@@ -204,9 +203,9 @@ class EMATeacher(Average):
                 rounded.append((x, master))
             elif policy == "ema":
                 averaged.append((x, student[name]))
-        for target, source in _grouped(averaged):
+        for target, source in grouped(averaged):
             self._lerp(target, source)
-        for target, source in _grouped(copied + rounded):
+        for target, source in grouped(copied + rounded):
             torch._foreach_copy_(target, source)
         for m in filter(_switches, modes):
             m.train(modes[m])
@@ -347,77 +346,6 @@ def _switches(module: nn.Module) -> bool:
     return type(module).train is not nn.Module.train and not isinstance(module, torch.fx.GraphModule)
 
 
-def _check_not_frozen(model: nn.Module, own: Iterable[str]) -> None:
-    """Raise if weights of the averaged net are constants of frozen TorchScript in `model`."""
-    for name, part in named_modules(model):
-        if is_frozen(part) and any(key.startswith(f"{name}." if name else "") for key in own):
-            raise ValueError(
-                "Expected `model` to have the parameters and buffers of the averaged net, but "
-                f"{place_of(name)} is frozen TorchScript. {FROZEN}"
-            )
-
-
-def _take(module: nn.Module, model: nn.Module, shared: Iterable[str]) -> nn.Module:
-    """Use a net that the user made, with the student's state."""
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"Expected `module` to be an nn.Module, but got {kind_of(module)}.")
-    module = without_wrappers(module)
-    for name, part in named_modules(module):
-        if isinstance(part, torch.jit.ScriptModule):
-            where = f"its submodule '{name}'" if name else "it"
-            raise TypeError(
-                f"Expected `module` to be a net in Python, but {where} is a TorchScript module, whose layers Python "
-                "cannot reach. The student may be one."
-            )
-    unsaved = set(unsaved_buffers(module))
-    student = {name: x for name, x, _ in named_state(model) if name not in unsaved}
-    own = {name: x for name, x, _ in named_state(module)}
-    _check_not_frozen(model, own)
-    check_match(own, student, apart=True)
-    common = [name for name, x in own.items() if x is student[name]]
-    if common or module is model:
-        raise ValueError(
-            f"Expected `module` to be a separate net, but got one that shares {common[0] if common else 'everything'} "
-            "with `model`. Make it with a second call of the function that made `model`."
-        )
-    with torch.no_grad():
-        for target, source in _grouped([(x, student[name]) for name, x in own.items()]):
-            torch._foreach_copy_(target, source)
-    for name in shared:
-        _put(module, name, student[name])
-    return module
-
-
-def _own_when_loaded(model: nn.Module, shared: Iterable[str]) -> None:
-    """Give the teacher its own copy of a shared parameter before other values are loaded into it."""
-    leaves: dict[str, list[str]] = {}
-    for name in shared:
-        path, _, leaf = name.rpartition(".")
-        leaves.setdefault(path, []).append(leaf)
-    for path, names in leaves.items():
-        _at(model, path).register_load_state_dict_pre_hook(partial(_make_own, names))  # type: ignore[no-untyped-call]
-
-
-def _make_own(
-    names: list[str], module: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *args: object
-) -> None:
-    for name in names:
-        x, loaded = module._parameters[name], state_dict.get(prefix + name)
-        if x is not None and loaded is not None and not (loaded.shape == x.shape and torch.equal(loaded.to(x), x)):
-            module._parameters[name] = nn.Parameter(x.detach().clone(), requires_grad=False)
-
-
-def _at(module: nn.Module, path: str) -> nn.Module:
-    for step in path.split(".") if path else ():
-        module = unwrap_model(module._modules[step])  # type: ignore[arg-type]
-    return module
-
-
-def _put(module: nn.Module, name: str, parameter: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    _at(module, path)._parameters[leaf] = parameter  # type: ignore[assignment]
-
-
 def _is_fsdp(module: nn.Module) -> bool:
     method = getattr(type(module), "reshard", None)
     return method is not None and method.__module__.startswith("torch.distributed")
@@ -431,13 +359,3 @@ def _with_digits(x: Tensor, master: Tensor) -> Tensor:
     """The float32 copy where `x` is still its rounded value, and `x` where another value was loaded."""
     kept = (master.bfloat16() == x) | (master.half() == x)
     return torch.where(kept, master, x.to(master.dtype))
-
-
-def _grouped(pairs: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Split (target, source) pairs by device and dtype, with the source cast, for one fused call per group."""
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-    for target, source in pairs:
-        targets, sources = groups.setdefault((target.device, target.dtype), ([], []))
-        targets.append(local(target))
-        sources.append(local(source).to(target.device, target.dtype))
-    yield from groups.values()

@@ -4,15 +4,8 @@ from udakit.validation.confidence_threshold import ConfidenceThreshold, fit_temp
 from udakit.validation.consistency import ConsistencyScore, consistency_score
 from udakit.validation.ensemble import EnsembleAgreement, ensemble_agreement
 from udakit.validation.label_free import LabelFreeScores
-from udakit.validation.views import (
-    View,
-    crop_view,
-    mirror_consistency,
-    mirror_view,
-    rotation_view,
-    shift_view,
-    view_consistency,
-)
+from udakit.validation.under_views import mirror_consistency, view_consistency
+from udakit.validation.views import View, crop_view, mirror_view, rotation_view, shift_view
 
 __all__ = [
     "ConfidenceThreshold",
