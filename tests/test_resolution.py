@@ -196,6 +196,45 @@ def test_crops_and_fusion_in_other_dimensions(dimensions: int) -> None:
         torch.testing.assert_close(fused[i], (up[0] * placed + up[1])[0])
 
 
+@pytest.mark.parametrize("size", [(2, 3), (4, 8), (1, 1)])
+def test_crops_do_not_depend_on_the_memory_format(size: tuple[int, int]) -> None:
+    """Without a gradient a crop is copied from the memory as it lies, with one it is gathered."""
+    whole = torch.arange(4 * 5 * 6 * 12.0).view(4, 5, 6, 12)
+    forms = (
+        *(whole[1:, 1:4, 1:5, 2:10], whole[1:, 1:4, :4, :8].contiguous(memory_format=torch.channels_last)),
+        *(
+            whole[::2, ::2, ::2, 3::1][:, :, :3].repeat(2, 1, 2, 1)[:3, :, :4, :8],
+            whole[:1, :1, :4, :8].expand(3, 3, 4, 8),
+        ),
+        *(
+            whole[0, :3, :4, :8],
+            whole[1:, 0, :4, :8].long(),
+            whole[1:, :2, :4, :8] > 200,
+            whole.mT[1:, :, :4, :6].mT[..., :4, :],
+        ),
+    )
+    for x in forms:
+        image = tuple(x.shape[-2:])
+        room = [i - d + 1 for i, d in zip(image, size, strict=True)]
+        if min(room) < 1:
+            continue
+        start = torch.stack([torch.tensor([0, 5, 3]) % r for r in room], 1)
+        box = udakit.DetailBox(start, size, image)
+        expected = torch.stack(
+            [y[..., a : a + size[0], b : b + size[1]] for y, (a, b) in zip(x, start.tolist(), strict=True)]
+        )
+        assert torch.equal(udakit.crop_detail(x, box), expected)
+        if x.is_floating_point():
+            assert torch.equal(udakit.crop_detail(x.detach().requires_grad_(), box), expected)
+
+
+@pytest.mark.parametrize("start", [[-1, 0], [0, -1], [0, 5], [5, 0], [3, 99]])
+def test_a_crop_outside_of_its_image_is_an_error(start: list[int]) -> None:
+    box = udakit.DetailBox(torch.tensor([[0, 0], start, [0, 0]]), (4, 4), (8, 8))
+    with pytest.raises(IndexError, match="out of range"):
+        udakit.crop_detail(torch.zeros(3, 2, 8, 8), box)
+
+
 def test_errors() -> None:
     images, box = torch.zeros(2, 3, 8, 8), udakit.DetailBox(torch.zeros(2, 2).long(), (4, 4), (8, 8))
     with pytest.raises(ValueError, match=r"Expected `stride` to be at most `window` \(4, 4\)"):

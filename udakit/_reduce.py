@@ -167,10 +167,11 @@ def is_large(x: Tensor) -> bool:
     On a GPU each block is a launch, a compiler fuses the operators, and `torch.func` and forward-mode differentiation
     have no rules for our own code.
     """
-    return x.numel() >= LARGE and _is_eager_on_cpu(x)
+    return x.numel() >= LARGE and is_eager_on_cpu(x)
 
 
-def _is_eager_on_cpu(x: Tensor) -> bool:
+def is_eager_on_cpu(x: Tensor) -> bool:
+    """Whether memory may be addressed as it lies: on the CPU, without a compiler and without `torch.func`."""
     return not torch.compiler.is_compiling() and x.is_cpu and not is_transformed()
 
 
@@ -207,7 +208,7 @@ def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
     """
     pair = x.dtype if other is None else torch.promote_types(x.dtype, other.dtype)
     learns = torch.is_grad_enabled() and (x.requires_grad or (other is not None and other.requires_grad))
-    if x.numel() < (LARGE if learns else SMALL) or not _is_eager_on_cpu(x) or pair.itemsize not in _BITS:
+    if x.numel() < (LARGE if learns else SMALL) or not is_eager_on_cpu(x) or pair.itemsize not in _BITS:
         return torch.where(mask, x, 0 if other is None else other)
     x, other = x.to(pair), None if other is None else other.to(pair)
     selected: Tensor = _Select.apply(mask, x, other) if learns else _selected(mask, x, other)
@@ -291,7 +292,7 @@ def softmax_where(valid: Tensor | None, x: Tensor, *, log: bool = False) -> tupl
     function = F.log_softmax if log else F.softmax
     if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
         return function(x, dim=1), False
-    if not _is_eager_on_cpu(x) or _saves_elsewhere():
+    if not is_eager_on_cpu(x) or _saves_elsewhere():
         return function(guard(x, valid), dim=1), False
     result = function(x, dim=1)
     zero_where_not_(valid.unsqueeze(1), result.data)  # `.data`, because autograd is meant to use what is written

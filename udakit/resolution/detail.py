@@ -20,6 +20,7 @@ from udakit._checks import (
     is_sequence,
     shape_of,
 )
+from udakit._reduce import is_eager_on_cpu
 
 Scope = Literal["batch", "image"]
 SCOPES = get_args(Scope)
@@ -128,9 +129,27 @@ def crop_detail(x: Shaped[Tensor, "n ..."], box: DetailBox) -> Shaped[Tensor, "n
             f"Expected `x` to hold {len(box.start)} maps of the size {box.image} of `box`, but got {shape_of(x)}."
         )
     check_device("box", box.start, x, "x")
+    if is_eager_on_cpu(x) and not (x.requires_grad and torch.is_grad_enabled()) and x.numel() and 0 not in box.size:
+        return _whole_crops(x, box)
     places = [box.start[:, axis : axis + 1] + torch.arange(side, device=x.device) for axis, side in enumerate(box.size)]
     pixels = gather_pixels(x.flatten(-spatial), joint(places, box.image))
     return pixels.view(*x.shape[:-spatial], *box.size)
+
+
+def _whole_crops(x: Tensor, box: DetailBox) -> Tensor:
+    """`crop_detail` in a single copy: picks from a view with a crop at each element of `x`.
+
+    No gradient can flow through that view, whose gradient would be as large as all these crops together.
+    """
+    spatial, steps = len(box.size), x.stride()
+    shape = (*x.shape[1:-spatial], *box.size)
+    last = sum((sides - 1) * step for sides, step in zip(x.shape, steps, strict=True))
+    inside = sum((sides - 1) * step for sides, step in zip(shape, steps[1:], strict=True))
+    crops = x.as_strided((last - inside + 1, *shape), (1, *steps[1:]))
+    room = torch.tensor([i - d for i, d in zip(box.image, box.size, strict=True)])
+    fits = ((box.start >= 0) & (box.start <= room)).all(1)
+    first = torch.addmv(torch.arange(len(x)), box.start, torch.tensor(steps[-spatial:]), beta=steps[0])
+    return crops.index_select(0, first.where(fits, -1))  # which is an error, as in `gather`
 
 
 def check_box(box: DetailBox) -> None:
