@@ -159,7 +159,6 @@ def prepare(state: StageState) -> None:
         Preparation(
             plain_batches(run),
             seed=run.config.seed,
-            steps=state.steps,
             folder=run.config.out if run.is_main else None,
             resume=run.config.resume,
             console=run.console if run.is_main else None,

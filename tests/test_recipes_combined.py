@@ -144,7 +144,7 @@ def test_without_a_trial_the_labels_that_teachers_would_begin_with_decide():
             bias[0] = sure
             torch.nn.init.zeros_(candidate.teacher.module.head.weight)
             candidate.teacher.module.head.bias.data = bias
-        recipe.prepare(Preparation(lambda start, stop: [batch] * (stop - start), steps=10))
+        recipe.prepare(Preparation(lambda start, stop: [batch] * (stop - start)))
         assert recipe.names[recipe.kept] == wanted
         assert recipe.progress.tolist() == [0, 0, recipe.kept]
         assert recipe.scores[wanted] == pytest.approx(1, abs=1e-4)
@@ -158,7 +158,7 @@ def decided(**options) -> tuple[Combined, dict[str, torch.Tensor]]:
         torch.nn.init.zeros_(candidate.teacher.module.head.weight)
         candidate.teacher.module.head.bias.data = torch.tensor([sure, *7 * [0.0]])
     batch = SimpleNamespace(target_images=torch.randn(2, 3, 64, 64), source_images=torch.randn(2, 3, 64, 64))
-    data = Preparation(lambda start, stop: [batch] * (stop - start), steps=10)
+    data = Preparation(lambda start, stop: [batch] * (stop - start))
     others = dict(recipe.state_dict())
     recipe.prepare(data)
     assert recipe.kept == 1
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_other_candidates_is_refused_by_their_names():
 
 def test_decisions_of_a_net_that_nothing_has_trained_are_called_so():
     batch = SimpleNamespace(target_images=torch.randn(1, 3, 64, 64), source_images=torch.randn(1, 3, 64, 64))
-    data = Preparation(lambda start, stop: [batch] * (stop - start), steps=10, trained=False)
+    data = Preparation(lambda start, stop: [batch] * (stop - start), trained=False)
     alone = {"candidates": {"a": {}}}
     for options, said in (
         ({}, True),
@@ -203,6 +203,7 @@ def test_decisions_of_a_net_that_nothing_has_trained_are_called_so():
         ({**alone, "shared": {"translate": "none"}}, False),
     ):
         recipe = build(images=1, **options)
+        recipe.trains_for(10)
         recipe.prepare(data)
         assert (UNTRAINED in recipe.decisions[:1]) == said
         trained = build(images=1, **options)
@@ -251,11 +252,22 @@ def test_a_teacher_is_slower_in_a_long_stage():
     assert slowed(0.99, 900) == pytest.approx(1 - 1 / 300)
     assert slowed(0.99, 10**5) == 0.999
     assert slowed(0.9995, 10**5) == 0.9995
-    for slow, expected in ((True, 1 - 1 / 300), (False, 0.99)):
-        recipe = build(candidates={"a": {}}, slow_teacher=slow)
-        recipe.steps, recipe.kept = 900, 0
-        recipe.after_step()
+    for options, expected in (
+        ({}, 1 - 1 / 300),
+        ({"slow_teacher": False}, 0.99),
+        ({"shared": {"ema": 0.98}}, 0.98),  # who gives one gets it
+        ({"candidates": {"a": {"ema": 0.0}}}, 0.0),
+    ):
+        recipe = build(**{"candidates": {"a": {}}, **options})
+        recipe.trains_for(900)
         assert recipe.active.teacher.decay == pytest.approx(expected)
+    recipe = build(candidates={"a": {}, "b": {}, "c": {"ema": 0.5}}, trial=0.9)
+    recipe.trains_for(3000)  # each 900 in the trial, one of them 300 more
+    assert recipe.trial_steps == 2700
+    assert [c.steps for c in recipe.candidates.values()] == [1200] * 3
+    assert [c.teacher.decay for c in recipe.candidates.values()] == pytest.approx([1 - 1 / 400] * 2 + [0.5])
+    recipe.trains_for(1)
+    assert recipe.trial_steps == 0
 
 
 def test_shared_options_are_added_to_those_of_the_policy_and_other_channels_have_no_colours():
@@ -314,7 +326,8 @@ def test_another_selector_leaves_what_belongs_to_that_of_the_policy():
 def test_the_share_reaches_its_end_also_after_a_trial():
     recipe = build(shared={"share_end": 0.9}, trial=0.5, images=1, match_style=False)
     batch = SimpleNamespace(target_images=torch.randn(1, 3, 64, 64), source_images=torch.randn(1, 3, 64, 64))
-    recipe.prepare(Preparation(lambda start, stop: [batch] * (stop - start), steps=8))
+    recipe.trains_for(8)
+    recipe.prepare(Preparation(lambda start, stop: [batch] * (stop - start)))
     for _ in range(8):
         recipe.after_step()
     assert recipe.active.done == 6  # two of the trial's four, and the four after it

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gta2cs.nets import build_net
-from gta2cs.recipes import Dacs, DigaWarmup, Draws, Duda, Ehtdi, Preparation, SelfTraining
+from gta2cs.recipes import Dacs, DigaWarmup, Draws, Duda, Ehtdi, SelfTraining
 from test_recipes_masked import CLASSES, batch, build, net, step
 from udakit import (
     AdaptiveThresholdSelector,
@@ -148,7 +148,7 @@ def test_the_warm_up_labels_nothing() -> None:
 def test_the_share_of_each_class_rises_evenly_and_a_resumed_run_goes_on_from_it() -> None:
     options = {"selector": "class_quantile", "share": 0.5, "share_end": 0.9}
     recipe = build("dacs", net(), **options)
-    recipe.prepare(Preparation(lambda start, stop: [], steps=4))
+    recipe.trains_for(4)
     shares = []
     for _ in range(4):
         recipe.after_step()
@@ -156,10 +156,11 @@ def test_the_share_of_each_class_rises_evenly_and_a_resumed_run_goes_on_from_it(
     assert shares == pytest.approx([0.6, 0.7, 0.8, 0.9])
 
     stopped = build("dacs", net(), **options)
-    stopped.prepare(Preparation(lambda start, stop: [], steps=4))
+    stopped.trains_for(4)
     for _ in range(2):
         stopped.after_step()
     resumed = build("dacs", net(), **options)
+    resumed.trains_for(4)
     resumed.load_state_dict(stopped.state_dict())
     assert resumed.selector.share == pytest.approx(0.7)
     resumed.after_step()

@@ -95,7 +95,7 @@ class StageState:
         else:
             optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
         state = cls(run, index, recipe, optimizer, [group["lr"] for group in optimizer.param_groups])
-        recipe.steps = state.steps
+        recipe.trains_for(state.steps)
         state.history = {"name": stage.recipe, "steps": state.steps, "losses": [], "scores": [], "seconds": 0.0}
         state.history["classes"] = {"names": list(classes.names), "palette": classes.palette.tolist()}
         state.history["step_seconds"] = 0.0  # of the steps alone: no evaluation, no saving

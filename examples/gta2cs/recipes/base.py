@@ -83,7 +83,6 @@ class Preparation(NamedTuple):
 
     batches: Callable[[int, int], Iterable[Batch]]  # of the steps start ... stop - 1, as a function of the step
     seed: int = 0
-    steps: int = 0  # of the stage
     folder: Path | None = None  # of the run, for what takes long to make; None in all processes but the first
     resume: bool = False  # whether to use what lies there
     console: Console | None = None  # for a progress bar
@@ -119,7 +118,7 @@ class Recipe(nn.Module):
         self.student = student
         self.num_classes = num_classes
         self.options = options
-        self.steps = 0  # of the stage; the loop says how many
+        self.steps = 0  # that it trains for; the loop says how many
         self.decisions: list[str] = []  # made without labels, in words; the loop prints them and takes them away
         self.normalised_with(MEAN, STD)
 
@@ -127,6 +126,10 @@ class Recipe(nn.Module):
         """Set the mean and standard deviation of each channel that the images were normalised with."""
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
+
+    def trains_for(self, steps: int) -> None:
+        """Take the number of optimiser steps. The loop says it before anything else, also in a resumed run."""
+        self.steps = steps
 
     def augment(self, images: Tensor, draws: Draws) -> Tensor:
         """Colour jitter and blur, drawn for each image."""

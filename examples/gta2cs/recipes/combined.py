@@ -58,7 +58,7 @@ SHARED: dict[str, Any] = {
 }
 
 # In a long stage a quick teacher repeats the errors of its student until both agree on them.
-MEMORY = 1 / 3  # of the stage's steps, which a teacher averages over at least ...
+MEMORY = 1 / 3  # of the steps, which a teacher averages over at least ...
 SLOWEST = 0.999  # ... but it is not slower than in the papers
 
 
@@ -76,7 +76,7 @@ class Combined(Recipe):
         """Name of each candidate, and the options of dacs that it has of its own."""
         shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all of them, over the policy's
         match_style: bool = True  # leave source in its own colours where target in those of source is understood worse
-        slow_teacher: bool = True  # in a long stage: it averages over a third of the stage's steps
+        slow_teacher: bool = True  # over a third of a long stage's steps, unless candidates or `shared` have an `ema`
         trial: float = 0.0  # share of the steps in which the candidates take turns; 0: compared before the first step
         images: int = 24  # target crops that the score looks at
 
@@ -138,12 +138,21 @@ class Combined(Recipe):
             candidates[name] = Dacs.build(net, num_classes, given, make_net, previous)
         return cls(num_classes, parsed, candidates)
 
+    def trains_for(self, steps: int) -> None:
+        """Tell each candidate the steps that it trains for if it is kept, and how slow its teacher is for so many."""
+        super().trains_for(steps)
+        count = len(self.names)
+        turns = int(self.options.trial * steps / count) if count > 1 else 0
+        self.trial_steps = count * turns
+        for name, candidate in self.candidates.items():
+            candidate.trains_for(steps - self.trial_steps + turns)
+            asked = {**self.options.shared, **self.options.candidates[name]}
+            if self.options.slow_teacher and "ema" not in asked:
+                candidate.teacher.decay = slowed(candidate.options.ema, candidate.steps)
+
     def prepare(self, data: Preparation) -> None:
         """Keep some target crops for the score; let every candidate look at the images."""
-        count = len(self.candidates)
-        turns = int(self.options.trial * data.steps / count) if count > 1 else 0
-        self.trial_steps = count * turns
-        self.kept = 0 if count == 1 else -1
+        self.kept = 0 if len(self.candidates) == 1 else -1
         self.progress = self.progress.new_tensor([0, self.trial_steps, self.kept])
         now = self.kept < 0 and self.trial_steps == 0
         if not data.trained and (now or (self.options.match_style and self.styles())):
@@ -158,8 +167,8 @@ class Combined(Recipe):
         self.images = torch.stack(crops[: self.options.images])
         if self.options.match_style:
             self.match_style(torch.stack(of_source[: self.options.images]))
-        for candidate in self.candidates.values():  # with the steps that it trains for if it is kept
-            candidate.prepare(data._replace(steps=data.steps - self.trial_steps + turns))
+        for candidate in self.candidates.values():
+            candidate.prepare(data)
         if now:
             self.decide()
 
@@ -208,8 +217,6 @@ class Combined(Recipe):
 
     def after_step(self) -> None:
         """Update the active teacher. At the end of the trial, keep the candidate with the best score."""
-        if self.options.slow_teacher:
-            self.active.teacher.decay = slowed(self.active.options.ema, self.steps)
         self.active.after_step()
         self.done += 1
         if self.kept < 0 and self.done >= self.trial_steps:
@@ -319,7 +326,7 @@ def options_of(shared: dict[str, Any], own: dict[str, Any], channels: int = 3) -
 
 
 def slowed(decay: float, steps: int) -> float:
-    """The decay of a teacher in a stage of so many steps: the given one, or in a long stage a slower one."""
+    """The decay of a teacher that learns for so many steps: the given one, or for many steps a slower one."""
     return max(decay, min(SLOWEST, 1 - 1 / (MEMORY * max(1, steps))))
 
 

@@ -184,7 +184,6 @@ class Dacs(TargetStyled):
     def prepare(self, data: Preparation) -> None:
         """Prepare the translator, and for `rectified` the class centroids of the target."""
         super().prepare(data)
-        self.steps = data.steps
         if self.rectified is not None:
             self.rectified.prepare(data.batches(0, CENTROID_BATCHES))
 
@@ -203,7 +202,7 @@ class Dacs(TargetStyled):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if (saved := state_dict.get(prefix + "course")) is not None and self.options.share_end is not None:
-            self.done, self.steps = saved.tolist()
+            self.done = int(saved[0])
             self.move_share()
         super()._load_from_state_dict(state_dict, prefix, *args)
 
