@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gta2cs.nets import build_net
-from gta2cs.recipes import Dacs, DigaWarmup, Draws, Duda, Ehtdi, SelfTraining
+from gta2cs.recipes import Dacs, DigaWarmup, Draws, Duda, Ehtdi, Preparation, SelfTraining
 from test_recipes_masked import CLASSES, batch, build, net, step
 from udakit import (
     AdaptiveThresholdSelector,
@@ -76,6 +76,29 @@ def test_any_selector_can_have_the_weight_by_confidence() -> None:
     assert not torch.equal(weighted["mix"], step(build("dacs", net(), **PLAIN))["mix"])
     with pytest.raises(ValueError, match="`confidence_weight` to be false with `selector` confident_ratio"):
         build("dacs", net(), selector="confident_ratio", confidence_weight=True)
+
+
+@pytest.mark.parametrize("selector", ["argmax", "threshold", "adaptive", "class_quantile", "rectified"])
+@pytest.mark.parametrize("half", [False, True])
+def test_the_weight_by_confidence_multiplies_what_a_selector_keeps_and_the_log_shows_that(
+    selector: str, half: bool
+) -> None:
+    found = []
+    options = {"selector": selector, "threshold": 0.3, "share": 0.9, "ignore_top": 4, "mix_fraction": 0.3}
+    for changes in ({}, {"confidence_weight": True}, {"confidence_weight": True, "threshold": 1.0}):
+        recipe = build("dacs", net(), **{**options, **changes}).train()
+        recipe.prepare(Preparation(lambda start, stop: [batch()]))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            found.append(recipe(batch(), Draws(0, 0, range(2), torch.device("cpu"))))
+    kept, weighed, doubted = found
+    torch.testing.assert_close(weighed.selection.kept, kept.selection.kept)
+    before, after = kept.shared.mixed.weight, weighed.shared.mixed.weight
+    of_target = after != before
+    (ratio,) = (after[of_target] / before[of_target]).unique()
+    assert 0 < ratio < 1
+    assert (before[:, :4] * ~of_target[:, :4]).unique().tolist() == [0, 1]  # no label there, or source's
+    assert doubted.shared.mixed.weight.unique().tolist() == [0, 1]  # no pixel is sure: source's labels alone
+    assert all(term.isfinite() for losses in found for term in losses.terms.values())
 
 
 def mixed_of(recipe: Dacs, student: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:

@@ -49,7 +49,7 @@ class Dacs(TargetStyled):
         threshold_momentum: float = 0.99  # for adaptive (FreeMatch: 0.999 over some hundred thousand steps)
         share: float = 0.5  # of each predicted class, for class_quantile
         share_end: float | None = None  # rising to this at the end of the stage, as CBST's does; None: it stays
-        confidence_weight: bool = False  # times the share of pixels above `threshold`, as confident_ratio has it
+        confidence_weight: bool = False  # times the share of pixels from `threshold` up, as confident_ratio has it
         prototype_momentum: float = 1e-2  # for rectified (ProDA: 1e-4 over 80k steps and more)
         mix_weight: float = 1.0
         pseudo_loss: Literal["cross_entropy", "symmetric_cross_entropy"] = "cross_entropy"  # on pseudo-labels (ProDA)
@@ -136,7 +136,8 @@ class Dacs(TargetStyled):
                 labelled, pseudo = teacher_logits, self.selector(teacher_logits, valid=valid)
             else:
                 pseudo, labelled = self.rectified(batch.target_images, on_target, valid)
-            if options.confidence_weight:
+            selection = selection_of(options, labelled, pseudo)
+            if options.confidence_weight:  # what the selector kept is for the log; all of it weighs less
                 ratio = confident_ratio(pseudo.confidence, threshold=options.threshold)
                 pseudo = pseudo._replace(weight=pseudo.weight * ratio)
         target = SegBatch(batch.target_images, pseudo.labels, pseudo.weight)
@@ -179,7 +180,7 @@ class Dacs(TargetStyled):
             batch.target_images,
             lambda: teacher_logits,
         )
-        return Losses(terms, selection_of(options, labelled, pseudo), shared)
+        return Losses(terms, selection, shared)
 
     def prepare(self, data: Preparation) -> None:
         """Prepare the translator, and for `rectified` the class centroids of the target."""
