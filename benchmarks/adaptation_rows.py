@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.results_page import STATISTICS
+from gta2cs.evaluation import headline as headline
 from gta2cs.label_free import DEFAULT
 from gta2cs.recipes.combined import SHARED
 
@@ -188,8 +189,3 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "tried": tuple(TRIED_ROWS),
     "bad": tuple(BAD),
 }
-
-
-def headline(means: dict[str, float]) -> str:
-    """The mean that counts: CARLA has no bicyclist, so there the one over the ten classes that both domains have."""
-    return "mIoU10" if "mIoU10" in means else next(iter(means))

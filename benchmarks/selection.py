@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 from benchmarks.harness import pair_name
-from gta2cs.histories import all_scores, headline, read_run
+from gta2cs.evaluation import headline
+from gta2cs.histories import all_scores, read_run
 from gta2cs.label_free import DEFAULT, PRESENT, collapsed
 from gta2cs.rank_statistics import kendall, ranks, spearman
 
@@ -474,7 +475,8 @@ def _of_adaptation(run: dict[str, Any], cache: Path | None) -> Run:
     miou = None if found is None else found.get("miou")
     if found is not None and miou is None and cache is not None:
         warm = cache / run["pair"] / f"seed{run['seed']}" / "warm" / "results.json"
-        miou = headline(json.loads(warm.read_text())["source_only"]["means"]) if warm.is_file() else None
+        means = json.loads(warm.read_text())["source_only"]["means"] if warm.is_file() else None
+        miou = means and means[headline(means)]
     if found is not None and miou is not None:
         start = net(found, 0, "source_only", miou)
     checkpoints = [net(c, c["step"], c["net"], c["miou"]) for c in run["checkpoints"] if c.get("scores")]

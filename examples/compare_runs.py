@@ -101,14 +101,24 @@ class Comparison:
             f"**Use the {title(net)}, in `{winner.folder.name}`**: its {named} is {net['scores'][self.score]:.3f}, the "
             f"{'highest' if self.sign > 0 else 'lowest'} of {kept or len(self.all_nets)} {of}. "
             f"{self.level_with_start(winner, net)}{RELIABILITY.get(self.score, UNRELIABLE)}\n",
-            *self.table_of_runs(),
-            "",
+            self.table_of_runs(),
+            *(f"{line}\n" for line in self.stopped()),
             "![The score along each run; a star is the source-only net](score.png)\n",
             *self.how_right(),
             f"\n## The {min(TOP, len(self.all_nets))} nets with the best score\n",
-            *self.table_of_nets(),
+            self.table_of_nets(),
         ]
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines)
+
+    def stopped(self) -> list[str]:
+        """A sentence for each run that is not finished."""
+        return [
+            f"{report.cell(run.folder.name)} is not finished: "
+            + ("it goes on" if run.adapts else "its nets are those of its source-only stage. It goes on and adapts")
+            + " with its own command and `--resume`."
+            for run in self.runs
+            if not run.finished
+        ]
 
     def level_with_start(self, run: RunNets, net: dict[str, Any]) -> str:
         """A sentence, where the score cannot tell the chosen net from the source-only net of its run."""
@@ -117,13 +127,11 @@ class Comparison:
         gain = round(abs(self.value(net) - self.value(run.start)), 3)
         return "The run's source-only net is level with it: use either. " if gain <= MARGIN else ""
 
-    def table_of_runs(self) -> list[str]:
+    def table_of_runs(self) -> str:
         """One row per run: the chosen net and its score, and the scores of the source-only net and the last student."""
-        true_ones = " true mIoU of the chosen | of source-only | of the last | of the best |" if self.labelled else ""
-        lines = [
-            f"| run | recipe | seed | chosen net | its score | of source-only | of the last |{true_ones}",
-            "|---|---|---:|---|---:|---:|---:|" + "---:|" * (4 if self.labelled else 0),
-        ]
+        head = ["run", "recipe", "chosen net", "seed", "its score", "of source-only", "of the last"]
+        head += ["true mIoU of the chosen", "of source-only", "of the last", "of the best"] if self.labelled else []
+        lines = []
         for run in self.runs:
             best, start = self.best(run), run.start
             values = [
@@ -138,21 +146,19 @@ class Comparison:
                 run.last["truth_miou"],
                 max(truths, default=None),
             ]
-            cells = [run.name, run.recipe, str(run.seed), title(best)]
-            cells += [number(v, 3) for v in values] + [number(v, 1) for v in true if self.labelled]
-            lines.append("| " + " | ".join(cells) + " |")
-        return lines
+            cells = [report.cell(run.name), run.recipe, title(best), str(run.seed)]
+            lines.append(cells + [number(v, 3) for v in values] + [number(v, 1) for v in true if self.labelled])
+        return report.table_of(head, lines, words=3)
 
-    def table_of_nets(self) -> list[str]:
+    def table_of_nets(self) -> str:
         """One row per net, best first."""
-        true_one, line = (" mIoU |", "---:|") if self.labelled else ("", "")
-        lines = [f"| net | run | {self.score.replace('_', ' ')} |{true_one}", f"|---|---|---:|{line}"]
+        head = ["net", "run", self.score.replace("_", " "), *(["mIoU"] if self.labelled else [])]
+        lines = []
         for run, net in self.all_nets[:TOP]:
             name = f"{title(net)} (a class shrank)" if self.lost(run, net) else title(net)
-            cells = [name, run.folder.name, number(net["scores"][self.score], 3)]
-            cells += [number(net["truth_miou"], 1)] if self.labelled else []
-            lines.append("| " + " | ".join(cells) + " |")
-        return lines
+            cells = [name, report.cell(run.name), number(net["scores"][self.score], 3)]
+            lines.append(cells + ([number(net["truth_miou"], 1)] if self.labelled else []))
+        return report.table_of(head, lines, words=2)
 
     def how_right(self) -> list[str]:
         """What the labels say about the choice, if there are any."""
@@ -312,6 +318,8 @@ def compare(options: argparse.Namespace) -> None:
         best = comparison.best(run)
         value = best["scores"][comparison.score]
         console.print(f"{place}. {escape(run.name)}: {title(best)}, {comparison.score.replace('_', ' ')} {value:.3f}")
+    for line in comparison.stopped():
+        console.print(line.replace("\\", ""), markup=False)
     console.print(f"Use the {title(net)}, in {escape(str(comparison.runs[0].folder))}. Page: {page}")
 
 

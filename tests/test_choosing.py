@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,10 +16,12 @@ from torch import nn
 import train_gta2cs
 from gta2cs import choosing, html, label_free
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
+from gta2cs.evaluation import Score
 from gta2cs.inference import Trained
 from gta2cs.label_free import LabelFree, measure
+from gta2cs.report import gain_sentence
 from gta2cs.samples import ClassSet, Unlabelled
-from gta2cs.summary import compared, headlines, panels_of
+from gta2cs.summary import compared, domains, headlines, panels_of
 from tiny import tiny_net
 
 CLASSES = ClassSet(("a", "b", "c"), torch.zeros(3, 3, dtype=torch.uint8).numpy())
@@ -399,6 +403,22 @@ def test_the_best_of_a_stage_is_of_all_nets_that_can_be_deployed():
     nets = {"student": 40.0, "teacher": 42.5, "large student": 60.0, "other": None}
     entry = {"step": 10, "miou": 40.0, "nets": {name: {"means": {"mIoU": value}} for name, value in nets.items()}}
     assert headlines({"scores": [entry]}) == [40.0, 42.5]
+    carla = {"mIoU11": 30.0, "mIoU10": 33.0}  # its eleventh class never occurs in source
+    assert headlines({"scores": [{"nets": {"student": {"means": carla}}}]}) == [33.0]
+    score = Score({"Sky": 33.0}, carla)
+    assert score.miou == 33.0
+    rows = {"source_only": score, "dacs": Score({"Sky": 34.0}, {"mIoU11": 31.0, "mIoU10": 34.0})}
+    assert "gains 1.0 points of mIoU10" in gain_sentence(rows)
+
+
+def test_the_title_names_the_folders_of_own_data(tmp_path, monkeypatch):
+    assert domains(train_gta2cs.DataConfig()) == "toy"
+    own = partial(train_gta2cs.DataConfig, pair="folder")
+    assert domains(own(data_root=Path("/data/mine"))) == "mine/source → mine/target"
+    assert domains(own(data_root=Path("/data/mine"), target_root=Path("/b/lab"))) == "mine/source → b/lab"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UDAKIT_DATA", ".")
+    assert domains(own()) == f"{tmp_path.name}/source → {tmp_path.name}/target"
     assert headlines({"scores": []}) == []
 
 

@@ -115,7 +115,26 @@ def test_a_run_that_was_stopped_is_called_so(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "1. whole: student" in printed
     assert "2. part (not finished): student" in printed
-    assert "<td>part (not finished)</td>" in (tmp_path / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "<td>part (not finished)</td>" in page
+    assert "part is not finished: it goes on with its own command and <code>--resume</code>." in page
+
+
+def test_a_run_that_was_stopped_before_it_adapted_is_called_so(tmp_path, capsys):
+    whole = write_run(tmp_path / "whole", [0.6], [])
+    stage = {**json.loads((whole / "history.json").read_text())["stages"][0], "name": "source_only"}
+    del stage["source_only"]
+    stages = [train_gta2cs.Stage("source_only"), train_gta2cs.Stage("dacs")]
+    for name, planned in (("early", stages), ("source", stages[:1])):
+        config = json.dumps(train_gta2cs.plain(train_gta2cs.Config(stages=planned)))
+        checkpoint = {"recipe": {}, "config": config, "history": json.dumps(stage)}
+        save_checkpoint(tmp_path / name / "stage1_source_only" / "last.pt", checkpoint)
+    runs = [str(tmp_path / name) for name in ("whole", "early", "source")]
+    assert compare_runs.main([*runs, "--page", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "early (stopped before it adapted): student of source_only" in printed
+    assert "early is not finished: its nets are those of its source-only stage." in printed
+    assert "source (not finished): student of source_only" in printed
 
 
 @pytest.mark.parametrize(("value", "level"), [(0.51, True), (0.505, True), (0.52, False), (0.4, False)])

@@ -123,6 +123,10 @@ def test_resume_refuses_another_configuration(tmp_path):
     train_gta2cs.main(tiny_config(tmp_path, stage))
     with pytest.raises(ValueError, match=r"same configuration.*seed: 0 -> 1"):
         train_gta2cs.main(tiny_config(tmp_path, stage, seed=1, resume=True))
+    with pytest.raises(
+        ValueError, match=r"select: balanced_consistency -> last\. Take .* last step .* in its last\.pt"
+    ):
+        train_gta2cs.main(tiny_config(tmp_path, stage, select="last", resume=True))
 
 
 def test_resume_refuses_other_classes(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ from gta2cs.label_free import (
 )
 from gta2cs.observers import score_on_target
 from gta2cs.recipes import Losses
-from gta2cs.report import cell
+from gta2cs.report import cell, table_of
 from gta2cs.stage import Run, StageState
 from udakit import copy_net
 
@@ -370,15 +370,15 @@ def label_free_tables(run: Run, histories: list[dict[str, Any]], names: Sequence
     known = list(next(iter(nets.values())).scores)
     shown = [name for name in dict.fromkeys((score_of(run.config.select), *SHOWN)) if name in known]
     value = lambda found, name: f"{found.scores.get(name, float('nan')):.3f}"  # noqa: E731
-    main = _table(
+    main = table_of(
         ["net, on target training images", *(_titled(name) for name in shown)],
         [[title, *(value(found, name) for name in shown)] for title, found in nets.items()],
     )
-    shares = _table(
+    shares = table_of(
         ["class, % of the predicted pixels", *nets],
         [[cell(c), *(f"{100 * found.shares[i]:.1f}" for found in nets.values())] for i, c in enumerate(names)],
     )
-    everything = _table(
+    everything = table_of(
         ["score", *nets], [[_titled(name), *(value(found, name) for found in nets.values())] for name in known]
     )
     return f"{EXPLAINED}\n\n{main}\n{shares}\n<details><summary>All scores</summary>\n\n{everything}\n</details>\n"
@@ -387,8 +387,3 @@ def label_free_tables(run: Run, histories: list[dict[str, Any]], names: Sequence
 def _titled(score: str) -> str:
     named = score.replace("_", " ")
     return f"{named} (lower is better)" if DIRECTIONS.get(score) == -1 else named
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---|" + "---:|" * (len(head) - 1), *lines[1:]]) + "\n"

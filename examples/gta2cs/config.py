@@ -274,9 +274,15 @@ def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path
         side["data"] = {k: v for k, v in side["data"].items() if k not in ("workers", "cache") and "root" not in k}
     changed = [line for k in now if k not in free for line in differences(saved.get(k), now[k], k)]
     if changed:
+        choice = (
+            " `select` decides during training which net is kept as best.pt. Students of the last step of a stage are "
+            "in its last.pt, and `compare_runs.py` ranks all nets of the run by any `--score`."
+            if saved["select"] != now["select"]
+            else ""
+        )
         raise ValueError(
             f"Expected {path} to have the same configuration, but these values differ: {'; '.join(changed)}. Take the "
-            "changes back to go on with this run, or start another one in another `out`."
+            f"changes back to go on with this run, or start another one in another `out`.{choice}"
         )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gta2cs.checkpoints import load_checkpoint
+from gta2cs.evaluation import headline
 from gta2cs.label_free import completed
 
 
@@ -27,11 +28,13 @@ class RunNets:
     checkpoints: list[dict[str, Any]]
     choice: dict[str, Any] | None = None
     finished: bool = True
+    adapts: bool = True  # whether a stage that adapts has begun, or none was asked for
 
     @property
     def name(self) -> str:
         """Name of its folder, and whether it was stopped."""
-        return self.folder.name if self.finished else f"{self.folder.name} (not finished)"
+        stopped = "not finished" if self.adapts else "stopped before it adapted"
+        return self.folder.name if self.finished else f"{self.folder.name} ({stopped})"
 
     @property
     def truth(self) -> float | None:
@@ -100,12 +103,9 @@ def read_run(folder: Path) -> RunNets:
     pair, data = config["data"]["pair"], config["data"]
     if pair == "folder" and (root := data.get("target_root") or data.get("data_root")):
         pair = f"folder {root}"  # scores of two people's folders do not compare
-    return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, path.is_file())
-
-
-def headline(means: dict[str, float]) -> float:
-    """The headline mean. For CARLA, which has no bicyclists, it is over the ten classes of both domains."""
-    return means["mIoU10"] if "mIoU10" in means else next(iter(means.values()))
+    whole = path.is_file()
+    adapts = whole or recipe != "source_only" or all(s["recipe"] == "source_only" for s in config["stages"])
+    return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, whole, adapts)
 
 
 def all_scores(found: dict[str, Any]) -> dict[str, float | None]:
@@ -119,5 +119,5 @@ def all_scores(found: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _net(step: int, name: str, found: dict[str, Any], truth: dict[str, Any] | None) -> dict[str, Any]:
-    miou = None if truth is None else headline(truth["means"])
+    miou = None if truth is None else truth["means"][headline(truth["means"])]
     return {"step": step, "net": name, "truth_miou": miou, "scores": all_scores(found), "shares": found["shares"]}

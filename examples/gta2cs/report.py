@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from gta2cs.datasets import ClassSet
-from gta2cs.evaluation import Score
+from gta2cs.evaluation import Score, headline
 from gta2cs.files import replacing
 from gta2cs.files import write_json as write_json
 from gta2cs.files import write_text as write_text
@@ -33,19 +33,24 @@ from gta2cs.palettes import on_white
 def markdown_table(rows: dict[str, Score], classes: ClassSet) -> str:
     """One line for each net: the named means, then the IoU of each class, in percent."""
     means = list(classes.scores)
-    lines = [
-        "| net | " + " | ".join([f"**{cell(m)}**" for m in means] + [cell(c) for c in classes.names]) + " |",
-        "|---|" + "---:|" * (len(means) + len(classes.names)),
-    ]
+    head = ["net", *(f"**{cell(m)}**" for m in means), *(cell(c) for c in classes.names)]
+    lines = []
     for name, score in rows.items():
         values = [f"**{score.means[m]:.1f}**" for m in means]
         values += ["–" if np.isnan(score.iou[c]) else f"{score.iou[c]:.1f}" for c in classes.names]
-        lines.append(f"| {cell(name)} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([cell(name), *values])
+    return table_of(head, lines)
+
+
+def table_of(head: Sequence[str], lines: Iterable[Sequence[str]], *, words: int = 1) -> str:
+    """A Markdown table, whose first columns hold so many words and the others numbers."""
+    ruler = "|" + "---|" * words + "---:|" * (len(head) - words)
+    first, *others = ("| " + " | ".join(cells) + " |" for cells in (head, *lines))
+    return "\n".join([first, ruler, *others]) + "\n"
 
 
 def cell(name: str) -> str:
-    """Escape a name of a class for a cell of a Markdown table."""
+    """Escape a name for a cell of a Markdown table or a title."""
     return re.sub(r"([\\|`*\[\]<>$])", r"\\\1", " ".join(name.split()))
 
 
@@ -55,7 +60,7 @@ def gain_sentence(rows: dict[str, Score]) -> str:
     gain = after.miou - before.miou
     if len(rows) < 2 or not first.startswith("source_only") or np.isnan(gain):
         return ""
-    mean = next(iter(after.means))
+    mean = headline(after.means)
     if abs(gain) < 0.05:  # the chosen net may be the source-only one
         return f"**{last} is level with {first}** ({mean} {after.miou:.1f})."
     verb, points = ("gains" if gain > 0 else "loses"), f"{abs(gain):.1f}"
@@ -133,7 +138,7 @@ def save_curves(
     start = 0
     for stage in stages:
         _plot_losses(left, stage, start)
-        _plot_nets(middle, stage, "scores", start, lambda net: next(iter(net["means"].values())))
+        _plot_nets(middle, stage, "scores", start, lambda net: net["means"][headline(net["means"])])
         _plot_nets(free, stage, "label_free", start, lambda net: 100 * net["scores"][score])
         if "source_only" in stage:
             value = 100 * stage["source_only"]["scores"][score]

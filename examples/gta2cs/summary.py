@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,8 @@ from rich.markup import escape
 from torch import nn
 
 from gta2cs import choosing, html, report
-from gta2cs.config import plain
-from gta2cs.evaluation import Score, predict
+from gta2cs.config import DataConfig, plain
+from gta2cs.evaluation import Score, headline, predict
 from gta2cs.interrupts import stop_if_asked
 from gta2cs.label_free import picked
 from gta2cs.reading import viewable
@@ -62,7 +64,7 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
     """The report: scores against the truth if there are target labels, scores without labels, and the verdict."""
     config, pair = run.config, run.pair
     seconds, steps = sum(h["seconds"] for h in histories), sum(h["steps"] for h in histories)
-    text = f"# {config.data.pair}: {' → '.join(s.recipe for s in config.stages)}\n\n"
+    text = f"# {report.cell(domains(config.data))}: {' → '.join(s.recipe for s in config.stages)}\n\n"
     if rows and (sentence := report.gain_sentence(rows)):
         text += f"{sentence}\n\n"
     text += f"Seed {config.seed}, {steps} steps, {seconds:.0f} s. "
@@ -88,10 +90,19 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
 
 
 def headlines(history: dict[str, Any]) -> list[float]:
-    """The first mean of every net of a size to deploy, at every evaluation of a stage."""
+    """The mean that counts, of every net of a size to deploy at every evaluation of a stage."""
     nets = [net for entry in history["scores"] for net in entry["nets"].items() if not net[0].startswith("large ")]
-    found = [next(iter(net["means"].values())) for _, net in nets]
+    found = [net["means"][headline(net["means"])] for _, net in nets]
     return [mean for mean in found if mean is not None]
+
+
+def domains(data: DataConfig) -> str:
+    """The pair in a title; of a user's own data, the two folders."""
+    if data.pair != "folder":
+        return data.pair
+    root = Path(data.data_root or os.environ.get("UDAKIT_DATA", ""))
+    folders = (Path(data.source_root or root / "source"), Path(data.target_root or root / "target"))
+    return " → ".join("/".join(folder.absolute().parts[-2:]) for folder in folders)
 
 
 def compared(run: Run, names: list[str]) -> dict[str, str]:
