@@ -554,8 +554,10 @@ def confident_ratio(confidence: Tensor, *, valid: Tensor, threshold: float, scop
 
 @textbook("rectify_probabilities")
 def rectify_probabilities(probabilities: Tensor, distances: Tensor, *, temperature: float) -> Tensor:
-    product = single(probabilities) * (-single(distances) / temperature).softmax(1)
-    return product / product.sum(1, keepdim=True)
+    p = single(probabilities)
+    product = p * (-single(distances) / temperature).softmax(1)
+    total = product.sum(1, keepdim=True)
+    return torch.where(total > 0, product / total, p)
 
 
 @textbook("RectifiedSelector")

@@ -62,21 +62,23 @@ def draw_box_mask(
     low, high = area
     axes = len(size)
     u = uniform((2 * axes, n, 1), generator, device, axis=1)
-    share, cuts, offsets = low + (high - low) * u[0], u[1:axes], u[axes:]
+    share = low if low == high and axes > 1 else low + (high - low) * u[0]
+    cuts, offsets = u[1:axes], u[axes:]
     if axes > 2:
         cuts = cuts.sort(dim=0).values
-    ends: list[float | Tensor] = [0.0, *cuts, 1.0]
+    ends: list[float | Tensor] = [*cuts, 1.0]
     inside: Tensor | None = None
     for i, length in enumerate(size):
-        extent = (length * share ** (ends[i + 1] - ends[i])).round()
-        # One of length - extent + 1 positions, all equally likely.
-        start = (offsets[i] * (length - extent + 1)).floor().clamp_max(length - extent)
-        place = torch.arange(length, device=device)
+        exponent = ends[i] - ends[i - 1] if i else ends[i]
+        extent = (length * share**exponent).round_()
+        room = length - extent
+        start = (offsets[i] * (room + 1)).floor_().minimum(room)  # each position is equally likely
+        place = torch.arange(length, dtype=torch.float32, device=device)
         # Use bytes, because "and" of booleans is ten times slower on the CPU.
-        along = ((place >= start) & (place < start + extent)).to(torch.uint8)
+        along = ((place >= start) & (place < start + extent)).view(torch.uint8)
         inside = along if inside is None else inside.unsqueeze(-1) & along.view(n, *(1,) * i, length)
     assert inside is not None
-    return inside.to(torch.bool)
+    return inside.view(torch.bool)
 
 
 def draw_block_mask(

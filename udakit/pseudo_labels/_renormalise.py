@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,13 +31,7 @@ class _Renormalised(torch.autograd.Function):
     @staticmethod
     def forward(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         maps, weights = _flat(p, weight)
-        result, divisor = torch.empty_like(maps), maps.new_empty(len(maps), maps.shape[2])
-        for i, piece in _pieces(maps):
-            z, out = maps[i, :, piece], result[i, :, piece]
-            total = torch.mul(z, weights[i, :, piece], out=out).sum(0)
-            empty = total <= 0
-            divisor[i, piece] = total.masked_fill_(empty, torch.inf)
-            out.div_(total).addcmul_(z, empty.to(z.dtype))
+        result, divisor = renormalised_in_pieces(maps, lambda i, piece, _: weights[i, :, piece])
         return result.view(p.shape), divisor
 
     @staticmethod
@@ -66,6 +60,21 @@ class _Renormalised(torch.autograd.Function):
                 out = torch.mul(common, weights[i, :, piece], out=of_p[i, :, piece])
                 out.addcmul_(g, (total == torch.inf).to(g.dtype))
         return tuple(None if x is None else x.view(p.shape) for x in (of_p, of_weight))  # type: ignore[return-value]
+
+
+def renormalised_in_pieces(maps: Tensor, weight: Callable[[int, slice, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The result for maps (N, C, P), and the sums (N, P) that divided it, +inf where nothing did.
+
+    `weight(i, piece, out)` gives the weights (C, p) of a slice of the pixels of image i; it may write them to `out`.
+    """
+    result, divisor = torch.empty_like(maps), maps.new_empty(len(maps), maps.shape[2])
+    for i, piece in _pieces(maps):
+        z, out = maps[i, :, piece], result[i, :, piece]
+        total = torch.mul(z, weight(i, piece, out), out=out).sum(0)
+        empty = total <= 0
+        divisor[i, piece] = total.masked_fill_(empty, torch.inf)
+        out.div_(total).addcmul_(z, empty.to(z.dtype))
+    return result, divisor
 
 
 def _slopes(

@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_maps, check_range, check_same_shape, check_scores
-from udakit._reduce import Kind, exp_, upcast
+from udakit._reduce import Kind, exp_, is_large, upcast
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels._by_prototypes import PrototypeSelector
-from udakit.pseudo_labels._renormalise import renormalised
+from udakit.pseudo_labels._renormalise import renormalised, renormalised_in_pieces
 from udakit.pseudo_labels.selection import others
 
 
@@ -57,12 +57,26 @@ def rectify_probabilities(
     check_maps("distances", distances)
     check_same_shape(distances, probabilities, name="distances", reference_name="probabilities")
     p = upcast(probabilities)
-    # The denominator of the softmax cancels. Distances relative to the nearest class with a probability make at least
-    # one weight 1.
-    d = torch.where(p > 0, upcast(distances).to(p.dtype), float("inf"))
-    nearest = d.detach().amin(1, keepdim=True)
+    d = upcast(distances).to(p.dtype)
+    learns = torch.is_grad_enabled() and (p.requires_grad or d.requires_grad)
+    if learns or not is_large(p) or type(p) is not Tensor or type(d) is not Tensor:
+        return renormalised(p, _proximity_(torch.where(p > 0, d, float("inf")), 1, temperature))
+    maps, far, never = p.flatten(2), d.flatten(2), p.new_tensor(float("inf"))
+
+    def weight(i: int, piece: slice, out: Tensor) -> Tensor:
+        return _proximity_(torch.where(maps[i, :, piece] > 0, far[i, :, piece], never, out=out), 0, temperature)
+
+    return renormalised_in_pieces(maps, weight)[0].view(p.shape)
+
+
+def _proximity_(distances: Tensor, dim: int, temperature: float) -> Tensor:
+    """The weights, written over the distances, which are +inf for a class without a probability.
+
+    The denominator of the softmax cancels. Relative to the nearest class at least one weight is 1.
+    """
+    nearest = distances.detach().amin(dim, keepdim=True)
     nearest = torch.where(nearest == float("inf"), 0, nearest)
-    return renormalised(p, exp_(d.sub_(nearest), -1 / temperature))
+    return exp_(distances.sub_(nearest), -1 / temperature)
 
 
 class RectifiedSelector(PrototypeSelector):
