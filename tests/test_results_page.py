@@ -119,6 +119,8 @@ def numbers_of_prose() -> list[tuple[str, str, str, bool]]:
         - mean(adaptation_tables.final(policy, pair, "source_only"))
         for pair in adaptation_rows.PAIRS
     }
+    running, decided = (policy[f"day2carla/{row}/0"] for row in ("running_at_once", "decided"))
+    misled = parts.last(running) - parts.last(decided)
     found = [
         *numbers_of_the_home_page(starts, dacs, (kept, lost)),
         ("docs/results/scores.md", r"(\d+) ended with a student that is worse", lost, True),
@@ -132,6 +134,7 @@ def numbers_of_prose() -> list[tuple[str, str, str, bool]]:
         ("docs/results/one_policy.md", r"(\d+) on CARLA → day", f"{gains['carla2camvid']:.0f}", True),
         ("docs/results/one_policy.md", r"(\d+) on the built-in pair", f"{gains['toy']:.0f}", True),
         ("docs/results/one_policy.md", r"(\d+) on day → dusk", f"{gains['camvid']:.0f}", True),
+        ("docs/results/one_policy.md", r"wrong by (\d+) points", f"{misled:.0f}", True),
     ]
     text = (ROOT / "docs/results/scores.md").read_text(encoding="utf-8")
     for score in ("balanced consistency", "confident consistency", "mirror consistency"):
