@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import traceback
@@ -330,6 +331,10 @@ def test_what_cannot_be_is_named(checkpoint, tmp_path):
         run("--checkpoint", checkpoint, "--images", tmp_path)
     with pytest.raises(FileNotFoundError, match="found none"):
         run("--checkpoint", checkpoint, "--images", tmp_path, "--out", tmp_path.parent / "elsewhere")
+    (tmp_path / "stopped" / "stage1_source_only").mkdir(parents=True)
+    shutil.copy(checkpoint, tmp_path / "stopped" / "stage1_source_only" / "last.pt")
+    with pytest.raises(FileNotFoundError, match=r"stopped before\. .* checkpoints: .*stage1_source_only/last\.pt\."):
+        Trained.open(tmp_path / "stopped")
     with pytest.raises(FileNotFoundError, match=r"no file .*no\.pt"):
         run("--checkpoint", tmp_path / "no.pt", "--evaluate")
     old = tmp_path / "old.pt"

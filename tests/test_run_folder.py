@@ -62,6 +62,13 @@ def test_a_lock_ends_with_its_block_and_not_with_its_file(tmp_path: Path) -> Non
         pass
 
 
+def test_a_refused_run_leaves_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "best.pt").touch()
+    with pytest.raises(FileExistsError, match="to have no run yet"), own_folder(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
 def test_a_file_system_without_locks_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,13 @@ class Trained:
     @classmethod
     def open(cls, path: Path, classes_file: Path | None = None) -> Trained:
         """Read a checkpoint. For the folder of a run, read the chosen net."""
-        path = path / "best.pt" if path.is_dir() else path
+        if path.is_dir():
+            folder, path = path, path / "best.pt"
+            if not path.is_file() and (left := sorted(str(file) for file in folder.glob("stage*/last.pt"))):
+                raise FileNotFoundError(
+                    f"Expected {folder} to be a run that has chosen a net, but it was stopped before. Continue it with "
+                    f"--resume, or name one of its checkpoints: {', '.join(left)}."
+                )
         saved = load_checkpoint(path, needs=("config", "history"))
         recipe = saved["recipe"]
         names = tuple(n for n, prefix in NETS.items() if any(k.startswith(f"{prefix}.") for k in recipe))

@@ -43,17 +43,17 @@ def own_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -
     """
     check_writable(folder)
     with _locked(folder) as file:
-        held = left_by_a_run(folder)
-        if held and not (resume or overwrite):
-            raise FileExistsError(
-                f"Expected `out` to have no run yet, but {folder} holds one, for example {held[0]}. "
-                "Use --resume to continue it or --overwrite to replace it."
-            )
-        remove_pieces(folder)
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
-        file.flush()
         try:
+            held = left_by_a_run(folder)
+            if held and not (resume or overwrite):
+                raise FileExistsError(
+                    f"Expected `out` to have no run yet, but {folder} holds one, for example {held[0]}. "
+                    "Use --resume to continue it or --overwrite to replace it."
+                )
+            remove_pieces(folder)
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%F %T")}))
+            file.flush()
             yield
         finally:
             (folder / LOCK).unlink(missing_ok=True)  # while it is still held
