@@ -22,6 +22,7 @@ from gta2cs.label_free import LabelFree, measure
 from gta2cs.report import gain_sentence
 from gta2cs.samples import ClassSet, Unlabelled
 from gta2cs.summary import compared, domains, headlines, panels_of
+from gta2cs.verdict import label_free_tables, verdict
 from tiny import tiny_net
 
 CLASSES = ClassSet(("a", "b", "c"), torch.zeros(3, 3, dtype=torch.uint8).numpy())
@@ -215,12 +216,12 @@ def test_the_verdict_names_the_class_that_was_lost():
     run = SimpleNamespace(
         choice=choice, source_only=source, config=train_gta2cs.Config(), pair=SimpleNamespace(classes=classes)
     )
-    words = choosing.verdict(run, [{"name": "dacs", "label_free": [{"nets": {"student": last.to_json()}}]}])
+    words = verdict(run, [{"name": "dacs", "label_free": [{"nets": {"student": last.to_json()}}]}])
     assert "**Use the source-only net** (`best.pt`). The last student has 0.900 against 0.500" in words
     assert ", but it predicts less than a quarter of the source-only net's pixels as nuclei. No score can tell" in words
     assert "if the student is right, use `stage1_dacs/last.pt`." in words
     worse = LabelFree({"balanced_consistency": 0.4}, [0.99, 0.01])
-    words = choosing.verdict(run, [{"name": "dacs", "label_free": [{"nets": {"student": worse.to_json()}}]}])
+    words = verdict(run, [{"name": "dacs", "label_free": [{"nets": {"student": worse.to_json()}}]}])
     assert "0.400 against 0.500 of balanced consistency, and it predicts less than a quarter" in words
 
 
@@ -236,7 +237,7 @@ def test_a_choice_among_nets_of_one_class_is_called_none():
 
     def words():
         entry = {"step": 20, "nets": {"student": student.to_json()}}
-        return choosing.verdict(run, [{"name": "source_only"}, {"name": "dacs", "label_free": [entry]}])
+        return verdict(run, [{"name": "source_only"}, {"name": "dacs", "label_free": [entry]}])
 
     said = "**The chosen net predicts only background.** Such a net cannot contradict itself"
     assert said in words()
@@ -253,7 +254,7 @@ def test_the_report_shows_few_scores_and_folds_the_others_away(tmp_path):
     entry = {"nets": {"student": better.to_json(), "teacher": found.to_json()}}
     choice = choosing.Choice("combined", 0, 20, "student")
     run = SimpleNamespace(source_only=found, config=train_gta2cs.Config(select="class_correlation"), choice=choice)
-    text = choosing.label_free_tables(run, [{"name": "combined", "label_free": [entry]}], names)
+    text = label_free_tables(run, [{"name": "combined", "label_free": [entry]}], names)
     shown, rest = text.split("<details>")
     first = shown.splitlines()[2]
     assert first.startswith("| net, on target training images | class correlation (lower is better) | balanced cons")
@@ -265,7 +266,7 @@ def test_the_report_shows_few_scores_and_folds_the_others_away(tmp_path):
         "step": 20,
         "nets": {"student": LabelFree(dict.fromkeys(label_free.DIRECTIONS, 0.7), [0.0] * 19).to_json()},
     }
-    again = choosing.label_free_tables(run, [{"name": "combined", "label_free": [earlier, entry]}], names)
+    again = label_free_tables(run, [{"name": "combined", "label_free": [earlier, entry]}], names)
     assert "| chosen: student of combined, step 20 | 0.700 |" in again, "the chosen net is not among the last ones"
     classes = ClassSet(tuple(names), torch.arange(57, dtype=torch.uint8).view(19, 3).numpy())
     page = html.render(text, tmp_path, classes)
@@ -394,7 +395,7 @@ def test_a_verdict_calls_nets_level_only_by_a_score_whose_differences_are_known(
     source, last = (LabelFree(scores, []) for scores in both)
     choice, config = choosing.Choice("dacs", 1, 20, "student", score, value), train_gta2cs.Config()
     run = SimpleNamespace(choice=choice, source_only=source, config=config)
-    words = choosing.verdict(run, [{"label_free": [{"nets": {"student": last.to_json()}}]}])
+    words = verdict(run, [{"label_free": [{"nets": {"student": last.to_json()}}]}])
     assert "Use the adapted net" in words
     assert ("the two are level" in words) is level
 

@@ -19,6 +19,7 @@ from gta2cs.interrupts import stop_if_asked
 from gta2cs.label_free import picked
 from gta2cs.reading import viewable
 from gta2cs.stage import Run
+from gta2cs.verdict import label_free_tables, verdict
 
 
 def write_report(run: Run, rows: dict[str, Score], nets: dict[str, nn.Module], histories: list[dict[str, Any]]) -> None:
@@ -41,7 +42,7 @@ def write_report(run: Run, rows: dict[str, Score], nets: dict[str, nn.Module], h
         ),
         "report.md": lambda: report.write_text(config.out / "report.md", text_of(run, rows, histories)),
         "report.html": lambda: html.write_html(config.out / "report.md", pair.classes),
-        "the verdict": lambda: run.console.print(choosing.verdict(run, histories).replace("**", ""), markup=False),
+        "the verdict": lambda: run.console.print(verdict(run, histories).replace("**", ""), markup=False),
     }
     failed = [name for name, write in parts.items() if not _written(run, name, write)]
     if "report.md" not in failed:
@@ -84,8 +85,8 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
     return text + (
         f"![Target images, {truth}what the nets predict, and how sure the chosen one is](panels.png)\n\n"
         f"![Losses, {scored}scores without labels and, with pseudo-labels, the share that was kept](curves.png)"
-        f"\n\n{decided}## Without labels\n\n{choosing.label_free_tables(run, histories, pair.classes.names)}\n"
-        f"{choosing.verdict(run, histories)}"
+        f"\n\n{decided}## Without labels\n\n{label_free_tables(run, histories, pair.classes.names)}\n"
+        f"{verdict(run, histories)}"
     )
 
 
