@@ -156,6 +156,12 @@ def test_what_is_refused(tmp_path, capsys):
     ):
         assert compare_runs.main(arguments) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "early").mkdir()
+    saved = json.loads((toy / "history.json").read_text())
+    saved["stages"][0]["label_free"] = []  # a checkpoint came before the first evaluation
+    (tmp_path / "early" / "history.json").write_text(json.dumps(saved))
+    assert compare_runs.main([str(tmp_path / "early")]) == 2
+    assert "it was stopped before the first evaluation of dacs" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(SystemExit):
         compare_runs.main([str(toy), "--out", str(tmp_path / "page")])
     assert "--config and --out are about the runs of a --sweep" in " ".join(capsys.readouterr().err.split())

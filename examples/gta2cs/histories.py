@@ -63,7 +63,7 @@ def read_run(folder: Path) -> RunNets:
 
     Raises:
         FileNotFoundError: there is neither.
-        ValueError: the run is older than the label-free scores.
+        ValueError: the run was stopped before there were label-free scores, or is older than they are.
     """
     path = folder / "history.json"
     if path.is_file():
@@ -90,7 +90,10 @@ def read_run(folder: Path) -> RunNets:
                     place = {"stage": name, "stage_step": entry["step"]}
                     checkpoints.append(_net(before + entry["step"], net, found, known) | place)
     if not checkpoints:
-        raise ValueError(f"Expected {folder} to have label-free scores, but it is from an earlier version.")
+        raise ValueError(
+            f"Expected {folder} to have label-free scores, but it was stopped before the first evaluation of "
+            f"{names[adapting[0]]}, or is from an earlier version. With its own command and --resume it goes on."
+        )
     first = stages[adapting[0]]
     start = None
     if "source_only" in first:
