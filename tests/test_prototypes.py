@@ -336,7 +336,7 @@ def test_a_second_derivative_of_distances_is_refused_rather_than_wrong() -> None
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pixels", [1, 700, 6000])
 def test_pieces_and_whole_maps_agree(dtype: torch.dtype, pixels: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU works in pieces (of two blocks, with a rest) and by pixel, a GPU on whole maps: the same values and gradients."""
+    """A CPU works in pieces (two blocks and a rest) and by pixel, a GPU on whole maps: same values and gradients."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(2, 200, pixels, generator=generator, dtype=torch.float64).to(dtype)
     labels = torch.randint(0, 6, (2, pixels), generator=generator)
