@@ -148,9 +148,11 @@ class _CompiledCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         x, top, log_sum, ids, own_weight = ctx.saved_tensors
-        grad = (grad if own_weight is None else grad * own_weight).unsqueeze(1)
+        ignored = ids.unsqueeze(1) < 0
+        # Used twice, it is computed once for each pixel, not once for each class from all that it is made of.
+        grad = torch.where(ignored, 0, (grad if own_weight is None else grad * own_weight).unsqueeze(1))
         slope = (x - top - log_sum).exp() - _one_hot(x, ids).to(x.dtype)
-        return torch.where(ids.unsqueeze(1) < 0, 0, slope * grad), None, None
+        return torch.where(ignored, grad, slope) * grad, None, None
 
 
 def _one_hot(x: Tensor, ids: Tensor) -> Tensor:
