@@ -94,7 +94,7 @@ def _soft_cross_entropy(
 ) -> tuple[Tensor, bool]:
     """`kd_loss` at each pixel, (N, *space), and whether it is 0 where not `valid`."""
     compiling, on_cpu = torch.compiler.is_compiling(), student.device.type == "cpu"
-    few = on_cpu and not compiling and student.numel() < LARGE  # where the operator costs more than it saves
+    few = on_cpu and not compiling and student.numel() < 2 * LARGE  # where the operator costs more than it saves
     if few or is_transformed() or (compiling and not on_cpu):
         student = upcast(student)
         return whole_soft_cross_entropy(student, upcast(teacher.detach()).to(student.dtype), temperature, valid)
