@@ -102,17 +102,17 @@ def supervised_pixel_contrast_loss(
     check_generator(generator, features.device)
     if labels.numel() == 0:
         return reduce_pixels(features.sum() * upcast(features).new_zeros(num_classes, max_anchors), reduction=reduction)
-    pixels, classes, rank, drawn = _draw_anchors(labels, num_classes, max_anchors, ignore_index, generator)
-    size = labels[0].numel()
-    # Index first, so that the rest works on the sample and not on the whole map.
-    z = upcast(features.flatten(2)[pixels // size, :, pixels % size])
+    pixels, classes, rank, count = _draw_anchors(labels, num_classes, max_anchors, ignore_index, generator)
+    drawn = rank < count
+    z = upcast(_rows(features.flatten(2), pixels))
     z = torch.where(drawn.unsqueeze(1), z, 0)  # a row that is not drawn holds another pixel, perhaps NaN
     if normalize:
         z = unit_vectors(z)
-    others = drawn & ~torch.eye(len(drawn), dtype=torch.bool, device=z.device)
     if denominator == "negatives":
-        others = others & (classes != classes.unsqueeze(1))
-    own, partners = _own_columns(classes, rank, drawn, max_anchors)
+        others = drawn & (classes != classes.unsqueeze(1))
+    else:
+        others = drawn & ~torch.eye(len(drawn), dtype=torch.bool, device=z.device)
+    own, partners = _own_columns(rank, count, max_anchors)
     refuse_transforms(z, vmap=True)
     spread: Tensor = _Spread.apply(z, others, own, temperature)
     loss = F.softplus(spread) if denominator == "negatives" else spread
@@ -130,9 +130,10 @@ def supervised_pixel_contrast_loss(
 def _draw_anchors(
     labels: Tensor, num_classes: int, max_anchors: int, ignore_index: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A random subset of the pixels of each class: flat pixel indices, their classes, ranks, and which are drawn.
+    """A random subset of the pixels of each class: flat pixel indices, classes, ranks, and pixels drawn of that class.
 
-    Rows are sorted by class, then by rank: A of each class, or all pixels if those are fewer.
+    Rows are sorted by class, then by rank: A of each class, or all pixels if those are fewer. A row whose rank is not
+    below the number drawn is not drawn.
     """
     ids = class_ids(labels, num_classes, ignore_index).flatten()
     # A random order, then a stable sort by class: the first A of each class are a uniform subset.
@@ -141,21 +142,31 @@ def _draw_anchors(
     counts = torch.zeros(num_classes + 1, dtype=torch.int64, device=ids.device)
     counts = counts.scatter_add(0, ids, torch.ones_like(ids))
     first = counts.cumsum(0) - counts
+    drawn = counts.clamp_max(max_anchors).mul_(torch.arange(num_classes + 1, device=ids.device) < num_classes)
     if len(ids) <= num_classes * max_anchors:
         ids = ids[order]
         rank = torch.arange(len(ids), device=ids.device) - first[ids]
-        return order, ids, rank, (ids < num_classes) & (rank < max_anchors)
+        return order, ids, rank, drawn[ids]
     slots = torch.arange(num_classes * max_anchors, device=ids.device)
     classes, rank = slots // max_anchors, slots % max_anchors
-    return order[(first[classes] + rank).clamp_max(len(ids) - 1)], classes, rank, rank < counts[classes]
+    return order[(first[classes] + rank).clamp_max(len(ids) - 1)], classes, rank, drawn[classes]
 
 
-def _own_columns(classes: Tensor, rank: Tensor, drawn: Tensor, max_anchors: int) -> tuple[Tensor, Tensor]:
+def _rows(x: Tensor, pixels: Tensor) -> Tensor:
+    """The pixels (rows, D) of (N, D, P)."""
+    size = x.shape[2]
+    if len(pixels) == len(x) * size:  # all of them: moving whole rows is quicker than collecting their numbers
+        return x.transpose(1, 2).flatten(0, 1).index_select(0, pixels)
+    # Index first, so that the rest works on the sample and not on the whole map.
+    return x[pixels // size, :, pixels % size]
+
+
+def _own_columns(rank: Tensor, count: Tensor, max_anchors: int) -> tuple[Tensor, Tensor]:
     """The columns of each row's class, (rows, A), and which of them are drawn and not the row itself."""
-    rows = torch.arange(len(classes), device=classes.device)
-    column = rows[:max_anchors]
-    own = ((rows - rank).unsqueeze(1) + column).clamp_max(len(classes) - 1)
-    return own, drawn[own] & (rank[own] == column) & (classes[own] == classes.unsqueeze(1)) & (own != rows.unsqueeze(1))
+    rows = torch.arange(len(rank), device=rank.device)
+    column, rank = rows[:max_anchors], rank.unsqueeze(1)
+    own = (rows.unsqueeze(1) - rank + column).clamp_max_(len(rank) - 1)
+    return own, (column < count.unsqueeze(1)) & (column != rank)
 
 
 class _Spread(torch.autograd.Function):
@@ -169,7 +180,7 @@ class _Spread(torch.autograd.Function):
         with full_precision(z):
             similarity = torch.mm(z / (temperature * LOG_2), z.T)
         entries = similarity.gather(1, own)
-        top = similarity.masked_fill(~others, torch.finfo(z.dtype).min).amax(dim=1, keepdim=True)
+        top = torch.where(others, similarity, torch.finfo(z.dtype).min).amax(dim=1, keepdim=True)
         share = similarity.sub_(top).clamp_max_(0).exp2_().mul_(others)
         total = share.sum(dim=1, keepdim=True)
         share.div_(total.clamp_min(torch.finfo(z.dtype).tiny))  # a row without others
@@ -183,7 +194,9 @@ class _Spread(torch.autograd.Function):
         z, share, own = ctx.saved_tensors
         gradient = (share * grad.sum(dim=1, keepdim=True)).scatter_add_(1, own, -grad)
         with full_precision(z):
-            return torch.mm(gradient + gradient.T, z / ctx.temperature), None, None, None
+            # A transposed copy goes by tiles, a sum with a transposed matrix by columns.
+            gradient = gradient.T.contiguous().add_(gradient)
+            return torch.mm(gradient, z / ctx.temperature), None, None, None
 
 
 def _check_options(
