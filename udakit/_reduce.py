@@ -161,13 +161,15 @@ SMALL = 2**14  # the same for operations on bits that autograd does not record
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def is_large(x: Tensor) -> bool:
+def is_large(x: Tensor, times: int = 1) -> bool:
     """Whether blocks, or operations on bits, are faster than torch's operators: for large maps on the CPU.
+
+    `times` is for an operation that gains by them only in a map so many times as large as others do.
 
     On a GPU each block is a launch, a compiler fuses the operators, and `torch.func` and forward-mode differentiation
     have no rules for our own code.
     """
-    return x.numel() >= LARGE and is_eager_on_cpu(x)
+    return x.numel() >= times * LARGE and is_eager_on_cpu(x)
 
 
 def is_eager_on_cpu(x: Tensor) -> bool:

@@ -113,7 +113,7 @@ def labelled_cross_entropy(
     weight = None if class_weight is None else class_weight.detach().to(logits.dtype)
     grows = logits.requires_grad and torch.is_grad_enabled()
     try:
-        if grows and is_large(logits):
+        if grows and is_large(logits, 2):
             loss: Tensor = _CrossEntropy.apply(plain(logits), plain(labels), weight, ignore_index)[0]
             return loss
         if grows and torch.compiler.is_compiling():
