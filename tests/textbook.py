@@ -646,7 +646,7 @@ def fuse_scales(context: Tensor, detail: Tensor, attention: Tensor, box: Any) ->
 
 @textbook("hflip_average")
 def hflip_average(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    straight, mirrored = F.softmax(model(images), dim=1), F.softmax(model(images.flip(-1)), dim=1)
+    straight, mirrored = (F.softmax(single(model(x)), dim=1) for x in (images, images.flip(-1)))
     return 0.5 * (straight + mirrored.flip(-1))
 
 
