@@ -47,6 +47,7 @@ TITLES = {
     "combined": "combined",
     "quick": "combined, with a teacher as quick as in short runs",
     "weighed": "combined, with 90 % of each class, weighed by confidence",
+    "rising": "combined, from 60 to 90 % of each class, weighed by confidence",
     "decided": "combined as it was before",
     "ablation_unmatched": "DACS, labels by statistics of target batches, scale not matched",
     "oracle": "oracle",
@@ -73,6 +74,7 @@ COMBINED: dict[str, dict[str, Any]] = {
     "combined": {},
     "quick": QUICK,
     "weighed": {"shared": {"share": 0.9, "confidence_weight": True}},
+    "rising": {"shared": {"share_end": 0.9, "confidence_weight": True}},
 }
 BLENDED = {"teacher_mode": "batch_statistics", "teacher_running_share": 0.5, "buffers": "ema"}
 # `combined` without source steps first: row -> (title, how its teacher labels)
@@ -183,7 +185,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "main": ("source_only", *(f"dacs_{name}" for name in SETTINGS), "combined", "oracle"),
     "methods": ("dacs_defaults", "diga", "ehtdi"),
     "labelling": ("decided", *AT_ONCE),
-    "weighed": ("weighed",),
+    "weighed": ("weighed", "rising"),
     "ablation": tuple(ABLATION),
     "longer": tuple(f"longer_{name}" for name in LONGER_ROWS),
     "tried": tuple(TRIED_ROWS),

@@ -154,21 +154,34 @@ def preferred(results: dict[str, Any], pairs: Iterable[str]) -> str | None:
 
 
 def weighed(results: dict[str, Any]) -> str:
-    """Markdown: the last student of `combined` and of `weighed`, of runs with the same start; a column a pair."""
-    beside: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for pair in (*PAIRS, *FURTHER):
-        same_start = lambda run: (run["seed"], run.get("device"))  # noqa: E731
-        starts = {same_start(run): run for run in runs_of(results, pair, "combined")}
-        both = [(starts.get(same_start(run)), run) for run in runs_of(results, pair, "weighed")]
-        if found := [(before, run) for before, run in both if before]:
-            beside[pair] = found
-    if not beside:
+    """Markdown: the last student of `combined` and of the forms with other labels, of runs with the same start.
+
+    A cell is a mean over seeds; of another form, the mean difference to `combined`, and over how many seeds.
+    """
+    titles = {
+        "weighed": "90 % of each class, weighed by confidence",
+        "rising": "from 60 to 90 % of each class, weighed by confidence",
+    }
+    pairs = [pair for pair in (*PAIRS, *FURTHER) if any(beside(results, pair, row) for row in titles)]
+    if not pairs:
         return "Not measured yet.\n"
-    lines = head_of([*beside], "labels ")
-    for position, title in enumerate(("60 % of each class, full weight", "90 % of each class, weighed by confidence")):
-        cells = [spread([last_net(found[position])["miou"] for found in runs]) for runs in beside.values()]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    starts = {pair: {start: miou for row in titles for start, miou, _ in beside(results, pair, row)} for pair in pairs}
+    cells = [spread([*starts[pair].values()]) for pair in pairs]
+    lines = [*head_of(pairs, "labels "), f"| 60 % of each class, full weight | {' | '.join(cells)} |"]
+    for row, title in titles.items():
+        found = [[other - miou for _, miou, other in beside(results, pair, row)] for pair in pairs]
+        cells = [f"{statistics.mean(gains):+.1f} [{len(gains)}]" if gains else "–" for gains in found]
+        lines.append(f"| {title} | {' | '.join(cells)} |".replace("-", "−"))
     return "\n".join(lines) + "\n"
+
+
+def beside(results: dict[str, Any], pair: str, row: str) -> list[tuple[tuple[int, str], float, float]]:
+    """Runs of a row that have a run of `combined` with the same start: which start, mIoU of that run, of this one."""
+    last = lambda row: {  # noqa: E731
+        (run["seed"], run.get("device", "")): last_net(run)["miou"] for run in runs_of(results, pair, row)
+    }
+    before, after = last("combined"), last(row)
+    return [(start, before[start], miou) for start, miou in after.items() if start in before]
 
 
 def longer(results: dict[str, Any]) -> str:
@@ -176,12 +189,13 @@ def longer(results: dict[str, Any]) -> str:
 
     The oracle, which stands below, took the usual steps. Shares of the gap begin at source-only of as many steps.
     """
-    pairs = [pair for pair in PAIRS if any(final(results, pair, f"longer_{row}") for row in LONGER_ROWS)]
+    ran = lambda pair, row: bool(final(results, pair, f"longer_{row}"))  # noqa: E731
+    pairs = [pair for pair in PAIRS if any(ran(pair, row) for row in LONGER_ROWS)]
     if not pairs:
         return f"Runs of {LONGER} times the steps (`--group longer`) are not measured yet.\n"
     head = [f"{PAIR_NAMES[pair]}, {PAIRS[pair]['steps'] * times} steps" for pair in pairs for times in (1, LONGER)]
     lines = [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
-    for row in LONGER_ROWS:
+    for row in (row for row in LONGER_ROWS if any(ran(pair, row) for pair in pairs)):
         cells = []
         for pair in pairs:
             seeds = seeds_of(results, pair, f"longer_{row}")

@@ -114,17 +114,19 @@ def test_longer_runs_stand_beside_those_of_the_same_seeds():
     assert "| source-only | 56.0 [1] | 61.0 [1] |" in text
     assert "| combined | 60.0 [1] (40 %) | 65.0 [1] (80 %) |" in text
     assert "| oracle | 66.0 [1] | – |" in text
-    assert "| DiGA | – | – |" in text
+    assert "DiGA" not in text
     assert "not measured yet" in adaptation_tables.longer({})
 
 
-def test_labels_weighed_by_confidence_stand_beside_runs_of_the_same_start():
+def test_other_labels_stand_beside_runs_of_the_same_start():
     runs = [run_of("toy", "combined", s, 60.0 + s) for s in (0, 1)] + [run_of("toy", "weighed", 1, 63.0)]
+    runs += [run_of("toy", "rising", s, 59.0) for s in (0, 1)]
     runs += [run_of("nuclei", "weighed", 0, 80.0), {**run_of("nuclei", "combined", 0, 90.0), "device": "another"}]
     text = adaptation_tables.weighed(results_of(runs))
     assert text.splitlines()[0] == "| labels | game → camera |"
-    assert "| 60 % of each class, full weight | 61.0 [1] |" in text
-    assert "| 90 % of each class, weighed by confidence | 63.0 [1] |" in text
+    assert "| 60 % of each class, full weight | 60.5 ± 0.7 [2] |" in text
+    assert "| 90 % of each class, weighed by confidence | +2.0 [1] |" in text
+    assert "| from 60 to 90 % of each class, weighed by confidence | −1.5 [2] |" in text
     assert adaptation_tables.weighed({}) == "Not measured yet.\n"
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import train_gta2cs
-from gta2cs.checkpoints import load_checkpoint, load_net
+from gta2cs.checkpoints import load_checkpoint, load_net, save_checkpoint
 from gta2cs.datasets import build_pair
 from gta2cs.evaluation import Score, evaluate, evaluating, with_bn_statistics
 from gta2cs.recipes import RECIPES, Draws
@@ -127,6 +127,17 @@ def test_resume_refuses_another_configuration(tmp_path):
         ValueError, match=r"select: balanced_consistency -> last\. Take .* last step .* in its last\.pt"
     ):
         train_gta2cs.main(tiny_config(tmp_path, stage, select="last", resume=True))
+
+
+def test_resume_names_what_an_earlier_version_did_not_save(tmp_path):
+    stage = train_gta2cs.Stage("source_only")
+    train_gta2cs.main(tiny_config(tmp_path, stage))
+    (path,) = tmp_path.glob("stage1_*/last.pt")
+    saved = load_checkpoint(path)
+    del saved["recipe"][next(iter(saved["recipe"]))]
+    save_checkpoint(path, saved)
+    with pytest.raises(ValueError, match=r"of this run, but it does not fit: Error.*: Missing key.*student"):
+        train_gta2cs.main(tiny_config(tmp_path, stage, resume=True))
 
 
 def test_resume_refuses_other_classes(tmp_path, monkeypatch):

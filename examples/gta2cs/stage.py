@@ -152,9 +152,9 @@ class StageState:
             if accelerator.scaler is not None:
                 accelerator.scaler.load_state_dict(saved["scaler"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            first = str(error).splitlines()[0] if str(error) else type(error).__name__
+            begins = " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
             raise ValueError(
-                f"Expected {checkpoint} to be a checkpoint of this run, but it does not fit: {first}"
+                f"Expected {checkpoint} to be a checkpoint of this run, but it does not fit: {begins}"
             ) from error
         self.done = self.saved = saved["step"]
         self.history = {**self.history, **history}
