@@ -65,6 +65,7 @@ def view_consistency(
 
     Example:
         >>> import torch
+        >>> from udakit.validation import shift_view
         >>> net = torch.nn.Conv2d(3, 5, 1)  # looks at single pixels: no shift can surprise it
         >>> view_consistency(net, torch.rand(2, 3, 8, 8), *shift_view((2, 1)))
         tensor([1., 1.])
