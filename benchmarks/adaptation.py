@@ -46,12 +46,12 @@ from benchmarks.adaptation_rows import (
     PAIRS,
     SCALES,
     WARM_UP,
-    headline,
     rows_of,
 )
 from benchmarks.harness import device_name, write_section
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import Pair
+from gta2cs.evaluation import headline
 from gta2cs.files import write_json
 from gta2cs.pretrained import load_init
 

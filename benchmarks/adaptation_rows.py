@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.results_page import STATISTICS
-from gta2cs.evaluation import headline as headline
 from gta2cs.label_free import DEFAULT
 from gta2cs.recipes.combined import SHARED
 

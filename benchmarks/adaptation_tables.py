@@ -19,10 +19,10 @@ from benchmarks.adaptation_rows import (
     TOGETHER,
     TRIED,
     TRIED_ROWS,
-    headline,
 )
 from benchmarks.harness import PAIR_NAMES
 from benchmarks.results_page import STATISTICS
+from gta2cs.evaluation import headline
 from gta2cs.label_free import collapsed, completed
 
 

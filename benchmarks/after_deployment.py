@@ -28,10 +28,10 @@ considerate_threads()  # before torch is imported
 import torch
 from torch import Tensor, nn
 
-from benchmarks import adaptation, adaptation_rows, adaptation_tables
+from benchmarks import adaptation, adaptation_tables
 from benchmarks.harness import PAIR_NAMES, write_section
 from gta2cs.datasets import Pair
-from gta2cs.evaluation import evaluate
+from gta2cs.evaluation import evaluate, headline
 from gta2cs.files import write_json
 from gta2cs.loading import Batch, StepData, step_loader
 from gta2cs.nets import SegNet
@@ -141,7 +141,7 @@ def score(net: nn.Module, pair: Pair) -> float:
     """True mIoU on the target validation set."""
     assert pair.target_val is not None
     means = evaluate(net, pair.target_val, pair.classes).means
-    return round(means[adaptation_rows.headline(means)], 2)
+    return round(means[headline(means)], 2)
 
 
 def table(results: dict[str, Any]) -> str:

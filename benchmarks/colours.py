@@ -22,10 +22,10 @@ considerate_threads()  # before torch is imported
 
 import torch
 
-from benchmarks import adaptation, adaptation_rows
+from benchmarks import adaptation
 from benchmarks.harness import PAIR_NAMES, markdown_table
 from gta2cs.datasets import Labelled, Unlabelled
-from gta2cs.evaluation import evaluate
+from gta2cs.evaluation import evaluate, headline
 from gta2cs.label_free import BY_CLASS, measure
 from gta2cs.recipes.combined import ahead
 from gta2cs.samples import Remembered
@@ -62,7 +62,7 @@ def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> dict[
         truth = evaluate(net, restyled(pair.target_val, pair.source_train, style), pair.classes)
         found[style] = {
             "score": unlabelled.scores[BY_CLASS],
-            "miou": truth.means[adaptation_rows.headline(truth.means)],
+            "miou": truth.means[headline(truth.means)],
         }
     print(f"{pair_name}: {found}", flush=True)
     return found

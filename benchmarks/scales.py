@@ -23,9 +23,9 @@ considerate_threads()  # before torch is imported
 
 from torch import nn
 
-from benchmarks import adaptation, adaptation_rows
+from benchmarks import adaptation
 from benchmarks.harness import PAIR_NAMES, markdown_table
-from gta2cs.evaluation import evaluate
+from gta2cs.evaluation import evaluate, headline
 from gta2cs.label_free import BY_CLASS, LabelFree, measure
 from gta2cs.matching import REACH, STEP, Rescaled, match_scale
 
@@ -47,7 +47,7 @@ def run(pair_name: str, seed: int, data_root: Path | None, cache: Path) -> list[
             {
                 "position": position,
                 "score": unlabelled.scores[BY_CLASS],
-                "miou": truth.means[adaptation_rows.headline(truth.means)],
+                "miou": truth.means[headline(truth.means)],
             }
         )
         print(f"{pair_name}: {found[-1]}", flush=True)
