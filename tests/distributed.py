@@ -14,6 +14,8 @@ def test_sum(tmp_path):
 from __future__ import annotations
 
 import datetime
+import os
+import sys
 import tempfile
 import time
 import traceback
@@ -76,5 +78,8 @@ def _rank(rank: int, world_size: int, folder: str, worker: Callable[..., Any], a
     except BaseException:
         Path(folder, f"{rank}.error").write_text(traceback.format_exc(), encoding="utf-8")
         raise
-    finally:
-        dist.destroy_process_group()
+    # All is saved and said. Taking gloo's threads down may abort a process now and then ("terminate called without an
+    # active exception", seen with sharded nets, which make groups of their own), and is nothing that a test asks for.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

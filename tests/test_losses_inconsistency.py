@@ -1,18 +1,16 @@
 """Class inconsistency and the distillation weighted by it."""
 
 import copy
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import udakit
+from distributed import run_ranks
 
 
 def draw(seed: int, n: int = 2, c: int = 4, h: int = 4, w: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,27 +153,21 @@ def test_errors_name_the_argument() -> None:
         udakit.class_inconsistency(student, teacher[..., :3])
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _rank(rank: int, world_size: int) -> dict[str, torch.Tensor]:
     criterion = udakit.InconsistencyLoss(4, sync=True)
     for seed in range(3):
         student, teacher, valid = (x[2 * rank : 2 * rank + 2] for x in draw(seed, n=4))
         criterion(student, teacher, valid=valid)
-    torch.save(criterion.state_dict(), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return criterion.state_dict()
 
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_process_on_the_global_batch(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    states = run_ranks(_rank, 2, tmp_path=tmp_path)
     single = udakit.InconsistencyLoss(4)
     for seed in range(3):
         student, teacher, valid = draw(seed, n=4)
         single(student, teacher, valid=valid)
-    for rank in range(2):
-        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for state in states:
         for name, x in single.state_dict().items():
             assert torch.equal(state[name], x)
