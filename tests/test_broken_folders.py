@@ -105,7 +105,7 @@ CASES = [
     Broken(
         "no label",
         lambda root: (root / "source" / "labels" / "a.png").unlink(),
-        r"all 1 images of .* to have labels, but 1 do not: a",
+        r"images of .* to have labels, but none of 1 has one \(looked for .*labels/a\.png",
         row=r"missing: source train: .*images/a\.png: no label .*labels/a\.png",
     ),
     Broken(

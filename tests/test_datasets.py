@@ -196,7 +196,7 @@ def test_dark_zurich_trains_without_labels(tmp_path: Path) -> None:
         write_image(zurich / "rgb_anon" / split / time / "GOPR0351" / f"{split}_{time}_rgb_anon.png")
     write_grey(zurich / "gt" / "val" / night / "val_night_gt_labelTrainIds.png", grid([0, 18]))
     assert dark_zurich(zurich, "train").unlabelled().names == ("train_night",)
-    with pytest.raises(FileNotFoundError, match=r"1 images of .* to have labels, but 1 do not: train_night"):
+    with pytest.raises(FileNotFoundError, match=r"to have labels, but none of 1 has one \(looked for .*train_night"):
         dark_zurich(zurich, "train").labelled()
     make_cityscapes(tmp_path / "cityscapes")
     pair = build_pair("cs2darkzurich", data_root=tmp_path, source_size=(8, 12))

@@ -53,6 +53,11 @@ class Listing:
     ) -> Labelled:
         """Images with labels. `strict=False` leaves out what has none and keeps their names for `check_data`."""
         absent = [item for item in self.items if not item.label.is_file()]
+        if strict and absent and len(absent) == len(self.items):
+            raise FileNotFoundError(
+                f"Expected the images of {self.where} to have labels, but none of {len(absent)} has one (looked for "
+                f"{absent[0].label}). Only target images may be without."
+            )
         if strict and absent:
             raise FileNotFoundError(
                 f"Expected all {len(self.items)} images of {self.where} to have labels, but {len(absent)} do not: "
