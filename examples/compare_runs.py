@@ -40,7 +40,7 @@ from rich.markup import escape
 
 from gta2cs import html, report
 from gta2cs.histories import RunNets, read_run
-from gta2cs.label_free import DEFAULT, DIRECTIONS, MARGIN, RELIABILITY, UNRELIABLE, collapsed
+from gta2cs.label_free import DEFAULT, DIRECTIONS, MARGIN, RELIABILITY, UNRELIABLE, collapsed, direction_of
 from gta2cs.options import changed, in_a_line, read_yaml
 from gta2cs.rank_statistics import spearman
 
@@ -52,7 +52,7 @@ class Comparison:
     """Runs on one target, best first by a score."""
 
     def __init__(self, runs: Sequence[RunNets], score: str) -> None:
-        self.score, self.sign = score.lstrip("-"), -1 if score.startswith("-") else DIRECTIONS[score]
+        self.score, self.sign = score.removeprefix("-"), direction_of(score)
         if len(pairs := {run.pair for run in runs}) > 1:
             raise ValueError(f"Expected runs on one pair, because scores compare on the same images, but got {pairs}.")
         for run in runs:
@@ -287,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweep, if any, and compare. Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of runs")
-    parser.add_argument("--score", default=DEFAULT, help="what ranks them; a minus before it turns it round")
+    parser.add_argument("--score", default=DEFAULT, help="what ranks them; --score=-NAME turns it round")
     parser.add_argument(
         "--page", type=Path, help="the page; default: runs_compared.html, or in the folder of the sweep"
     )
@@ -305,8 +305,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def compare(options: argparse.Namespace) -> None:
     """Run the remaining settings of a sweep, rank all runs, and write the page."""
-    if options.score.lstrip("-") not in DIRECTIONS:
-        raise ValueError(f"Expected `score` to be one of {[*DIRECTIONS]}, but got {options.score!r}.")
+    if options.score.removeprefix("-") not in DIRECTIONS:
+        raise ValueError(
+            f"Expected `score` to be one of {[*DIRECTIONS]}, also with a minus before it, but got {options.score!r}."
+        )
     folders = [*options.runs, *(sweep(options) if options.sweep else [])]
     if not folders:
         raise ValueError("Expected folders of runs, or --sweep with a setting that ran, but got none.")

@@ -110,6 +110,8 @@ def test_bad_nets_and_data_are_named():
             {"select": "mirror"},
             r"`select` to be one of \['last', 'source_or_last', 'mirror_consistency'.* got 'mirror'",
         ),
+        ({"select": "-last"}, r"with a minus before them, but got '-last'"),
+        ({"select": "--confidence"}, r"with a minus before them, but got '--confidence'"),
         ({"score_views": ["zoom"]}, r"`score_views` to be among \['mirror', .* got \['zoom'\]"),
         ({"score_images": 0}, "`score_images` to be at least 1, but got 0"),
     ],
@@ -174,6 +176,7 @@ CANDIDATES = [
         ("mirror_consistency", "teacher", 10),
         ("-mirror_consistency", "student", 10),
         ("class_correlation", "student", 10),  # its source calls a lower one better
+        ("-class_correlation", "teacher", 10),
         ("last", "student", 20),
         ("source_or_last", "student", 20),
     ],
@@ -223,6 +226,30 @@ def test_the_verdict_names_the_class_that_was_lost():
     worse = LabelFree({"balanced_consistency": 0.4}, [0.99, 0.01])
     words = verdict(run, [{"name": "dacs", "label_free": [{"nets": {"student": worse.to_json()}}]}])
     assert "0.400 against 0.500 of balanced consistency, and it predicts less than a quarter" in words
+    run.choice, run.config.select = choosing.Choice("dacs", 0, 20, "student", "last", 0.9), "last"
+    words = verdict(run, [{"name": "dacs", "label_free": [{"nets": {"student": last.to_json()}}]}])
+    assert "0.900, the source-only net's 0.500, but it predicts less than a quarter of the source-only net's" in words
+    assert "looks better" not in words
+
+
+@pytest.mark.parametrize(
+    ("select", "words"),
+    [
+        ("class_correlation", "reaches its class correlation (lower is better) of 1.200; the last student has 1.300"),
+        ("-class_correlation", "reaches its class correlation of 1.200; the last student has 1.300"),
+        ("source_or_last", "The last student has 0.400 of balanced consistency, the source-only net 0.500. The adapt"),
+    ],
+)
+def test_the_verdict_says_which_direction_is_better_and_what_was_compared(select, words):
+    source = LabelFree({"class_correlation": 1.2, "balanced_consistency": 0.5}, [0.9, 0.1])
+    last = LabelFree({"class_correlation": 1.3, "balanced_consistency": 0.4}, [0.9, 0.1])
+    run = SimpleNamespace(
+        choice=choosing.Choice("source_only", 0, 0, "source_only", choosing.score_of(select), 0.0),
+        source_only=source,
+        config=train_gta2cs.Config(select=select),
+        pair=SimpleNamespace(classes=SimpleNamespace(names=("background", "nuclei"))),
+    )
+    assert words in verdict(run, [{"name": "dacs", "label_free": [{"nets": {"student": last.to_json()}}]}])
 
 
 def test_a_choice_among_nets_of_one_class_is_called_none():

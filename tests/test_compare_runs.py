@@ -152,6 +152,7 @@ def test_what_is_refused(tmp_path, capsys):
         ([str(tmp_path / "none")], "to be the folder of a run"),
         ([str(toy), str(other)], "runs on one pair"),
         ([str(toy), "--score", "luck"], "`score` to be one of"),
+        ([str(toy), "--score=--confidence"], "`score` to be one of"),
         ([str(toy), "--score", "nuclear_norm"], "to have the score 'nuclear_norm'"),
     ):
         assert compare_runs.main(arguments) == 2

@@ -27,6 +27,7 @@ from gta2cs.label_free import (
     NoScoreError,
     collapsed,
     complete,
+    direction_of,
     measure,
     only_class,
     views_of,
@@ -47,7 +48,7 @@ GUARD = DEFAULT  # what `source_or_last` compares by
 
 def score_of(select: str) -> str:
     """The score that `select` compares nets by; with "last", which compares none, the one that is shown."""
-    name = select.lstrip("-")
+    name = select.removeprefix("-")
     return name if name in DIRECTIONS else GUARD
 
 
@@ -73,8 +74,11 @@ class Choice:
 def check_select(config: Config) -> None:
     """Refuse an unknown score before any data is read."""
     allowed = ["last", "source_or_last", *DIRECTIONS]
-    if config.select.lstrip("-") not in allowed:
-        raise ValueError(f"Expected `select` to be one of {allowed}, but got {config.select!r}.")
+    if config.select not in allowed and config.select.removeprefix("-") not in DIRECTIONS:
+        raise ValueError(
+            f"Expected `select` to be one of {allowed}, the scores also with a minus before them, but got "
+            f"{config.select!r}."
+        )
     unknown = [view for view in config.score_views if view not in VIEWS]
     if unknown:
         raise ValueError(f"Expected `score_views` to be among {[*VIEWS]}, but got {unknown}.")
@@ -160,7 +164,7 @@ class Choosing:
         if not starts and self.first is not None and index < self.first:
             return  # the net of a source-only stage is offered where the next stage starts from it
         score = score_of(select)
-        sign = -1 if select.startswith("-") else DIRECTIONS[score]
+        sign = direction_of(select)
         value = found.scores[score]
         better = run.choice is None or run.choice.value is None or sign * value > sign * run.choice.value
         if better and run.source_only is not None and not starts:

@@ -66,6 +66,12 @@ UNRELIABLE = (
 )
 
 
+def direction_of(select: str) -> int:
+    """1 where `select` takes a higher score for better, else -1; a minus before the name turns it round."""
+    direction = DIRECTIONS.get(select.removeprefix("-"), 1)  # `last` and `source_or_last` name no score
+    return -direction if select.startswith("-") else direction
+
+
 def collapsed(before: Sequence[float], now: Sequence[float]) -> list[int]:
     """Classes of a hundredth of the source-only net's pixels or more that have lost three quarters of them.
 
@@ -109,7 +115,7 @@ class LabelFree:
 
 def views_of(select: str, views: Sequence[str]) -> list[str]:
     """The requested views and the one that `select` needs, in the order of `VIEWS`."""
-    return [view for view in VIEWS if view in views or select.lstrip("-").startswith(f"{view}_")]
+    return [view for view in VIEWS if view in views or select.removeprefix("-").startswith(f"{view}_")]
 
 
 def picked(count: int, wanted: int) -> list[int]:

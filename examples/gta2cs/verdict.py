@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from gta2cs.choosing import GUARD, ONE_CLASS, SOURCE_ONLY, score_of
-from gta2cs.label_free import DIRECTIONS, MARGIN, RELIABILITY, UNRELIABLE, LabelFree, collapsed, only_class
+from gta2cs.label_free import (
+    DIRECTIONS,
+    MARGIN,
+    RELIABILITY,
+    UNRELIABLE,
+    LabelFree,
+    collapsed,
+    direction_of,
+    only_class,
+)
 from gta2cs.report import cell, table_of
 from gta2cs.stage import Run
 
@@ -14,6 +23,10 @@ SHOWN = ("balanced_consistency", "mirror_consistency", "confidence")  # in the f
 EXPLAINED = (
     "Balanced consistency is the IoU of a net's prediction with that of the mirrored image, classes weighted by the "
     "root of their pixels, times the mean confidence. It lies between 0 and 1, and higher is better."
+)
+LOST = (  # the names of the classes go into it
+    "it predicts less than a quarter of the source-only net's pixels as {}. No score can tell whether a class is being "
+    "lost or was predicted too often before"
 )
 
 
@@ -26,32 +39,24 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
     if run.config.dry_run:
         lines.append("**A dry run of two steps a stage: what follows shows the form, and says nothing of the nets.**")
     score = choice.score if choice.score in DIRECTIONS else GUARD
-    named = score.replace("_", " ")
+    lower = direction_of(run.config.select) < 0
+    named = score.replace("_", " ") + (" (lower is better)" if lower else "")
     last = next(iter(histories[-1]["label_free"][-1]["nets"].values()))["scores"][score]
     if source is None:
         lines.append(f"**Use the {choice.title}** (`best.pt`). Nothing was adapted, so there is nothing to compare.")
     else:
         before = source.scores[score]
+        ahead = last < before if lower else last > before
         if choice.score == "last":
+            looks = f"without labels the {'adapted' if ahead else 'source-only'} net looks better."
+            if lost := lost_classes(run, histories):
+                looks = f"{'but' if ahead else 'and'} {LOST.format(lost)}."
             lines.append(
                 f"**`select: last`: `best.pt` is the {choice.title}.** Its {named} is {last:.3f}, the source-only "
-                f"net's {before:.3f}: without labels the {'adapted' if last > before else 'source-only'} net "
-                "looks better."
+                f"net's {before:.3f}{',' if lost else ':'} {looks}"
             )
         elif choice.net == SOURCE_ONLY:
-            found = next(iter(histories[-1]["label_free"][-1]["nets"].values()))
-            lost = [run.pair.classes.names[c] for c in collapsed(source.shares, found["shares"])]
-            file = f"stage{len(histories)}_{histories[-1]['name']}/last.pt"
-            why = (
-                f"The last student has {last:.3f} against {before:.3f} of {named}, "
-                f"{'but' if last > before else 'and'} it predicts less than a quarter of the source-only net's pixels "
-                f"as {', '.join(lost)}. No score can tell whether a class is being lost or was predicted too often "
-                f"before, so such a net is never chosen. Compare the two in `panels.png`; if the student is right, use "
-                f"`{file}`."
-                if lost
-                else f"No adapted net that kept its classes reaches its {named} of {before:.3f}; the last student has "
-                f"{last:.3f}. The adaptation did not help, as far as this score can tell."
-            )
+            why = why_not_adapted(run, histories, named, last, before, ahead=ahead)
             lines.append(f"**Use the source-only net** (`best.pt`). {why}")
         else:
             assert choice.value is not None
@@ -74,6 +79,31 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
             + "\n".join(f"- {a}" for a in alarms)
         )
     return "\n\n".join(lines) + "\n"
+
+
+def why_not_adapted(
+    run: Run, histories: list[dict[str, Any]], named: str, last: float, before: float, *, ahead: bool
+) -> str:
+    """Why the source-only net is used; `ahead` says whether the last student has the better score nevertheless."""
+    if lost := lost_classes(run, histories):
+        file = f"stage{len(histories)}_{histories[-1]['name']}/last.pt"
+        return (
+            f"The last student has {last:.3f} against {before:.3f} of {named}, {'but' if ahead else 'and'} "
+            f"{LOST.format(lost)}, so such a net is never chosen. Compare the two in `panels.png`; if the student is "
+            f"right, use `{file}`."
+        )
+    if run.config.select == "source_or_last":
+        found = f"The last student has {last:.3f} of {named}, the source-only net {before:.3f}."
+    else:
+        found = f"No adapted net that kept its classes reaches its {named} of {before:.3f}; the last student has "
+        found += f"{last:.3f}."
+    return f"{found} The adaptation did not help, as far as this score can tell."
+
+
+def lost_classes(run: Run, histories: list[dict[str, Any]]) -> str:
+    """Names of the classes that the last student has lost; "" for none."""
+    now = next(iter(histories[-1]["label_free"][-1]["nets"].values()))["shares"]
+    return ", ".join(run.pair.classes.names[c] for c in collapsed(run.source_only.shares, now))
 
 
 def found_of_chosen(run: Run, histories: list[dict[str, Any]]) -> LabelFree | None:
