@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import udakit
 
@@ -198,7 +199,7 @@ def test_crops_and_fusion_in_other_dimensions(dimensions: int) -> None:
 
 @pytest.mark.parametrize("size", [(2, 3), (4, 8), (1, 1)])
 def test_crops_do_not_depend_on_the_memory_format(size: tuple[int, int]) -> None:
-    """Without a gradient a crop is copied from the memory as it lies, with one it is gathered."""
+    """A crop is copied from the memory as it lies, and its gradient is written to a new map."""
     whole = torch.arange(4 * 5 * 6 * 12.0).view(4, 5, 6, 12)
     forms = (
         *(whole[1:, 1:4, 1:5, 2:10], whole[1:, 1:4, :4, :8].contiguous(memory_format=torch.channels_last)),
@@ -225,7 +226,33 @@ def test_crops_do_not_depend_on_the_memory_format(size: tuple[int, int]) -> None
         )
         assert torch.equal(udakit.crop_detail(x, box), expected)
         if x.is_floating_point():
-            assert torch.equal(udakit.crop_detail(x.detach().requires_grad_(), box), expected)
+            learned = x.detach().requires_grad_()
+            crops = udakit.crop_detail(learned, box)
+            assert torch.equal(crops, expected)
+            crops.backward(expected)
+            inside = udakit.crop_detail(learned.grad, box)
+            assert torch.equal(inside, expected)
+            assert learned.grad.abs().sum() == inside.abs().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_gradient_of_a_crop_is_one_copy(dtype: torch.dtype) -> None:
+    """It is the incoming one bit for bit, and no map is converted; a second derivative is that of torch's operators."""
+    box = udakit.DetailBox(torch.tensor([[0, 3], [2, 4]]), (4, 4), (8, 8))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    incoming = torch.full((2, 3, 4, 4), -0.0, dtype=dtype)
+    incoming[0, 0] = float("nan")
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        (grad,) = torch.autograd.grad(udakit.crop_detail(x, box), x, incoming)
+    assert not {"aten::scatter_add_", "aten::_to_copy", "aten::copy_"} & {
+        event.key for event in recorded.key_averages()
+    }
+    assert torch.equal(udakit.crop_detail(grad, box).view(torch.uint8), incoming.view(torch.uint8))
+    (grad,) = torch.autograd.grad((udakit.crop_detail(x, box) ** 3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    with torch.no_grad():
+        assert torch.equal(udakit.crop_detail(second, box), 6 * udakit.crop_detail(x, box))
+        assert second.abs().sum() == udakit.crop_detail(second, box).abs().sum()
 
 
 @pytest.mark.parametrize("start", [[-1, 0], [0, -1], [0, 5], [5, 0], [3, 99]])

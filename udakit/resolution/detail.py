@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Int64, Shaped
@@ -129,11 +130,35 @@ def crop_detail(x: Shaped[Tensor, "n ..."], box: DetailBox) -> Shaped[Tensor, "n
             f"Expected `x` to hold {len(box.start)} maps of the size {box.image} of `box`, but got {shape_of(x)}."
         )
     check_device("box", box.start, x, "x")
-    if is_eager_on_cpu(x) and not (x.requires_grad and torch.is_grad_enabled()) and x.numel() and 0 not in box.size:
-        return _whole_crops(x, box)
-    places = [box.start[:, axis : axis + 1] + torch.arange(side, device=x.device) for axis, side in enumerate(box.size)]
-    pixels = gather_pixels(x.flatten(-spatial), joint(places, box.image))
+    if is_eager_on_cpu(x) and x.numel() and 0 not in box.size:
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return _whole_crops(x, box)
+        crops: Tensor = _Crop.apply(x, box.start, box)
+        return crops
+    pixels = gather_pixels(x.flatten(-spatial), joint(_places(box.start, box.size), box.image))
     return pixels.view(*x.shape[:-spatial], *box.size)
+
+
+def _places(start: Tensor, size: Sequence[int]) -> list[Tensor]:
+    return [start[:, axis : axis + 1] + torch.arange(side, device=start.device) for axis, side in enumerate(size)]
+
+
+class _Crop(torch.autograd.Function):
+    """`_whole_crops` with a gradient. That of `gather` would add, and copy all maps to float32 and back for it."""
+
+    @staticmethod
+    def forward(x: Tensor, start: Tensor, box: DetailBox) -> Tensor:
+        return _whole_crops(x, box)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.sizes = inputs[2].size, inputs[2].image
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (start,), (size, image) = ctx.saved_tensors, ctx.sizes
+        return put_pixels(grad, _places(start, size), image), None, None
 
 
 def _whole_crops(x: Tensor, box: DetailBox) -> Tensor:
@@ -172,6 +197,21 @@ def joint(places: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
     for place, size in zip(places[1:], sizes[1:], strict=True):
         flat = torch.add(place.unsqueeze(1), flat.unsqueeze(2), alpha=size).flatten(1)
     return flat
+
+
+def put_pixels(x: Tensor, places: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """Maps with the sides `sizes` that have the pixels of x (N, *space) or (N, K, *space) at `places` and 0 elsewhere.
+
+    This touches less memory than picking a pixel for each position, and its gradient is the crop again.
+    """
+    constant = not (x.requires_grad and torch.is_grad_enabled())
+    if constant and x.dtype in (torch.float16, torch.bfloat16) and is_eager_on_cpu(x):
+        return put_pixels(x.view(torch.int16), places, sizes).view(x.dtype)  # torch would copy the maps to float32
+    leading, place = x.shape[: -len(sizes)], joint(places, sizes)
+    if len(leading) == 2:
+        place = place.unsqueeze(1).expand(*leading, -1)
+    maps = x.new_zeros(*leading, math.prod(sizes)).scatter_(-1, place, x.flatten(-len(sizes)))
+    return maps.view(*leading, *sizes)
 
 
 def gather_pixels(x: Tensor, place: Tensor) -> Tensor:

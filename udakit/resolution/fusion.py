@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_device, check_maps, check_same_shape, check_scores, shape_of
 from udakit._reduce import interpolate, upcast
-from udakit.resolution.detail import DetailBox, check_box, joint
+from udakit.resolution.detail import DetailBox, check_box, put_pixels
 
 
 def fuse_scales(
@@ -105,14 +103,11 @@ def _inside(box: DetailBox, size: tuple[int, ...]) -> Tensor:
 
 def _in_place(detail: Tensor, box: DetailBox, size: tuple[int, ...]) -> Tensor:
     """The detail logits at their position in a map of the whole image, which is 0 elsewhere."""
-    n, c, *sides = detail.shape
     places = [
         box.start[:, axis : axis + 1] * cells // image + torch.arange(side, device=detail.device)
-        for axis, (cells, side, image) in enumerate(zip(size, sides, box.image, strict=True))
+        for axis, (cells, side, image) in enumerate(zip(size, detail.shape[2:], box.image, strict=True))
     ]
-    # Writing the crop touches less memory than picking a pixel for each position, and its gradient is the crop again.
-    place = joint(places, size).unsqueeze(1).expand(-1, c, -1)
-    return detail.new_zeros(n, c, math.prod(size)).scatter_(2, place, detail.flatten(2)).view(n, c, *size)
+    return put_pixels(detail, places, size)
 
 
 def _along(x: Tensor, axis: int, spatial: int) -> Tensor:
