@@ -1,6 +1,7 @@
 """What holds for the form of the code, beyond what ruff and mypy check."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,9 @@ def test_lines_are_counted_without_the_docstring(docstring: int, lines: int, too
     text = '    """Words.\n' + "\n" * (docstring - 2) + '    """\n' if docstring else ""
     source = f"class A:\n  def f(self):\n{text}" + "    x = 1\n" * lines
     assert (long_functions(source) == {"f": lines + 1}) is too_long
+
+
+def test_the_package_names_no_file_that_pip_does_not_install() -> None:
+    named = re.compile(r"\b(?:docs|examples|benchmarks|tests)/")
+    library = [file for file in FILES if file.is_relative_to(ROOT / "udakit")]
+    assert not [file.name for file in library if named.search(file.read_text(encoding="utf-8"))]
