@@ -171,9 +171,8 @@ def gain_of(run: dict[str, Any]) -> float:
 
 def guard_counts(runs: Iterable[dict[str, Any]]) -> tuple[int, int, int, int]:
     """Runs whose student lost, those of them whose start was kept, runs whose student won, those deployed."""
-    judged = [
-        (gain_of(r), adaptation_tables.guarded(r) is r["source_only"]) for r in runs if adaptation_tables.guarded(r)
-    ]
+    found = [(run, adaptation_tables.guarded(run)) for run in runs]
+    judged = [(gain_of(run), net is run["source_only"]) for run, net in found if net is not None]
     lost = [kept for gain, kept in judged if gain < -LOST]
     won = [not kept for gain, kept in judged if gain >= WON]
     return len(lost), sum(lost), len(won), sum(won)
