@@ -506,6 +506,11 @@ def test_cache_returns_the_same_pixels(tmp_path: Path) -> None:
 
 
 def test_toy_pair_is_drawn_the_same_each_time() -> None:
+    for option in ("source_root", "target_root", "source_list"):
+        with pytest.raises(
+            ValueError, match=f"no `{option}` for .* 'toy', but got 'mine'. The pair 'folder' reads your"
+        ):
+            build_pair("toy", **{option: Path("mine")})
     first, second = (build_pair("toy", toy_counts=(3, 2, 2), toy_size=(32, 48)) for _ in range(2))
     for i in (2, 0):
         assert all(torch.equal(x, y) for x, y in zip(first.source_train[i], second.source_train[i], strict=True))

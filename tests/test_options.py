@@ -86,6 +86,16 @@ def test_a_stage_that_is_not_there(place: str) -> None:
         train_gta2cs.parse([f"--{place}=1"])
 
 
+def test_data_of_ones_own_without_its_pair_is_not_left_out_silently(capsys: pytest.CaptureFixture[str]) -> None:
+    train_gta2cs.parse(["--data.data_root", "mine"])
+    assert (
+        "The pair 'toy' is rendered: mine is not read. For your own data: --data.pair folder."
+        in capsys.readouterr().out
+    )
+    train_gta2cs.parse(["--data.data_root", "mine", "--data.pair", "folder"])
+    assert "not read" not in capsys.readouterr().out
+
+
 def test_a_wrong_option_is_said_in_few_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train_gta2cs.parse(["--batchsize", "3"])

@@ -190,6 +190,10 @@ def parse(arguments: list[str] | None = None) -> Config:
         config.stages = []  # nobody asked for them
     elif base == [str(POLICY)]:
         print(f"Without --config: net, crop and stages of {POLICY.name}, the policy for any pair.")
+    if config.data.pair == "toy" and config.data.data_root is not None:
+        print(
+            f"The pair 'toy' is rendered: {config.data.data_root} is not read. For your own data: --data.pair folder."
+        )
     if config.dry_run:  # the run itself, whether it is finished or not, is not touched
         config.out = config.out / "dry_run"
     return config

@@ -195,14 +195,15 @@ def build_pair(
     if name not in PAIRS:
         raise ValueError(f"Expected `name` to be one of {PAIRS}, but got {name!r}.")
     if name == "toy":
-        return _toy_pair(toy_counts, toy_size, source_size=source_size, target_size=target_size, channels=channels)
+        unused: dict[str, object] = {"source_root": source_root, "target_root": target_root, "source_list": source_list}
+        unused |= {"source_size": source_size, "target_size": target_size}
+        return _toy_pair(toy_counts, toy_size, channels=channels, **unused)
     published = PUBLISHED_SIZES.get(name, (None, None))
     source_hw = _size("source_size", source_size, published[0])
     target_hw = _size("target_size", target_size, published[1])
-    data_root = data_root or os.environ.get("UDAKIT_DATA")
+    data_root = root_of(data_root)
     source_folder, target_folder = (
-        _root(name, given, data_root, folders)
-        for given, folders in zip((source_root, target_root), FOLDERS[name], strict=True)
+        _first_there(name, places) for places in places_of(name, data_root, source_root, target_root)
     )
     own_ids: tuple[Ids, Ids] = (ids, ids)
     problems: tuple[str, ...] = ()
@@ -212,8 +213,7 @@ def build_pair(
         except (OSError, ValueError) as error:
             if strict:
                 raise
-            numbers = tuple(map(str, range(IGNORE)))
-            classes, problems = ClassSet(numbers, rainbow(numbers)), (str(error),)
+            classes, problems = _stand_ins(), (str(error),)
     find = _find_folders if name in SMALL else _find_synthetic if name in SYNTHETIC else _find_adverse
     found = find(name, source_folder, target_folder, classes=classes, ids=own_ids, strict=strict)
     of_source = {"size": source_hw, "image_format": ImageFormat(channels, source_range, mean, std)}
@@ -301,12 +301,15 @@ def _find_adverse(name: str, source: Path, target: Path, **_: object) -> _Found:
     )
 
 
-def _toy_pair(counts: tuple[int, int, int], size: Size, *, channels: int, **sizes: object) -> Pair:
+def _toy_pair(counts: tuple[int, int, int], size: Size, *, channels: int, **unused: object) -> Pair:
     from gta2cs.toy import CLASSES, PALETTE
 
-    for option, given in sizes.items():
+    for option, given in unused.items():
         if given is not None:
-            raise ValueError(f"Expected no `{option}` for the rendered pair 'toy', but got {given!r}.")
+            raise ValueError(
+                f"Expected no `{option}` for the rendered pair 'toy', but got {str(given)!r}. The pair 'folder' reads "
+                "your own data."
+            )
     if channels != 3:
         raise ValueError(f"Expected `channels` 3 for the rendered pair 'toy', but got {channels}.")
     source, target = labelled_scenes("game", 0, counts[0], size), labelled_scenes("camera", 0, counts[1], size)
@@ -320,21 +323,37 @@ def _toy_pair(counts: tuple[int, int, int], size: Size, *, channels: int, **size
     )
 
 
-def _root(pair: str, given: str | Path | None, data_root: str | Path | None, folders: Sequence[str]) -> Path:
-    if given is not None:
-        candidates = [Path(given)]
-    elif data_root is None:
-        raise ValueError(
-            f"Expected `data_root` (or the environment variable UDAKIT_DATA) to be the folder that holds {folders[0]}/ "
-            f"for the pair {pair!r}, but got None. The pair 'toy' needs no data."
-        )
-    else:
-        candidates = [Path(data_root) / name for name in folders]
-    for candidate in candidates:
-        if candidate.is_dir():
-            return candidate
+def root_of(data_root: str | Path | None) -> Path | None:
+    """The folder that holds the data sets: the given one, otherwise the environment variable UDAKIT_DATA."""
+    root = data_root or os.environ.get("UDAKIT_DATA")
+    return Path(root) if root else None
+
+
+def places_of(
+    pair: str, data_root: Path | None, source_root: str | Path | None, target_root: str | Path | None
+) -> tuple[list[Path], list[Path]]:
+    """Where source and target of a pair may lie: in the folder that is given, or under `data_root` by a name in use."""
+
+    def places(given: str | Path | None, names: Sequence[str]) -> list[Path]:
+        if given is not None:
+            return [Path(given)]
+        if data_root is None:
+            raise ValueError(
+                "Expected `data_root` (or the environment variable UDAKIT_DATA) to be the folder that holds "
+                f"{names[0]}/ for the pair {pair!r}, but got None. The pair 'toy' needs no data."
+            )
+        return [data_root / name for name in names]
+
+    of_source, of_target = FOLDERS[pair]
+    return places(source_root, of_source), places(target_root, of_target)
+
+
+def _first_there(pair: str, places: Sequence[Path]) -> Path:
+    for place in places:
+        if place.is_dir():
+            return place
     raise FileNotFoundError(
-        f"Expected a folder {' or '.join(map(str, candidates))} for {pair!r}, but found none. "
+        f"Expected a folder {' or '.join(map(str, places))} for {pair!r}, but found none. "
         "Set `data_root`, `source_root` or `target_root` to the folder of the data."
     )
 
@@ -357,6 +376,12 @@ def _folder_classes(
     shared: ClassesFile = next(iter(found.values()))
     stored = found.get(source, shared).ids, found.get(target, shared).ids
     return shared.known, stored if ids is None else (ids, ids)
+
+
+def _stand_ins() -> ClassSet:
+    """A class for each id, where nothing says which classes there are."""
+    numbers = tuple(map(str, range(IGNORE)))
+    return ClassSet(numbers, rainbow(numbers))
 
 
 def _size(name: str, given: Size | str | None, published: Size | None) -> Size | None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from torch import nn
 
 from gta2cs import choosing, html, report
 from gta2cs.config import DataConfig, plain
+from gta2cs.datasets import places_of, root_of
 from gta2cs.evaluation import Score, headline, predict
 from gta2cs.interrupts import stop_if_asked
 from gta2cs.label_free import picked
@@ -101,9 +100,8 @@ def domains(data: DataConfig) -> str:
     """The pair in a title; of a user's own data, the two folders."""
     if data.pair != "folder":
         return data.pair
-    root = Path(data.data_root or os.environ.get("UDAKIT_DATA", ""))
-    folders = (Path(data.source_root or root / "source"), Path(data.target_root or root / "target"))
-    return " → ".join("/".join(folder.absolute().parts[-2:]) for folder in folders)
+    places = places_of(data.pair, root_of(data.data_root), data.source_root, data.target_root)
+    return " → ".join("/".join(first.absolute().parts[-2:]) for first, *_ in places)
 
 
 def compared(run: Run, names: list[str]) -> dict[str, str]:
