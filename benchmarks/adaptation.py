@@ -54,6 +54,7 @@ from gta2cs.datasets import Pair
 from gta2cs.evaluation import headline
 from gta2cs.files import write_json
 from gta2cs.pretrained import load_init
+from gta2cs.run_folder import stage_folder
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptation.json"
 PAGE = ROOT / "docs" / "results" / "one_policy.md"
@@ -105,7 +106,7 @@ def roots_of(own: dict[str, Any], data_root: Path | None) -> dict[str, Path]:
 
 def warm_start(pair: str, seed: int, cache: Path) -> Path:
     """Where the source-only net of a seed lies once it is trained."""
-    return cache / pair / f"seed{seed}" / "warm" / "stage1_source_only" / "last.pt"
+    return cache / pair / f"seed{seed}" / "warm" / stage_folder(0, "source_only") / "last.pt"
 
 
 def warmed(pair: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
@@ -172,7 +173,7 @@ def truth_of(checkpoint: Path) -> float:
 
 def histories_of(config: train_gta2cs.Config) -> list[dict[str, Any]]:
     """What each stage logged."""
-    folders = [config.out / f"stage{i}_{stage.recipe}" for i, stage in enumerate(config.stages, 1)]
+    folders = [config.out / stage_folder(i, stage.recipe) for i, stage in enumerate(config.stages)]
     return [json.loads(load_checkpoint(folder / "last.pt")["history"]) for folder in folders]
 
 

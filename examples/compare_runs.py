@@ -46,6 +46,11 @@ from gta2cs.rank_statistics import spearman
 
 console = Console(soft_wrap=True)
 TOP = 15  # nets in the second table
+HOW_TO_USE = (
+    "`predict.py --checkpoint` takes such a file, in the folder of its run, with `--net teacher` for a teacher that "
+    "is not the net of `best.pt`. Of runs with `keep_checkpoints: true`, the nets of every step at which one was saved "
+    "are kept."
+)
 
 
 class Comparison:
@@ -93,20 +98,22 @@ class Comparison:
         """The page, as Markdown."""
         winner = self.runs[0]
         net = self.best(winner)
-        named = self.score.replace("_", " ")
+        named, value = self.score.replace("_", " "), number(net["scores"].get(self.score), 3)
         kept = sum(not self.lost(*pair) for pair in self.all_nets)
         of = "nets" if kept == len(self.all_nets) else "nets that kept their classes"
         lines = [
             f"# {winner.pair}: {len(self.runs)} runs, compared without labels\n",
-            f"**Use the {title(net)}, in `{winner.folder.name}`**: its {named} is {net['scores'][self.score]:.3f}, the "
+            f"**Use the {title(net)}, in `{winner.folder.name}`**: its {named} is {value}, the "
             f"{'highest' if self.sign > 0 else 'lowest'} of {kept or len(self.all_nets)} {of}. "
             f"{self.level_with_start(winner, net)}{RELIABILITY.get(self.score, UNRELIABLE)}\n",
+            f"{where(winner, net)}\n",
             self.table_of_runs(),
             *(f"{line}\n" for line in self.stopped()),
             "![The score along each run; a star is the source-only net](score.png)\n",
             *self.how_right(),
             f"\n## The {min(TOP, len(self.all_nets))} nets with the best score\n",
             self.table_of_nets(),
+            f"{HOW_TO_USE}\n",
         ]
         return "\n".join(lines)
 
@@ -135,7 +142,7 @@ class Comparison:
         for run in self.runs:
             best, start = self.best(run), run.start
             values = [
-                best["scores"][self.score],
+                best["scores"].get(self.score),
                 start and start["scores"].get(self.score),
                 run.last["scores"][self.score],
             ]
@@ -152,17 +159,20 @@ class Comparison:
 
     def table_of_nets(self) -> str:
         """One row per net, best first."""
-        head = ["net", "run", self.score.replace("_", " "), *(["mIoU"] if self.labelled else [])]
+        head = ["net", "run", "file", self.score.replace("_", " "), *(["mIoU"] if self.labelled else [])]
         lines = []
         for run, net in self.all_nets[:TOP]:
             name = f"{title(net)} (a class shrank)" if self.lost(run, net) else title(net)
-            cells = [name, report.cell(run.name), number(net["scores"][self.score], 3)]
+            file = run.file_of(net)
+            place = "not kept" if file is None else f"`{file.relative_to(run.folder)}`"
+            cells = [name, report.cell(run.name), place, number(net["scores"].get(self.score), 3)]
             lines.append(cells + ([number(net["truth_miou"], 1)] if self.labelled else []))
-        return report.table_of(head, lines, words=2)
+        return report.table_of(head, lines, words=3)
 
     def how_right(self) -> list[str]:
         """What the labels say about the choice, if there are any."""
-        known = [(self.value(net), net["truth_miou"]) for _, net in self.all_nets if net["truth_miou"] is not None]
+        nets = [net for _, net in self.all_nets if net["scores"].get(self.score) is not None]
+        known = [(self.value(net), net["truth_miou"]) for net in nets if net["truth_miou"] is not None]
         if len(known) < 2:
             return ["Target has no labels: nothing says how right this is.\n"]
         chosen, best = known[0][1], max(truth for _, truth in known)
@@ -184,18 +194,18 @@ class Comparison:
         for number_, run in enumerate(self.runs):
             color = f"C{number_ % 10}"
             for k, name in enumerate(dict.fromkeys(net["net"] for net in run.checkpoints)):
-                nets = [net for net in run.checkpoints if net["net"] == name]
+                nets = [net for net in scored(run.checkpoints, self.score) if net["net"] == name]
                 line = {"ls": ("-", "--", ":")[k % 3], "marker": "o", "ms": 3, "lw": 1, "color": color}
                 label = f"{run.folder.name}, {name}"
                 axis.plot([n["step"] for n in nets], [n["scores"][self.score] for n in nets], label=label, **line)
-            if run.start:
-                axis.plot(run.start["step"], run.start["scores"][self.score], "*", color=color, ms=9)
+            for net in scored([run.start] if run.start else [], self.score):
+                axis.plot(net["step"], net["scores"][self.score], "*", color=color, ms=9)
         finish(figure, axis, "step, over all stages", named, folder / "score.png")
         if all(net["truth_miou"] is None for _, net in self.all_nets):
             return
         figure, axis = plt.subplots(figsize=(8, 4))
         for number_, run in enumerate(self.runs):
-            nets = [net for net in self.nets(run) if net["truth_miou"] is not None]
+            nets = [net for net in scored(self.nets(run), self.score) if net["truth_miou"] is not None]
             for net in nets:
                 star = net is run.start
                 axis.plot(
@@ -221,6 +231,21 @@ def title(net: dict[str, Any]) -> str:
     if net["net"] == "source_only":
         return "source-only net"
     return f"{net['net']} of {net['stage']}, step {net['stage_step']}"
+
+
+def where(run: RunNets, net: dict[str, Any]) -> str:
+    """A sentence that says which file holds a net."""
+    file = run.file_of(net)
+    if file is None:
+        return "No file holds this net: a run keeps the net that it chose itself and the last ones of a stage."
+    name = net["net"]
+    named = "" if file.name == "best.pt" or name in ("student", "source_only") else f", with `--net {name}`"
+    return f"It is in `{file}`{named}."
+
+
+def scored(nets: Sequence[dict[str, Any]], score: str) -> list[dict[str, Any]]:
+    """Those of the nets that have the score: a run that was resumed with other `score_views` has others then."""
+    return [net for net in nets if net["scores"].get(score) is not None]
 
 
 def number(value: float | None, digits: int) -> str:
@@ -318,11 +343,12 @@ def compare(options: argparse.Namespace) -> None:
     net = comparison.best(comparison.runs[0])
     for place, run in enumerate(comparison.runs, 1):
         best = comparison.best(run)
-        value = best["scores"][comparison.score]
-        console.print(f"{place}. {escape(run.name)}: {title(best)}, {comparison.score.replace('_', ' ')} {value:.3f}")
+        value = number(best["scores"].get(comparison.score), 3)
+        console.print(f"{place}. {escape(run.name)}: {title(best)}, {comparison.score.replace('_', ' ')} {value}")
     for line in comparison.stopped():
         console.print(line.replace("\\", ""), markup=False)
-    console.print(f"Use the {title(net)}, in {escape(str(comparison.runs[0].folder))}. Page: {page}")
+    found = f"Use the {title(net)}, in {comparison.runs[0].folder}. {where(comparison.runs[0], net)} Page: {page}"
+    console.print(found.replace("`", ""), markup=False)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,73 @@ def test_a_step_counts_within_its_stage(tmp_path, capsys):
     assert "Use the student of dacs, step 20, in" in capsys.readouterr().out
 
 
+def test_the_page_says_which_file_holds_a_net(tmp_path, capsys):
+    folder = write_run(tmp_path / "a", [0.9, 0.8, 0.7, 0.6], [])
+    saved = json.loads((folder / "history.json").read_text())
+    for entry in saved["stages"][0]["label_free"]:
+        entry["nets"]["teacher"] = net(0.5)
+    saved["choice"] = {"recipe": "dacs", "stage": 0, "step": 20, "net": "student"}
+    (folder / "history.json").write_text(json.dumps(saved))
+    (folder / "stage1_dacs").mkdir()
+    for name in ("best.pt", "stage1_dacs/last.pt", "stage1_dacs/step_000030.pt", "stage1_dacs/step_000040.pt"):
+        (folder / name).touch()
+    assert compare_runs.main([str(folder), "--page", str(tmp_path / "page.html")]) == 0
+    assert "step 10, in " + str(folder) + ". No file holds this net" in " ".join(capsys.readouterr().out.split())
+    run = read_run(folder)
+    text = compare_runs.Comparison([run], "balanced_consistency").text()
+    for step, name, file in (
+        (10, "student", "not kept"),
+        (20, "student", "`best.pt`"),
+        (20, "teacher", "not kept"),
+        (30, "teacher", "`stage1_dacs/step_000030.pt`"),
+        (40, "student", "`stage1_dacs/last.pt`"),
+        (40, "teacher", "`stage1_dacs/last.pt`"),
+    ):
+        assert f"| {name} of dacs, step {step} | a | {file} |" in text
+    assert run.file_of(run.start) is None, "the run began with a net of another file"
+    run.choice = {"recipe": "source_only", "stage": 0, "step": 0, "net": "source_only"}
+    assert run.file_of(run.start) == folder / "best.pt"
+    last = run.checkpoints[-1]
+    assert compare_runs.where(run, last) == f"It is in `{folder / 'stage1_dacs' / 'last.pt'}`, with `--net teacher`."
+
+
+def test_the_source_only_net_is_in_the_last_file_of_the_stage_before(tmp_path):
+    folder = write_run(tmp_path / "a", [0.6], [])
+    saved = json.loads((folder / "history.json").read_text())
+    saved["stages"].insert(0, {"name": "source_only", "steps": 100, "scores": [], "label_free": []})
+    (folder / "history.json").write_text(json.dumps(saved))
+    file = folder / "stage1_source_only" / "last.pt"
+    file.parent.mkdir()
+    file.touch()
+    run = read_run(folder)
+    assert run.file_of(run.start) == file
+
+
+def test_a_run_that_was_stopped_keeps_what_it_has_chosen_so_far(tmp_path):
+    (stage,) = json.loads((write_run(tmp_path / "whole", [0.6, 0.7], []) / "history.json").read_text())["stages"]
+    config = json.dumps(train_gta2cs.plain(train_gta2cs.Config(stages=[train_gta2cs.Stage()])))
+    checkpoint = {"recipe": {}, "config": config, "history": json.dumps(stage), "step": 10}
+    save_checkpoint(tmp_path / "part" / "stage1_dacs" / "last.pt", checkpoint)
+    run = read_run(tmp_path / "part")
+    assert [run.file_of(net) and run.file_of(net).name for net in run.checkpoints] == ["last.pt", None]
+    choice = json.dumps({"recipe": "dacs", "stage": 0, "step": 20, "net": "student"})
+    save_checkpoint(tmp_path / "part" / "best.pt", {**checkpoint, "choice": choice})
+    run = read_run(tmp_path / "part")
+    assert [run.file_of(net).name for net in run.checkpoints] == ["last.pt", "best.pt"]
+
+
+def test_a_run_that_was_resumed_with_other_views_has_a_score_of_some_nets_only(tmp_path, capsys):
+    folder = write_run(tmp_path / "a", [0.6, 0.7, 0.8], [60.0, 61.0, 62.0])
+    saved = json.loads((folder / "history.json").read_text())
+    for entry, value in zip(saved["stages"][0]["label_free"][1:], (0.3, 0.2), strict=True):
+        entry["nets"]["student"]["scores"]["shift_consistency"] = value
+    (folder / "history.json").write_text(json.dumps(saved))
+    assert compare_runs.main([str(folder), "--score", "shift_consistency", "--page", str(tmp_path / "page.html")]) == 0
+    assert "1. a: student of dacs, step 20, shift consistency 0.300" in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text()
+    assert "rank correlation over 2 nets" in page
+
+
 def test_without_labels(tmp_path):
     run = write_run(tmp_path / "a", [0.6], [])
     assert compare_runs.main([str(run), "--page", str(tmp_path / "page.html")]) == 0

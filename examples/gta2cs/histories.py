@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.evaluation import headline
 from gta2cs.label_free import completed
+from gta2cs.run_folder import stage_folder, step_file
+
+
+class StageSaved(NamedTuple):
+    """Where the checkpoints of a stage are."""
+
+    folder: str
+    before: int  # steps of the stages before it
+    saved: int  # the step of its last.pt, within the stage
 
 
 @dataclass
@@ -29,6 +38,7 @@ class RunNets:
     choice: dict[str, Any] | None = None
     finished: bool = True
     adapts: bool = True  # whether a stage that adapts has begun, or none was asked for
+    stages: tuple[StageSaved, ...] = ()
 
     @property
     def name(self) -> str:
@@ -46,6 +56,21 @@ class RunNets:
         """The first of the nets of the last evaluation."""
         step = self.checkpoints[-1]["step"]
         return next(net for net in self.checkpoints if net["step"] == step)
+
+    def file_of(self, net: dict[str, Any]) -> Path | None:
+        """The checkpoint that holds a net; None where it was not kept."""
+        choice = self.choice or {}
+        if net is self.start:
+            chosen = choice.get("net") == net["net"]
+            files = [f"{stage.folder}/last.pt" for stage in self.stages if stage.before + stage.saved == net["step"]]
+        else:
+            step = net["stage_step"]
+            index = next(i for i, stage in enumerate(self.stages) if stage.before == net["step"] - step)
+            chosen = (choice.get("stage"), choice.get("step"), choice.get("net")) == (index, step, net["net"])
+            folder = self.stages[index].folder
+            files = [f"{folder}/last.pt"] * (step == self.stages[index].saved) + [f"{folder}/{step_file(step)}"]
+        held = (self.folder / file for file in ["best.pt"] * chosen + files)
+        return next((file for file in held if file.is_file()), None)
 
     def to_json(self) -> dict[str, Any]:
         """An entry of the runs that `benchmarks/selection.py` reads."""
@@ -69,18 +94,21 @@ def read_run(folder: Path) -> RunNets:
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
         config, stages, choice = saved["config"], saved["stages"], saved["choice"]
+        done = [stage["steps"] for stage in stages]
     else:
         files = sorted(folder.glob("stage*/last.pt"), key=lambda p: int(p.parent.name.split("_")[0][5:]))
         if not files:
             raise FileNotFoundError(f"Expected {folder} to be the folder of a run, but it has no history and no stage.")
         opened = [load_checkpoint(file) for file in files]
-        config, choice = json.loads(opened[-1]["config"]), None
+        config, best = json.loads(opened[-1]["config"]), folder / "best.pt"
+        choice = json.loads(load_checkpoint(best, needs=("choice",))["choice"]) if best.is_file() else None
+        done = [value.get("step", 0) for value in opened]
         stages = [json.loads(value["history"]) for value in opened]
     adapting = [i for i, stage in enumerate(stages) if stage["name"] != "source_only"] or [len(stages) - 1]
     names = [stage["name"] for stage in stages]
+    begins = [sum(stage["steps"] for stage in stages[:i]) for i in range(len(stages))]
     checkpoints = []
     for i in adapting:
-        before = sum(stage["steps"] for stage in stages[:i])
         name = f"{names[i]} (stage {i + 1})" if names[i] in names[:i] else names[i]  # as the report has it
         truth = {entry["step"]: entry["nets"] for entry in stages[i]["scores"]}
         for entry in stages[i].get("label_free", []):
@@ -88,7 +116,7 @@ def read_run(folder: Path) -> RunNets:
                 if not net.startswith("large "):
                     known = truth.get(entry["step"], {}).get(net)
                     place = {"stage": name, "stage_step": entry["step"]}
-                    checkpoints.append(_net(before + entry["step"], net, found, known) | place)
+                    checkpoints.append(_net(begins[i] + entry["step"], net, found, known) | place)
     if not checkpoints:
         raise ValueError(
             f"Expected {folder} to have label-free scores, but it was stopped before the first evaluation of "
@@ -100,15 +128,16 @@ def read_run(folder: Path) -> RunNets:
         known = first.get("source_only_truth")
         if known is None and adapting[0] > 0 and stages[adapting[0] - 1]["scores"]:
             known = next(iter(stages[adapting[0] - 1]["scores"][-1]["nets"].values()))
-        before = sum(stage["steps"] for stage in stages[: adapting[0]])
-        start = _net(before, "source_only", first["source_only"], known)
+        start = _net(begins[adapting[0]], "source_only", first["source_only"], known)
     recipe = " → ".join(stages[i]["name"] for i in adapting)
     pair, data = config["data"]["pair"], config["data"]
     if pair == "folder" and (root := data.get("target_root") or data.get("data_root")):
         pair = f"folder {root}"  # scores of two people's folders do not compare
     whole = path.is_file()
     adapts = whole or recipe != "source_only" or all(s["recipe"] == "source_only" for s in config["stages"])
-    return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, whole, adapts)
+    places = zip(map(stage_folder, range(len(stages)), names), begins, done, strict=True)
+    where = tuple(StageSaved(*place) for place in places)
+    return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, whole, adapts, where)
 
 
 def all_scores(found: dict[str, Any]) -> dict[str, float | None]:

@@ -30,6 +30,16 @@ LOCK = "run.lock"
 LEFT = ("stage*/*.pt", "*.pt", "results.json", "history.json", "report.md", "report.html", "panels.png", "curves.png")
 
 
+def stage_folder(index: int, recipe: str) -> str:
+    """Name of the folder of a stage, in that of its run; stages count from 0 here and from 1 there."""
+    return f"stage{index + 1}_{recipe}"
+
+
+def step_file(step: int) -> str:
+    """Name of the checkpoint of a step, where `keep_checkpoints` keeps it."""
+    return f"step_{step:06d}.pt"
+
+
 @contextmanager
 def own_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
     """Lock a folder for a block. Files of an earlier run stay until `clear_folder`.

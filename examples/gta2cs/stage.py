@@ -20,6 +20,7 @@ from gta2cs.interrupts import NOTHING_DONE, postponed
 from gta2cs.label_free import complete
 from gta2cs.nets import param_groups
 from gta2cs.recipes import RECIPES, Recipe
+from gta2cs.run_folder import stage_folder, step_file
 
 
 @dataclass
@@ -124,7 +125,7 @@ class StageState:
     @property
     def folder(self) -> Path:
         """Folder of the checkpoints of this stage."""
-        return self.run.config.out / f"stage{self.index + 1}_{self.stage.recipe}"
+        return self.run.config.out / stage_folder(self.index, self.stage.recipe)
 
     def due(self, every: int) -> bool:
         """Whether something that is done every so many steps and at the end (0: only at the end) is due now."""
@@ -180,7 +181,7 @@ class StageState:
         }
         with postponed():  # both files, and the note that they are there
             if config.keep_checkpoints:
-                save_checkpoint(self.folder / f"step_{self.done:06d}.pt", saved)
+                save_checkpoint(self.folder / step_file(self.done), saved)
             if accelerator.scaler is not None:
                 saved["scaler"] = accelerator.scaler.state_dict()
             save_checkpoint(self.folder / "last.pt", {**saved, "optimizer": self.optimizer.state_dict()})

@@ -17,6 +17,7 @@ from gta2cs.label_free import (
     only_class,
 )
 from gta2cs.report import cell, table_of
+from gta2cs.run_folder import stage_folder
 from gta2cs.stage import Run
 
 SHOWN = ("balanced_consistency", "mirror_consistency", "confidence")  # in the first table of a report
@@ -86,7 +87,7 @@ def why_not_adapted(
 ) -> str:
     """Why the source-only net is used; `ahead` says whether the last student has the better score nevertheless."""
     if lost := lost_classes(run, histories):
-        file = f"stage{len(histories)}_{histories[-1]['name']}/last.pt"
+        file = f"{stage_folder(len(histories) - 1, histories[-1]['name'])}/last.pt"
         return (
             f"The last student has {last:.3f} against {before:.3f} of {named}, {'but' if ahead else 'and'} "
             f"{LOST.format(lost)}, so such a net is never chosen. Compare the two in `panels.png`; if the student is "
