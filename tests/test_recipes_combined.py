@@ -13,6 +13,7 @@ import train_gta2cs
 from gta2cs.checkpoints import load_checkpoint, load_net
 from gta2cs.datasets import build_pair
 from gta2cs.evaluation import evaluating
+from gta2cs.inference import prefixes_of
 from gta2cs.recipes import Combined, Preparation
 from gta2cs.recipes.combined import SHARED, UNTRAINED, ahead, options_of, slowed
 from tiny import tiny_net
@@ -173,6 +174,7 @@ def test_the_teacher_that_was_not_taken_is_freed_and_both_kinds_of_checkpoint_re
     assert not [name for name in recipe.state_dict() if name.startswith(f"candidates.{first}.")]
     assert [name for name in with_others if name.startswith(f"candidates.{first}.")]  # as older versions wrote it
     for saved in (recipe.state_dict(), with_others):
+        assert prefixes_of(saved) == {"student": "student", "teacher": f"candidates.{second}.teacher.module"}
         again = build(images=2)
         again.load_state_dict(saved)
         assert (again.kept, list(again.candidates)) == (1, [second])

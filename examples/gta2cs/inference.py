@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +31,17 @@ LARGE = {name: f"base.{prefix}" for name, prefix in sorted(LARGE_PAIR.items())}
 NETS = {"student": "student", "teacher": "teacher.module", **LARGE}
 
 
+def prefixes_of(recipe: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name of each net that a checkpoint holds -> prefix of its tensors; of `combined`, those of what goes on."""
+    found = {name: prefix for name, prefix in NETS.items() if any(key.startswith(f"{prefix}.") for key in recipe)}
+    candidates = [*dict.fromkeys(key.split(".")[1] for key in recipe if key.startswith("candidates."))]
+    if candidates and "teacher" not in found:
+        # All are there only while they take turns, and after a trial; `progress` ends with the one that was kept.
+        kept = max(0, int(recipe["progress"].flatten()[-1])) if len(candidates) > 1 else 0
+        found["teacher"] = f"candidates.{candidates[kept]}.teacher.module"
+    return found
+
+
 @dataclass(frozen=True)
 class Trained:
     """An opened checkpoint of train_gta2cs.py. Its configuration has everything that is needed to use its nets."""
@@ -38,7 +49,7 @@ class Trained:
     path: Path
     config: dict[str, Any]
     history: dict[str, Any]
-    names: tuple[str, ...]  # the keys of `NETS` that it holds
+    prefixes: dict[str, str]  # name of each net that it holds -> where `recipe` has its tensors
     classes_file: Path | None = None
     recipe: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the tensors, read once for all nets
 
@@ -54,8 +65,13 @@ class Trained:
                 )
         saved = load_checkpoint(path, needs=("config", "history"))
         recipe = saved["recipe"]
-        names = tuple(n for n, prefix in NETS.items() if any(k.startswith(f"{prefix}.") for k in recipe))
-        return cls(path, json.loads(saved["config"]), json.loads(saved["history"]), names, classes_file, recipe)
+        held = prefixes_of(recipe)
+        return cls(path, json.loads(saved["config"]), json.loads(saved["history"]), held, classes_file, recipe)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the nets that it holds."""
+        return tuple(self.prefixes)
 
     @cached_property
     def classes(self) -> ClassSet:
@@ -108,12 +124,13 @@ class Trained:
             return ImageFormat(data.get("channels", 3), (given[0], given[1]) if given else None, mean, std)
 
     def net(self, name: str = "student", **changes: str) -> SegNet:
-        """Build one of its nets in eval mode, by a key of `NETS` or any prefix of the recipe's tensors.
+        """Build one of its nets in eval mode, by one of its `names` or any prefix of the recipe's tensors.
 
         DUDA's large nets are built by the options of the run. `changes` (`arch`, `encoder`) are for other nets that are
         not built like the student.
         """
-        if not any(key.startswith(f"{NETS.get(name, name)}.") for key in self.recipe):
+        prefix = self.prefixes.get(name, name)
+        if not any(key.startswith(f"{prefix}.") for key in self.recipe):
             raise ValueError(
                 f"Expected {self.path} to hold the net {name!r}, but it holds {', '.join(self.names) or 'none'}. "
                 "The nets of a stage are in its own checkpoint (stage1_source_only/last.pt and so on)."
@@ -128,7 +145,7 @@ class Trained:
                 net = build_net(**decoder, **options, num_classes=len(self.classes.names), channels=channels)
             except ValueError as error:
                 raise ValueError(f"Cannot use the net of {self.path}: {error}") from error
-        copy_net(net, self.recipe, NETS.get(name, name), self.path)
+        copy_net(net, self.recipe, prefix, self.path)
         return net.eval()  # type: ignore[return-value]
 
     @property
