@@ -54,7 +54,7 @@ from gta2cs.choosing import (
     resume_choice,
     score_without_labels,
 )
-from gta2cs.config import Config, DataConfig, NetConfig, Stage, parse, plain
+from gta2cs.config import Config, DataConfig, NetConfig, Stage, check_numbers, parse, plain
 from gta2cs.datasets import Pair, build_pair, check_data
 from gta2cs.evaluation import Score, with_bn_statistics
 from gta2cs.files import WriteError
@@ -352,8 +352,9 @@ def train(run: Run) -> dict[str, Score]:
 
 
 def check_stages(config: Config) -> None:
-    """Refuse an unknown recipe or option before any data is read."""
+    """Refuse an unknown recipe or option, and numbers that no run can have, before any data is read."""
     data = config.data
+    check_numbers(config)
     _ = ImageFormat(data.channels, None, data.mean, data.std).statistics  # refuses what it cannot normalise
     if not config.stages and not config.check_data:
         raise ValueError("Expected `stages` to name at least one recipe, but got an empty list.")

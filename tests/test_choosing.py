@@ -114,10 +114,14 @@ def test_bad_nets_and_data_are_named():
         ({"select": "--confidence"}, r"with a minus before them, but got '--confidence'"),
         ({"score_views": ["zoom"]}, r"`score_views` to be among \['mirror', .* got \['zoom'\]"),
         ({"score_images": 0}, "`score_images` to be at least 1, but got 0"),
+        ({"batch_size": 0}, "`batch_size` to be at least 1, but got 0"),
+        ({"eval_every": -1}, "`eval_every` to be at least 0, but got -1"),
+        ({"data": train_gta2cs.DataConfig(workers=-1)}, r"`data\.workers` to be at least 0, but got -1"),
+        ({"stages": [train_gta2cs.Stage(steps=0)]}, r"`stages\.0\.steps` to be at least 1, but got 0"),
     ],
 )
 def test_options_are_checked_before_any_data_is_looked_at(tmp_path, changes, message):
-    config = train_gta2cs.Config(stages=[train_gta2cs.Stage()], out=tmp_path / "run", **changes)
+    config = train_gta2cs.Config(**{"stages": [train_gta2cs.Stage()], "out": tmp_path / "run", **changes})
     config.data.pair = "folder"  # without a folder
     with pytest.raises(ValueError, match=message):
         train_gta2cs.main(config)

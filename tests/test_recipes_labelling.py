@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gta2cs.nets import build_net
-from gta2cs.recipes import Dacs, DigaWarmup, Draws, Duda, Ehtdi, Preparation, SelfTraining
+from gta2cs.recipes import RECIPES, Dacs, DigaWarmup, Draws, Duda, Ehtdi, Preparation, SelfTraining
 from test_recipes_masked import CLASSES, batch, build, net, step
 from udakit import (
     AdaptiveThresholdSelector,
@@ -193,6 +193,23 @@ def test_the_share_of_each_class_rises_evenly_and_a_resumed_run_goes_on_from_it(
     constant.after_step()
     assert constant.selector.share == 0.5
     assert "course" not in constant.state_dict()  # checkpoints of before stay readable
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"selector": "threshold", "threshold": 1.5}, "threshold"),
+        ({"selector": "argmax", "threshold": -1.0, "confidence_weight": True}, "threshold"),
+        ({"selector": "class_quantile", "share": 1.5}, "share"),
+        ({"selector": "adaptive", "threshold_momentum": 2.0}, "momentum"),
+        ({"ema": 1.5}, "ema"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_before_the_stages_before_train(wrong: dict, name: str) -> None:
+    with pytest.raises(ValueError, match=f"Expected `{name}` to be"):
+        RECIPES["dacs"].parse(wrong)
+    with pytest.raises(ValueError, match=rf"Expected `{name}` to be.* an option of candidate 'blended' or of `shared`"):
+        RECIPES["combined"].parse({"shared": wrong})
 
 
 @pytest.mark.parametrize("wrong", [{"selector": "argmax", "share_end": 0.9}, {"share_end": 1.1}, {"share_end": 0}])

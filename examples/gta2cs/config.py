@@ -255,6 +255,17 @@ def plain(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config), default=str))  # type: ignore[no-any-return]
 
 
+def check_numbers(config: Config) -> None:
+    """Refuse numbers that no run can have."""
+    least = {name: (getattr(config, name), 0) for name in ("eval_every", "eval_trimap", "save_every", "log_every")}
+    least |= {"batch_size": (config.batch_size, 1), "data.workers": (config.data.workers, 0)}
+    for index, stage in enumerate(config.stages):
+        least |= {f"stages.{index}.steps": (stage.steps, 1), f"stages.{index}.lr_warmup": (stage.lr_warmup, 0)}
+    for name, (value, smallest) in least.items():
+        if value < smallest:
+            raise ValueError(f"Expected `{name}` to be at least {smallest}, but got {value}.")
+
+
 def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path) -> None:
     """Refuse to continue a run if the result would match neither the old configuration nor the new one."""
     now, default = plain(config), plain(Config())

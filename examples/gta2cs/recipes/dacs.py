@@ -94,6 +94,10 @@ class Dacs(TargetStyled):
     def check(cls, options: Any) -> None:
         """Refuse a rising share of what is no share of each class, and a weight that the selector gives already."""
         super().check(options)
+        if options.selector != "rectified":
+            make_selector(options, 2)  # what it refuses is said now, not after the stages before
+        if options.confidence_weight:
+            ConfidentRatioSelector(options.threshold)
         if options.confidence_weight and options.selector == "confident_ratio":
             raise ValueError(
                 "Expected `confidence_weight` to be false with `selector` confident_ratio, whose labels have that "

@@ -67,8 +67,10 @@ class SelfTraining(Recipe):
 
     @classmethod
     def check(cls, options: Any) -> None:
-        """Refuse a share of statistics that the teacher does not use."""
+        """Refuse what no teacher can be made with, and a share of statistics that it does not use."""
         super().check(options)
+        if not 0 <= options.ema <= 1:
+            raise ValueError(f"Expected `ema` to be in [0, 1], but got {options.ema}.")
         share, mode = options.teacher_running_share, options.teacher_mode
         if not 0 <= share <= 1 or (share > 0 and mode != "batch_statistics"):
             raise ValueError(
