@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -62,29 +63,40 @@ def histogram_transfer(
     check_content_style(content, style, same_size=False)
     if content.numel() == 0 or style.numel() == 0:  # no values to give or to change
         return restore(content.detach().clone(), content)
-    x, s = (image.detach().float().flatten(2) for image in (content, style))
-    if max(x.shape[2], s.shape[2]) <= EXACT:
+    x, s = (image.detach().float().flatten(2).flatten(0, 1) for image in (content, style))
+    if max(x.shape[1], s.shape[1]) <= EXACT:
         return restore(_exact(x, s).view(content.shape), content)
     bins = min(bins, 2**20)  # float32 does not resolve more
-    x, s = x.flatten(0, 1), s.flatten(0, 1)
     index, counts, _, _ = _histogram(x, bins)
     values = _value_of_bins(counts, *_histogram(s, bins)[1:], s, x.shape[1])
-    return restore(values.flatten().index_select(0, index).view(content.shape), content)
+    return restore(values.flatten().index_select(0, index.flatten()).view(content.shape), content)
 
 
 def _value_of_bins(own: Tensor, counts: Tensor, first: Tensor, wide: Tensor, s: Tensor, pixels: int) -> Tensor:
     """The style's value at the middle rank of each bin of the content, of which `own` are the counts."""
-    # Ranks in the two distributions as exact integers, with the common denominator 2 * own pixels * style pixels.
-    middle = own.cumsum(1).mul_(2).sub_(own).mul_(s.shape[1])
+    times, unit = _common_ranks(pixels, s.shape[1])
+    middle = own.cumsum(1).mul_(2).sub_(own).mul_(times)
     upto = counts.cumsum(1)
-    place = _places(upto, middle, 2 * pixels, s.shape[1])
-    size = counts.gather(1, place).mul_(2 * pixels)
-    above = upto.gather(1, place).mul_(2 * pixels).sub_(middle)
-    within = 1 - above.float() / size.clamp_min_(1)
-    # Values are interpolated linearly between the edges of that bin.
-    edges = _edges(first, wide, counts.shape[1])
-    value = torch.lerp(edges.gather(1, place), edges.gather(1, place.add_(1)), within)
+    place = _places(upto, middle, unit, s.shape[1])
+    above = upto.gather(1, place).mul_(unit).sub_(middle).float()
+    size = counts.gather(1, place).float().mul_(unit).clamp_min_(1)
+    within = above.div_(size).neg_().add_(1)
+    value = _value_at(place, within, first, wide, counts.shape[1])
     return torch.minimum(torch.maximum(value, s.amin(1, keepdim=True)), s.amax(1, keepdim=True))
+
+
+def _common_ranks(pixels: int, style_pixels: int) -> tuple[int, int]:
+    """Factors with which twice a rank of the content, and a rank of the style, are integers of the same size."""
+    # A compiler would make a graph for each divisor.
+    common = 1 if torch.compiler.is_compiling() else math.gcd(2 * pixels, style_pixels)
+    return style_pixels // common, 2 * pixels // common
+
+
+def _floor_divide_(x: Tensor, divisor: int) -> Tensor:
+    """`x // divisor` in place; a division of int64 takes five times as long as a shift."""
+    if torch.compiler.is_compiling() or divisor & (divisor - 1):
+        return x.div_(divisor, rounding_mode="floor")
+    return x.bitwise_right_shift_(divisor.bit_length() - 1)
 
 
 def _places(upto: Tensor, middle: Tensor, unit: int, pixels: int) -> Tensor:
@@ -97,24 +109,25 @@ def _places(upto: Tensor, middle: Tensor, unit: int, pixels: int) -> Tensor:
     one = torch.ones((), dtype=torch.int32)
     below = torch.zeros(len(upto), pixels + 1, dtype=torch.int32).scatter_add_(1, upto, one.expand_as(upto))
     # A bin of the content before its lowest value has rank 0, and no pixel.
-    rank = (middle - 1).div_(unit, rounding_mode="floor").clamp_min_(0)
-    return below.cumsum(1, dtype=torch.int32).gather(1, rank).long()
+    rank = _floor_divide_(middle - 1, unit).clamp_min_(0)
+    return below.cumsum_(1).gather(1, rank).long()
 
 
 def _exact(x: Tensor, s: Tensor) -> Tensor:
-    """The style's value at the middle rank of each pixel of (N, K, P)."""
+    """The style's value at the middle rank of each pixel of (R, P)."""
     x = x.nan_to_num(nan=float("inf"), posinf=float("inf"), neginf=-float("inf"))  # a NaN equals no other
-    (own, order), values = x.sort(dim=2), s.sort(dim=2).values
+    (own, order), values = x.sort(dim=1), s.sort(dim=1).values
     # Equal values are a group, and have one rank.
     group = torch.zeros_like(order)
-    group[:, :, 1:] = (own[:, :, 1:] != own[:, :, :-1]).cumsum(2)
+    group[:, 1:] = (own[:, 1:] != own[:, :-1]).cumsum(1)
     one = torch.ones((), dtype=torch.int64, device=x.device)
-    counts = torch.zeros_like(order).scatter_add_(2, group, one.expand_as(group))
-    twice = 2 * counts.cumsum(2) - counts
-    rank = (twice * s.shape[2] - 1) // (2 * x.shape[2])  # the entries after the last group belong to no pixel
-    value = values.gather(2, rank.clamp_max(s.shape[2] - 1)).gather(2, group)
-    value = torch.where(values[:, :, -1:].isnan(), values[:, :, -1:], value)  # a NaN is the last of those sorted
-    return torch.empty_like(value).scatter_(2, order, value)
+    counts = torch.zeros_like(order).scatter_add_(1, group, one.expand_as(group))
+    times, unit = _common_ranks(x.shape[1], s.shape[1])
+    twice = counts.cumsum(1).mul_(2).sub_(counts).mul_(times).sub_(1)
+    rank = _floor_divide_(twice, unit).clamp_max_(s.shape[1] - 1)  # those after the last group belong to no pixel
+    value = values.gather(1, rank).gather(1, group)
+    value = torch.where(values[:, -1:].isnan(), values[:, -1:], value)  # a NaN is the last of those sorted
+    return torch.empty_like(value).scatter_(1, order, value)
 
 
 def _histogram(x: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -125,34 +138,41 @@ def _histogram(x: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     numbered after those of the rows before it.
     """
     rows, pixels = x.shape
-    some = x[:, :: pixels // SAMPLES | 1]  # an odd step visits all columns of the usual widths
-    at = ((some.view(torch.int32) >> REST) + HALF).long()
-    one = torch.ones((), dtype=torch.int64, device=x.device)
-    members = torch.zeros(rows, CELLS, dtype=torch.int64, device=x.device).scatter_add_(1, at, one.expand_as(at))
-    wide = _by_value(members) * bins // max(some.shape[1], 1) + 1
-    first = wide.cumsum(1) - wide
-    start, step = _lines(first, wide, bins)
     number = torch.arange(rows, dtype=torch.int32, device=x.device).unsqueeze(1)
     cells, begins = number * CELLS + HALF, number * (bins + CELLS)
-    counts = torch.zeros(rows * (bins + CELLS), dtype=torch.int64, device=x.device)
-    indices = []
+    one = torch.ones((), dtype=torch.int32, device=x.device)
+    some = x[:, :: pixels // SAMPLES | 1].view(torch.int32)  # an odd step visits all columns of the usual widths
+    at = (some >> REST).add_(cells).flatten()
+    members = torch.zeros(rows * CELLS, dtype=torch.int32, device=x.device).index_add_(0, at, one.expand_as(at))
+    wide = _by_value(members.view(rows, CELLS)).float().mul_(bins).div_(max(some.shape[1], 1)).floor_().add_(1)
+    first = wide.cumsum(1).sub_(wide)
+    start, step = _lines(first, wide, bins)
+    counts = torch.zeros(rows * (bins + CELLS), dtype=torch.int32, device=x.device)
+    index = torch.empty(x.shape, dtype=torch.int32, device=x.device)
+    spare = torch.empty(2, min(x.numel(), STRIPE) if _by_stripes(x) else x.numel(), device=x.device)
     for r, p in _stripes(x):
-        bits = x[r, p].view(torch.int32)
-        at = (bits >> REST).add_(cells[r]).flatten()
-        place = (bits & (2**REST - 1)).float().flatten()
+        bits, here = x[r, p].view(torch.int32), index[r, p]
+        flat = here.view(-1)
+        place, of_cell = spare[:, : len(flat)]
+        place.copy_(torch.bitwise_and(bits, 2**REST - 1, out=here).view(-1))
+        torch.bitwise_right_shift(bits, REST, out=here).add_(cells[r])
         # Two operations instead of `addcmul`: a fused multiply-add in only a part of the loop would round equal values
         # differently.
-        place.mul_(step.index_select(0, at)).add_(start.index_select(0, at))
-        index = place.int().view(bits.shape).add_(begins[r]).flatten()
-        counts.index_add_(0, index, one.expand_as(index))
-        indices.append(index)
-    return indices[0] if len(indices) == 1 else torch.cat(indices), counts.view(rows, -1), first, wide
+        place.mul_(torch.index_select(step, 0, flat, out=of_cell))
+        place.add_(torch.index_select(start, 0, flat, out=of_cell))
+        here.copy_(place.view(here.shape)).add_(begins[r])
+        counts.index_add_(0, flat, one.expand_as(flat))
+    return index, counts.view(rows, -1), first, wide
+
+
+def _by_stripes(x: Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _stripes(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """Pieces of rows (R, P) on the CPU, some rows or some pixels of one. A GPU and a compiler take all at once."""
     rows, pixels = x.shape
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _by_stripes(x):
         yield slice(None), slice(None)
         return
     together, length = max(STRIPE // pixels, 1), max(min(pixels, STRIPE), 1)
@@ -166,13 +186,13 @@ def _lines(first: Tensor, wide: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
     The line ends slightly below the first bin of the next cell, so that rounding to float32 never reaches that bin.
     """
-    start, length = first.float(), wide.float() - (bins + CELLS) / 2**22
-    step = length / 2**REST
-    start[..., :HALF] += length[..., :HALF]  # a negative number falls as its bits grow
-    step[..., :HALF].neg_()
+    length = wide - (bins + CELLS) / 2**22
+    start, step = first.clone(), length / 2**REST
+    start[:, :HALF] += length[:, :HALF]  # a negative number falls as its bits grow
+    step[:, :HALF].neg_()
     # -0.0 equals 0.0. The other negative numbers in its cell are subnormal and count as 0, too.
-    start[..., HALF - 1] = start[..., HALF]
-    step[..., HALF - 1] = 0
+    start[:, HALF - 1] = start[:, HALF]
+    step[:, HALF - 1] = 0
     return _by_value(start).flatten(), _by_value(step).flatten()
 
 
@@ -181,19 +201,16 @@ def _by_value(cells: Tensor) -> Tensor:
     return torch.cat([cells[..., :HALF].flip(-1), cells[..., HALF:]], dim=-1)
 
 
-def _edges(first: Tensor, wide: Tensor, bins: int) -> Tensor:
-    """The values at which the bins begin, and at which the last one ends: (R, bins + 1) of cells (R, CELLS)."""
-    begins = torch.zeros(len(first), bins + 1, dtype=torch.int64, device=first.device).scatter_(1, first, 1)
-    cell = begins.cumsum(1).sub_(1)  # the number of cells that begin at or before a bin, minus one
-    begin = _float(torch.arange(CELLS + 1, device=first.device) << REST)
-    share = (torch.arange(bins + 1, device=first.device) - first.gather(1, cell)) / wide.gather(1, cell)
-    low, high = (x.expand(len(first), -1).gather(1, cell) for x in (begin[:-1], begin[1:]))
-    return torch.lerp(low, high, share)
+def _value_at(place: Tensor, within: Tensor, first: Tensor, wide: Tensor, bins: int) -> Tensor:
+    """The value in bin `place`, at the share `within` of it. In a cell, floats are as far apart as their bits."""
+    begins = torch.zeros(len(first), bins, dtype=torch.int32, device=first.device).scatter_(1, first.long(), 1)
+    cell = begins.cumsum_(1).sub_(1).gather(1, place)  # the number of cells that begin at or before it, minus one
+    at = cell.long()
+    share = (place - first.gather(1, at)).add_(within).div_(wide.gather(1, at))
+    return _float(cell.sub_(HALF).mul_(2**REST).add_(share.mul_(2**REST).int()))
 
 
 def _float(key: Tensor) -> Tensor:
-    """The float whose ordered bits are `key`, counted from the lowest."""
-    bits = key - 2**31
-    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(torch.int32)
-    value: Tensor = bits.view(torch.float32)
+    """The float of ordered bits: those of a negative number, but for the sign, are inverted."""
+    value: Tensor = (key ^ (key >> 31).bitwise_and_(2**31 - 1)).view(torch.float32)
     return value
