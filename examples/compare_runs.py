@@ -7,7 +7,7 @@ A sweep is a YAML list of settings. Each is a mapping of changes to the configur
 a list, and `name`, if given, is the folder of the run. Finished settings are not run again.
 
     - {name: plain}
-    - {name: quantile, stages.1.options.selector: class_quantile, stages.1.options.class_quantile: 0.6}
+    - {name: quantile, stages.1.options.selector: class_quantile, stages.1.options.share: 0.6}
     - {name: slower, stages.1.lr: 0.00003}
 
 If there are target labels, the page also says how good the choice without them was.
@@ -33,224 +33,17 @@ from gta2cs.threads import considerate_threads
 
 considerate_threads()  # before torch is imported
 
-import matplotlib.pyplot as plt
 import yaml
 from rich.console import Console
 from rich.markup import escape
 
 from gta2cs import html, report
-from gta2cs.histories import RunNets, read_run
-from gta2cs.label_free import DEFAULT, DIRECTIONS, MARGIN, RELIABILITY, UNRELIABLE, collapsed, direction_of
+from gta2cs.comparison import Comparison, number, title, where
+from gta2cs.histories import read_run
+from gta2cs.label_free import DEFAULT, DIRECTIONS
 from gta2cs.options import changed, in_a_line, read_yaml
-from gta2cs.rank_statistics import spearman
 
 console = Console(soft_wrap=True)
-TOP = 15  # nets in the second table
-HOW_TO_USE = (
-    "`predict.py --checkpoint` takes such a file, in the folder of its run, with `--net teacher` for a teacher that "
-    "is not the net of `best.pt`. Of runs with `keep_checkpoints: true`, the nets of every step at which one was saved "
-    "are kept."
-)
-
-
-class Comparison:
-    """Runs on one target, best first by a score."""
-
-    def __init__(self, runs: Sequence[RunNets], score: str) -> None:
-        self.score, self.sign = score.removeprefix("-"), direction_of(score)
-        if len(pairs := {run.pair for run in runs}) > 1:
-            raise ValueError(f"Expected runs on one pair, because scores compare on the same images, but got {pairs}.")
-        for run in runs:
-            if self.score not in run.last["scores"]:
-                known = sorted(run.last["scores"])
-                raise ValueError(f"Expected {run.folder} to have the score {self.score!r}, but it has {known}.")
-        self.runs = sorted(runs, key=lambda run: self.value(self.best(run)), reverse=True)
-
-    def value(self, net: dict[str, Any]) -> float:
-        """The value of the score; higher is better."""
-        found = net["scores"].get(self.score)
-        return float("-inf") if found is None else self.sign * found
-
-    def best(self, run: RunNets) -> dict[str, Any]:
-        """The net of a run with the best score, which may be its source-only net; none that has lost a class of it."""
-        return max(self.nets(run), key=lambda net: (not self.lost(run, net), self.value(net)))
-
-    def lost(self, run: RunNets, net: dict[str, Any]) -> bool:
-        """Whether a net has lost a class of the run's source-only net."""
-        return run.start is not None and bool(collapsed(run.start["shares"], net["shares"]))
-
-    def nets(self, run: RunNets) -> list[dict[str, Any]]:
-        """Source-only net and checkpoints."""
-        return [*([run.start] if run.start else []), *run.checkpoints]
-
-    @property
-    def all_nets(self) -> list[tuple[RunNets, dict[str, Any]]]:
-        """Every net of every run, best first; those that have lost a class come last."""
-        pairs = [(run, net) for run in self.runs for net in self.nets(run)]
-        return sorted(pairs, key=lambda pair: (not self.lost(*pair), self.value(pair[1])), reverse=True)
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the truth is known of any net."""
-        return any(net["truth_miou"] is not None for _, net in self.all_nets)
-
-    def text(self) -> str:
-        """The page, as Markdown."""
-        winner = self.runs[0]
-        net = self.best(winner)
-        named, value = self.score.replace("_", " "), number(net["scores"].get(self.score), 3)
-        kept = sum(not self.lost(*pair) for pair in self.all_nets)
-        of = "nets" if kept == len(self.all_nets) else "nets that kept their classes"
-        lines = [
-            f"# {winner.pair}: {len(self.runs)} runs, compared without labels\n",
-            f"**Use the {title(net)}, in `{winner.folder.name}`**: its {named} is {value}, the "
-            f"{'highest' if self.sign > 0 else 'lowest'} of {kept or len(self.all_nets)} {of}. "
-            f"{self.level_with_start(winner, net)}{RELIABILITY.get(self.score, UNRELIABLE)}\n",
-            f"{where(winner, net)}\n",
-            self.table_of_runs(),
-            *(f"{line}\n" for line in self.stopped()),
-            "![The score along each run; a star is the source-only net](score.png)\n",
-            *self.how_right(),
-            f"\n## The {min(TOP, len(self.all_nets))} nets with the best score\n",
-            self.table_of_nets(),
-            f"{HOW_TO_USE}\n",
-        ]
-        return "\n".join(lines)
-
-    def stopped(self) -> list[str]:
-        """A sentence for each run that is not finished."""
-        return [
-            f"{report.cell(run.folder.name)} is not finished: "
-            + ("it goes on" if run.adapts else "its nets are those of its source-only stage. It goes on and adapts")
-            + " with its own command and `--resume`."
-            for run in self.runs
-            if not run.finished
-        ]
-
-    def level_with_start(self, run: RunNets, net: dict[str, Any]) -> str:
-        """A sentence, where the score cannot tell the chosen net from the source-only net of its run."""
-        if run.start is None or net is run.start or self.score not in RELIABILITY:
-            return ""
-        gain = round(abs(self.value(net) - self.value(run.start)), 3)
-        return "The run's source-only net is level with it: use either. " if gain <= MARGIN else ""
-
-    def table_of_runs(self) -> str:
-        """One row per run: the chosen net and its score, and the scores of the source-only net and the last student."""
-        head = ["run", "recipe", "chosen net", "seed", "its score", "of source-only", "of the last"]
-        head += ["true mIoU of the chosen", "of source-only", "of the last", "of the best"] if self.labelled else []
-        lines = []
-        for run in self.runs:
-            best, start = self.best(run), run.start
-            values = [
-                best["scores"].get(self.score),
-                start and start["scores"].get(self.score),
-                run.last["scores"][self.score],
-            ]
-            truths = [net["truth_miou"] for net in self.nets(run) if net["truth_miou"] is not None]
-            true = [
-                best["truth_miou"],
-                start and start["truth_miou"],
-                run.last["truth_miou"],
-                max(truths, default=None),
-            ]
-            cells = [report.cell(run.name), run.recipe, title(best), str(run.seed)]
-            lines.append(cells + [number(v, 3) for v in values] + [number(v, 1) for v in true if self.labelled])
-        return report.table_of(head, lines, words=3)
-
-    def table_of_nets(self) -> str:
-        """One row per net, best first."""
-        head = ["net", "run", "file", self.score.replace("_", " "), *(["mIoU"] if self.labelled else [])]
-        lines = []
-        for run, net in self.all_nets[:TOP]:
-            name = f"{title(net)} (a class shrank)" if self.lost(run, net) else title(net)
-            file = run.file_of(net)
-            place = "not kept" if file is None else f"`{file.relative_to(run.folder)}`"
-            cells = [name, report.cell(run.name), place, number(net["scores"].get(self.score), 3)]
-            lines.append(cells + ([number(net["truth_miou"], 1)] if self.labelled else []))
-        return report.table_of(head, lines, words=3)
-
-    def how_right(self) -> list[str]:
-        """What the labels say about the choice, if there are any."""
-        nets = [net for _, net in self.all_nets if net["scores"].get(self.score) is not None]
-        known = [(self.value(net), net["truth_miou"]) for net in nets if net["truth_miou"] is not None]
-        if len(known) < 2:
-            return ["Target has no labels: nothing says how right this is.\n"]
-        chosen, best = known[0][1], max(truth for _, truth in known)
-        rho = spearman([value for value, _ in known], [truth for _, truth in known])
-        last = [run.last["truth_miou"] for run in self.runs if run.last["truth_miou"] is not None]
-        return [
-            "## How good the choice was\n",
-            f"Target has labels, which took no part in the choice. The chosen net has an mIoU of {chosen:.1f}, the "
-            f"best of all {best:.1f}: the choice loses {best - chosen:.1f}. The last student of a run taken blindly "
-            f"has {sum(last) / len(last):.1f} in the mean. Spearman's rank correlation over {len(known)} nets: "
-            f"{rho:.2f}.\n",
-            "![The score against the true mIoU of every net; a star is a source-only net](truth.png)\n",
-        ]
-
-    def draw(self, folder: Path) -> None:
-        """The two pictures of the page."""
-        named = self.score.replace("_", " ")
-        figure, axis = plt.subplots(figsize=(8, 4))
-        for number_, run in enumerate(self.runs):
-            color = f"C{number_ % 10}"
-            for k, name in enumerate(dict.fromkeys(net["net"] for net in run.checkpoints)):
-                nets = [net for net in scored(run.checkpoints, self.score) if net["net"] == name]
-                line = {"ls": ("-", "--", ":")[k % 3], "marker": "o", "ms": 3, "lw": 1, "color": color}
-                label = f"{run.folder.name}, {name}"
-                axis.plot([n["step"] for n in nets], [n["scores"][self.score] for n in nets], label=label, **line)
-            for net in scored([run.start] if run.start else [], self.score):
-                axis.plot(net["step"], net["scores"][self.score], "*", color=color, ms=9)
-        finish(figure, axis, "step, over all stages", named, folder / "score.png")
-        if all(net["truth_miou"] is None for _, net in self.all_nets):
-            return
-        figure, axis = plt.subplots(figsize=(8, 4))
-        for number_, run in enumerate(self.runs):
-            nets = [net for net in scored(self.nets(run), self.score) if net["truth_miou"] is not None]
-            for net in nets:
-                star = net is run.start
-                axis.plot(
-                    net["scores"][self.score], net["truth_miou"], "*" if star else "o", color=f"C{number_ % 10}",
-                    ms=9 if star else 4, label=run.folder.name if net is nets[-1] else None,
-                )  # fmt: skip
-        finish(figure, axis, named, "mIoU on target, %", folder / "truth.png")
-
-
-def finish(figure: Any, axis: Any, x: str, y: str, path: Path) -> None:
-    """Label, save and close the figure."""
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def title(net: dict[str, Any]) -> str:
-    """Name of a net in tables and in the run's own report; steps count within their stage."""
-    if net["net"] == "source_only":
-        return "source-only net"
-    return f"{net['net']} of {net['stage']}, step {net['stage_step']}"
-
-
-def where(run: RunNets, net: dict[str, Any]) -> str:
-    """A sentence that says which file holds a net."""
-    file = run.file_of(net)
-    if file is None:
-        return "No file holds this net: a run keeps the net that it chose itself and the last ones of a stage."
-    name = net["net"]
-    named = "" if file.name == "best.pt" or name in ("student", "source_only") else f", with `--net {name}`"
-    return f"It is in `{file}`{named}."
-
-
-def scored(nets: Sequence[dict[str, Any]], score: str) -> list[dict[str, Any]]:
-    """Those of the nets that have the score: a run that was resumed with other `score_views` has others then."""
-    return [net for net in nets if net["scores"].get(score) is not None]
-
-
-def number(value: float | None, digits: int) -> str:
-    """A number, or a dash for none."""
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def write_page(comparison: Comparison, path: Path) -> None:

@@ -10,6 +10,8 @@ import yaml
 import compare_runs
 import train_gta2cs
 from gta2cs.checkpoints import save_checkpoint
+from gta2cs.comparison import Comparison, where
+from gta2cs.config import CONFIGS
 from gta2cs.histories import read_run
 
 
@@ -69,7 +71,7 @@ def test_a_net_that_has_lost_a_class_is_not_chosen(tmp_path):
     ):
         found["shares"] = shares
     (folder / "history.json").write_text(json.dumps(saved))
-    found = compare_runs.Comparison([read_run(folder)], "balanced_consistency")
+    found = Comparison([read_run(folder)], "balanced_consistency")
     assert found.best(found.runs[0])["truth_miou"] == 60.0
     text = found.text()
     assert "0.600, the highest of 2 nets that kept their classes" in text
@@ -108,7 +110,7 @@ def test_the_page_says_which_file_holds_a_net(tmp_path, capsys):
     assert compare_runs.main([str(folder), "--page", str(tmp_path / "page.html")]) == 0
     assert "step 10, in " + str(folder) + ". No file holds this net" in " ".join(capsys.readouterr().out.split())
     run = read_run(folder)
-    text = compare_runs.Comparison([run], "balanced_consistency").text()
+    text = Comparison([run], "balanced_consistency").text()
     for step, name, file in (
         (10, "student", "not kept"),
         (20, "student", "`best.pt`"),
@@ -122,7 +124,7 @@ def test_the_page_says_which_file_holds_a_net(tmp_path, capsys):
     run.choice = {"recipe": "source_only", "stage": 0, "step": 0, "net": "source_only"}
     assert run.file_of(run.start) == folder / "best.pt"
     last = run.checkpoints[-1]
-    assert compare_runs.where(run, last) == f"It is in `{folder / 'stage1_dacs' / 'last.pt'}`, with `--net teacher`."
+    assert where(run, last) == f"It is in `{folder / 'stage1_dacs' / 'last.pt'}`, with `--net teacher`."
 
 
 def test_the_source_only_net_is_in_the_last_file_of_the_stage_before(tmp_path):
@@ -207,7 +209,7 @@ def test_a_run_that_was_stopped_before_it_adapted_is_called_so(tmp_path, capsys)
 @pytest.mark.parametrize(("value", "level"), [(0.51, True), (0.505, True), (0.52, False), (0.4, False)])
 def test_a_net_level_with_the_source_only_net_is_called_so(tmp_path, value, level):
     write_run(tmp_path / "a", [value], [])
-    text = compare_runs.Comparison([read_run(tmp_path / "a")], "balanced_consistency").text()
+    text = Comparison([read_run(tmp_path / "a")], "balanced_consistency").text()
     assert ("The run's source-only net is level with it" in text) is level
 
 
@@ -253,6 +255,16 @@ def test_settings_of_a_sweep(tmp_path):
             compare_runs.settings_of(path, base)
 
 
+def test_the_sweep_of_the_help_is_one_that_runs(tmp_path):
+    path, file = tmp_path / "sweep.yaml", tmp_path / "setting.yaml"
+    path.write_text("\n".join(line.strip() for line in compare_runs.__doc__.splitlines() if line.startswith("    - ")))
+    settings = compare_runs.settings_of(path, yaml.safe_load((CONFIGS / "dacs_toy.yaml").read_text()))
+    assert [*settings] == ["plain", "quantile", "slower"]
+    for config in settings.values():
+        file.write_text(yaml.safe_dump(config))
+        train_gta2cs.check_stages(train_gta2cs.parse(["--config", str(file)]))
+
+
 def test_a_wrong_option_of_a_sweep_is_found_before_anything_runs(tmp_path, monkeypatch, capsys):
     path = tmp_path / "sweep.yaml"
     path.write_text("- {name: plain}\n- {name: typo, stages.1.options.selectr: argmax}\n")
@@ -271,8 +283,8 @@ def test_folders_of_two_people_do_not_compare(tmp_path):
         (folder / "history.json").write_text(json.dumps(saved))
     runs = [read_run(tmp_path / name) for name in "ab"]
     with pytest.raises(ValueError, match=r"Expected runs on one pair, .*'folder /one'"):
-        compare_runs.Comparison(runs, "balanced_consistency")
-    assert compare_runs.Comparison(runs[:1] * 2, "balanced_consistency").text().startswith("# folder /one: 2 runs")
+        Comparison(runs, "balanced_consistency")
+    assert Comparison(runs[:1] * 2, "balanced_consistency").text().startswith("# folder /one: 2 runs")
 
 
 def test_a_sweep_runs_what_is_not_finished(tmp_path, monkeypatch, capsys):
