@@ -10,6 +10,8 @@ from torch import Tensor
 
 from udakit._reduce import BLOCK, is_large
 
+Place = tuple[slice, slice, slice]  # images, all classes, pixels
+
 
 def renormalised(p: Tensor, weight: Tensor) -> Tensor:
     """P times weight, divided by the sum over the classes; `p` where the sum is 0.
@@ -17,7 +19,8 @@ def renormalised(p: Tensor, weight: Tensor) -> Tensor:
     `weight` is a map like `p` (N, C, *space), or has one value for each class, (C, 1, ...), and no gradient.
     """
     if is_large(p) and type(p) is type(weight) is Tensor:
-        result: Tensor = _Renormalised.apply(p, weight)[0]
+        learns = torch.is_grad_enabled() and (p.requires_grad or weight.requires_grad)
+        result: Tensor = (_Renormalised.apply if learns else _Renormalised.forward)(p, weight)[0]
         return result
     product = p * weight
     total = product.sum(1, keepdim=True)
@@ -31,7 +34,7 @@ class _Renormalised(torch.autograd.Function):
     @staticmethod
     def forward(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         maps, weights = _flat(p, weight)
-        result, divisor = renormalised_in_pieces(maps, lambda i, piece, _: weights[i, :, piece])
+        result, divisor = renormalised_in_pieces(maps, lambda place, _: weights[place])
         return result.view(p.shape), divisor
 
     @staticmethod
@@ -50,31 +53,31 @@ class _Renormalised(torch.autograd.Function):
         maps, weights = _flat(p, weight)
         results, grads = result.flatten(2), grad.reshape(maps.shape)
         of_p, of_weight = (torch.empty_like(maps) if wanted else None for wanted in ctx.needs_input_grad)
-        for i, piece in _pieces(maps):
-            g, total = grads[i, :, piece], divisor[i, piece]
-            common = g - (g * results[i, :, piece]).sum(0)
+        divisor = divisor.unsqueeze(1)
+        for place in _pieces(maps):
+            g, total = grads[place], divisor[place]
+            common = g - (g * results[place]).sum(1, keepdim=True)
             common.div_(total)  # 0 where the result is `p` itself
             if of_weight is not None:
-                torch.mul(common, maps[i, :, piece], out=of_weight[i, :, piece])
+                torch.mul(common, maps[place], out=of_weight[place])
             if of_p is not None:
-                out = torch.mul(common, weights[i, :, piece], out=of_p[i, :, piece])
+                out = torch.mul(common, weights[place], out=of_p[place])
                 out.addcmul_(g, (total == torch.inf).to(g.dtype))
         return tuple(None if x is None else x.view(p.shape) for x in (of_p, of_weight))  # type: ignore[return-value]
 
 
-def renormalised_in_pieces(maps: Tensor, weight: Callable[[int, slice, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+def renormalised_in_pieces(maps: Tensor, weight: Callable[[Place, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The result for maps (N, C, P), and the sums (N, P) that divided it, +inf where nothing did.
 
-    `weight(i, piece, out)` gives the weights (C, p) of a slice of the pixels of image i; it may write them to `out`.
+    `weight(place, out)` gives the weights of a piece; it may write them to `out`.
     """
-    result, divisor = torch.empty_like(maps), maps.new_empty(len(maps), maps.shape[2])
-    for i, piece in _pieces(maps):
-        z, out = maps[i, :, piece], result[i, :, piece]
-        total = torch.mul(z, weight(i, piece, out), out=out).sum(0)
+    result, divisor = torch.empty_like(maps), maps.new_empty(len(maps), 1, maps.shape[2])
+    for place in _pieces(maps):
+        z, out, total = maps[place], result[place], divisor[place]
+        torch.sum(torch.mul(z, weight(place, out), out=out), 1, keepdim=True, out=total)
         empty = total <= 0
-        divisor[i, piece] = total.masked_fill_(empty, torch.inf)
-        out.div_(total).addcmul_(z, empty.to(z.dtype))
-    return result, divisor
+        out.div_(total.masked_fill_(empty, torch.inf)).addcmul_(z, empty.to(z.dtype))
+    return result, divisor.squeeze(1)
 
 
 def _slopes(
@@ -95,9 +98,11 @@ def _flat(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return maps, weight.reshape(n, c, -1) if weight.ndim == p.ndim else weight.reshape(1, c, 1).expand_as(maps)
 
 
-def _pieces(maps: Tensor) -> Iterator[tuple[int, slice]]:
-    """(image, pixels) of each piece of maps (N, C, P)."""
-    pixels = max(BLOCK // maps.shape[1], 1)
-    for i in range(len(maps)):
-        for start in range(0, maps.shape[2], pixels):
-            yield i, slice(start, start + pixels)
+def _pieces(maps: Tensor) -> Iterator[Place]:
+    """Where each piece of maps (N, C, P) lies."""
+    n, c, size = maps.shape
+    pixels = max(BLOCK // c, 1)
+    images = max(pixels // size, 1)
+    for i in range(0, n, images):
+        for start in range(0, size, pixels):
+            yield slice(i, i + images), slice(None), slice(start, start + pixels)

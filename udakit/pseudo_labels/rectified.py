@@ -12,7 +12,7 @@ from udakit._checks import check_maps, check_range, check_same_shape, check_scor
 from udakit._reduce import Kind, exp_, is_large, upcast
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels._by_prototypes import PrototypeSelector
-from udakit.pseudo_labels._renormalise import renormalised, renormalised_in_pieces
+from udakit.pseudo_labels._renormalise import Place, renormalised, renormalised_in_pieces
 from udakit.pseudo_labels.selection import others
 
 
@@ -63,8 +63,8 @@ def rectify_probabilities(
         return renormalised(p, _proximity_(torch.where(p > 0, d, float("inf")), 1, temperature))
     maps, far, never = p.flatten(2), d.flatten(2), p.new_tensor(float("inf"))
 
-    def weight(i: int, piece: slice, out: Tensor) -> Tensor:
-        return _proximity_(torch.where(maps[i, :, piece] > 0, far[i, :, piece], never, out=out), 0, temperature)
+    def weight(place: Place, out: Tensor) -> Tensor:
+        return _proximity_(torch.where(maps[place] > 0, far[place], never, out=out), 1, temperature)
 
     return renormalised_in_pieces(maps, weight)[0].view(p.shape)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
@@ -17,7 +19,19 @@ from udakit._checks import (
     check_range,
     check_scores,
 )
-from udakit._reduce import BLOCK, KINDS, LOG_2, Kind, class_ids, exp_, is_large, plain, top_class, upcast
+from udakit._reduce import (
+    BLOCK,
+    KINDS,
+    LOG_2,
+    Kind,
+    class_ids,
+    exp_,
+    is_large,
+    plain,
+    top_class,
+    upcast,
+    zero_where_not_,
+)
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.pseudo_labels.class_quantile import _BITS
 
@@ -223,36 +237,42 @@ def fit_temperature(
     known = ids < logits.shape[1]
     scores = upcast(logits.detach())
     scores = (scores - scores.amax(1, keepdim=True)).clamp_min_(-1e30)  # 0 * -inf is NaN
+    scores = zero_where_not_(known.unsqueeze(1), scores)  # such a pixel has no slope
     target = scores.gather(1, ids.where(known, 0).unsqueeze(1)).squeeze(1)
-    # The derivative with respect to 1 / T, which is positive if T is too small.
-    slope_at = _slope_by_blocks if is_large(scores) else _slope
-    ends = torch.full((2,), low, dtype=scores.dtype, device=scores.device).log()
-    ends[1:].fill_(high).log_()
+    slope_at = _slope(scores, target)
+    shortest, longest = (torch.full((), end, dtype=scores.dtype, device=scores.device).log() for end in (low, high))
     for _ in range(24):
-        middle = ends.mean()
-        slope = slope_at(scores, target, known, middle.exp())
-        ends = torch.where(torch.stack([slope > 0, slope <= 0]), middle, ends)
-    return torch.where(known.any(), ends.mean().exp(), min(max(1.0, low), high)).float()
+        middle = shortest.lerp(longest, 0.5)
+        slope = slope_at(middle.exp())
+        shortest, longest = middle.where(slope > 0, shortest), middle.where(slope <= 0, longest)
+    return torch.where(known.any(), shortest.lerp(longest, 0.5).exp(), min(max(1.0, low), high)).float()
 
 
-def _slope(scores: Tensor, target: Tensor, known: Tensor, temperature: Tensor) -> Tensor:
-    p = (scores / temperature).softmax(1)
-    return torch.where(known, (p * scores).sum(1) - target, 0).sum()
+def _slope(scores: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+    """The derivative with respect to 1 / T as a function of T, which is positive if T is too small.
 
-
-def _slope_by_blocks(scores: Tensor, target: Tensor, known: Tensor, temperature: Tensor) -> Tensor:
-    """The same in pieces that stay in the cache of a CPU; the largest score of a pixel is 0."""
-    maps, targets, counted = (plain(x).flatten(start) for x, start in ((scores, 2), (target, 1), (known, 1)))
+    A large map on the CPU is in pieces that stay in the cache. The largest score of a pixel is 0.
+    """
+    if not is_large(scores):
+        return lambda temperature: ((scores / temperature).softmax(1) * scores).sum(1).sub(target).sum()
+    maps, targets = plain(scores).flatten(2), plain(target).flatten(1)
     n, c, size = maps.shape
     pixels = max(BLOCK // c, 1)
-    buffers = maps.new_empty(2, c * min(pixels, size))
-    factor = 1 / (temperature * LOG_2)
-    total = maps.new_zeros(())
-    for i in range(n):
+    images = max(pixels // size, 1)
+    buffers = maps.new_empty(2, c * min(pixels, n * size))
+    pieces = []
+    for i in range(0, n, images):
         for j in range(0, size, pixels):
-            z = maps[i, :, j : j + pixels]
+            z = maps[i : i + images, :, j : j + pixels]
             weight, product = (x[: z.numel()].view(z.shape) for x in buffers)
+            pieces.append((z, targets[i : i + images, j : j + pixels], weight, product))
+
+    def slope(temperature: Tensor) -> Tensor:
+        factor, total = 1 / (temperature * LOG_2), temperature.new_zeros(())
+        for z, aim, weight, product in pieces:
             torch.mul(z, factor, out=weight).exp2_()
-            mean = torch.mul(weight, z, out=product).sum(0).div_(weight.sum(0))
-            total += torch.where(counted[i, j : j + pixels], mean.sub_(targets[i, j : j + pixels]), 0).sum()
-    return total
+            mean = torch.mul(weight, z, out=product).sum(1).div_(weight.sum(1))
+            total += mean.sub_(aim).sum()
+        return total
+
+    return slope
