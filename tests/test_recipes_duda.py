@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import train_gta2cs
 from benchmarks import class_weights, harness, real_pairs, step_cost
 from benchmarks.rows import common
-from gta2cs import nets, observers, report
+from gta2cs import architectures, nets, observers, report
 from gta2cs import stage as stage_module
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.loading import Batch
@@ -36,8 +36,8 @@ def small() -> nn.Module:
 
 def test_the_small_net_is_small_and_its_imagenet_weights_arrive(small: nn.Module) -> None:
     assert sum(p.numel() for p in small.parameters()) < 1_500_000
-    package = list(nets._floats(nets._offline_state("tu-tf_efficientnet_lite0")).values())
-    own = list(nets._tensors(small.encoder).values())
+    package = list(architectures._floats(architectures._offline_state("tu-tf_efficientnet_lite0")).values())
+    own = list(architectures._tensors(small.encoder).values())
     assert 150 < len(own) < 240
     assert all(torch.equal(a, b) for a, b in zip(own, package[: len(own)], strict=True))
 
