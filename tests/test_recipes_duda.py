@@ -106,6 +106,14 @@ def pre() -> DudaPre:
     return DudaPre.build(tiny_net(), CLASSES, {"large": LARGE}, tiny_net)
 
 
+def test_the_share_of_the_base_recipe_rises_over_the_whole_stage() -> None:
+    rising = {"selector": "class_quantile", "share": 0.5, "share_end": 0.9}
+    recipe = DudaPre.build(tiny_net(), CLASSES, {"large": LARGE, "base_options": rising}, tiny_net)
+    recipe.trains_for(4)
+    recipe.after_step()
+    assert recipe.base.selector.share == pytest.approx(0.6)
+
+
 def duda(previous: DudaPre | None = None, **options: Any) -> Duda:
     return Duda.build(tiny_net(), CLASSES, options, tiny_net, previous)
 

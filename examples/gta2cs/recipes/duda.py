@@ -75,6 +75,11 @@ class DudaPre(Recipe):
         base = BASES[parsed.base].build(large, num_classes, parsed.base_options, lambda: make_net(**parsed.large))
         return cls(student, num_classes, parsed, base)  # type: ignore[arg-type]
 
+    def trains_for(self, steps: int) -> None:
+        """Tell the base recipe as well."""
+        super().trains_for(steps)
+        self.base.trains_for(steps)
+
     def prepare(self, data: Preparation) -> None:
         """Let the base recipe prepare."""
         self.base.prepare(data)
