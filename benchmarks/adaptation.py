@@ -53,6 +53,7 @@ from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import Pair
 from gta2cs.evaluation import headline
 from gta2cs.files import write_json
+from gta2cs.histories import histories_of
 from gta2cs.pretrained import load_init
 from gta2cs.run_folder import stage_folder
 
@@ -169,12 +170,6 @@ def truth_of(checkpoint: Path) -> float:
     entry = json.loads(load_checkpoint(checkpoint)["history"])["scores"][-1]
     means: dict[str, float] = next(iter(entry["nets"].values()))["means"]
     return means[headline(means)]
-
-
-def histories_of(config: train_gta2cs.Config) -> list[dict[str, Any]]:
-    """What each stage logged."""
-    folders = [config.out / stage_folder(i, stage.recipe) for i, stage in enumerate(config.stages)]
-    return [json.loads(load_checkpoint(folder / "last.pt")["history"]) for folder in folders]
 
 
 def checkpoints_of(histories: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -30,6 +30,7 @@ import train_gta2cs
 from benchmarks import adaptation, adaptation_tables, selection
 from benchmarks.harness import PAIR_NAMES, write_section
 from gta2cs.files import write_json
+from gta2cs.histories import histories_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "parts.json"
 PAGE = ROOT / "docs" / "results" / "parts.md"
@@ -89,7 +90,7 @@ def run(pair: str, part: str, seed: int, data_root: Path | None, cache: Path) ->
     config = configure(pair, part, seed, data_root, cache)
     began = time.process_time()
     train_gta2cs.main(config)
-    histories = adaptation.histories_of(config)
+    histories = histories_of(config)
     start = adaptation.truth_of(adaptation.warm_start(pair, seed, cache))
     return {
         "pair": pair,

@@ -36,9 +36,10 @@ import torch
 import train_gta2cs
 from benchmarks import class_weights, results_page, selection_quality
 from benchmarks.rows import GROUPS, PAIRS, net_config, row_of, setting
-from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import build_pair
+from gta2cs.histories import histories_of
 from gta2cs.report import write_json
+from gta2cs.run_folder import stage_folder
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_pairs.json"
 MARKERS = {"main": "real_pairs"}  # of docs/results.md and its sub-pages, where a group's is not its name
@@ -101,7 +102,7 @@ def warm_start(
 
 
 def last_checkpoint(config: train_gta2cs.Config) -> Path:
-    return config.out / f"stage{len(config.stages)}_{config.stages[-1].recipe}" / "last.pt"
+    return config.out / stage_folder(len(config.stages) - 1, config.stages[-1].recipe) / "last.pt"
 
 
 def configure(pair: str, name: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
@@ -181,12 +182,6 @@ def run(pair: str, name: str, seed: int, data_root: Path | None, cache: Path, dr
         for checkpoint in config.out.rglob("step_*.pt"):  # of the stages before, too
             checkpoint.unlink()
     return result
-
-
-def histories_of(config: train_gta2cs.Config) -> list[dict[str, Any]]:
-    """What each stage logged."""
-    folders = [config.out / f"stage{i}_{stage.recipe}" for i, stage in enumerate(config.stages, 1)]
-    return [json.loads(load_checkpoint(folder / "last.pt")["history"]) for folder in folders]
 
 
 def parameters_of(config: train_gta2cs.Config, classes: int) -> int:

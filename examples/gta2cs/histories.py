@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gta2cs.checkpoints import load_checkpoint
+from gta2cs.config import Config
 from gta2cs.evaluation import headline
 from gta2cs.label_free import completed
 from gta2cs.run_folder import stage_folder, step_file
@@ -138,6 +139,12 @@ def read_run(folder: Path) -> RunNets:
     places = zip(map(stage_folder, range(len(stages)), names), begins, done, strict=True)
     where = tuple(StageSaved(*place) for place in places)
     return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, whole, adapts, where)
+
+
+def histories_of(config: Config) -> list[dict[str, Any]]:
+    """What each stage of a run logged, from its checkpoints."""
+    files = [config.out / stage_folder(i, stage.recipe) / "last.pt" for i, stage in enumerate(config.stages)]
+    return [json.loads(load_checkpoint(file)["history"]) for file in files]
 
 
 def all_scores(found: dict[str, Any]) -> dict[str, float | None]:
