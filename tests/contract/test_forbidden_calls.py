@@ -27,6 +27,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("labels/ids.py", "check_labels"): "looks at the values because it is asked to, to name the wrong ids",
     ("teachers/_sharing.py", "_make_own"): "compares a checkpoint with what is shared, when it is loaded",
     ("sampling/counts.py", "count_classes"): "counts label files before training, on the CPU",
+    ("sampling/rare_classes.py", "_check_counts"): "looks at counts on the CPU only, where nobody waits for them",
     ("sampling/rare_classes.py", "RareClassSampler.__init__"): "turns a table of counts on the CPU into lists, once",
     ("sampling/rare_classes.py", "RareClassSampler.draw"): "draws indices of images for a loader, on the CPU",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator
 
 import torch
@@ -59,10 +60,10 @@ def _check_counts(class_pixels: Tensor) -> None:
     """Raise unless there is a class and all counts are finite and at least 0; counts on a GPU are not read."""
     if not class_pixels.shape[-1]:
         raise ValueError(f"Expected `class_pixels` to have at least one class, but got {shape_of(class_pixels)}.")
-    readable = type(class_pixels) is Tensor and class_pixels.device.type == "cpu"
-    if not readable or torch.compiler.is_compiling() or is_transformed():
+    if torch.compiler.is_compiling() or type(class_pixels) is not Tensor or not class_pixels.is_cpu or is_transformed():
         return
-    if not bool(((class_pixels >= 0) & (class_pixels < float("inf"))).all()):
+    counts = class_pixels.flatten().tolist()
+    if counts and not (min(counts) >= 0 and sum(counts) < math.inf):  # a NaN makes the sum NaN
         raise ValueError("Expected `class_pixels` to be pixel counts, finite and at least 0, but got other values.")
 
 
