@@ -39,6 +39,15 @@ def _both(x: Tensor, valid: Tensor | None, weights: Tensor) -> list[Tensor]:
     return found
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", [(2, 96, 40, 60), (2, 5, 3), (4, 7)])
+def test_without_a_gradient_the_directions_are_the_same(shape: tuple[int, ...], masked: bool) -> None:
+    """Bit for bit, although no function of autograd is called then."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    valid = torch.rand(shape[0], *shape[2:], generator=torch.Generator().manual_seed(1)) < 0.7 if masked else None
+    assert torch.equal(_unit.unit_vectors(x, valid), _unit.unit_vectors(x.clone().requires_grad_(), valid))
+
+
 @pytest.mark.parametrize("layout", ["first", "last"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pieces_equal_the_formula(shape: tuple[int, ...], layout: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,11 +209,11 @@ def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
     arithmetic m x + (1 - m) y would let a NaN of the other side through. Operations on bits do not.
     """
     pair = x.dtype if other is None else torch.promote_types(x.dtype, other.dtype)
-    learns = torch.is_grad_enabled() and (x.requires_grad or (other is not None and other.requires_grad))
-    if x.numel() < (LARGE if learns else SMALL) or not is_eager_on_cpu(x) or pair.itemsize not in _BITS:
+    recorded = learns(x) or (other is not None and learns(other))
+    if x.numel() < (LARGE if recorded else SMALL) or not is_eager_on_cpu(x) or pair.itemsize not in _BITS:
         return torch.where(mask, x, 0 if other is None else other)
     x, other = x.to(pair), None if other is None else other.to(pair)
-    selected: Tensor = _Select.apply(mask, x, other) if learns else _selected(mask, x, other)
+    selected: Tensor = _Select.apply(mask, x, other) if recorded else _selected(mask, x, other)
     return selected
 
 
@@ -258,13 +258,18 @@ def zero_where_not_(mask: Tensor, x: Tensor) -> Tensor:
     return x.masked_fill_(~mask, 0)
 
 
+def learns(x: Tensor) -> bool:
+    """Whether autograd records what is computed from `x`; where not, an own function of autograd is only a detour."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
 def guard(x: Tensor, valid: Tensor | None) -> Tensor:
     """`x` (N, C, *space), without gradients from pixels that are not valid.
 
     At such a pixel, 0 times the derivative at a NaN or an infinity would be NaN. `reduce_pixels` hides the value.
     Removing the pixel before the arithmetic would cost a pass over the map in the forward pass as well.
     """
-    if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
+    if valid is None or not learns(x):
         return x
     if torch.compiler.is_compiling():
         guarded: Tensor = _CompiledGuard.apply(x, valid)
@@ -292,7 +297,7 @@ def softmax_where(valid: Tensor | None, x: Tensor, *, log: bool = False) -> tupl
     not the logits, so a gradient that is 0 there stays 0, even where the logits are NaN.
     """
     function = F.log_softmax if log else F.softmax
-    if valid is None or not (x.requires_grad and torch.is_grad_enabled()):
+    if valid is None or not learns(x):
         return function(x, dim=1), False
     if not is_eager_on_cpu(x) or _saves_elsewhere():
         return function(guard(x, valid), dim=1), False

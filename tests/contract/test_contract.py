@@ -43,6 +43,7 @@ for _check in CHECKS:
 
 # Size from which a map is large, and below which an image is sorted: the examples are far smaller than both.
 THRESHOLDS = {"udakit._reduce.LARGE": 1, "udakit._reduce.SMALL": 1, "udakit.mixing.histogram.EXACT": 0}
+THRESHOLDS |= {"udakit.prototypes._distances.SMALL": 0}
 
 
 @pytest.mark.parametrize("check", OF_LARGE_MAPS)

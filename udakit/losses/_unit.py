@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import is_large, refuse_transforms, select, zero_where_not_
+from udakit._reduce import is_large, learns, refuse_transforms, select, zero_where_not_
 
 BLOCK = 2**20  # numbers of a piece: fewer would make short rows
 
@@ -27,6 +27,8 @@ def lengths(x: Tensor, valid: Tensor | None = None) -> Tensor:
 def unit_vectors(x: Tensor, valid: Tensor | None = None) -> Tensor:
     """X / |x| over axis 1. Zero vectors and pixels that are not `valid`, even NaN ones, give 0 with zero gradient."""
     refuse_transforms(x, vmap=True)
+    if not learns(x):
+        return _unit_and_length(x, valid, needs_length=False)[0]
     unit: Tensor = _UnitVectors.apply(x, valid)[0]
     return unit
 
@@ -110,27 +112,7 @@ class _UnitVectors(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        if _in_pieces(x):
-            unit = torch.empty_like(x, memory_format=torch.contiguous_format)
-            length = x.new_empty((len(x), 1, *x.shape[2:]))
-            flat, units, norms = _flat(x, unit, length)
-            mask = _masks(flat, valid)
-            scratch = x.new_empty((1, x.shape[1], max(BLOCK // x.shape[1], 1)))
-            for at in _pieces(flat):
-                part, own = flat[at], units[at]
-                if mask is not None:
-                    part = zero_where_not_(mask[at], own.copy_(part))
-                _direction(part, own, norms[at], scratch[:, :, : part.shape[2]])
-        else:
-            x = x if valid is None else select(valid.unsqueeze(1), x)
-            scratch = x.abs()
-            scale = _scale(scratch)
-            unit = x / scale
-            with torch.no_grad():  # torch.compile of torch 2.5 traces gradients here, and `unit` changes below
-                # Channels-last images after others make a compiled `out=` fail.
-                squares = unit.square() if torch.compiler.is_compiling() else torch.mul(unit, unit, out=scratch)
-                norm = squares.sum(1, keepdim=True).sqrt_()
-            unit, length = unit.mul_(_inverse(norm)), (scale * norm).clamp_max_(torch.finfo(x.dtype).max)
+        unit, length = _unit_and_length(x, valid)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(unit, length)
         return unit, length
@@ -151,6 +133,33 @@ class _UnitVectors(torch.autograd.Function):
             pull = own.sum(1, keepdim=True)
             torch.addcmul(grad[at], units[at], pull, value=-1, out=own).mul_(inverse[at])
         return gradient, None
+
+
+def _unit_and_length(x: Tensor, valid: Tensor | None, *, needs_length: bool = True) -> tuple[Tensor, Tensor]:
+    """X / |x|, and |x| (anything, unless it is needed)."""
+    if _in_pieces(x):
+        unit = torch.empty_like(x, memory_format=torch.contiguous_format)
+        length = x.new_empty((len(x), 1, *x.shape[2:]))
+        flat, units, norms = _flat(x, unit, length)
+        mask = _masks(flat, valid)
+        scratch = x.new_empty((1, x.shape[1], max(BLOCK // x.shape[1], 1)))
+        for at in _pieces(flat):
+            part, own = flat[at], units[at]
+            if mask is not None:
+                part = zero_where_not_(mask[at], own.copy_(part))
+            _direction(part, own, norms[at], scratch[:, :, : part.shape[2]])
+    else:
+        x = x if valid is None else select(valid.unsqueeze(1), x)
+        scratch = x.abs()
+        scale = _scale(scratch)
+        unit = x / scale
+        with torch.no_grad():  # torch.compile of torch 2.5 traces gradients here, and `unit` changes below
+            # Channels-last images after others make a compiled `out=` fail.
+            squares = unit.square() if torch.compiler.is_compiling() else torch.mul(unit, unit, out=scratch)
+            norm = squares.sum(1, keepdim=True).sqrt_()
+        unit.mul_(_inverse(norm))
+        length = (scale * norm).clamp_max_(torch.finfo(x.dtype).max) if needs_length else norm
+    return unit, length
 
 
 def _direction(x: Tensor, unit: Tensor, length: Tensor, scratch: Tensor) -> None:

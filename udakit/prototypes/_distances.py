@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from udakit._reduce import first_derivative_only, full_precision, refuse_transforms, upcast
+from udakit._reduce import first_derivative_only, full_precision, learns, refuse_transforms, upcast
+
+SMALL = 2**16  # up to this many numbers, the calls of a CPU take longer than the memory of whole maps
 
 
 def class_distances(values: Tensor, centres: Tensor, square: Tensor) -> Tensor:
@@ -18,8 +20,17 @@ def class_distances(values: Tensor, centres: Tensor, square: Tensor) -> Tensor:
     `square` (C, 1) is the squared norm of each centre, or +inf for a centre at an infinite distance.
     """
     refuse_transforms(values, vmap=True)
+    if not learns(values):
+        return _all_distances(values, centres, square)
     distance: Tensor = _Distances.apply(values, centres, square)
     return distance
+
+
+def _all_distances(values: Tensor, centres: Tensor, square: Tensor) -> Tensor:
+    with full_precision(values):
+        if in_pieces(values):
+            return _distances_in_pieces(values, centres, square)
+        return _joined([_distances(x, centres, square) for x in _batches(values)])
 
 
 class _Distances(torch.autograd.Function):
@@ -31,11 +42,7 @@ class _Distances(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, centres: Tensor, square: Tensor) -> Tensor:
-        with full_precision(values):
-            if in_pieces(values):
-                result = _distances_in_pieces(values, centres, square)
-            else:
-                result = _joined([_distances(x, centres, square) for x in _batches(values)])
+        result = _all_distances(values, centres, square)
         ctx.save_for_backward(values, centres, result)
         return result
 
@@ -51,8 +58,8 @@ class _Distances(torch.autograd.Function):
 
 
 def in_pieces(values: Tensor) -> bool:
-    """Whether to work in pieces that fit the cache of a CPU."""
-    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether to work in pieces that fit the cache of a CPU: unless the map is small."""
+    return values.numel() > SMALL and values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _blocks(values: Tensor) -> tuple[int, int, Iterator[tuple[int, slice, list[slice]]]]:

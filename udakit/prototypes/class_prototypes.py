@@ -153,15 +153,19 @@ class ClassPrototypes(ClassState):
 
     def _merge(self, first: Tensor, spread: Tensor, number: Tensor) -> None:
         """Apply the statistics of the ranks (R, ...), one after another, in closed form."""
-        so_far = number.cumsum(0)
+        alone = len(number) == 1
+        so_far = number if alone else number.cumsum(0)
         total = so_far[-1]
-        opening = torch.where((so_far == number).unsqueeze(-1), first, 0).sum(0)  # `first` is 0 for number 0
+        # `first` is 0 for number 0.
+        opening = first[0] if alone else torch.where((so_far == number).unsqueeze(-1), first, 0).sum(0)
         start = torch.where(self.seen.unsqueeze(-1), self.prototypes, opening)
-        if self.mode == "ema":
-            scale, step = self._kept(total - so_far), self._moved(number)
-        else:
-            scale, step = (1 / (self.counts + total).clamp_min(1)).expand_as(number), number.float()
-        change = (scale.unsqueeze(-1) * (spread + step.unsqueeze(-1) * (first - start))).sum(0)
+        step = self._moved(number) if self.mode == "ema" else number.float()
+        change = spread + step.unsqueeze(-1) * (first - start)
+        if self.mode == "mean":
+            change = change * (1 / (self.counts + total).clamp_min(1)).unsqueeze(-1)
+        elif not alone:
+            change = change * self._kept(total - so_far).unsqueeze(-1)
+        change = change[0] if alone else change.sum(0)
         self.prototypes.copy_(torch.where((total > 0).unsqueeze(-1), start + change, self.prototypes))
         self.counts.add_(total)
 

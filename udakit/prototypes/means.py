@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from udakit._checks import check_flag, check_ignore_index, check_integer, check_labels_like, check_maps
-from udakit._reduce import class_ids, cut_evenly, full_precision, plain, refuse_transforms, select, upcast
+from udakit._reduce import class_ids, cut_evenly, full_precision, learns, plain, refuse_transforms, select, upcast
 
 __all__ = ["class_means"]
 
@@ -76,7 +76,8 @@ def class_sums(features: Tensor, labels: Tensor, num_classes: int, ignore_index:
     ids = class_ids(labels, num_classes, ignore_index).flatten(1)
     counts = ids.new_zeros(len(ids), num_classes + 1).scatter_add_(1, ids, torch.ones_like(ids))
     refuse_transforms(features, vmap=True)
-    sums: Tensor = _SumMembers.apply(features.flatten(2), ids, num_classes)
+    values = features.flatten(2)
+    sums: Tensor = _SumMembers.apply(values, ids, num_classes) if learns(values) else _sums(values, ids, num_classes)
     return sums, counts[:, :num_classes]
 
 
@@ -91,13 +92,8 @@ class _SumMembers(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.dtype = values.dtype
-        ctx.by_pixel = (
-            values.shape[2] >= LANES * 128 and values.device.type == "cpu" and not torch.compiler.is_compiling()
-        )
-        ctx.channels_last = values.stride(1) == 1 < min(values.shape[1], values.stride(2))
-        by_pixel = _sums_by_row if ctx.channels_last else _sums_by_pixel
-        sums = by_pixel if ctx.by_pixel else _sums_by_product
-        return sums(upcast(values), ids, num_classes)
+        ctx.by_pixel, ctx.channels_last = _by_pixel(values), _channels_last(values)
+        return _sums(values, ids, num_classes)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -115,6 +111,20 @@ class _SumMembers(torch.autograd.Function):
                 torch.index_select(row, 1, k, out=own)
             return result, None, None
         return rows.gather(2, ids.unsqueeze(1).expand(-1, rows.shape[1], -1)), None, None
+
+
+def _by_pixel(values: Tensor) -> bool:
+    return values.shape[2] >= LANES * 128 and values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _channels_last(values: Tensor) -> bool:
+    return values.stride(1) == 1 < min(values.shape[1], values.stride(2))
+
+
+def _sums(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
+    if not _by_pixel(values):
+        return _sums_by_product(upcast(values), ids, num_classes)
+    return (_sums_by_row if _channels_last(values) else _sums_by_pixel)(upcast(values), ids, num_classes)
 
 
 LANES, LENGTH = 8, 1024  # number of parallel sums, and largest number of summands of each, except for remainders
