@@ -15,14 +15,15 @@ from torch import Tensor
 import udakit
 from udakit import ClassDistributions, ClassPrototypes, distribution_contrast_loss, pixel_prototype_contrast_loss
 from udakit._checks import options
-from udakit._reduce import _zeroed, guard
+from udakit._reduce import guard
+from udakit._reduce.masks import _zeroed
 
 NAN = float("nan")
 
 
 @pytest.mark.parametrize("large", [0, 10_000])
 def test_guard_lets_no_gradient_back_from_invalid_pixels(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("udakit._reduce.LARGE", large)
+    monkeypatch.setattr("udakit._reduce.eager.LARGE", large)
     x = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     valid = torch.rand(2, 4, generator=torch.Generator().manual_seed(1)) < 0.5
     spoilt = x.where(valid.unsqueeze(1), NAN).requires_grad_()
@@ -40,7 +41,7 @@ def test_guard_lets_no_gradient_back_from_invalid_pixels(large: int, monkeypatch
 
 @pytest.mark.parametrize("large", [0, 10_000])
 def test_guard_of_an_expanded_gradient(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("udakit._reduce.LARGE", large)
+    monkeypatch.setattr("udakit._reduce.eager.LARGE", large)
     x, valid = torch.zeros(1, 2, 3, requires_grad=True), torch.tensor([[True, False, True]])
     guard(x, valid).sum(dim=1).sum().backward()
     assert x.grad is not None
@@ -57,7 +58,7 @@ def test_guard_of_a_result_without_a_gradient() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("large", [0, 10_000])
 def test_cross_entropy_has_second_derivatives(weighted: bool, large: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("udakit._reduce.LARGE", large)
+    monkeypatch.setattr("udakit._reduce.eager.LARGE", large)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 5, dtype=torch.float64, generator=g, requires_grad=True)
     labels = torch.tensor([[0, 1, 2, 255, 1], [255, 2, 0, 0, 1]])
@@ -66,7 +67,7 @@ def test_cross_entropy_has_second_derivatives(weighted: bool, large: int, monkey
 
 
 def test_cross_entropy_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("udakit._reduce.LARGE", 0)
+    monkeypatch.setattr("udakit._reduce.eager.LARGE", 0)
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, generator=g, requires_grad=True)
     labels = torch.where(torch.rand(2, 4, 5, generator=g) < 0.3, 255, torch.randint(3, (2, 4, 5), generator=g))
@@ -212,7 +213,7 @@ def test_ids_far_apart_are_mapped_without_a_table_of_all_between(table: dict[int
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
 def test_large_maps_under_transforms_of_functions(transform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is faster on large maps has no rules for `torch.func`, and stays out of its way."""
-    monkeypatch.setattr("udakit._reduce.LARGE", 1)
+    monkeypatch.setattr("udakit._reduce.eager.LARGE", 1)
     g = torch.Generator().manual_seed(0)
     x, labels = torch.randn(2, 3, 4, 5, generator=g), torch.randint(3, (2, 4, 5), generator=g)
     valid = labels > 0

@@ -7,7 +7,7 @@ import torch
 
 import udakit
 from udakit import _reduce
-from udakit._reduce import select
+from udakit._reduce import classes, eager, select
 
 SPECIAL = [0.0, -0.0, 1.5, -2.25, float("inf"), float("-inf"), float("nan"), 1e-40]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8]
@@ -15,8 +15,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int
 
 @pytest.fixture(autouse=True)
 def _by_bits_at_every_size(monkeypatch):
-    monkeypatch.setattr(_reduce, "LARGE", 0)
-    monkeypatch.setattr(_reduce, "SMALL", 0)
+    monkeypatch.setattr(eager, "LARGE", 0)
+    monkeypatch.setattr(eager, "SMALL", 0)
 
 
 def bits(x):
@@ -64,7 +64,7 @@ def test_gradients_of_select_flow_to_the_side_that_was_taken():
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_largest_class_by_blocks_is_that_of_max(dtype, block, layout, monkeypatch):
     """Ties and infinities included: the first of equal classes, and the softmax there."""
-    monkeypatch.setattr(_reduce, "BLOCK", block)
+    monkeypatch.setattr(classes, "BLOCK", block)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(-2, 3, (2, 5, 4, 3), generator=generator).to(dtype).contiguous(memory_format=layout)
     x[0, 1, 0, 0], x[0, :, 1, 1], x[1, :, 2, 2] = float("-inf"), 1e4, 0.0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from udakit._reduce import LARGE
+from udakit._reduce.eager import LARGE
 from udakit.losses import _unit, pixel_prototype_contrast_loss
 
 SHAPES = [(2, 96, 40, 60), (1, 700, 2000), (2, 3, 20, 40, 60)]

@@ -42,7 +42,7 @@ for _check in CHECKS:
 
 
 # Size from which a map is large, and below which an image is sorted: the examples are far smaller than both.
-THRESHOLDS = {"udakit._reduce.LARGE": 1, "udakit._reduce.SMALL": 1, "udakit.mixing.histogram.EXACT": 0}
+THRESHOLDS = {"udakit._reduce.eager.LARGE": 1, "udakit._reduce.eager.SMALL": 1, "udakit.mixing.histogram.EXACT": 0}
 THRESHOLDS |= {"udakit.prototypes._distances.SMALL": 0}
 
 
@@ -142,7 +142,7 @@ def test_forward_mode(op: Operation, way: str, large: bool, monkeypatch: pytest.
 def _learning(op: Operation, large: bool, monkeypatch: pytest.MonkeyPatch) -> checks.Example:
     """A small float64 example that takes a gradient, in passes for `large` tensors on request."""
     if large:
-        monkeypatch.setattr("udakit._reduce.LARGE", 1)
+        monkeypatch.setattr("udakit._reduce.eager.LARGE", 1)
     ex = checks.make(checks.as_used(op), c=3, d=3, h=4, w=4, dtype=torch.float64)
     if not ex.grad:
         pytest.skip("takes no gradient")

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_float, check_mask_like, check_range, check_same_shape, check_scores
-from udakit._reduce import LARGE, Reduction, check_reduction, is_transformed, reduce_pixels, upcast
+from udakit._reduce import Reduction, check_reduction, is_transformed, reduce_pixels, upcast
+from udakit._reduce.eager import LARGE
 from udakit.losses._soft_cross_entropy import soft_cross_entropy
 from udakit.losses.kd import whole_soft_cross_entropy
 
