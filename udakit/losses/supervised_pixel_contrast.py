@@ -180,8 +180,10 @@ class _Spread(torch.autograd.Function):
         with full_precision(z):
             similarity = torch.mm(z / (temperature * LOG_2), z.T)
         entries = similarity.gather(1, own)
-        top = torch.where(others, similarity, torch.finfo(z.dtype).min).amax(dim=1, keepdim=True)
-        share = similarity.sub_(top).clamp_max_(0).exp2_().mul_(others)
+        lowest = torch.finfo(z.dtype).min
+        similarity = torch.where(others, similarity, lowest)
+        top = similarity.amax(dim=1, keepdim=True)
+        share = similarity.sub_(top.clamp_min(lowest / 2)).exp2_()  # 0 in a row without others, too
         total = share.sum(dim=1, keepdim=True)
         share.div_(total.clamp_min(torch.finfo(z.dtype).tiny))  # a row without others
         ctx.save_for_backward(z, share, own)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -92,20 +94,23 @@ def _check_fits(box: DetailBox, context: Tensor) -> None:
 
 def _inside(box: DetailBox, size: tuple[int, ...]) -> Tensor:
     """The mask (N, 1, *size) that is True on the cells of the crop."""
-    inside = torch.ones([1] * (len(size) + 2), dtype=torch.bool, device=box.start.device)
+    masks = []
     for axis, (cells, side, image) in enumerate(zip(size, box.size, box.image, strict=True)):
-        start = box.start[:, axis : axis + 1] * cells // image
-        place = torch.arange(cells, device=start.device)
-        within = (place >= start) & (place < start + max(1, side * cells // image))
-        inside = inside & _along(within, axis, len(size))
-    return inside
+        offset = torch.arange(cells, device=box.start.device) - _first_cells(box, axis, cells)
+        masks.append(_along(offset // max(1, side * cells // image) == 0, axis, len(size)))
+    return reduce(torch.logical_and, masks)
+
+
+def _first_cells(box: DetailBox, axis: int, cells: int) -> Tensor:
+    """The cell with the first pixel of each crop, (N, 1), on an axis with `cells` cells; rounded down."""
+    return box.start[:, axis : axis + 1] * cells // box.image[axis]
 
 
 def _in_place(detail: Tensor, box: DetailBox, size: tuple[int, ...]) -> Tensor:
     """The detail logits at their position in a map of the whole image, which is 0 elsewhere."""
     places = [
-        box.start[:, axis : axis + 1] * cells // image + torch.arange(side, device=detail.device)
-        for axis, (cells, side, image) in enumerate(zip(size, detail.shape[2:], box.image, strict=True))
+        _first_cells(box, axis, cells) + torch.arange(side, device=detail.device)
+        for axis, (cells, side) in enumerate(zip(size, detail.shape[2:], strict=True))
     ]
     return put_pixels(detail, places, size)
 

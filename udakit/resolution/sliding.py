@@ -69,10 +69,7 @@ def sliding_logits(
             total = row.new_zeros(*row.shape[:2], *images.shape[2:])
         total.narrow(2, top, grid.window[0]).add_(row)
     assert total is not None
-    for axis, (length, starts) in enumerate(zip(images.shape[2:], grid.starts, strict=True)):
-        count = _coverage(length, grid.window[axis], starts, total)
-        total = total / count.view(-1, *[1] * (images.ndim - 3 - axis))
-    return total
+    return total.div_(_coverage(images.shape[2:], grid, total))
 
 
 def sliding_bands(
@@ -108,6 +105,7 @@ def sliding_bands(
     grid = _grid(model, images, window, stride)
     height, tops = images.shape[2], grid.starts[0]
     held: Tensor | None = None
+    counts: Tensor | None = None
     for number, top in enumerate(tops):
         row = _row(model, images, top, grid)
         if held is not None:  # the rows that the windows above cover as well
@@ -115,12 +113,8 @@ def sliding_bands(
             row.narrow(2, 0, shared).add_(held.narrow(2, grid.window[0] - shared, shared))
         end = tops[number + 1] if number + 1 < len(tops) else height
         band = row.narrow(2, 0, end - top)
-        counts = _coverage(height, grid.window[0], tops, row).narrow(0, top, end - top)
-        band = band / counts.view(-1, *[1] * (images.ndim - 3))
-        for axis in range(1, len(grid.window)):
-            count = _coverage(images.shape[axis + 2], grid.window[axis], grid.starts[axis], row)
-            band = band / count.view(-1, *[1] * (images.ndim - 3 - axis))
-        yield top, band
+        counts = _coverage(images.shape[2:], grid, row) if counts is None else counts
+        yield top, band / counts.narrow(0, top, end - top)
         held = row
 
 
@@ -168,10 +162,13 @@ def _row(model: Callable[[Tensor], Any], images: Tensor, top: int, grid: _Grid) 
     return total
 
 
-def _coverage(length: int, window: int, starts: Sequence[int], like: Tensor) -> Tensor:
-    """The number of windows that cover each pixel of an axis."""
-    place = torch.arange(length, device=like.device)
-    count = torch.zeros(length, dtype=like.dtype, device=like.device)
-    for start in starts:
-        count = count + ((place >= start) & (place < start + window))
-    return count
+def _coverage(space: Sequence[int], grid: _Grid, like: Tensor) -> Tensor:
+    """The number of windows that cover each pixel."""
+    covered: Tensor | None = None
+    for length, window, starts in zip(space, grid.window, grid.starts, strict=True):
+        count = torch.zeros(length, dtype=like.dtype, device=like.device)
+        for start in starts:
+            count.narrow(0, start, window).add_(1)
+        covered = count if covered is None else covered.unsqueeze(-1) * count
+    assert covered is not None
+    return covered
