@@ -110,6 +110,8 @@ class _SumMembers(torch.autograd.Function):
             for own, row, k in zip(result, rows, ids.int(), strict=True):  # which `gather` refuses
                 torch.index_select(row, 1, k, out=own)
             return result, None, None
+        if torch.compiler.is_compiling() and rows.device.type == "cpu":
+            rows = rows.as_strided(rows.shape, rows.stride())  # a table in memory, not its arithmetic at every pixel
         return rows.gather(2, ids.unsqueeze(1).expand(-1, rows.shape[1], -1)), None, None
 
 
@@ -165,9 +167,11 @@ def _sums_by_product(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
 
     Pixels without a class are set to 0 before, because 0 times NaN would make every class NaN. A GPU has a block of
     threads for each small result, and would leave a long sum to a single one: the pixels are cut into several sums.
+    Compiled for a CPU, they are not: copying the values into parts would take longer than it saves.
     """
     n, d, pixels = values.shape
-    parts, more = cut_evenly(pixels, LENGTH)
+    whole = values.device.type == "cpu" and torch.compiler.is_compiling()
+    parts, more = (1, 0) if whole else cut_evenly(pixels, LENGTH)
     if more:
         values, ids, pixels = F.pad(values, (0, more)), F.pad(ids, (0, more), value=num_classes), pixels + more
     known = (ids < num_classes).unsqueeze(1)
