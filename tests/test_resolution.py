@@ -255,11 +255,12 @@ def test_the_gradient_of_a_crop_is_one_copy(dtype: torch.dtype) -> None:
         assert second.abs().sum() == udakit.crop_detail(second, box).abs().sum()
 
 
+@pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("start", [[-1, 0], [0, -1], [0, 5], [5, 0], [3, 99]])
-def test_a_crop_outside_of_its_image_is_an_error(start: list[int]) -> None:
+def test_a_crop_outside_of_its_image_is_an_error(start: list[int], learns: bool) -> None:
     box = udakit.DetailBox(torch.tensor([[0, 0], start, [0, 0]]), (4, 4), (8, 8))
     with pytest.raises(IndexError, match="out of range"):
-        udakit.crop_detail(torch.zeros(3, 2, 8, 8), box)
+        udakit.crop_detail(torch.zeros(3, 2, 8, 8, requires_grad=learns), box)
 
 
 def test_errors() -> None:
