@@ -199,7 +199,8 @@ def longer(results: dict[str, Any]) -> str:
         cells = []
         for pair in pairs:
             seeds = seeds_of(results, pair, f"longer_{row}")
-            cells.append(cell(results, pair, "combined" if row == "quick" else row, seeds=seeds))  # the same there
+            short = "combined" if row in ("steady", "quick") else row  # which are the same there
+            cells.append(cell(results, pair, short, seeds=seeds))
             cells.append(cell(results, pair, f"longer_{row}", start="longer_source_only"))
         lines.append(f"| {TITLES[row]} | {' | '.join(cells)} |")
     oracles = [f"{spread(final(results, pair, 'oracle'))} | –" for pair in pairs]

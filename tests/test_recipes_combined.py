@@ -15,7 +15,7 @@ from gta2cs.datasets import build_pair
 from gta2cs.evaluation import evaluating
 from gta2cs.inference import prefixes_of
 from gta2cs.recipes import Combined, Preparation
-from gta2cs.recipes.combined import SHARED, UNTRAINED, ahead, options_of, slowed
+from gta2cs.recipes.combined import LONG, RISING, SHARED, UNTRAINED, ahead, options_of, slowed
 from tiny import tiny_net
 from udakit import EMATeacher
 
@@ -270,6 +270,51 @@ def test_a_teacher_is_slower_in_a_long_stage():
     assert [c.teacher.decay for c in recipe.candidates.values()] == pytest.approx([1 - 1 / 400] * 2 + [0.5])
     recipe.trains_for(1)
     assert recipe.trial_steps == 0
+
+
+def test_the_labels_of_a_long_stage_become_more():
+    """Unless somebody has said which labels: then they stay as they are."""
+    for options, expected in (
+        ({}, (0.6, 0.9, True)),
+        ({"shared": {"threshold": 0.9}}, (0.6, 0.9, True)),
+        ({"rising_share": False}, (0.6, None, False)),
+        ({"shared": {"share": 0.5}}, (0.5, None, False)),
+        ({"shared": {"share_end": 0.8}}, (0.6, 0.8, False)),
+        ({"candidates": {"a": {"confidence_weight": True}}}, (0.6, None, True)),
+        ({"candidates": {"a": {"selector": "argmax"}}}, None),
+    ):
+        recipe = build(**{"candidates": {"a": {}}, "images": 1, "match_style": False, **options})
+        for steps, found in ((LONG, None), (LONG + 1, expected)):
+            recipe.trains_for(steps)
+            told = recipe.active.options
+            if found is not None:
+                assert (told.share, told.share_end, told.confidence_weight) == found
+    assert told.share_end is None
+    assert told.selector == "argmax"
+
+    silent, asked = build(candidates={"a": {}}), build(candidates={"a": {}}, shared=RISING)
+    for recipe in (silent, asked):
+        recipe.trains_for(2 * LONG)
+    assert vars(silent.active.options) == vars(asked.active.options)
+
+    batch = SimpleNamespace(target_images=torch.randn(1, 3, 64, 64), source_images=torch.randn(1, 3, 64, 64))
+    told = build(candidates={"a": {}, "b": {}}, trial=0.5, images=1, match_style=False)
+    told.trains_for(900)  # 225 of the trial and the 450 after it, for whichever is kept
+    told.prepare(Preparation(lambda start, stop: [batch] * (stop - start), trained=True))
+    assert told.decisions == [
+        "675 steps: the teacher averages over 225",
+        "675 steps: labels rise from 60% to 90% of each class, weighed by confidence",
+    ]
+
+    long, resumed = build(candidates={"a": {}}), build(candidates={"a": {}})
+    for recipe in (long, resumed):
+        recipe.trains_for(2 * LONG)
+    long.keep(0)
+    for _ in range(LONG):
+        long.after_step()
+    assert long.active.selector.share == pytest.approx(0.75)
+    resumed.load_state_dict(long.state_dict())
+    assert resumed.active.selector.share == pytest.approx(0.75)
 
 
 def test_shared_options_are_added_to_those_of_the_policy_and_other_channels_have_no_colours():

@@ -60,6 +60,10 @@ SHARED: dict[str, Any] = {
 # In a long stage a quick teacher repeats the errors of its student until both agree on them.
 MEMORY = 1 / 3  # of the steps, which a teacher averages over at least ...
 SLOWEST = 0.999  # ... but it is not slower than in the papers
+# And there is time to learn from pixels that are less sure, where each counts the less the fewer are sure.
+LONG = 300  # steps, up to which neither changes anything
+RISING: dict[str, Any] = {"share_end": 0.9, "confidence_weight": True}
+LABELS = ("selector", "share", *RISING)  # who gives one of these has chosen the labels
 
 
 class Combined(Recipe):
@@ -77,6 +81,7 @@ class Combined(Recipe):
         shared: dict[str, Any] = field(default_factory=dict)  # options of dacs for all of them, over the policy's
         match_style: bool = True  # leave source in its own colours where target in those of source is understood worse
         slow_teacher: bool = True  # over a third of a long stage's steps, unless candidates or `shared` have an `ema`
+        rising_share: bool = True  # more labels towards the end of a long stage, unless those say which
         trial: float = 0.0  # share of the steps in which the candidates take turns; 0: compared before the first step
         images: int = 24  # target crops that the score looks at
 
@@ -96,6 +101,7 @@ class Combined(Recipe):
         self.register_buffer("styled", torch.ones(len(candidates), dtype=torch.bool))
         self.done, self.trial_steps, self.kept = 0, 0, -1
         self.scores: dict[str, float] = {}
+        self.of_many_steps: dict[str, None] = {}  # what a long stage changed, in words, each once
 
     @classmethod
     def check(cls, options: Any) -> None:
@@ -139,7 +145,7 @@ class Combined(Recipe):
         return cls(num_classes, parsed, candidates)
 
     def trains_for(self, steps: int) -> None:
-        """Tell each candidate the steps that it trains for if it is kept, and how slow its teacher is for so many."""
+        """Tell each candidate the steps that it trains for if it is kept, and what so many of them change."""
         super().trains_for(steps)
         count = len(self.names)
         turns = int(self.options.trial * steps / count) if count > 1 else 0
@@ -147,13 +153,21 @@ class Combined(Recipe):
         for name, candidate in self.candidates.items():
             candidate.trains_for(steps - self.trial_steps + turns)
             asked = {**self.options.shared, **self.options.candidates[name]}
+            if candidate.steps <= LONG:
+                continue
             if self.options.slow_teacher and "ema" not in asked:
-                candidate.teacher.decay = slowed(candidate.options.ema, candidate.steps)
+                candidate.teacher.decay = decay = slowed(candidate.options.ema, candidate.steps)
+                self.of_many_steps[f"{candidate.steps} steps: the teacher averages over {1 / (1 - decay):.0f}"] = None
+            if self.options.rising_share and asked.keys().isdisjoint(LABELS):
+                vars(candidate.options).update(RISING)
+                rises = "labels rise from {share:.0%} to {share_end:.0%} of each class, weighed by confidence"
+                self.of_many_steps[f"{candidate.steps} steps: {rises.format_map(vars(candidate.options))}"] = None
 
     def prepare(self, data: Preparation) -> None:
         """Keep some target crops for the score; let every candidate look at the images."""
         self.kept = 0 if len(self.candidates) == 1 else -1
         self.progress = self.progress.new_tensor([0, self.trial_steps, self.kept])
+        self.decisions.extend(self.of_many_steps)
         now = self.kept < 0 and self.trial_steps == 0
         if not data.trained and (now or (self.options.match_style and self.styles())):
             self.decisions.append(UNTRAINED)

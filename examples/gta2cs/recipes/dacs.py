@@ -71,8 +71,7 @@ class Dacs(TargetStyled):
             )
         self.selector = nn.Identity() if self.rectified is not None else make_selector(options, num_classes)
         self.done = 0
-        if options.share_end is not None:
-            self.register_buffer("course", torch.tensor([0, 0]))  # steps done, steps of the stage: for a resumed run
+        self.register_buffer("course", torch.tensor([0, 0]))  # of a rising share: steps done, steps of the stage
         wanted = options.feature_distance_classes or list(range(num_classes))
         self.register_buffer("distance_classes", torch.tensor(wanted), persistent=False)
         dim: int = student.feature_dim  # type: ignore[assignment]
@@ -206,7 +205,8 @@ class Dacs(TargetStyled):
         self.selector.share = begin + (end - begin) * min(1.0, self.done / max(1, self.steps))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        if (saved := state_dict.get(prefix + "course")) is not None and self.options.share_end is not None:
+        saved = state_dict.setdefault(prefix + "course", self.course)  # what an earlier version wrote may have none
+        if self.options.share_end is not None:
             self.done = int(saved[0])
             self.move_share()
         super()._load_from_state_dict(state_dict, prefix, *args)
