@@ -302,19 +302,48 @@ def test_the_labels_of_a_long_stage_become_more():
     told.trains_for(900)  # 225 of the trial and the 450 after it, for whichever is kept
     told.prepare(Preparation(lambda start, stop: [batch] * (stop - start), trained=True))
     assert told.decisions == [
-        "675 steps: the teacher averages over 225",
+        "675 steps: the teacher averages over 225 of them",
         "675 steps: labels rise from 60% to 90% of each class, weighed by confidence",
     ]
 
-    long, resumed = build(candidates={"a": {}}), build(candidates={"a": {}})
-    for recipe in (long, resumed):
+    mixed = build(candidates={"a": {"share": 0.5}, "b": {"ema": 0.9}}, images=1, match_style=False)
+    mixed.trains_for(600)  # nothing is said of a candidate whose labels stay as they are
+    mixed.prepare(Preparation(lambda start, stop: [batch] * (stop - start), trained=True))
+    assert mixed.decisions[:2] == [
+        "a: 600 steps: the teacher averages over 200 of them",
+        "b: 600 steps: labels rise from 60% to 90% of each class, weighed by confidence",
+    ]
+
+
+def test_a_resumed_long_stage_goes_on_from_its_share_or_as_an_earlier_version_began_it():
+    def long(state=None):
+        recipe = build(candidates={"a": {}})
         recipe.trains_for(2 * LONG)
-    long.keep(0)
+        if state is not None:
+            recipe.load_state_dict(state)
+        return recipe
+
+    recipe = long()
+    recipe.keep(0)
+    assert long(recipe.state_dict()).active.options.share_end == 0.9  # also when no step was done
     for _ in range(LONG):
-        long.after_step()
-    assert long.active.selector.share == pytest.approx(0.75)
-    resumed.load_state_dict(long.state_dict())
-    assert resumed.active.selector.share == pytest.approx(0.75)
+        recipe.after_step()
+    assert recipe.active.selector.share == pytest.approx(0.75)
+    assert long(recipe.state_dict()).active.selector.share == pytest.approx(0.75)
+
+    earlier = recipe.state_dict()
+    del earlier["candidates.a.course"]
+    constant = long(earlier)
+    constant.after_step()
+    for recipe in (constant, long(constant.state_dict())):  # and when that is resumed again
+        assert recipe.active.selector.share == 0.6
+        assert (recipe.active.options.share_end, recipe.active.options.confidence_weight) == (None, False)
+
+
+def test_what_a_long_stage_refuses_is_said_at_once():
+    with pytest.raises(ValueError, match=r"(?s)threshold.*1.5.*of candidate 'a' or of `shared`"):
+        build(candidates={"a": {}}, shared={"threshold": 1.5})
+    build(candidates={"a": {}}, shared={"threshold": 1.5}, rising_share=False)  # which does not look at it
 
 
 def test_shared_options_are_added_to_those_of_the_policy_and_other_channels_have_no_colours():

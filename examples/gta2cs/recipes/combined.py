@@ -101,7 +101,7 @@ class Combined(Recipe):
         self.register_buffer("styled", torch.ones(len(candidates), dtype=torch.bool))
         self.done, self.trial_steps, self.kept = 0, 0, -1
         self.scores: dict[str, float] = {}
-        self.of_many_steps: dict[str, None] = {}  # what a long stage changed, in words, each once
+        self.of_many_steps: dict[str, list[str]] = {}  # what a long stage changed, in words, and in which candidates
 
     @classmethod
     def check(cls, options: Any) -> None:
@@ -119,6 +119,8 @@ class Combined(Recipe):
                 )
             try:
                 Dacs.parse(options_of(options.shared, own))
+                if rises(options, name):  # what a long stage refuses is said now, not after the stages before
+                    Dacs.parse({**options_of(options.shared, own), **RISING})
             except ValueError as error:
                 raise ValueError(f"{error} It is an option of candidate '{name}' or of `shared`.") from error
 
@@ -150,24 +152,30 @@ class Combined(Recipe):
         count = len(self.names)
         turns = int(self.options.trial * steps / count) if count > 1 else 0
         self.trial_steps = count * turns
+        self.of_many_steps.clear()
         for name, candidate in self.candidates.items():
             candidate.trains_for(steps - self.trial_steps + turns)
-            asked = {**self.options.shared, **self.options.candidates[name]}
             if candidate.steps <= LONG:
                 continue
-            if self.options.slow_teacher and "ema" not in asked:
+            if self.options.slow_teacher and "ema" not in {**self.options.shared, **self.options.candidates[name]}:
                 candidate.teacher.decay = decay = slowed(candidate.options.ema, candidate.steps)
-                self.of_many_steps[f"{candidate.steps} steps: the teacher averages over {1 / (1 - decay):.0f}"] = None
-            if self.options.rising_share and asked.keys().isdisjoint(LABELS):
+                self.note(name, f"the teacher averages over {1 / (1 - decay):.0f} of them")
+            if rises(self.options, name):
                 vars(candidate.options).update(RISING)
-                rises = "labels rise from {share:.0%} to {share_end:.0%} of each class, weighed by confidence"
-                self.of_many_steps[f"{candidate.steps} steps: {rises.format_map(vars(candidate.options))}"] = None
+                write_numbers(candidate.course, 0, candidate.steps)
+                more = "labels rise from {share:.0%} to {share_end:.0%} of each class, weighed by confidence"
+                self.note(name, more.format_map(vars(candidate.options)))
+
+    def note(self, name: str, change: str) -> None:
+        """Remember for `prepare` what is different because the candidate trains for many steps."""
+        self.of_many_steps.setdefault(f"{self.candidates[name].steps} steps: {change}", []).append(name)
 
     def prepare(self, data: Preparation) -> None:
         """Keep some target crops for the score; let every candidate look at the images."""
         self.kept = 0 if len(self.candidates) == 1 else -1
         self.progress = self.progress.new_tensor([0, self.trial_steps, self.kept])
-        self.decisions.extend(self.of_many_steps)
+        for change, names in self.of_many_steps.items():
+            self.decisions.append(change if len(names) == len(self.names) else f"{', '.join(names)}: {change}")
         now = self.kept < 0 and self.trial_steps == 0
         if not data.trained and (now or (self.options.match_style and self.styles())):
             self.decisions.append(UNTRAINED)
@@ -322,6 +330,12 @@ class Combined(Recipe):
                 gone = tuple(f"{prefix}candidates.{name}." for name in self.names if name not in self.candidates)
                 for name in [name for name in state_dict if name.startswith(gone)]:
                     del state_dict[name]  # of checkpoints that were written with the others
+        for name, candidate in self.candidates.items():
+            saved = state_dict.get(course := f"{held}{name}.course")
+            if rises(self.options, name) and (saved is None or int(saved[1]) == 0):
+                # An earlier version began this run, without a share that rises: it goes on as it began.
+                vars(candidate.options).update(share_end=None, confidence_weight=False)
+                state_dict[course] = torch.zeros_like(candidate.course)
         styled = state_dict.setdefault(prefix + "styled", self.styled)  # checkpoints of before it existed have none
         self.styled = styled.to(self.styled.device)
         self.apply_styles()
@@ -337,6 +351,11 @@ def options_of(shared: dict[str, Any], own: dict[str, Any], channels: int = 3) -
     if given.get("selector", SHARED["selector"]) != SHARED["selector"]:  # what only that selector has goes with it
         policy = {name: value for name, value in policy.items() if name not in ("share", "share_end")}
     return {**policy, **given}
+
+
+def rises(options: Any, name: str) -> bool:
+    """Whether the share of labels of the candidate rises in a long stage: unless somebody has chosen the labels."""
+    return bool(options.rising_share and {*options.shared, *options.candidates[name]}.isdisjoint(LABELS))
 
 
 def slowed(decay: float, steps: int) -> float:
