@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import udakit
 from udakit.mixing._color import Opponent, Rgb
@@ -224,6 +225,43 @@ def test_one_pixel_far_away_moves_no_other(outlier, exact, monkeypatch):
     moved = (udakit.histogram_transfer(spoilt_content, style) - plain).abs().flatten(2).sort(dim=2).values
     assert moved[:, :, :-1].max() < 2e-2
     assert moved.median() < 1e-3
+
+
+@pytest.mark.parametrize("infinite", [torch.inf, -torch.inf])
+@pytest.mark.parametrize("exact", [0, 2048])
+def test_infinities_of_a_style_are_given_as_they_are(infinite, exact, monkeypatch):
+    """They share their bins with NaN, which used to be what most of their pixels became."""
+    monkeypatch.setattr("udakit.mixing.histogram.EXACT", exact)
+    content, style = pair(4, 40, 50)
+    got = udakit.histogram_transfer(content, style.index_fill(3, torch.arange(25), infinite))
+    torch.testing.assert_close(
+        (got == infinite).double().mean((2, 3)), torch.full((2, 3), 0.5).double(), atol=1e-3, rtol=0
+    )
+    assert (got[got != infinite] - 0.55).abs().max() <= 0.251  # no value is far from those of the style
+
+
+def test_histogram_transfer_computes_in_float32_whatever_the_default():
+    content, style = (image.float() for image in pair(6, 80, 90))
+    expected = udakit.histogram_transfer(content, style)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(udakit.histogram_transfer(content, style), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_histogram_transfer_sums_integers_only():
+    """With `torch.use_deterministic_algorithms(True)` a GPU refuses a `cumsum` of floats."""
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            assert "cumsum" not in str(func) or not args[0].is_floating_point()
+            return func(*args, **(kwargs or {}))
+
+    content, style = pair(5, 80, 90)
+    with Watched():
+        udakit.histogram_transfer(content, style)
+        udakit.histogram_transfer(content[..., :9, :9], style[..., :9, :9])
 
 
 def test_histogram_transfer_is_monotone_and_keeps_ties():

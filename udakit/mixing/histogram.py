@@ -16,6 +16,7 @@ from udakit.mixing.style import check_content_style
 # The sign, the exponent and the first three mantissa bits of a float: 8 cells per octave for each sign.
 CELL_BITS = 12
 CELLS = 1 << CELL_BITS
+INFINITY = 0x7F800000  # the bits of +inf, above which are those of NaN
 HALF = CELLS // 2  # the cells of negative numbers, whose bits count from zero downwards
 REST = 32 - CELL_BITS
 EXACT = 2**12  # up to this many pixels, sorting is faster than counting
@@ -144,12 +145,13 @@ def _histogram(x: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     some = x[:, :: pixels // SAMPLES | 1].view(torch.int32)  # an odd step visits all columns of the usual widths
     at = (some >> REST).add_(cells).flatten()
     members = torch.zeros(rows * CELLS, dtype=torch.int32, device=x.device).index_add_(0, at, one.expand_as(at))
-    wide = _by_value(members.view(rows, CELLS)).float().mul_(bins).div_(max(some.shape[1], 1)).floor_().add_(1)
-    first = wide.cumsum(1).sub_(wide)
+    wide = _by_value(members.view(rows, CELLS)).float().mul_(bins).div_(max(some.shape[1], 1)).int().add_(1)
+    first = wide.cumsum(1, dtype=torch.int32).sub_(wide)  # not of floats, which is not deterministic on a GPU
     start, step = _lines(first, wide, bins)
     counts = torch.zeros(rows * (bins + CELLS), dtype=torch.int32, device=x.device)
     index = torch.empty(x.shape, dtype=torch.int32, device=x.device)
-    spare = torch.empty(2, min(x.numel(), STRIPE) if _by_stripes(x) else x.numel(), device=x.device)
+    numbers = min(x.numel(), STRIPE) if _by_stripes(x) else x.numel()
+    spare = torch.empty(2, numbers, dtype=torch.float32, device=x.device)
     for r, p in _stripes(x):
         bits, here = x[r, p].view(torch.int32), index[r, p]
         flat = here.view(-1)
@@ -186,8 +188,8 @@ def _lines(first: Tensor, wide: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
     The line ends slightly below the first bin of the next cell, so that rounding to float32 never reaches that bin.
     """
-    length = wide - (bins + CELLS) / 2**22
-    start, step = first.clone(), length / 2**REST
+    length = wide.float().sub_((bins + CELLS) / 2**22)
+    start, step = first.float(), length / 2**REST
     start[:, :HALF] += length[:, :HALF]  # a negative number falls as its bits grow
     step[:, :HALF].neg_()
     # -0.0 equals 0.0. The other negative numbers in its cell are subnormal and count as 0, too.
@@ -206,8 +208,9 @@ def _value_at(place: Tensor, within: Tensor, first: Tensor, wide: Tensor, bins: 
     begins = torch.zeros(len(first), bins, dtype=torch.int32, device=first.device).scatter_(1, first.long(), 1)
     cell = begins.cumsum_(1).sub_(1).gather(1, place)  # the number of cells that begin at or before it, minus one
     at = cell.long()
-    share = (place - first.gather(1, at)).add_(within).div_(wide.gather(1, at))
-    return _float(cell.sub_(HALF).mul_(2**REST).add_(share.mul_(2**REST).int()))
+    share = (place - first.gather(1, at) + within).div_(wide.gather(1, at))
+    bits = cell.sub_(HALF).mul_(2**REST).add_(share.mul_(2**REST).int())
+    return _float(bits.clamp_(-INFINITY - 1, INFINITY))  # infinities share their cells with NaN
 
 
 def _float(key: Tensor) -> Tensor:
