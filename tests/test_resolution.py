@@ -255,6 +255,30 @@ def test_the_gradient_of_a_crop_is_one_copy(dtype: torch.dtype) -> None:
         assert second.abs().sum() == udakit.crop_detail(second, box).abs().sum()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_many_gradients_of_a_crop_at_once(dtype: torch.dtype) -> None:
+    box = udakit.DetailBox(torch.tensor([[0, 3], [2, 4]]), (4, 4), (8, 8))
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    crops = udakit.crop_detail(x, box)
+    incoming = torch.stack([torch.ones_like(crops), crops.detach()])
+    (found,) = torch.autograd.grad(crops, x, incoming, is_grads_batched=True, retain_graph=True)
+    alone = [torch.autograd.grad(crops, x, one, retain_graph=True)[0] for one in incoming]
+    assert torch.equal(found, torch.stack(alone))
+
+
+@pytest.mark.parametrize("length", [8, 20])
+def test_a_subclass_in_sliding_windows_has_its_gradient(length: int) -> None:
+    """Also in one window alone, whose sum torch takes for a leaf after it was written to through a view."""
+    model, images = net(), torch.randn(1, 3, length, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = []
+    for x in (images, images.as_subclass(type("Subclass", (torch.Tensor,), {}))):
+        model.zero_grad()
+        (udakit.sliding_logits(model, x, (8, 8)) ** 2).sum().backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert found[0]
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("start", [[-1, 0], [0, -1], [0, 5], [5, 0], [3, 99]])
 def test_a_crop_outside_of_its_image_is_an_error(start: list[int], learns: bool) -> None:

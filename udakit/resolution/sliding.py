@@ -69,7 +69,9 @@ def sliding_logits(
             total = row.new_zeros(*row.shape[:2], *images.shape[2:])
         total.narrow(2, top, grid.window[0]).add_(row)
     assert total is not None
-    return total.div_(_coverage(images.shape[2:], grid, total))
+    count = _coverage(images.shape[2:], grid, total)
+    # torch takes a subclass that was written to through views for a leaf, and refuses to change it.
+    return total.div_(count) if type(total) is Tensor else total / count
 
 
 def sliding_bands(
