@@ -46,6 +46,10 @@ def test_a_class_that_never_occurs_is_dropped_not_favoured() -> None:
     assert out[1] == 0
     assert out.sum().item() == pytest.approx(1)
     assert rare_class_probabilities(torch.zeros(3)).tolist() == [0, 0, 0]
+    assert rare_class_probabilities(torch.tensor([1e308, 1e308], dtype=torch.float64)).tolist() == [
+        0.5,
+        0.5,
+    ]  # each is finite
 
 
 @pytest.mark.parametrize("temperature", [1e-8, 1e-3, 1e6])
