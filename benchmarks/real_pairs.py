@@ -98,7 +98,7 @@ def warm_start(
     config.stages = [train_gta2cs.Stage("source_only", steps, lr=3e-4, lr_warmup=20, options=dict(augment))]
     if not (out / "results.json").is_file():
         train_gta2cs.main(config)
-    return out / "stage1_source_only" / "last.pt"
+    return out / stage_folder(0, "source_only") / "last.pt"
 
 
 def last_checkpoint(config: train_gta2cs.Config) -> Path:

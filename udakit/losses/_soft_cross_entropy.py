@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import BLOCK, exp_, plain, refuse_transforms, upcast, zero_where_not_
+from udakit._reduce import BLOCK, exp_, learns, plain, refuse_transforms, upcast, zero_where_not_
 
 
 def soft_cross_entropy(
@@ -18,7 +18,7 @@ def soft_cross_entropy(
     valid, given = None if valid is None else plain(valid), plain(student)
     student, teacher = plain(upcast(student)), plain(upcast(teacher.detach()).to(upcast(student).dtype))
     refuse_transforms(student)
-    keep = student.requires_grad and torch.is_grad_enabled()
+    keep = learns(student)
     if torch.compiler.is_compiling():
         loss: Tensor = torch.ops.udakit.soft_cross_entropy(student, teacher, temperature, keep, valid, kl)[0]
         return loss

@@ -17,6 +17,7 @@ from udakit._reduce import (
     first_derivative_only,
     full_precision,
     is_transformed,
+    learns,
     plain,
     refuse_transforms,
     select,
@@ -55,8 +56,7 @@ def sums_at_once(logits: Tensor, reduction: Reduction, pixel_weight: Tensor | No
     """Whether `upsampled_sum` applies: on a CPU, where the loss is summed and only the logits learn."""
     if reduction == "none" or logits.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
         return False
-    learns = logits.requires_grad and torch.is_grad_enabled()
-    return learns and not at_once(logits) and not (pixel_weight is not None and pixel_weight.requires_grad)
+    return learns(logits) and not at_once(logits) and not (pixel_weight is not None and pixel_weight.requires_grad)
 
 
 def upsampled_sum(

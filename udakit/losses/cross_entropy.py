@@ -22,6 +22,7 @@ from udakit._reduce import (
     Reduction,
     check_reduction,
     is_large,
+    learns,
     look_up,
     plain,
     reduce_pixels,
@@ -111,7 +112,7 @@ def labelled_cross_entropy(
     caller has computed it already.
     """
     weight = None if class_weight is None else class_weight.detach().to(logits.dtype)
-    grows = logits.requires_grad and torch.is_grad_enabled()
+    grows = learns(logits)
     try:
         if grows and is_large(logits, 2):
             loss: Tensor = _CrossEntropy.apply(plain(logits), plain(labels), weight, ignore_index)[0]

@@ -20,6 +20,7 @@ from udakit._reduce import (
     exp_,
     guard,
     is_large,
+    learns,
     plain,
     reduce_pixels,
     select,
@@ -78,7 +79,7 @@ def entropy_loss(
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
     x = upcast(logits)
-    if kind == "logits" and x.requires_grad and torch.is_grad_enabled() and is_large(x):
+    if kind == "logits" and learns(x) and is_large(x):
         loss: Tensor = _Entropy.apply(plain(x), None if valid is None else plain(valid))[0]
     elif kind == "logits":
         log_p, _ = softmax_where(valid, x, log=True)

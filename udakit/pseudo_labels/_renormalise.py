@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import BLOCK, is_large
+from udakit._reduce import BLOCK, is_large, learns
 
 Place = tuple[slice, slice, slice]  # images, all classes, pixels
 
@@ -19,8 +19,8 @@ def renormalised(p: Tensor, weight: Tensor) -> Tensor:
     `weight` is a map like `p` (N, C, *space), or has one value for each class, (C, 1, ...), and no gradient.
     """
     if is_large(p) and type(p) is type(weight) is Tensor:
-        learns = torch.is_grad_enabled() and (p.requires_grad or weight.requires_grad)
-        result: Tensor = (_Renormalised.apply if learns else _Renormalised.forward)(p, weight)[0]
+        run = _Renormalised.apply if learns(p) or learns(weight) else _Renormalised.forward
+        result: Tensor = run(p, weight)[0]
         return result
     product = p * weight
     total = product.sum(1, keepdim=True)

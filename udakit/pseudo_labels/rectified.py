@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_maps, check_range, check_same_shape, check_scores
-from udakit._reduce import Kind, exp_, is_large, upcast
+from udakit._reduce import Kind, exp_, is_large, learns, upcast
 from udakit.prototypes import ClassPrototypes
 from udakit.pseudo_labels._by_prototypes import PrototypeSelector
 from udakit.pseudo_labels._renormalise import Place, renormalised, renormalised_in_pieces
@@ -58,8 +58,7 @@ def rectify_probabilities(
     check_same_shape(distances, probabilities, name="distances", reference_name="probabilities")
     p = upcast(probabilities)
     d = upcast(distances).to(p.dtype)
-    learns = torch.is_grad_enabled() and (p.requires_grad or d.requires_grad)
-    if learns or not is_large(p) or type(p) is not Tensor or type(d) is not Tensor:
+    if learns(p) or learns(d) or not is_large(p) or type(p) is not Tensor or type(d) is not Tensor:
         return renormalised(p, _proximity_(torch.where(p > 0, d, float("inf")), 1, temperature))
     maps, far, never = p.flatten(2), d.flatten(2), p.new_tensor(float("inf"))
 

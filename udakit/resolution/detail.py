@@ -21,7 +21,7 @@ from udakit._checks import (
     is_sequence,
     shape_of,
 )
-from udakit._reduce import is_eager_on_cpu
+from udakit._reduce import is_eager_on_cpu, learns
 
 Scope = Literal["batch", "image"]
 SCOPES = get_args(Scope)
@@ -131,7 +131,7 @@ def crop_detail(x: Shaped[Tensor, "n ..."], box: DetailBox) -> Shaped[Tensor, "n
         )
     check_device("box", box.start, x, "x")
     if is_eager_on_cpu(x) and x.numel() and 0 not in box.size:
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        if not learns(x):
             return _whole_crops(x, box)
         crops: Tensor = _Crop.apply(x, box.start, box)
         return crops
@@ -204,8 +204,8 @@ def put_pixels(x: Tensor, places: Sequence[Tensor], sizes: Sequence[int]) -> Ten
 
     This touches less memory than picking a pixel for each position, and its gradient is the crop again.
     """
-    constant = not (x.requires_grad and torch.is_grad_enabled())
-    if constant and x.dtype in (torch.float16, torch.bfloat16) and is_eager_on_cpu(x) and not _is_batched(x):
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    if half and not learns(x) and is_eager_on_cpu(x) and not _is_batched(x):
         return put_pixels(x.view(torch.int16), places, sizes).view(x.dtype)  # torch would copy the maps to float32
     leading, place = x.shape[: -len(sizes)], joint(places, sizes)
     if len(leading) == 2:

@@ -62,6 +62,7 @@ def _check_counts(class_pixels: Tensor) -> None:
         raise ValueError(f"Expected `class_pixels` to have at least one class, but got {shape_of(class_pixels)}.")
     if torch.compiler.is_compiling() or type(class_pixels) is not Tensor or not class_pixels.is_cpu or is_transformed():
         return
+    # Read from the CPU's memory, a number a class: as operations on a tensor it would take four times as long.
     if not all(0 <= count < math.inf for count in class_pixels.flatten().tolist()):
         raise ValueError("Expected `class_pixels` to be pixel counts, finite and at least 0, but got other values.")
 

@@ -118,9 +118,8 @@ class Combined(Recipe):
                     f"Expected another name for candidate {name!r}: a word that torch does not use itself."
                 )
             try:
-                Dacs.parse(options_of(options.shared, own))
-                if rises(options, name):  # what a long stage refuses is said now, not after the stages before
-                    Dacs.parse({**options_of(options.shared, own), **RISING})
+                # What a long stage refuses is said now, not after the stages before.
+                Dacs.parse({**options_of(options.shared, own), **(RISING if rises(options, name) else {})})
             except ValueError as error:
                 raise ValueError(f"{error} It is an option of candidate '{name}' or of `shared`.") from error
 
