@@ -405,6 +405,24 @@ def fake_tensors(op: Operation) -> None:
             assert (x.shape, x.dtype) == (r.shape, r.dtype), f"output {i} is another on fake tensors"
 
 
+def defaults(op: Operation) -> None:
+    """Takes device and dtype from its tensors, whatever torch's defaults are."""
+    expected = run_with_gradients(make(op))
+    others = [make(op), make(op), make(op)]
+    with torch.device("meta"):  # which no tensor of the call is on
+        found = {"device": run_with_gradients(others[0])}
+    before = torch.get_default_dtype()
+    for dtype, ex in zip((torch.float64, torch.bfloat16), others[1:], strict=True):
+        torch.set_default_dtype(dtype)
+        try:
+            found[str(dtype)] = run_with_gradients(ex)
+        finally:
+            torch.set_default_dtype(before)
+    for what, (values, slopes) in found.items():
+        assert_equal(values, expected[0], f"with another default, {what}")
+        assert_equal(slopes, expected[1], f"gradient with another default, {what}")
+
+
 SYNCHRONISING = (
     "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_static", "unique", "_unique", "_unique2",
     "unique_dim", "unique_consecutive", "masked_select", "equal", "bincount", "_linalg_check_errors", "_linalg_eigh",

@@ -217,6 +217,9 @@ OPERATIONS = [
         _projected_feature_loss,
         _use_projection,
         build=_projection,
-        exempt={"module": "its function would be feature_distance_loss: the parameters are what it adds"},
+        exempt={
+            "module": "its function would be feature_distance_loss: the parameters are what it adds",
+            "defaults": "its projection is a layer of torch, whose weights have the default dtype",
+        },
     ),
 ]

@@ -23,7 +23,7 @@ def _count(labels: Tensor, **options: Any) -> Tensor:
 
 def _sample(class_pixels: Tensor, **options: Any) -> Tensor:
     sampler = udakit.RareClassSampler(class_pixels, **options)
-    return torch.tensor([sampler.at(3, k) for k in range(50)] + [(i, -1) for i in sampler])
+    return torch.tensor([sampler.at(3, k) for k in range(50)] + [(i, -1) for i in sampler], device="cpu")
 
 
 def _table(s: Sample) -> Call:

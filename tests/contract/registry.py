@@ -37,6 +37,7 @@ CHECKS = (
     "module",  # function == Module
     "gradcheck",  # float64 numerical gradient
     "fake_tensors",  # runs on fake CPU and fake CUDA tensors: no data-dependent shape, no host read
+    "defaults",  # torch's default device and dtype change nothing
     "no_device_copy",  # a dispatch mode sees no copy between devices
     "compile",  # torch.compile(fullgraph=True, backend="aot_eager") gives the same values
     "half",  # bfloat16 and float16 finite and close to float32
@@ -58,7 +59,7 @@ CHECKS = (
 )
 
 # The checks that also run with the thresholds of large maps lowered, so that the examples are large.
-OF_LARGE_MAPS = ("gradcheck", "half", "strides", "extreme_values", "subclass", "nan_outside")
+OF_LARGE_MAPS = ("gradcheck", "half", "strides", "extreme_values", "subclass", "nan_outside", "defaults")
 
 # Parts of a check that an entry can be exempted from as "<check>.<part>", leaving the rest of the check in force.
 PARTS = {

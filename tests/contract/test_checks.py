@@ -103,6 +103,10 @@ def goes_to_the_cpu(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     return _sound(logits.cpu(), labels.cpu(), weight.cpu())
 
 
+def divides_counts(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
+    return _sound(logits, labels, weight) * ((labels == 0).sum() / 3)  # of the default dtype
+
+
 def tensor_from_a_list(logits: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     return _sound(logits * torch.tensor([1.0, 2.0, 3.0, 4.0], device=logits.device).reshape(1, 4, 1, 1), labels, weight)
 
@@ -279,7 +283,7 @@ def sound_draw(labels: Tensor, *, generator: torch.Generator | None = None) -> T
         raise ValueError("Expected `labels` to be an integer (N, *space).")
     if generator is not None and generator.device != labels.device:
         raise ValueError("Expected `generator` to be on the input's device.")
-    return torch.rand(labels.shape, generator=generator, device=labels.device) < 0.5
+    return torch.rand(labels.shape, generator=generator, device=labels.device, dtype=torch.float32) < 0.5
 
 
 # (check, operation, part of what the check says)
@@ -293,6 +297,8 @@ BROKEN = [
     ("fake_tensors", broken(reads_a_value), "_local_scalar_dense"),
     ("fake_tensors", broken(selects_by_mask), "nonzero"),
     ("fake_tensors", broken(result_on_the_cpu), "output 0 is on cpu"),
+    ("defaults", broken(index_on_the_cpu), "with another default, device"),
+    ("defaults", broken(divides_counts), "with another default, torch.float64"),
     ("no_device_copy", broken(reads_a_value), "_local_scalar_dense"),
     ("no_device_copy", broken(no_graph_when_empty), "_local_scalar_dense"),
     ("no_device_copy", broken(selects_by_mask), "with a mask"),

@@ -94,7 +94,7 @@ def page() -> str:
                 "A check that has nothing to look at in an entry skips it and says so.",
                 table(["check", "what must hold", "entries", "exempt"], counted),
                 "On the CPU, large maps take other code: blocks, or operations on bits. "
-                f"Six checks run over that code, too: {', '.join(f'`{check}`' for check in OF_LARGE_MAPS)}.",
+                f"Seven checks run over that code, too: {', '.join(f'`{check}`' for check in OF_LARGE_MAPS)}.",
                 "## Nets, images and tensors of any kind",
                 f"- **Dimensions**: {filled['space']} entries take maps. "
                 "With one or three spatial axes they give what they give with two, or refuse them by name.\n"

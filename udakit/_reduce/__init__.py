@@ -11,7 +11,14 @@ from udakit._reduce.classes import (
     top_by_blocks,
     top_class,
 )
-from udakit._reduce.eager import first_derivative_only, is_eager_on_cpu, is_large, is_transformed, refuse_transforms
+from udakit._reduce.eager import (
+    first_derivative_only,
+    is_eager_on_cpu,
+    is_large,
+    is_run_on_cpu,
+    is_transformed,
+    refuse_transforms,
+)
 from udakit._reduce.masks import guard, learns, select, softmax_where, zero_where_not_
 from udakit._reduce.means import KINDS, Kind, Reduction, check_reduction, divided, reduce_pixels
 from udakit._reduce.precision import LOG_2, exp_, full_precision, interpolate, plain, upcast
@@ -36,6 +43,7 @@ __all__ = [
     "interpolate",
     "is_eager_on_cpu",
     "is_large",
+    "is_run_on_cpu",
     "is_transformed",
     "learns",
     "look_up",

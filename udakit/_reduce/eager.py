@@ -27,7 +27,12 @@ def is_large(x: Tensor, times: int = 1) -> bool:
 
 def is_eager_on_cpu(x: Tensor) -> bool:
     """Whether memory may be addressed as it lies: on the CPU, without a compiler and without `torch.func`."""
-    return not torch.compiler.is_compiling() and x.is_cpu and not is_transformed()
+    return is_run_on_cpu(x) and not is_transformed()
+
+
+def is_run_on_cpu(x: Tensor) -> bool:
+    """Whether the CPU runs each operator when it is called, so that blocks which fit its cache are faster."""
+    return x.is_cpu and not torch.compiler.is_compiling()
 
 
 def is_transformed() -> bool:

@@ -16,7 +16,7 @@ from udakit._reduce import (
     Reduction,
     first_derivative_only,
     full_precision,
-    is_transformed,
+    is_eager_on_cpu,
     learns,
     plain,
     refuse_transforms,
@@ -54,7 +54,7 @@ def upsampled_loss(
 
 def sums_at_once(logits: Tensor, reduction: Reduction, pixel_weight: Tensor | None) -> bool:
     """Whether `upsampled_sum` applies: on a CPU, where the loss is summed and only the logits learn."""
-    if reduction == "none" or logits.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed():
+    if reduction == "none" or not is_eager_on_cpu(logits):
         return False
     return learns(logits) and not at_once(logits) and not (pixel_weight is not None and pixel_weight.requires_grad)
 

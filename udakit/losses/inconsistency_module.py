@@ -133,7 +133,7 @@ class InconsistencyLoss(FullPrecisionState):
         if self.sync:
             counts = sum_ranks(counts[:2])
         # The averages of an absent class shrink together, so their ratio stays. Stop before they underflow.
-        moved = ((self.union >= _FADED) | (counts[1] > 0)) * (1.0 - self.momentum)
+        moved = ((self.union >= _FADED) | (counts[1] > 0)).to(self.union.dtype) * (1.0 - self.momentum)
         both, union = counts[:2].to(self.union.dtype)
         self.intersection.lerp_(both, moved)
         self.union.lerp_(union, moved)

@@ -141,7 +141,7 @@ def gaussian_noise(like: Tensor, seed: Tensor) -> Tensor:
     n, count = like.shape[0], like[0].numel()
     place = torch.arange((count + 1) // 2, device=like.device)
     bits = _hash(_hash(place) + _hash(seed.unsqueeze(1) * 2 + 1))
-    radius = (-2 * torch.log(((bits >> 16) + 0.5).to(like.dtype) / 2**16)).sqrt()
+    radius = (-2 * torch.log(((bits >> 16).float() + 0.5).to(like.dtype) / 2**16)).sqrt()
     angle = (bits & 0xFFFF).to(like.dtype) * (2 * math.pi / 2**16)
     pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)
     return pairs[:, :count].reshape(n, *like.shape[1:])

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_integer
+from udakit._reduce import is_run_on_cpu
 from udakit.mixing.images import restore
 from udakit.mixing.style import check_content_style
 
@@ -105,10 +106,12 @@ def _places(upto: Tensor, middle: Tensor, unit: int, pixels: int) -> Tensor:
 
     On the CPU a binary search takes longer than to count, for each number of pixels, the bins that do not reach it.
     """
-    if upto.device.type != "cpu" or torch.compiler.is_compiling():
+    if not is_run_on_cpu(upto):
         return torch.searchsorted(upto * unit, middle)
-    one = torch.ones((), dtype=torch.int32)
-    below = torch.zeros(len(upto), pixels + 1, dtype=torch.int32).scatter_add_(1, upto, one.expand_as(upto))
+    one = torch.ones((), dtype=torch.int32, device=upto.device)
+    below = torch.zeros(len(upto), pixels + 1, dtype=torch.int32, device=upto.device).scatter_add_(
+        1, upto, one.expand_as(upto)
+    )
     # A bin of the content before its lowest value has rank 0, and no pixel.
     rank = _floor_divide_(middle - 1, unit).clamp_min_(0)
     return below.cumsum_(1).gather(1, rank).long()
@@ -150,7 +153,7 @@ def _histogram(x: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     start, step = _lines(first, wide, bins)
     counts = torch.zeros(rows * (bins + CELLS), dtype=torch.int32, device=x.device)
     index = torch.empty(x.shape, dtype=torch.int32, device=x.device)
-    numbers = min(x.numel(), STRIPE) if _by_stripes(x) else x.numel()
+    numbers = min(x.numel(), STRIPE) if is_run_on_cpu(x) else x.numel()
     spare = torch.empty(2, numbers, dtype=torch.float32, device=x.device)
     for r, p in _stripes(x):
         bits, here = x[r, p].view(torch.int32), index[r, p]
@@ -167,14 +170,10 @@ def _histogram(x: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return index, counts.view(rows, -1), first, wide
 
 
-def _by_stripes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _stripes(x: Tensor) -> Iterator[tuple[slice, slice]]:
     """Pieces of rows (R, P) on the CPU, some rows or some pixels of one. A GPU and a compiler take all at once."""
     rows, pixels = x.shape
-    if not _by_stripes(x):
+    if not is_run_on_cpu(x):
         yield slice(None), slice(None)
         return
     together, length = max(STRIPE // pixels, 1), max(min(pixels, STRIPE), 1)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_device, check_maps, check_range, is_sequence, kind_of, shape_of
+from udakit._reduce import is_run_on_cpu
 
 Channels = Sequence[float] | Tensor
 BLOCK = 2**18  # elements processed at once on the CPU, so that intermediate values stay in its cache
@@ -92,7 +93,7 @@ def per_channel(values: Channels, like: Tensor) -> Tensor:
 
 def row_blocks(x: Tensor, block: int = BLOCK) -> Sequence[Tensor]:
     """Stripes along the first spatial axis on the CPU; a GPU and a compiler take the whole image."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= block:
+    if not is_run_on_cpu(x) or x.numel() <= block:
         return (x,)
     return torch.split(x, max(block * x.shape[2] // x.numel(), 1), dim=2)
 

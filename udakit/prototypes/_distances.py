@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from udakit._reduce import first_derivative_only, full_precision, learns, refuse_transforms, upcast
+from udakit._reduce import first_derivative_only, full_precision, is_run_on_cpu, learns, refuse_transforms, upcast
 
 SMALL = 2**16  # up to this many numbers, the calls of a CPU take longer than the memory of whole maps
 
@@ -59,7 +59,7 @@ class _Distances(torch.autograd.Function):
 
 def in_pieces(values: Tensor) -> bool:
     """Whether to work in pieces that fit the cache of a CPU: unless the map is small."""
-    return values.numel() > SMALL and values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return values.numel() > SMALL and is_run_on_cpu(values)
 
 
 def _blocks(values: Tensor) -> tuple[int, int, Iterator[tuple[int, slice, list[slice]]]]:

@@ -107,7 +107,7 @@ class ClassDistributions(ClassState):
         if self.momentum is None:
             weight = _ratio(counts, counts + self.counts)
         else:
-            weight = torch.where(self.seen, self.momentum, 1.0).float() * (counts > 0)
+            weight = torch.ones_like(means[:, 0]).masked_fill(self.seen, self.momentum) * (counts > 0)
         w = weight.unsqueeze(1)
         apart = means - self.means
         spread = self.variances + w * (variances - self.variances) + w * (1 - w) * apart.square()

@@ -162,7 +162,7 @@ class ClassPrototypes(ClassState):
         step = self._moved(number) if self.mode == "ema" else number.float()
         change = spread + step.unsqueeze(-1) * (first - start)
         if self.mode == "mean":
-            change = change * (1 / (self.counts + total).clamp_min(1)).unsqueeze(-1)
+            change = change * (self.counts + total).clamp_min(1).float().reciprocal().unsqueeze(-1)
         elif not alone:
             change = change * self._kept(total - so_far).unsqueeze(-1)
         change = change[0] if alone else change.sum(0)
@@ -175,11 +175,11 @@ class ClassPrototypes(ClassState):
 
     def _kept(self, steps: Tensor) -> Tensor:
         """(1 - m)^steps."""
-        return torch.exp(self._log_keep() * steps)
+        return torch.exp(self._log_keep() * steps.float())
 
     def _moved(self, steps: Tensor) -> Tensor:
         """1 - (1 - m)^steps, without the cancellation that would cost four digits at m = 1e-4."""
-        return -torch.expm1(self._log_keep() * steps)
+        return -torch.expm1(self._log_keep() * steps.float())
 
     def distances(
         self, features: Float[Tensor, "n d *space"], *, include_unseen: bool = False

@@ -10,7 +10,17 @@ from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from udakit._checks import check_flag, check_ignore_index, check_integer, check_labels_like, check_maps
-from udakit._reduce import class_ids, cut_evenly, full_precision, learns, plain, refuse_transforms, select, upcast
+from udakit._reduce import (
+    class_ids,
+    cut_evenly,
+    full_precision,
+    is_run_on_cpu,
+    learns,
+    plain,
+    refuse_transforms,
+    select,
+    upcast,
+)
 
 __all__ = ["class_means"]
 
@@ -116,7 +126,7 @@ class _SumMembers(torch.autograd.Function):
 
 
 def _by_pixel(values: Tensor) -> bool:
-    return values.shape[2] >= LANES * 128 and values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return values.shape[2] >= LANES * 128 and is_run_on_cpu(values)
 
 
 def _channels_last(values: Tensor) -> bool:

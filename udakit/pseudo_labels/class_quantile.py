@@ -138,8 +138,8 @@ class ClassQuantileSelector(FullPrecisionState, Selector):
         counts = counts[:size].view_as(self.histogram)
         if self.sync:
             counts = sum_ranks(counts)
-        moved = (counts.sum(1, keepdim=True) > 0) * (1.0 - self.momentum)  # an absent class keeps its histogram
-        self.histogram.lerp_(counts.to(self.histogram.dtype), moved)
+        moved = (counts.sum(1, keepdim=True) > 0).to(self.histogram.dtype) * (1.0 - self.momentum)
+        self.histogram.lerp_(counts.to(self.histogram.dtype), moved)  # an absent class keeps its histogram
 
     def _lowest_bin(self) -> Tensor:
         above = self.histogram.flip(1).cumsum(1)  # from the last bin down: all pixels above an edge

@@ -79,8 +79,8 @@ def confident_ratio(
 def _ratio(confident: Tensor, scope: Scope, valid: Tensor | None) -> Tensor:
     axes = tuple(range(0 if scope == "batch" else 1, confident.ndim))
     if valid is None:
-        return confident.sum(axes) / max(math.prod([confident.shape[axis] for axis in axes]), 1)
-    return (confident & valid).sum(axes) / valid.sum(axes).clamp_min(1)
+        return confident.sum(axes).float() / max(math.prod([confident.shape[axis] for axis in axes]), 1)
+    return (confident & valid).sum(axes).float() / valid.sum(axes).clamp_min(1)
 
 
 class ConfidentRatioSelector(nn.Module):

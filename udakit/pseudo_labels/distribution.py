@@ -168,7 +168,7 @@ class DistributionAlignment(FullPrecisionState):
         if self.sync:
             counts = sum_ranks(counts)
         total = counts.sum()
-        self._follow(self.source_share, self.source_batches, counts / total.clamp_min(1), total > 0)
+        self._follow(self.source_share, self.source_batches, counts.float() / total.clamp_min(1), total > 0)
 
     def forward(
         self,

@@ -171,9 +171,10 @@ def _whole_crops(x: Tensor, box: DetailBox) -> Tensor:
     last = sum((sides - 1) * step for sides, step in zip(x.shape, steps, strict=True))
     inside = sum((sides - 1) * step for sides, step in zip(shape, steps[1:], strict=True))
     crops = x.as_strided((last - inside + 1, *shape), (1, *steps[1:]))
-    room = torch.tensor([i - d for i, d in zip(box.image, box.size, strict=True)])
+    room = torch.tensor([i - d for i, d in zip(box.image, box.size, strict=True)], device=x.device)
     fits = ((box.start >= 0) & (box.start <= room)).all(1)
-    first = torch.addmv(torch.arange(len(x)), box.start, torch.tensor(steps[-spatial:]), beta=steps[0])
+    image, along = torch.arange(len(x), device=x.device), torch.tensor(steps[-spatial:], device=x.device)
+    first = torch.addmv(image, box.start, along, beta=steps[0])
     return crops.index_select(0, first.where(fits, -1))  # which is an error, as in `gather`
 
 

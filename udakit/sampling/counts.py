@@ -61,7 +61,7 @@ def count_classes(
     for item in _items(labels):
         found = load(item) if load else _read(item)
         try:
-            ids = torch.as_tensor(found)
+            ids = found if isinstance(found, Tensor) else torch.as_tensor(found, device="cpu")
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"Expected `labels` to hold integer maps, but got {kind_of(found)} in item {len(rows)}. "
@@ -75,7 +75,7 @@ def count_classes(
         rows.append(counts.cpu())  # a data set is counted once, before training
         if progress:
             progress(len(rows))
-    return torch.stack(rows) if rows else torch.zeros(0, num_classes, dtype=torch.int64)
+    return torch.stack(rows) if rows else torch.zeros(0, num_classes, dtype=torch.int64, device="cpu")
 
 
 def _items(labels: Any) -> Iterator[Any]:
@@ -130,7 +130,7 @@ def read_class_stats(path: str | os.PathLike[str], *, num_classes: int) -> tuple
             pairs = list(content.items())
         else:
             pairs = [(entry["file"], {k: n for k, n in entry.items() if k != "file"}) for entry in content]
-        counts = torch.zeros(len(pairs), num_classes, dtype=torch.int64)
+        counts = torch.zeros(len(pairs), num_classes, dtype=torch.int64, device="cpu")
         for row, (_, stats) in enumerate(pairs):
             for label_id, pixels in stats.items():
                 if 0 <= int(label_id) < num_classes:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from udakit._checks import check_generator, check_integer, check_range, check_tensor, kind_of, shape_of
-from udakit._reduce import is_transformed
+from udakit._reduce import is_eager_on_cpu
 
 
 def rare_class_probabilities(class_pixels: Num[Tensor, "c"], *, temperature: float = 0.01) -> Float[Tensor, "c"]:
@@ -60,7 +60,7 @@ def _check_counts(class_pixels: Tensor) -> None:
     """Raise unless there is a class and all counts are finite and at least 0; counts on a GPU are not read."""
     if not class_pixels.shape[-1]:
         raise ValueError(f"Expected `class_pixels` to have at least one class, but got {shape_of(class_pixels)}.")
-    if torch.compiler.is_compiling() or type(class_pixels) is not Tensor or not class_pixels.is_cpu or is_transformed():
+    if type(class_pixels) is not Tensor or not is_eager_on_cpu(class_pixels):
         return
     # Read from the CPU's memory, a number a class: as operations on a tensor it would take four times as long.
     if not all(0 <= count < math.inf for count in class_pixels.flatten().tolist()):
@@ -167,7 +167,7 @@ class RareClassSampler(Sampler[int]):
         """Yield `num_samples` image indices."""
         generator = self.generator
         if generator is None:
-            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64).random_()))
+            generator = torch.Generator().manual_seed(int(torch.empty((), dtype=torch.int64, device="cpu").random_()))
         for _ in range(self.num_samples):
             yield self.draw(generator)[0]
 

@@ -101,7 +101,7 @@ class ConfidenceThreshold(FullPrecisionState):
         """Lower edge of the bin that contains the threshold."""
         share = self._share()
         counted = (share > 0).sum()
-        return 1 - torch.exp2(-(self.bins - counted) * (_BITS / self.bins))
+        return 1 - torch.exp2((counted - self.bins).float() * (_BITS / self.bins))
 
     def reset(self) -> None:
         """Forget the source images."""
