@@ -45,6 +45,7 @@ from benchmarks.adaptation_rows import (
     MATCH,
     PAIRS,
     SCALES,
+    STARTS,
     WARM_UP,
     rows_of,
 )
@@ -64,16 +65,19 @@ COMBINED_PAGE = ROOT / "docs" / "methods" / "combined.md"
 
 
 def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
-    """The run of a row; "warm" is the source-only net that all rows of a seed start from."""
+    """The run of a row, or of one of `STARTS`; "warm" is the source-only net that all rows of a seed start from."""
     own = {**PAIRS, **FURTHER}[pair]
-    entry = {"recipes": ["source_only"]} if row == "warm" else rows_of()[row]
-    steps = own["warm"] if row == "warm" else own["steps"] * entry.get("times", 1)
+    starts = row in STARTS
+    entry = {"recipes": ["source_only"]} if starts else rows_of()[row]
+    steps = own["warm"] if starts else own["steps"] * entry.get("times", 1)
     recipes = entry["recipes"]
     counts = [steps // len(recipes)] * len(recipes)
     counts[-1] += steps - sum(counts)
     options = {**({} if entry.get("own") else AUGMENT), **entry.get("options", {})}
+    if "large_start" in entry:
+        options = {**options, "large_init": str(warm_start(pair, seed, cache, entry["large_start"]))}
     each = [options.get(recipe, options) for recipe in recipes]  # by recipe, or the same for all
-    lr = LR.get(row, LR["source_only"] if row == "warm" else ADAPTATION_LR)
+    lr = LR.get(row, LR["source_only"] if starts else ADAPTATION_LR)
     return train_gta2cs.Config(
         data=train_gta2cs.DataConfig(
             pair=own.get("of", pair),
@@ -81,14 +85,14 @@ def configure(pair: str, row: str, seed: int, data_root: Path | None, cache: Pat
             crop=own["crop"],
             **{**roots_of(own, data_root), **SCALES, **MATCH, **entry.get("data", {})},
         ),
-        net=train_gta2cs.NetConfig(**own["net"]),
+        net=train_gta2cs.NetConfig(**own["net"], **STARTS.get(row, {})),
         stages=[
             train_gta2cs.Stage(recipe, n, lr=lr, lr_warmup=WARM_UP, options=dict(given))
             for recipe, n, given in zip(recipes, counts, each, strict=True)
         ],
         head_multiplier=3.0,
-        seed=seed if row == "warm" else seed + 100,  # other batches than those of what it starts from
-        init=None if row == "warm" else warm_start(pair, seed, cache),
+        seed=seed if starts else seed + 100,  # other batches than those of what it starts from
+        init=None if starts else warm_start(pair, seed, cache),
         out=cache / pair / f"seed{seed}" / row,
         eval_every=EVERY,
         score_views=["mirror", "shift", "crop", "rotation"],
@@ -105,14 +109,14 @@ def roots_of(own: dict[str, Any], data_root: Path | None) -> dict[str, Path]:
     return {name: root / folder for name, folder in zip(("source_root", "target_root"), own["folders"], strict=True)}
 
 
-def warm_start(pair: str, seed: int, cache: Path) -> Path:
-    """Where the source-only net of a seed lies once it is trained."""
-    return cache / pair / f"seed{seed}" / "warm" / stage_folder(0, "source_only") / "last.pt"
+def warm_start(pair: str, seed: int, cache: Path, which: str = "warm") -> Path:
+    """Where a source-only net of a seed lies once it is trained."""
+    return cache / pair / f"seed{seed}" / which / stage_folder(0, "source_only") / "last.pt"
 
 
-def warmed(pair: str, seed: int, data_root: Path | None, cache: Path) -> train_gta2cs.Config:
-    """Configuration of a seed's source-only net, which is trained first where it is missing."""
-    config = configure(pair, "warm", seed, data_root, cache)
+def warmed(pair: str, seed: int, data_root: Path | None, cache: Path, which: str = "warm") -> train_gta2cs.Config:
+    """Configuration of a source-only net of a seed, which is trained first where it is missing."""
+    config = configure(pair, which, seed, data_root, cache)
     if not (config.out / "results.json").is_file():
         train_gta2cs.main(config)
     return config
@@ -131,8 +135,9 @@ def started(
 
 def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, Any]:
     """Train a row, its warm start first where that is missing, and return what the JSON keeps of it."""
-    if row != "warm":
-        warmed(pair, seed, data_root, cache)
+    if row not in STARTS:
+        for which in ("warm", *filter(None, [rows_of()[row].get("large_start")])):
+            warmed(pair, seed, data_root, cache, which)
     config = configure(pair, row, seed, data_root, cache)
     began = time.perf_counter()
     rows = train_gta2cs.main(config)
@@ -142,8 +147,8 @@ def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> 
         "pair": pair,
         "recipe": row,
         "seed": seed,
-        "bad": bool(row != "warm" and rows_of()[row].get("bad", False)),
-        "start": "warm" if row != "warm" else None,
+        "bad": bool(row not in STARTS and rows_of()[row].get("bad", False)),
+        "start": None if row in STARTS else "warm",
         "steps": sum(h["steps"] for h in histories),
         "seconds": round(time.perf_counter() - began, 1),
         "device": device_name(),

@@ -10,7 +10,8 @@ from typing import Any
 
 from benchmarks.results_page import STATISTICS
 from gta2cs.label_free import DEFAULT
-from gta2cs.recipes.combined import SHARED
+from gta2cs.recipes.combined import CANDIDATES, SHARED
+from gta2cs.recipes.duda import LITE2
 
 HALF = {"decoder_pyramid_channels": 128, "decoder_segmentation_channels": 64}  # of an FPN: time
 FPN = {"arch": "fpn", "options": HALF}
@@ -32,6 +33,8 @@ FURTHER: dict[str, dict[str, Any]] = {
 }
 STREETS = {"camvid", "carla2camvid", *FURTHER}
 TOGETHER = dict.fromkeys(STREETS, STREETS)  # share images
+# Source-only nets that the rows of a seed start from, by what differs from the pair's net. DUDA has a larger one, too.
+STARTS: dict[str, dict[str, Any]] = {"warm": {}, "warm_large": LITE2}
 LR = {"source_only": 3e-4, "oracle": 3e-4}
 ADAPTATION_LR = 3e-4
 SCORE = DEFAULT  # that deploys a net
@@ -43,6 +46,7 @@ TITLES = {
     "dacs_running": "DACS, labels by running statistics of source",
     "diga": "DiGA",
     "ehtdi": "EHTDI",
+    "duda": "DUDA, beside a larger net",
     "combined": "combined",
     "steady": "combined, with 60 % of each class to the end",
     "quick": "that, with a teacher as quick as in short runs",
@@ -96,6 +100,8 @@ EHTDI = {
     "pixel_contrast": 0.1,
     "prototype_contrast": 0.1,
 }
+# The larger net adapts as in `combined` after its source steps, and the row's net learns beside it.
+DUDA = {"large": LITE2, "base_options": {**SHARED, **CANDIDATES["blended"]}}
 ABLATION: dict[str, dict[str, Any]] = {
     "ablation_unmatched": {"recipes": ["dacs"], "options": SETTINGS["batch"], "data": {"match_scale": False}},
 }
@@ -177,6 +183,7 @@ def rows_of() -> dict[str, dict[str, Any]]:
         },
         "diga": {"recipes": ["diga_warmup", "diga"], "options": {"augment_source": True, "translate": "color"}},
         "ehtdi": {"recipes": ["ehtdi"], "options": EHTDI},
+        "duda": {"recipes": ["duda_pre"], "own": True, "options": DUDA, "large_start": "warm_large"},
         "oracle": {"recipes": ["source_only"], "data": {"oracle": True}},
     }
     rows |= {f"longer_{name}": {**rows[name], "times": LONGER} for name in LONGER_ROWS}
@@ -186,7 +193,7 @@ def rows_of() -> dict[str, dict[str, Any]]:
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "main": ("source_only", *(f"dacs_{name}" for name in SETTINGS), "combined", "oracle"),
-    "methods": ("dacs_defaults", "diga", "ehtdi"),
+    "methods": ("dacs_defaults", "diga", "ehtdi", "duda"),
     "labelling": ("decided", *AT_ONCE),
     "weighed": ("weighed", "rising"),
     "ablation": tuple(ABLATION),

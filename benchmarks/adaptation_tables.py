@@ -34,7 +34,7 @@ def last_net(run: dict[str, Any], name: str = "student") -> dict[str, Any] | Non
 def chosen(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
     """What `select` deploys: the highest score among the start and all evaluations; None where nothing has one."""
     start = run.get("source_only")
-    nets = [c for c in [start, *run["checkpoints"]] if c and "miou" in c and "scores" in c]
+    nets = [c for c in [start, *deployable(run)] if c and "miou" in c and "scores" in c]
     if start:  # a net that has lost a class of the start is never chosen
         nets = [c for c in nets if not collapsed(start["shares"], c["shares"])]
     return max(nets, key=lambda net: completed(net)[score] or 0.0) if nets else None
@@ -69,7 +69,7 @@ def final(
     runs = [r for r in runs_of(results, pair, row) if seeds is None or r["seed"] in seeds]
     if row == STATISTICS:
         return [r["rows"][row]["means"][headline(r["rows"][row]["means"])] for r in runs]
-    return [c["miou"] for r in runs for c in r["checkpoints"][-2:] if c["net"] == net and c["step"] == r["steps"]]
+    return [c["miou"] for r in runs for c in r["checkpoints"] if c["net"] == net and c["step"] == r["steps"]]
 
 
 def study(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -79,14 +79,19 @@ def study(results: dict[str, Any]) -> list[dict[str, Any]]:
         {
             **{k: r[k] for k in ("pair", "recipe", "seed", "bad")},
             "start": named({"step": 0, "net": "source_only", **r["source_only"]}),
-            "checkpoints": [named(c) for c in r["checkpoints"]],
+            "checkpoints": [named(c) for c in deployable(r)],
         }
         for r in results.values()
         if r["pair"] in {**PAIRS, **FURTHER}
         and r.get("source_only")
         and "miou" in r["source_only"]
-        and all("scores" in c for c in r["checkpoints"])
+        and all("scores" in c for c in deployable(r))
     ]
+
+
+def deployable(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Nets of all evaluations without DUDA's large ones, which are of another size than what is deployed."""
+    return [c for c in run["checkpoints"] if not c["net"].startswith("large ")]
 
 
 def table(results: dict[str, Any], of: Iterable[str] = PAIRS) -> str:

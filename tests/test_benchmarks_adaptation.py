@@ -142,6 +142,8 @@ def test_the_study_has_every_scored_run_with_the_truth_of_its_start():
 def test_rows_differ_between_pairs_by_nothing_but_data_net_and_steps(pair, row):
     config = adaptation.configure(pair, row, 3, None, Path("cache"))
     reference = adaptation.configure("toy", row, 3, None, Path("cache"))
+    starts = [s.options.pop("large_init", "") for s in (*config.stages, *reference.stages)]  # DUDA's, of the pair
+    assert not any(starts) or row == "duda"
     assert [s.options for s in config.stages] == [s.options for s in reference.stages]
     assert [s.lr for s in config.stages] == [s.lr for s in reference.stages]
     for name in ("source_scale", "target_scale"):
@@ -153,6 +155,20 @@ def test_rows_differ_between_pairs_by_nothing_but_data_net_and_steps(pair, row):
     for stage in config.stages:
         RECIPES[stage.recipe].parse(stage.options)
     assert isinstance(config, train_gta2cs.Config)
+
+
+def test_duda_has_a_larger_net_with_a_start_of_its_own():
+    large = adaptation.configure("nuclei", "warm_large", 1, None, Path("cache"))
+    assert large.net.encoder != adaptation.configure("nuclei", "warm", 1, None, Path("cache")).net.encoder
+    (stage,) = adaptation.configure("nuclei", "duda", 1, None, Path("cache")).stages
+    assert Path(stage.options["large_init"]) == large.out / "stage1_source_only" / "last.pt"
+    assert stage.options["large"]["encoder"] == large.net.encoder
+    run = run_of("nuclei", "duda", 0, 60.0, 0.7, 50.0)
+    run["checkpoints"] += [{"step": 200, "net": f"large {net}", "miou": 99.0} for net in ("teacher", "student")]
+    assert adaptation_tables.final(results_of([run]), "nuclei", "duda") == [60.0]
+    (entry,) = adaptation_tables.study(results_of([run]))
+    assert {c["net"] for c in entry["checkpoints"]} == {"student", "teacher"}
+    assert adaptation_tables.chosen(run)["miou"] < 99.0
 
 
 def test_domains_that_change_places_are_folders_of_each_other():
