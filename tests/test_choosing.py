@@ -397,6 +397,58 @@ def test_a_run_from_before_the_score_existed_is_resumed(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def stopped_before_it_saves(config, monkeypatch, stage, value):
+    """A run that is killed in a stage after an evaluation, before the checkpoint; every net has the score `value`."""
+
+    def scored(*args, **options):
+        found = measure(*args, **options)
+        return dataclasses.replace(
+            found,
+            scores={**found.scores, "balanced_consistency": value()},
+            shares=[1 / len(found.shares)] * len(found.shares),
+        )
+
+    def killed(self, state, losses):
+        if state.index == stage and state.done == state.steps:
+            raise KeyboardInterrupt
+        saving(self, state, losses)
+
+    saving = train_gta2cs.Saving.__call__
+    with monkeypatch.context() as patched:
+        patched.setattr(choosing, "measure", scored)
+        patched.setattr(train_gta2cs.Saving, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_gta2cs.main(config)
+
+
+def test_what_a_stopped_run_chose_is_not_taken_for_another_one_s(tmp_path, monkeypatch):
+    """`best.pt` is written at every evaluation, so it can hold a net that no checkpoint leads to."""
+    rising = iter(range(2, 100))
+    stages = [train_gta2cs.Stage("dacs"), train_gta2cs.Stage("dacs")]
+    config = dataclasses.replace(tiny(tmp_path), stages=stages)
+    stopped_before_it_saves(config, monkeypatch, 0, lambda: next(rising))
+    assert json.loads(load_checkpoint(tmp_path / "best.pt")["choice"])["value"] > 2
+    other = dataclasses.replace(config, stages=[train_gta2cs.Stage("dacs", lr=0.001), stages[1]], resume=True)
+    stopped_before_it_saves(other, monkeypatch, 1, lambda: 1.0)
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert json.loads(best["choice"])["value"] == 1.0
+    assert json.loads(best["config"])["stages"][0]["lr"] == 0.001
+
+    stopped_before_it_saves(other, monkeypatch, 1, lambda: next(rising))  # ahead of the second stage's checkpoints
+    assert json.loads(load_checkpoint(tmp_path / "best.pt")["choice"])["stage"] == 1
+    third = dataclasses.replace(other, stages=[other.stages[0], train_gta2cs.Stage("dacs", options={"ema": 0.9})])
+    before = (tmp_path / "best.pt").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"best\.pt to have the same configuration.*stages\.1\.options\.ema: .* -> 0\.9"
+    ):
+        train_gta2cs.main(third)
+    with pytest.raises(ValueError, match=r"best\.pt to have the same configuration.*stages"):
+        train_gta2cs.main(dataclasses.replace(other, stages=other.stages[:1]))
+    assert (tmp_path / "best.pt").read_bytes() == before
+    train_gta2cs.main(other)
+    assert json.loads((tmp_path / "history.json").read_text())["choice"]["stage"] == 1
+
+
 def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):
     def broken(*args, **options):
         raise ValueError("Expected `logits` to be finite at every valid pixel, but got NaN.")

@@ -118,6 +118,27 @@ def test_killed_and_resumed_run_is_bit_identical(tmp_path, recipe, options):
     assert losses[0] == losses[1]
 
 
+def test_weights_that_are_not_finite_do_not_replace_a_good_checkpoint(tmp_path, monkeypatch):
+    """The losses of a step were finite, and a file may be due before the log and the scores look at the next ones."""
+
+    def spoilt(self):
+        self.done = getattr(self, "done", 0) + 1
+        if self.done == 2:
+            next(self.student.parameters()).data.fill_(torch.nan)
+
+    monkeypatch.setattr(RECIPES["source_only"], "after_step", spoilt)
+    data = ["--data.pair=folder", f"--data.data_root={small_pair(tmp_path / 'data')}"]
+    seldom = ["--save_every=1", "--eval_every=0", "--log_every=0"]
+    stages = '--stages=[{"recipe": "source_only", "steps": 4}]'
+    with pytest.raises(
+        FloatingPointError, match=r"finite weights, but after step 2 .* checkpoint is of step 1, --resume"
+    ):
+        train_gta2cs.main(train_gta2cs.parse([*TINY, *data, *seldom, stages, f"--out={tmp_path / 'out'}"]))
+    saved = load_checkpoint(tmp_path / "out" / "stage1_source_only" / "last.pt")
+    assert saved["step"] == 1
+    assert all(value.isfinite().all() for value in saved["recipe"].values())
+
+
 def test_resume_refuses_another_configuration(tmp_path):
     stage = train_gta2cs.Stage("source_only")
     train_gta2cs.main(tiny_config(tmp_path, stage))

@@ -16,7 +16,7 @@ from rich.markup import escape
 from torch import nn
 
 from gta2cs.checkpoints import load_checkpoint, load_net, save_checkpoint
-from gta2cs.config import Config, plain
+from gta2cs.config import Config, check_same_run, plain
 from gta2cs.label_free import (
     DEFAULT,
     DIRECTIONS,
@@ -34,6 +34,7 @@ from gta2cs.label_free import (
 )
 from gta2cs.observers import score_on_target
 from gta2cs.recipes import Losses
+from gta2cs.run_folder import stage_folder
 from gta2cs.stage import Run, StageState
 from udakit import copy_net
 
@@ -98,6 +99,8 @@ class Choosing:
         self.state, run = state, state.run
         self.first = first_adapting(run.config)
         state.history.setdefault("label_free", [])
+        if state.done == 0 and state.index == (self.first or 0):
+            drop_choice(run)  # of a run that was stopped before its first checkpoint: these steps come again
         if state.index == self.first and state.done == 0:
             found = score_without_labels(
                 run,
@@ -251,19 +254,42 @@ def save_choice(run: Run, state: StageState, net: nn.Module) -> None:
 
 
 def resume_choice(run: Run) -> None:
-    """Start a new choice, or continue the choice of a resumed run."""
+    """Start a new choice, or continue the choice of a resumed run.
+
+    Raises:
+        ValueError: `best.pt` holds a net that this configuration does not train. It is written at every evaluation, so
+            it can be ahead of the checkpoints, which are checked as well.
+    """
     path = best_path(run)
     if run.config.resume and path.is_file():
-        opened, score = load_checkpoint(path), score_of(run.config.select)
+        if not begun(run.config):
+            return  # `Choosing` drops it, once the stages before are known to be of this run
+        opened, score = load_checkpoint(path, needs=("choice", "history", "config")), score_of(run.config.select)
         saved = json.loads(opened["choice"])
         run.choice = None if saved is None else Choice(**saved)
+        if run.choice is not None:
+            trained = run.choice.stage - (run.choice.net == SOURCE_ONLY)  # that net is of the stages before
+            check_same_run(json.loads(opened["config"]), run.config, trained, path)
         if run.choice is not None and run.choice.score not in ("last", score):  # `source_or_last` had another one
             history = complete(json.loads(opened["history"]))
             starts = run.choice.net == SOURCE_ONLY
             found = history["source_only"] if starts else history["label_free"][-1]["nets"][run.choice.net]
             run.choice.score, run.choice.value = score, found["scores"].get(score)
-    elif run.is_main:
-        path.unlink(missing_ok=True)
+    else:
+        drop_choice(run)
+
+
+def begun(config: Config) -> bool:
+    """Whether the first stage whose nets can be chosen has a checkpoint."""
+    index = first_adapting(config) or 0
+    return (config.out / stage_folder(index, config.stages[index].recipe) / "last.pt").is_file()
+
+
+def drop_choice(run: Run) -> None:
+    """Forget what was chosen so far."""
+    run.choice = None
+    if run.is_main:
+        best_path(run).unlink(missing_ok=True)
 
 
 def chosen_net(run: Run, like: nn.Module) -> nn.Module:

@@ -166,6 +166,11 @@ class StageState:
     def save(self) -> None:
         """Write `last.pt`, and a `step_000100.pt` without optimiser state where checkpoints are kept."""
         config, accelerator = self.run.config, self.run.accelerator
+        if not is_finite(self.recipe.student):  # between two entries of the log; such a file would replace a good one
+            raise FloatingPointError(
+                f"Expected finite weights, but after step {self.done} the student holds NaN or infinity, so it is not "
+                "saved. A smaller `lr` usually helps."
+            )
         self.history["seconds"] = time.perf_counter() - self.began
         agree = parameters_agree(self.recipe.student, accelerator)
         if not self.run.is_main:
@@ -197,6 +202,11 @@ class StageState:
         else:
             return f"Stopped in {stage} after step {self.done} of {self.steps}; no checkpoint was due yet."
         return f"Stopped in {stage} after step {self.done} of {self.steps}; {kept}, --resume goes on from there."
+
+
+def is_finite(net: nn.Module) -> bool:
+    """Whether all weights and statistics of a net are numbers."""
+    return all(bool(value.isfinite().all()) for value in net.state_dict().values() if value.is_floating_point())
 
 
 def parameters_agree(net: nn.Module, accelerator: Accelerator) -> bool:
