@@ -88,6 +88,8 @@ def train_stage(
     """Run one stage. Returns its recipe and its history of losses and scores."""
     config = run.config
     state = StageState.build(run, index, student, previous)
+    if run.is_main and index == 0 and not config.resume:
+        clear_folder(config.out)  # not earlier: a net may start from a file in it, and what is refused changes nothing
     if not state.resume():
         prepare(state)
     if run.is_main and state.done < state.steps:  # not earlier, because a run that may not be resumed keeps its own
@@ -279,6 +281,7 @@ def main(config: Config) -> dict[str, Score]:
         console.print(found)
         sys.exit(0 if found.ok else 1)
     check_stages(config)
+    check_large_nets(config)
     accelerator = make_accelerator(config)
     replaced = config.overwrite or config.dry_run
     with (
@@ -314,8 +317,6 @@ def train(run: Run) -> dict[str, Score]:
     if config.init is not None:
         load_init(student, config.init, take=config.net.take)
     run.trained = student.head_loaded
-    if run.is_main and not config.resume:
-        clear_folder(config.out)  # not earlier, because the net may start from a file in it
     resume_choice(run)
     start_tracking(run.accelerator, config)  # not earlier, so that a refused run leaves no trace there
 
@@ -358,6 +359,7 @@ def check_stages(config: Config) -> None:
     _ = ImageFormat(data.channels, None, data.mean, data.std).statistics  # refuses what it cannot normalise
     if not config.stages and not config.check_data:
         raise ValueError("Expected `stages` to name at least one recipe, but got an empty list.")
+    before = ""
     for stage in config.stages:
         if stage.recipe not in RECIPES:
             raise ValueError(f"Expected `recipe` to be one of {sorted(RECIPES)}, but got {stage.recipe!r}.")
@@ -368,7 +370,26 @@ def check_stages(config: Config) -> None:
                     f"Expected `translate` of {stage.recipe} to be fourier, histogram or none for `data.channels` "
                     f"{config.data.channels}, but got {style!r}, which needs images with three channels."
                 )
+        if stage.recipe == "duda" and not options.large_from and before != "duda_pre":
+            raise ValueError(
+                "Expected the stage before `duda` to be `duda_pre`, or `large_from` to be a checkpoint, but got "
+                f"{before or 'no stage'} and no checkpoint."
+            )
+        before = stage.recipe
     check_select(config)
+
+
+def check_large_nets(config: Config) -> None:
+    """Refuse a large net of DUDA in a file that is not there, unless a stage before may write it."""
+    for index, stage in enumerate(config.stages):
+        for name in ("large_init", "large_from"):
+            file = stage.options.get(name)
+            written = index > 0 and file and Path(file).resolve().is_relative_to(config.out.resolve())
+            if file and not written and not Path(file).is_file():
+                raise FileNotFoundError(
+                    f"Expected `stages.{index}.options.{name}` to be a checkpoint, but there is no file {file}. Train "
+                    "that net first."
+                )
 
 
 def asks_for(options: Any, key: str, value: object) -> bool:

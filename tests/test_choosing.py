@@ -118,6 +118,24 @@ def test_bad_nets_and_data_are_named():
         ({"eval_every": -1}, "`eval_every` to be at least 0, but got -1"),
         ({"data": train_gta2cs.DataConfig(workers=-1)}, r"`data\.workers` to be at least 0, but got -1"),
         ({"stages": [train_gta2cs.Stage(steps=0)]}, r"`stages\.0\.steps` to be at least 1, but got 0"),
+        ({"stages": [train_gta2cs.Stage(lr=-1.0)]}, r"`stages\.0\.lr` to be at least 0, but got -1\.0"),
+        ({"weight_decay": float("nan")}, r"`weight_decay` to be at least 0, but got nan"),
+        ({"head_multiplier": -1.0}, r"`head_multiplier` to be at least 0, but got -1\.0"),
+        ({"data": train_gta2cs.DataConfig(crop=(0, 64))}, r"`crop` to be two positive numbers .* but got \(0, 64\)"),
+        ({"data": train_gta2cs.DataConfig(source_scale=(2, 1))}, r"`source_scale` to be \(low, high\) .* \(2, 1\)"),
+        ({"data": train_gta2cs.DataConfig(rare_class_temperature=0)}, r"`data\.rare_class_temperature` .* got 0"),
+        *(
+            ({"stages": [train_gta2cs.Stage(options={name: 3.0})]}, rf"`{name}` to be in \[0, .*\], but got 3\.0")
+            for name in ("jitter", "hue", "blur", "ema", "mix_fraction", "mask_ratio")
+        ),
+        (
+            {"stages": [train_gta2cs.Stage("combined", options={"shared": {"jitter": 3.0}})]},
+            r"`jitter` to be in \[0, 1\], but got 3\.0\. It is an option of candidate 'blended'",
+        ),
+        (
+            {"stages": [train_gta2cs.Stage("dacs"), train_gta2cs.Stage("duda")]},
+            "the stage before `duda` to be `duda_pre`, or .* but got dacs and no checkpoint",
+        ),
     ],
 )
 def test_options_are_checked_before_any_data_is_looked_at(tmp_path, changes, message):

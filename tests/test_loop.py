@@ -187,7 +187,7 @@ def test_a_refused_resume_changes_nothing_and_a_new_run_leaves_no_old_stage(tmp_
     with pytest.raises(ValueError, match=r"these values differ: seed: 0 -> 7"):
         train_gta2cs.main(tiny_config(tmp_path, *stages, resume=True, seed=7))
     assert (tmp_path / "config.yaml").read_text() == before
-    with pytest.raises(ValueError, match=r"stage2_source_only.* differ: stages\.1\.lr: 0\.0001 -> 0\.1\. Take"):
+    with pytest.raises(ValueError, match=r"best\.pt .* differ: stages\.1\.lr: 0\.0001 -> 0\.1\. Take"):
         train_gta2cs.main(tiny_config(tmp_path, stages[0], train_gta2cs.Stage("source_only", lr=0.1), resume=True))
     assert (tmp_path / "config.yaml").read_text() == before
     train_gta2cs.main(tiny_config(tmp_path, stages[0]))
@@ -340,6 +340,28 @@ def test_duda_adapts_a_small_net_through_a_large_one(tmp_path, base):
 def test_duda_asks_for_its_first_stage(tmp_path):
     with pytest.raises(ValueError, match=r"the stage before `duda` to be `duda_pre`"):
         train_gta2cs.main(tiny_config(tmp_path, train_gta2cs.Stage("duda")))
+
+
+def test_a_large_net_that_is_not_there_is_named_before_the_first_stage_trains(tmp_path):
+    first, missing = train_gta2cs.Stage("source_only"), str(tmp_path / "none.pt")
+    for name, stage in (("large_init", "duda_pre"), ("large_from", "duda")):
+        with pytest.raises(FileNotFoundError, match=rf"`stages\.1\.options\.{name}` to be a checkpoint, .*none\.pt"):
+            train_gta2cs.main(tiny_config(tmp_path / "out", first, train_gta2cs.Stage(stage, options={name: missing})))
+    assert not (tmp_path / "out").exists()
+    inside = {"large_init": str(tmp_path / "out" / "stage1_source_only" / "last.pt")}
+    train_gta2cs.check_large_nets(tiny_config(tmp_path / "out", first, train_gta2cs.Stage("duda_pre", options=inside)))
+
+
+def test_what_cannot_be_built_replaces_no_earlier_run(tmp_path):
+    """`--overwrite` is about the run that begins."""
+    out, broken = tmp_path / "out", tmp_path / "broken.pt"
+    broken.write_bytes(b"not a checkpoint")
+    out.mkdir()
+    for name in ("results.json", "best.pt"):
+        (out / name).write_text("an earlier one's")
+    with pytest.raises(ValueError, match=r"broken\.pt to hold tensors"):
+        train_gta2cs.main(tiny_config(out, train_gta2cs.Stage("duda_pre", options={"large_init": str(broken)})))
+    assert {path.name for path in out.iterdir()} == {"results.json", "best.pt"}
 
 
 def test_draws_depend_on_seed_step_and_sample_alone():

@@ -275,8 +275,6 @@ def resume_choice(run: Run) -> None:
             starts = run.choice.net == SOURCE_ONLY
             found = history["source_only"] if starts else history["label_free"][-1]["nets"][run.choice.net]
             run.choice.score, run.choice.value = score, found["scores"].get(score)
-    else:
-        drop_choice(run)
 
 
 def begun(config: Config) -> bool:

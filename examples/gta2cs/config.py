@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from gta2cs.loading import check_crops
 from gta2cs.nets import SegNet, build_net
 from gta2cs.options import changed, read_options, read_yaml
 
@@ -259,11 +260,19 @@ def check_numbers(config: Config) -> None:
     """Refuse numbers that no run can have."""
     least = {name: (getattr(config, name), 0) for name in ("eval_every", "eval_trimap", "save_every", "log_every")}
     least |= {"batch_size": (config.batch_size, 1), "data.workers": (config.data.workers, 0)}
+    least |= {name: (getattr(config, name), 0) for name in ("head_multiplier", "weight_decay")}
     for index, stage in enumerate(config.stages):
-        least |= {f"stages.{index}.steps": (stage.steps, 1), f"stages.{index}.lr_warmup": (stage.lr_warmup, 0)}
+        least |= {f"stages.{index}.{name}": (getattr(stage, name), 0) for name in ("lr", "lr_warmup", "lr_power")}
+        least |= {f"stages.{index}.steps": (stage.steps, 1)}
     for name, (value, smallest) in least.items():
-        if value < smallest:
+        if not smallest <= value < float("inf"):
             raise ValueError(f"Expected `{name}` to be at least {smallest}, but got {value}.")
+    data = config.data
+    check_crops(data.crop, source_scale=data.source_scale, target_scale=data.target_scale)
+    if data.rare_class_temperature is not None and not data.rare_class_temperature > 0:
+        raise ValueError(
+            f"Expected `data.rare_class_temperature` to be above 0, but got {data.rare_class_temperature}."
+        )
 
 
 def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path) -> None:

@@ -68,6 +68,15 @@ def sample_generator(seed: int, step: int, sample: int, stream: str) -> torch.Ge
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def check_crops(crop: Size, **scales: tuple[float, float]) -> None:
+    """Refuse crops of no size, and scales that cannot be drawn."""
+    if min(crop) < 1 or len(crop) != 2:
+        raise ValueError(f"Expected `crop` to be two positive numbers (height, width), but got {crop}.")
+    for name, (low, high) in scales.items():
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"Expected `{name}` to be (low, high) with 0 < low <= high, but got {(low, high)}.")
+
+
 class StepData(Dataset[Batch]):
     """The training data as a map from step to [`Batch`][].
 
@@ -107,11 +116,7 @@ class StepData(Dataset[Batch]):
         for name, data in {"source": source, "target": target}.items():
             if data is not None and len(data) == 0:
                 raise ValueError(f"Expected `{name}` to hold at least one image, but it is empty.")
-        if min(crop) < 1 or len(crop) != 2:
-            raise ValueError(f"Expected `crop` to be two positive numbers (height, width), but got {crop}.")
-        for name, (low, high) in {"source_scale": source_scale, "target_scale": target_scale}.items():
-            if not 0 < low <= high:
-                raise ValueError(f"Expected `{name}` to be (low, high) with 0 < low <= high, but got {(low, high)}.")
+        check_crops(crop, source_scale=source_scale, target_scale=target_scale)
         self.source, self.target = source, target
         self.batch_size, self.crop, self.seed, self.rank = batch_size, crop, seed, rank
         self.source_scale, self.target_scale, self.flip = source_scale, target_scale, flip

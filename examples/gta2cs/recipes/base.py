@@ -205,6 +205,15 @@ class Recipe(nn.Module):
     @classmethod
     def check(cls, options: Any) -> None:
         """Refuse values that are out of range or do not go together. The loop asks before it reads any data."""
+        check_shares(options, "jitter", "blur")
+        check_shares(options, "hue", most=0.5)
+
+
+def check_shares(options: Any, *names: str, most: float = 1) -> None:
+    """Refuse options that are no share, those of `names` that the recipe has."""
+    for name in names:
+        if not 0 <= getattr(options, name, 0) <= most:
+            raise ValueError(f"Expected `{name}` to be in [0, {most}], but got {getattr(options, name)}.")
 
 
 def fits(value: Any, kind: Any) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gta2cs.learned_translator import Translator, train_translator
-from gta2cs.recipes.base import Draws, Preparation, Recipe
+from gta2cs.recipes.base import Draws, Preparation, Recipe, check_shares
 from gta2cs.translators import TRANSLATORS
 from udakit import (
     DistributionAlignment,
@@ -69,8 +69,7 @@ class SelfTraining(Recipe):
     def check(cls, options: Any) -> None:
         """Refuse what no teacher can be made with, and a share of statistics that it does not use."""
         super().check(options)
-        if not 0 <= options.ema <= 1:
-            raise ValueError(f"Expected `ema` to be in [0, 1], but got {options.ema}.")
+        check_shares(options, "ema", "mix_fraction", "mask_ratio")
         share, mode = options.teacher_running_share, options.teacher_mode
         if not 0 <= share <= 1 or (share > 0 and mode != "batch_statistics"):
             raise ValueError(
