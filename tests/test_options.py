@@ -69,6 +69,18 @@ def test_one_value_of_one_stage(tmp_path: Path) -> None:
     assert [(s.recipe, s.steps) for s in listed.stages] == [("dacs", 9)]
 
 
+@pytest.mark.parametrize("more", [[], ["--stages.1.steps=9"]])
+def test_a_list_of_stages_takes_nothing_from_the_one_that_it_replaces(tmp_path: Path, more: list[str]) -> None:
+    """As many stages as before, of which each had a rate and options of its own."""
+    file, other = tmp_path / "my.yaml", tmp_path / "other.yaml"
+    file.write_text("stages: [{recipe: dacs, lr: 0.5, steps: 9}, {recipe: dacs, lr: 0.5, options: {jitter: 0.7}}]\n")
+    other.write_text(text := "stages: [{recipe: source_only, steps: 3}, {recipe: ehtdi, steps: 9}]\n")
+    for given in ([f"--config={other}"], [f"--stages={text.removeprefix('stages:').strip()}"]):
+        first, second = train_gta2cs.parse([f"--config={file}", *given, *more]).stages
+        assert first == train_gta2cs.Stage("source_only", steps=3)
+        assert second == train_gta2cs.Stage("ehtdi", steps=9)
+
+
 def test_a_power_of_ten_is_a_number_however_a_file_is_read(tmp_path: Path) -> None:
     file = tmp_path / "powers.yaml"
     file.write_text("stages: [{recipe: dacs, steps: 3, options: {share: 1e-1, ema: 9E-1, translate: color}}]\n")

@@ -212,7 +212,10 @@ def pair_named(arguments: list[str]) -> str:
 
 
 def with_places(arguments: list[str], files: list[str]) -> list[str]:
-    """Replace arguments such as `--stages.1.lr 1e-5` with the whole list of stages, the only form the parser knows."""
+    """Replace arguments such as `--stages.1.lr 1e-5` with the whole list of stages, the only form the parser knows.
+
+    A list replaces the one before it whole. The parser by itself fills each stage from the one at the same place there.
+    """
     kept: list[str] = []
     changes: dict[str, Any] = {}
     lists = [stages_of(file) for file in files]
@@ -230,7 +233,11 @@ def with_places(arguments: list[str], files: list[str]) -> list[str]:
             lists.append(stages_of(value) if name == "--config" else read_value(value))
         kept.append(argument)
     stages = next((found for found in reversed(lists) if found), [])  # the last one that has any
-    return [*kept, f"--stages={json.dumps(changed({'stages': stages}, changes)['stages'])}"] if changes else arguments
+    several = sum(map(bool, lists)) > 1 and isinstance(stages, list)
+    if not changes and not several:
+        return arguments
+    whole = [{**asdict(Stage()), **stage} if several and isinstance(stage, dict) else stage for stage in stages]
+    return [*kept, f"--stages={json.dumps(changed({'stages': whole}, changes)['stages'])}"]
 
 
 def stages_of(file: str) -> Any:
