@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from udakit._checks import check_callable, check_maps, check_size, net_logits
-from udakit._reduce import interpolate, upcast
+from udakit._reduce import interpolate, is_transformed, upcast
 
 
 class _Grid(NamedTuple):
@@ -62,13 +62,7 @@ def sliding_logits(
         True
     """
     grid = _grid(model, images, window, stride)
-    total: Tensor | None = None
-    for top in grid.starts[0]:
-        row = _row(model, images, top, grid)
-        if total is None:
-            total = row.new_zeros(*row.shape[:2], *images.shape[2:])
-        total.narrow(2, top, grid.window[0]).add_(row)
-    assert total is not None
+    total = _summed(model, images, grid)
     count = _coverage(images.shape[2:], grid, total)
     # torch takes a subclass that was written to through views for a leaf, and refuses to change it.
     return total.div_(count) if type(total) is Tensor else total / count
@@ -109,7 +103,7 @@ def sliding_bands(
     held: Tensor | None = None
     counts: Tensor | None = None
     for number, top in enumerate(tops):
-        row = _row(model, images, top, grid)
+        row = _summed(model, images.narrow(2, top, grid.window[0]), grid, 1)
         if held is not None:  # the rows that the windows above cover as well
             shared = tops[number - 1] + grid.window[0] - top
             row.narrow(2, 0, shared).add_(held.narrow(2, grid.window[0] - shared, shared))
@@ -142,35 +136,68 @@ def _grid(model: object, images: Tensor, window: Sequence[int], stride: Sequence
     return _Grid(sides, starts)
 
 
-def _row(model: Callable[[Tensor], Any], images: Tensor, top: int, grid: _Grid) -> Tensor:
-    """Sum of the logits of all windows that begin at row `top`, with the size of the images except for the height."""
-    rows = images.narrow(2, top, grid.window[0])
+def _summed(model: Callable[[Tensor], Any], images: Tensor, grid: _Grid, axis: int = 0) -> Tensor:
+    """Sum of the logits of all windows. Along the axes before `axis`, the images have been cut to one window."""
+    if axis == len(grid.starts):  # a row of a sequence is one window, and is changed in place
+        return upcast(_logits(model, images)).clone()
+    dim, last = axis + 2, axis + 1 == len(grid.starts)
+    cuts = (images.narrow(dim, start, grid.window[axis]) for start in grid.starts[axis])
+    parts = (_logits(model, cut) if last else _summed(model, cut, grid, axis + 1) for cut in cuts)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed():
+        return _overlaid(parts, dim, grid.starts[axis], images.shape[dim])  # holds one part at a time
+    held = list(parts)
+    if any(type(part) is not Tensor or not part.requires_grad for part in held):
+        return _overlaid(held, dim, grid.starts[axis], images.shape[dim])
+    total: Tensor = _Overlaid.apply(dim, grid.starts[axis], images.shape[dim], last, *held)
+    return total
+
+
+def _logits(model: Callable[[Tensor], Any], seen: Tensor) -> Tensor:
+    """The logits of one window, at its size."""
+    logits = net_logits(model(seen))
+    check_maps("model(images)", logits)
+    return logits if logits.shape[2:] == seen.shape[2:] else interpolate(upcast(logits), seen.shape[2:])
+
+
+def _overlaid(parts: Iterable[Tensor], dim: int, starts: Sequence[int], length: int) -> Tensor:
+    """Sum of the parts at their places along an axis of this length, in new memory."""
     total: Tensor | None = None
-    for place in product(*grid.starts[1:]):
-        seen = rows
-        for axis, start in enumerate(place):
-            seen = seen.narrow(axis + 3, start, grid.window[axis + 1])
-        logits = upcast(net_logits(model(seen)))
-        check_maps("model(images)", logits)
-        if logits.shape[2:] != seen.shape[2:]:
-            logits = interpolate(logits, seen.shape[2:])
+    for start, part in zip(starts, parts, strict=True):
         if total is None:
-            total = logits.new_zeros(*logits.shape[:2], *rows.shape[2:])
-        part = total
-        for axis, start in enumerate(place):
-            part = part.narrow(axis + 3, start, grid.window[axis + 1])
-        part.add_(logits)
+            sides, size = [*part.shape], part.shape[dim]
+            sides[dim] = length
+            total = part.new_empty(sides, dtype=torch.promote_types(part.dtype, torch.float32))
+            total.narrow(dim, 0, size).copy_(part)
+            total.narrow(dim, size, length - size).zero_()
+        else:
+            total.narrow(dim, start, part.shape[dim]).add_(part)
     assert total is not None
     return total
+
+
+class _Overlaid(torch.autograd.Function):
+    """`_overlaid` with a gradient. torch's gradient of writing to a view copies the whole map for every part."""
+
+    @staticmethod
+    def forward(ctx: Any, dim: int, starts: Sequence[int], length: int, last: bool, *parts: Tensor) -> Tensor:
+        ctx.dim, ctx.last = dim, last
+        ctx.places = [(start, part.shape[dim], part.dtype) for start, part in zip(starts, parts, strict=True)]
+        return _overlaid(parts, dim, starts, length)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # The net gets memory of its own: the parts overlap.
+        found = (grad.narrow(ctx.dim, start, size).to(dtype, copy=ctx.last) for start, size, dtype in ctx.places)
+        return None, None, None, None, *found
 
 
 def _coverage(space: Sequence[int], grid: _Grid, like: Tensor) -> Tensor:
     """The number of windows that cover each pixel."""
     covered: Tensor | None = None
     for length, window, starts in zip(space, grid.window, grid.starts, strict=True):
-        count = torch.zeros(length, dtype=like.dtype, device=like.device)
-        for start in starts:
-            count.narrow(0, start, window).add_(1)
+        count = torch.ones(length, dtype=like.dtype, device=like.device)
+        for before, start in pairwise(starts):
+            count.narrow(0, start, before + window - start).add_(1)
         covered = count if covered is None else covered.unsqueeze(-1) * count
     assert covered is not None
     return covered
