@@ -84,6 +84,31 @@ def test_alignment_by_hand() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("side", [4, 220])
+def test_alignment_of_small_and_large_maps(side: int, dtype: torch.dtype) -> None:
+    """Large maps are processed in pieces; half types are read as they are. One pixel has only a class of share 0."""
+    p = torch.randn(2, 3, side, side).softmax(1)
+    p[0, :, 1, 2] = torch.tensor([1.0, 0.0, 0.0])
+    p = p.to(dtype).requires_grad_()
+    source, target = torch.tensor([0.0, 0.7, 0.3]), torch.tensor([0.2, 0.3, 0.5])
+    aligned = udakit.align_distribution(p, source, target)
+    assert aligned.dtype == torch.promote_types(dtype, torch.float32)
+    exact = p.detach().double().requires_grad_()
+    product = exact * (source.to(aligned.dtype) / target.to(aligned.dtype)).double()[:, None, None]
+    total = product.sum(1, keepdim=True)
+    expected = torch.where(total > 0, product / torch.where(total > 0, total, 1), exact)
+    torch.testing.assert_close(aligned.double(), expected, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(2, *aligned.shape, dtype=aligned.dtype)
+    slopes = torch.autograd.grad(aligned, p, upstream, is_grads_batched=True, retain_graph=True)[0]
+    for slope, g in zip(slopes, upstream, strict=True):
+        (wanted,) = torch.autograd.grad(expected, exact, g.double(), retain_graph=True)
+        (alone,) = torch.autograd.grad(aligned, p, g, retain_graph=True)
+        tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-4, torch.float64: 1e-6}[dtype]
+        torch.testing.assert_close(alone, wanted.to(dtype), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(slope, alone, rtol=tolerance, atol=tolerance)
+
+
 def test_alignment_of_impossible_pixels() -> None:
     """A class without a share anywhere: no division by 0, and a pixel that has only it keeps its probabilities."""
     p = torch.tensor([[1.0, 0.0], [0.5, 0.5]]).T.reshape(1, 2, 2).requires_grad_()

@@ -266,6 +266,29 @@ def test_many_gradients_of_a_crop_at_once(dtype: torch.dtype) -> None:
     assert torch.equal(found, torch.stack(alone))
 
 
+def test_windows_of_a_leaf_have_gradients_of_their_own() -> None:
+    """The net gives its own leaf as the logits of both windows: no `.grad` may lie in another's memory."""
+    leaves = [torch.randn(1, 1, 4, 5, requires_grad=True) for _ in range(2)]
+    parts = iter(leaves)
+    total = udakit.sliding_logits(lambda x: next(parts), torch.zeros(1, 3, 6, 5), (4, 5), (2, 5))
+    total.sum().backward()
+    first, second = (leaf.grad for leaf in leaves)
+    assert first is not None
+    assert second is not None
+    first.zero_()
+    expected = torch.tensor([0.5, 0.5, 1.0, 1.0]).view(4, 1).expand(1, 1, 4, 5)
+    torch.testing.assert_close(second, expected)
+
+
+def test_windows_in_half_take_many_gradients_at_once() -> None:
+    images = torch.randn(1, 3, 8, 10).bfloat16().requires_grad_()
+    total = udakit.sliding_logits(lambda x: 2 * x, images, (4, 4))
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, 2 * images.float())
+    (slopes,) = torch.autograd.grad(total, images, torch.ones(2, *total.shape), is_grads_batched=True)
+    torch.testing.assert_close(slopes, torch.full_like(slopes, 2.0), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("length", [8, 20])
 def test_a_subclass_in_sliding_windows_has_its_gradient(length: int) -> None:
     """Also in one window alone, whose sum torch takes for a leaf after it was written to through a view."""

@@ -61,6 +61,17 @@ def test_fusion_is_the_loop(seed: int, teachers: int, classes: int, mode: str, w
     assert torch.equal(teacher_agreement(logits), (votes == votes[0]).all(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_the_mean_of_large_maps(dtype: torch.dtype, as_tensor: bool) -> None:
+    """These are processed in pieces. Logits of any magnitude, and of other dtypes, count alike."""
+    logits = [(s * torch.randn(2, 19, 90, 100)).to(dtype) for s in (1.0, 1e3)] + [torch.randn(2, 19, 90, 100).half()]
+    weights = [2.0, 1.0, 0.5]
+    expected = sum(a * z.double().softmax(1) for a, z in zip(weights, logits, strict=True)) / sum(weights)
+    fused = fuse_teachers(logits, weights=torch.tensor(weights) if as_tensor else weights)
+    torch.testing.assert_close(fused, expected.float(), rtol=1e-5, atol=1e-6)
+
+
 def test_order_and_scale_of_the_weights_play_no_part() -> None:
     a, b = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
     torch.testing.assert_close(fuse_teachers([a, b], weights=[1, 3]), fuse_teachers([b, a], weights=[6, 2]))

@@ -13,6 +13,7 @@ from udakit._reduce.classes import (
 )
 from udakit._reduce.eager import (
     first_derivative_only,
+    is_batched,
     is_eager_on_cpu,
     is_large,
     is_run_on_cpu,
@@ -41,6 +42,7 @@ __all__ = [
     "full_precision",
     "guard",
     "interpolate",
+    "is_batched",
     "is_eager_on_cpu",
     "is_large",
     "is_run_on_cpu",

@@ -42,6 +42,11 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether `x` is many gradients at once (`is_grads_batched=True`, a vectorized Jacobian), which have no bits."""
+    return torch._C._dispatch_keys(x).has(torch._C._dispatch_key_parse("Batched"))
+
+
 def refuse_transforms(x: Tensor, *, vmap: bool = False) -> None:
     """Raise where our own code has no rules: in forward mode, under `torch.func.grad`, and with `vmap` under that.
 

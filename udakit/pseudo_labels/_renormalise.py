@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import BLOCK, is_large, learns
+from udakit._reduce import BLOCK, is_batched, is_eager_on_cpu, is_large, learns, upcast
 
 Place = tuple[slice, slice, slice]  # images, all classes, pixels
 
@@ -18,41 +18,49 @@ def renormalised(p: Tensor, weight: Tensor) -> Tensor:
 
     `weight` is a map like `p` (N, C, *space), or has one value for each class, (C, 1, ...), and no gradient.
     """
-    if is_large(p) and type(p) is type(weight) is Tensor:
-        run = _Renormalised.apply if learns(p) or learns(weight) else _Renormalised.forward
-        result: Tensor = run(p, weight)[0]
-        return result
+    if is_eager_on_cpu(p) and type(p) is type(weight) is Tensor and p.numel():
+        if learns(p) or learns(weight):
+            result: Tensor = _Renormalised.apply(p, weight)
+            return result
+        return _whole(p, weight)[0]
+    p = upcast(p)
     product = p * weight
     total = product.sum(1, keepdim=True)
     empty = total <= 0
     return torch.where(empty, p, product / torch.where(empty, 1, total))
 
 
+def _whole(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if not is_large(p):  # without the views of pieces
+        result = p * weight
+        total = result.sum(1, keepdim=True)
+        _divide_(result, total, p)
+        return result, total.flatten(2).squeeze(1)
+    maps, weights = _flat(p, weight)
+    result, divisor = renormalised_in_pieces(maps, lambda place, _: weights[place])
+    return result.view(p.shape), divisor
+
+
 class _Renormalised(torch.autograd.Function):
     """The same in pieces that stay in the cache of a CPU."""
 
     @staticmethod
-    def forward(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        maps, weights = _flat(p, weight)
-        result, divisor = renormalised_in_pieces(maps, lambda place, _: weights[place])
-        return result.view(p.shape), divisor
+    def forward(ctx: Any, p: Tensor, weight: Tensor) -> Tensor:
+        result, divisor = _whole(p, weight)
+        ctx.save_for_backward(p, weight, result, divisor)
+        return result
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, *output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if grad is None:
-            return None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         p, weight, result, divisor = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: in operations that have a derivative
+        if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True: in operations that have a derivative
             return _slopes(p, weight, grad, *ctx.needs_input_grad)
         maps, weights = _flat(p, weight)
         results, grads = result.flatten(2), grad.reshape(maps.shape)
-        of_p, of_weight = (torch.empty_like(maps) if wanted else None for wanted in ctx.needs_input_grad)
+        of_p, of_weight = (
+            torch.empty_like(maps, dtype=x.dtype) if wanted else None
+            for x, wanted in zip((p, weight), ctx.needs_input_grad, strict=True)
+        )
         divisor = divisor.unsqueeze(1)
         for place in _pieces(maps):
             g, total = grads[place], divisor[place]
@@ -61,34 +69,47 @@ class _Renormalised(torch.autograd.Function):
             if of_weight is not None:
                 torch.mul(common, maps[place], out=of_weight[place])
             if of_p is not None:
-                out = torch.mul(common, weights[place], out=of_p[place])
-                out.addcmul_(g, (total == torch.inf).to(g.dtype))
+                slope = common.mul_(weights[place])
+                if not is_large(maps) or not bool(total.amax() < torch.inf):
+                    slope.addcmul_(g, (total == torch.inf).to(g.dtype))
+                of_p[place] = slope
         return tuple(None if x is None else x.view(p.shape) for x in (of_p, of_weight))  # type: ignore[return-value]
 
 
 def renormalised_in_pieces(maps: Tensor, weight: Callable[[Place, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """The result for maps (N, C, P), and the sums (N, P) that divided it, +inf where nothing did.
 
-    `weight(place, out)` gives the weights of a piece; it may write them to `out`.
+    `weight(place, out)` gives the weights of a piece, in the dtype of the result; it may write them to `out`.
     """
-    result, divisor = torch.empty_like(maps), maps.new_empty(len(maps), 1, maps.shape[2])
+    dtype = torch.promote_types(maps.dtype, torch.float32)
+    result = torch.empty_like(maps, dtype=dtype, memory_format=torch.contiguous_format)
+    divisor = maps.new_empty(len(maps), 1, maps.shape[2], dtype=dtype)
     for place in _pieces(maps):
         z, out, total = maps[place], result[place], divisor[place]
         torch.sum(torch.mul(z, weight(place, out), out=out), 1, keepdim=True, out=total)
-        empty = total <= 0
-        out.div_(total.masked_fill_(empty, torch.inf)).addcmul_(z, empty.to(z.dtype))
+        _divide_(out, total, z)
     return result, divisor.squeeze(1)
+
+
+def _divide_(product: Tensor, total: Tensor, p: Tensor) -> None:
+    """Divide by the total, or where it is 0 take `p` and change the total to +inf."""
+    if is_large(product) and bool(total.amin() > 0):  # a CPU waits for nothing to look, and a pass is saved
+        product.div_(total)
+    else:
+        empty = total <= 0
+        product.div_(total.masked_fill_(empty, torch.inf)).addcmul_(p, empty.to(product.dtype))
 
 
 def _slopes(
     p: Tensor, weight: Tensor, grad: Tensor, of_p: bool, of_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of `p` and of a map of weights."""
+    half, p = p.dtype, upcast(p)
     total = (p * weight).sum(1, keepdim=True)
     empty = total <= 0
     total = torch.where(empty, torch.inf, total)
     common = (grad - (grad * p * weight / total).sum(1, keepdim=True)) / total
-    return torch.where(empty, grad, common * weight) if of_p else None, common * p if of_weight else None
+    return torch.where(empty, grad, common * weight).to(half) if of_p else None, common * p if of_weight else None
 
 
 def _flat(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

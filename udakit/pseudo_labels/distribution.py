@@ -71,9 +71,9 @@ def align_distribution(
     for name, share in (("source_share", source_share), ("target_share", target_share)):
         check_float(name, share)
         check_per_class(name, share, probabilities.shape[1], reference=probabilities, reference_name="probabilities")
-    p = upcast(probabilities)
-    ratio = source_share.detach().to(p.dtype) / target_share.detach().to(p.dtype).clamp_min(SMALLEST)
-    return renormalised(p, ratio.view(-1, *[1] * (p.ndim - 2)))
+    dtype = torch.promote_types(probabilities.dtype, torch.float32)
+    ratio = source_share.detach().to(dtype) / target_share.detach().to(dtype).clamp_min(SMALLEST)
+    return renormalised(probabilities, ratio.view(-1, *[1] * (probabilities.ndim - 2)))
 
 
 class DistributionAlignment(FullPrecisionState):

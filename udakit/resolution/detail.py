@@ -21,7 +21,7 @@ from udakit._checks import (
     is_sequence,
     shape_of,
 )
-from udakit._reduce import is_eager_on_cpu, learns
+from udakit._reduce import is_batched, is_eager_on_cpu, learns
 
 Scope = Literal["batch", "image"]
 SCOPES = get_args(Scope)
@@ -206,18 +206,13 @@ def put_pixels(x: Tensor, places: Sequence[Tensor], sizes: Sequence[int]) -> Ten
     This touches less memory than picking a pixel for each position, and its gradient is the crop again.
     """
     half = x.dtype in (torch.float16, torch.bfloat16)
-    if half and not learns(x) and is_eager_on_cpu(x) and not _is_batched(x):
+    if half and not learns(x) and is_eager_on_cpu(x) and not is_batched(x):
         return put_pixels(x.view(torch.int16), places, sizes).view(x.dtype)  # torch would copy the maps to float32
     leading, place = x.shape[: -len(sizes)], joint(places, sizes)
     if len(leading) == 2:
         place = place.unsqueeze(1).expand(*leading, -1)
     maps = x.new_zeros(*leading, math.prod(sizes)).scatter_(-1, place, x.reshape(place.shape))
     return maps.view(*leading, *sizes)
-
-
-def _is_batched(x: Tensor) -> bool:
-    """Whether `x` is many gradients at once (`is_grads_batched=True`, a vectorized Jacobian), which have no bits."""
-    return torch._C._dispatch_keys(x).has(torch._C._dispatch_key_parse("Batched"))
 
 
 def gather_pixels(x: Tensor, place: Tensor) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Literal, get_args
 
 import torch
@@ -22,7 +24,7 @@ from udakit._checks import (
     net_logits,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, interpolate, plain, top_class, upcast
+from udakit._reduce import BLOCK, KINDS, Kind, exp_, interpolate, is_large, plain, top_class, upcast
 
 __all__ = ["fuse_teachers", "teacher_agreement"]
 
@@ -79,6 +81,9 @@ def fuse_teachers(
     check_option("kind", kind, KINDS)
     maps = _teacher_maps(logits, size, kind)
     share = _teacher_weights(weights, maps)
+    if mode == "mean" and kind == "logits" and is_large(maps[0]):
+        return _mean_in_pieces(maps, share)
+    maps = [_probabilities(x, kind) for x in maps]
     if mode == "max_confidence":
         fused, best = maps[0], share[0] * maps[0].amax(1, keepdim=True)
         for a, p in zip(share[1:], maps[1:], strict=True):
@@ -127,7 +132,7 @@ def _agree(maps: list[Tensor]) -> Tensor:
 
 
 def _teacher_maps(logits: Sequence[Tensor], size: Sequence[int] | None, kind: str | None) -> list[Tensor]:
-    """Maps of the same size as probabilities, or unchanged with `kind=None`, if only the arg-max matters."""
+    """The maps at the same size, detached; `kind=None` if only the arg-max matters."""
     if kind is not None:
         check_option("kind", kind, KINDS)
     if not is_sequence(logits) or not len(logits):
@@ -151,11 +156,40 @@ def _teacher_maps(logits: Sequence[Tensor], size: Sequence[int] | None, kind: st
                 f"Expected `logits[{k}]` to match `logits[0]` {shape_of(first)}, but got {shape_of(x)}.{hint}"
             )
         check_device(f"logits[{k}]", x, first, "logits[0]")
-        x = upcast(plain(x.detach()))
+        x = plain(x.detach())
         if size is not None and tuple(x.shape[2:]) != tuple(size):
-            x = interpolate(x, size, name=f"logits[{k}]")
-        maps.append(F.softmax(x, dim=1) if kind == "logits" else x)
+            x = interpolate(upcast(x), size, name=f"logits[{k}]")
+        maps.append(x)
     return maps
+
+
+def _probabilities(x: Tensor, kind: str) -> Tensor:
+    return F.softmax(upcast(x), dim=1) if kind == "logits" else upcast(x)
+
+
+def _mean_in_pieces(maps: list[Tensor], share: Sequence[float] | Tensor) -> Tensor:
+    """The weighted mean of the softmax in pieces that stay in the cache of a CPU.
+
+    Each is written out, so that its division is part of the sum, and with `exp_`, which is faster than a softmax.
+    """
+    n, c, *space = maps[0].shape
+    size = math.prod(space)
+    dtype = reduce(torch.promote_types, (x.dtype for x in maps), torch.float32)
+    fused = maps[0].new_empty((n, c, size), dtype=dtype)
+    pixels = min(max(BLOCK // c, 1), size)
+    buffer, flat = fused.new_empty(c * pixels), [x.flatten(2) for x in maps]
+    for i in range(n):
+        for j in range(0, size, pixels):
+            out = fused[i, :, j : j + pixels]
+            for k, x in enumerate(flat):
+                p = buffer[: out.numel()].view(out.shape).copy_(x[i, :, j : j + pixels])
+                exp_(p.sub_(p.amax(0)))
+                scale = share[k] / p.sum(0)
+                if k:
+                    out.addcmul_(p, scale)
+                else:
+                    torch.mul(p, scale, out=out)
+    return fused.view(n, c, *space)
 
 
 def _teacher_weights(weights: Sequence[float] | Tensor | None, maps: list[Tensor]) -> Sequence[float] | Tensor:
@@ -164,7 +198,7 @@ def _teacher_weights(weights: Sequence[float] | Tensor | None, maps: list[Tensor
         weights = plain(weights)
         if weights.ndim != 1 or weights.shape[0] != len(maps):
             raise ValueError(f"Expected `weights` to be (K,) with K = {len(maps)}, but got {shape_of(weights)}.")
-        weights = weights.detach().to(maps[0].dtype)
+        weights = weights.detach().to(torch.promote_types(maps[0].dtype, torch.float32))
         return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
     if weights is not None and not is_sequence(weights):
         raise TypeError(
