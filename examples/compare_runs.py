@@ -25,6 +25,7 @@ if __name__ == "__main__":
     leave_at_once(NOTHING_TORN)  # as early as possible
 
 import argparse
+import json
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -39,8 +40,10 @@ from rich.markup import escape
 
 from gta2cs import html, report
 from gta2cs.comparison import Comparison, number, title, where
+from gta2cs.config import check_same_run
 from gta2cs.histories import read_run
 from gta2cs.label_free import DEFAULT, DIRECTIONS
+from gta2cs.lists import read_text
 from gta2cs.options import changed, in_a_line, read_yaml
 
 console = Console(soft_wrap=True)
@@ -57,36 +60,63 @@ def write_page(comparison: Comparison, path: Path) -> None:
 # Sweeps
 
 
+def read_file(path: Path) -> Any:
+    """Read a YAML file; what is wrong with it is an error that names it."""
+    try:
+        return read_yaml(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"Expected {path} to be YAML, but it cannot be read: {error}") from None
+
+
 def settings_of(sweep: Path, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Folder -> configuration, of every setting of a sweep; a wrong key is an error before anything runs."""
-    listed = read_yaml(sweep.read_text(encoding="utf-8"))
+    listed = read_file(sweep)
     if not isinstance(listed, list) or not listed or not all(isinstance(entry, dict) for entry in listed):
         raise ValueError(f"Expected {sweep} to be a list of settings, each a mapping of changes, but it is not.")
     found: dict[str, dict[str, Any]] = {}
     for index, entry in enumerate(listed):
         name = str(entry.get("name", f"setting{index + 1}"))
+        if not name or name.startswith(".") or Path(name).name != name:
+            raise ValueError(f"Expected `name` in {sweep} to be the name of a folder in `out`, but got {name!r}.")
         if name in found:
             raise ValueError(f"Expected the settings of {sweep} to have different names, but {name!r} occurs twice.")
         found[name] = changed(base, {key: value for key, value in entry.items() if key != "name"})
     return found
 
 
+def check_finished(folder: Path, config: Any) -> None:
+    """Refuse a setting that has changed since its run was finished: the page would give the old run its name."""
+    path = folder / "history.json"
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+        try:
+            check_same_run(saved, config, max(len(saved["stages"]), len(config.stages)), folder)
+        except ValueError as error:
+            raise ValueError(f"{error} Here that is another `name`.") from None
+
+
 def sweep(options: argparse.Namespace) -> list[Path]:
     """Run every setting that is not finished. Returns the folders of all finished runs."""
     import train_gta2cs
 
-    base = read_yaml(options.config.read_text(encoding="utf-8"))
-    settings = settings_of(options.sweep, base)
+    settings = settings_of(options.sweep, read_file(options.config))
     runs = {}
-    for name, config in settings.items():  # all of them, before the first one trains
-        (options.out / name).mkdir(parents=True, exist_ok=True)
-        file = options.out / f"{name}.yaml"
-        report.write_text(file, yaml.safe_dump(config, sort_keys=False))
-        runs[name] = train_gta2cs.parse(["--config", str(file), f"--out={options.out / name}", "--resume"])
-        try:
-            train_gta2cs.check_stages(runs[name])
-        except ValueError as error:
-            raise ValueError(f"{error} This is the setting {name!r} of {options.sweep}; nothing was run.") from None
+    with tempfile.TemporaryDirectory() as folder:
+        for name, config in settings.items():  # all of them, before the first one trains
+            file = Path(folder) / f"{name}.yaml"
+            report.write_text(file, yaml.safe_dump(config, sort_keys=False))
+            which = f"This is the setting {name!r} of {options.sweep}; nothing was run."
+            try:
+                runs[name] = train_gta2cs.parse(["--config", str(file), f"--out={options.out / name}", "--resume"])
+                train_gta2cs.check_stages(runs[name])
+                check_finished(options.out / name, runs[name])
+            except ValueError as error:
+                raise ValueError(f"{error} {which}") from None
+            except SystemExit:  # the parser has said what is wrong
+                Console(stderr=True, soft_wrap=True).print(which, markup=False)
+                raise
+    for name, config in settings.items():
+        report.write_text(options.out / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False))
     done = []
     for name, run in runs.items():
         folder = options.out / name

@@ -249,6 +249,8 @@ def test_settings_of_a_sweep(tmp_path):
         ("- {name: a}\n- {name: a}\n", "'a' occurs twice"),
         ("- {stages.7.lr: 1}\n", "'stages.7.lr' to be a path"),
         ("seed: 1\n", "to be a list of settings"),
+        (": [\n", r"sweep\.yaml to be YAML, but it cannot be read"),
+        *((f"- {{name: {name}}}\n", "to be the name of a folder in `out`") for name in ("../up", "a/b", "..", "''")),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -273,6 +275,13 @@ def test_a_wrong_option_of_a_sweep_is_found_before_anything_runs(tmp_path, monke
     said = capsys.readouterr().err
     assert "selectr" in said
     assert "This is the setting 'typo' of" in said
+    path.write_text("- {name: plain}\n- {name: kind, data.crop: 3}\n")
+    with pytest.raises(SystemExit):
+        compare_runs.main(["--sweep", str(path), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert "data.crop" in said
+    assert "This is the setting 'kind' of" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_of_two_people_do_not_compare(tmp_path):
@@ -297,8 +306,9 @@ def test_a_sweep_runs_what_is_not_finished(tmp_path, monkeypatch, capsys):
         seen.append((run.out.name, run.seed, run.resume))
         if run.out.name == "bad":
             raise FloatingPointError("A loss is not finite.")
-        run.out.rmdir()
         write_run(run.out, [0.6 if run.seed else 0.7], [])
+        saved = json.loads((run.out / "history.json").read_text())
+        (run.out / "history.json").write_text(json.dumps({**saved, "config": train_gta2cs.plain(run)}))
 
     monkeypatch.setattr(train_gta2cs, "main", train)
     arguments = ["--sweep", str(path), "--config", str(config), "--out", str(out)]
@@ -308,3 +318,9 @@ def test_a_sweep_runs_what_is_not_finished(tmp_path, monkeypatch, capsys):
     assert (out / "compared.html").is_file()
     assert compare_runs.main(arguments) == 0
     assert [name for name, *_ in seen[3:]] == ["bad"]  # the others are finished
+    path.write_text("- {name: one}\n- {name: two, seed: 5}\n")
+    assert compare_runs.main(arguments) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "these values differ: seed: 2 -> 5." in said
+    assert "Here that is another `name`. This is the setting 'two' of" in said
+    assert yaml.safe_load((out / "two.yaml").read_text())["seed"] == 2

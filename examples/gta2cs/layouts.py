@@ -62,7 +62,7 @@ class Listing:
             raise FileNotFoundError(
                 f"Expected all {len(self.items)} images of {self.where} to have labels, but {len(absent)} do not: "
                 f"{some([item.name for item in absent])} (looked for {absent[0].label}). "
-                "A list of the labelled ones (train.txt, or `data.source_list`) trains on them alone."
+                "Let the list name the labelled ones alone (train.txt or val.txt, or `data.source_list`)."
             )
         missing = set(absent)
         items = [item for item in self.items if item not in missing]
