@@ -101,8 +101,7 @@ def parse(arguments: list[str] | None = None) -> Config:
 def main(config: Config) -> int:
     """Evaluate the net, or segment a folder. Returns the exit status."""
     check_window(config.window, config.stride)
-    if not 0 <= config.overlay <= 1:
-        raise ValueError(f"Expected `overlay` to be in [0, 1], but got {config.overlay}.")
+    check_values(config)
     trained = Trained.open(config.checkpoint, config.classes)
     if config.evaluate:
         score(config, trained)
@@ -116,6 +115,23 @@ def main(config: Config) -> int:
         for path, why in bad.items():
             console.print(escape(f"  {path}: {why}"))
     return 1 if bad else 0
+
+
+def check_values(config: Config) -> None:
+    """Refuse values that no image can be predicted with, before anything is loaded."""
+    if not 0 <= config.overlay <= 1:
+        raise ValueError(f"Expected `overlay` to be in [0, 1], but got {config.overlay}.")
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"Expected `limit` to be at least 1, but got {config.limit}.")
+    if not isinstance(config.size, str) and min(config.size) < 1:
+        raise ValueError(f"Expected `size` to be native, training or (height, width), but got {config.size}.")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(
+            f"Expected `device` to be one of this machine, such as cpu, but got {config.device!r}: {why}"
+        ) from None
 
 
 # --------------------------------------------------------------------------------------------------------------------

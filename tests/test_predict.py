@@ -446,3 +446,19 @@ def test_sixteen_bits_with_a_stated_range(checkpoint, tmp_path):
     overlay = np.asarray(Image.open(tmp_path / "out" / "overlays" / "a.png"), float)
     colours = np.asarray(Image.open(tmp_path / "out" / "labels" / "a.png").convert("RGB"), float)
     assert np.abs(overlay - ((deep / 257).round() + colours) / 2).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limit": 0}, "`limit` to be at least 1, but got 0"),
+        ({"limit": -1}, "`limit` to be at least 1, but got -1"),
+        ({"size": (0, 5)}, r"`size` to be native, training or \(height, width\), but got \(0, 5\)"),
+        ({"overlay": 2.0}, r"`overlay` to be in \[0, 1\], but got 2\.0"),
+        ({"device": "cuda:77"}, "`device` to be one of this machine, such as cpu, but got 'cuda:77'"),
+        ({"device": "gpu"}, "`device` to be one of this machine, such as cpu, but got 'gpu'"),
+    ],
+)
+def test_values_that_nothing_can_be_predicted_with(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        predict.main(predict.Config(tmp_path / "none.pt", **changes))  # type: ignore[arg-type]
