@@ -53,7 +53,7 @@ DEFAULT = "balanced_consistency"  # what `select` looks at
 BY_CLASS = "confident_consistency"  # what decides the scale and the colours of source: every class counts the same
 # What is known of a score, in words, for the verdict.
 MARGIN = 0.01  # differences of a hundredth say nothing
-STUDY = "In udakit's study of eight pairs of domains, its rank correlation with the true mIoU was"
+STUDY = "In udakit's study of eight pairs of domains, the rank correlation of this score with the true mIoU was"
 RELIABILITY = {
     "balanced_consistency": f"{STUDY} 0.24 to 0.85, where 1 is a perfect order and 0 chance. "
     "Differences of a hundredth say nothing.",
@@ -61,8 +61,8 @@ RELIABILITY = {
     "mirror_consistency": f"{STUDY} -0.48 to 0.97: it can point the wrong way.",
 }
 UNRELIABLE = (
-    "In udakit's study the published scores followed the share of the rarer class: the better net scored higher where "
-    "target has more of it and lower where it has less. Do not rely on this one alone."
+    "udakit's study did not find this score reliable. The published ones followed the share of the rarer class: the "
+    "better net scored higher where target has more of it and lower where it has less."
 )
 
 
