@@ -73,7 +73,9 @@ def zero_where_not_(mask: Tensor, x: Tensor) -> Tensor:
 
 def learns(x: Tensor) -> bool:
     """Whether autograd records what is computed from `x`; where not, an own function of autograd is only a detour."""
-    return x.requires_grad and torch.is_grad_enabled()
+    return (
+        torch.is_grad_enabled() and x.requires_grad
+    )  # in this order: torch 2.5 compiles the latter in no backward pass
 
 
 def guard(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -121,7 +121,8 @@ class _SumMembers(torch.autograd.Function):
                 torch.index_select(row, 1, k, out=own)
             return result, None, None
         if torch.compiler.is_compiling() and rows.device.type == "cpu":
-            rows = rows.as_strided(rows.shape, rows.stride())  # a table in memory, not its arithmetic at every pixel
+            _, d, c = rows.shape  # a table in memory, not its arithmetic at every pixel
+            rows = rows.as_strided(rows.shape, (d * c, c, 1))
         return rows.gather(2, ids.unsqueeze(1).expand(-1, rows.shape[1], -1)), None, None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -196,7 +195,7 @@ def _coverage(space: Sequence[int], grid: _Grid, like: Tensor) -> Tensor:
     covered: Tensor | None = None
     for length, window, starts in zip(space, grid.window, grid.starts, strict=True):
         count = torch.ones(length, dtype=like.dtype, device=like.device)
-        for before, start in pairwise(starts):
+        for before, start in zip(starts[:-1], starts[1:], strict=True):  # noqa: RUF007  # torch 2.5 compiles no `pairwise`
             count.narrow(0, start, before + window - start).add_(1)
         covered = count if covered is None else covered.unsqueeze(-1) * count
     assert covered is not None
