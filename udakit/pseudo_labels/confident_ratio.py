@@ -76,11 +76,16 @@ def confident_ratio(
     return _ratio(confident, scope, valid)
 
 
+def _number(where: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """How many are true, in float32; a CPU adds integers faster, and a GPU needs a launch to convert them."""
+    return where.sum(axes).float() if where.is_cpu else where.sum(axes, dtype=torch.float32)
+
+
 def _ratio(confident: Tensor, scope: Scope, valid: Tensor | None) -> Tensor:
     axes = tuple(range(0 if scope == "batch" else 1, confident.ndim))
     if valid is None:
-        return confident.sum(axes).float() / max(math.prod([confident.shape[axis] for axis in axes]), 1)
-    return (confident & valid).sum(axes).float() / valid.sum(axes).clamp_min(1)
+        return _number(confident, axes) / max(math.prod([confident.shape[axis] for axis in axes]), 1)
+    return _number(confident & valid, axes) / valid.sum(axes).clamp_min(1)
 
 
 class ConfidentRatioSelector(nn.Module):
