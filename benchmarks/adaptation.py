@@ -136,8 +136,9 @@ def started(
 def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> dict[str, Any]:
     """Train a row, its warm start first where that is missing, and return what the JSON keeps of it."""
     if row not in STARTS:
-        for which in ("warm", *filter(None, [rows_of()[row].get("large_start")])):
-            warmed(pair, seed, data_root, cache, which)
+        warmed(pair, seed, data_root, cache)
+        if large := rows_of()[row].get("large_start"):
+            warmed(pair, seed, data_root, cache, large)
     config = configure(pair, row, seed, data_root, cache)
     began = time.perf_counter()
     rows = train_gta2cs.main(config)

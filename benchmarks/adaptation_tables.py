@@ -23,7 +23,7 @@ from benchmarks.adaptation_rows import (
 from benchmarks.harness import PAIR_NAMES
 from benchmarks.results_page import STATISTICS
 from gta2cs.evaluation import headline
-from gta2cs.label_free import collapsed, completed
+from gta2cs.label_free import can_be_deployed, collapsed, completed
 
 
 def last_net(run: dict[str, Any], name: str = "student") -> dict[str, Any] | None:
@@ -90,8 +90,8 @@ def study(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def deployable(run: dict[str, Any]) -> list[dict[str, Any]]:
-    """Nets of all evaluations without DUDA's large ones, which are of another size than what is deployed."""
-    return [c for c in run["checkpoints"] if not c["net"].startswith("large ")]
+    """Nets of all evaluations without DUDA's large ones."""
+    return [c for c in run["checkpoints"] if can_be_deployed(c["net"])]
 
 
 def table(results: dict[str, Any], of: Iterable[str] = PAIRS) -> str:

@@ -66,6 +66,7 @@ from gta2cs.options import FAULTS, in_a_line
 from gta2cs.pretrained import WeightsError, load_init
 from gta2cs.reading import ImageFormat
 from gta2cs.recipes import RECIPES, Draws, Losses, Preparation, Recipe
+from gta2cs.recipes.duda import check_large_nets, no_large_nets
 from gta2cs.recipes.self_training import LEARNED
 from gta2cs.run_folder import clear_folder, own_folder
 from gta2cs.stage import Run, StageState
@@ -371,25 +372,9 @@ def check_stages(config: Config) -> None:
                     f"{config.data.channels}, but got {style!r}, which needs images with three channels."
                 )
         if stage.recipe == "duda" and not options.large_from and before != "duda_pre":
-            raise ValueError(
-                "Expected the stage before `duda` to be `duda_pre`, or `large_from` to be a checkpoint, but got "
-                f"{before or 'no stage'} and no checkpoint."
-            )
+            raise no_large_nets(before or "no stage")
         before = stage.recipe
     check_select(config)
-
-
-def check_large_nets(config: Config) -> None:
-    """Refuse a large net of DUDA in a file that is not there, unless a stage before may write it."""
-    for index, stage in enumerate(config.stages):
-        for name in ("large_init", "large_from"):
-            file = stage.options.get(name)
-            written = index > 0 and file and Path(file).resolve().is_relative_to(config.out.resolve())
-            if file and not written and not Path(file).is_file():
-                raise FileNotFoundError(
-                    f"Expected `stages.{index}.options.{name}` to be a checkpoint, but there is no file {file}. Train "
-                    "that net first."
-                )
 
 
 def asks_for(options: Any, key: str, value: object) -> bool:

@@ -25,6 +25,7 @@ from gta2cs.label_free import (
     VIEWS,
     LabelFree,
     NoScoreError,
+    can_be_deployed,
     collapsed,
     complete,
     direction_of,
@@ -143,7 +144,7 @@ class Choosing:
             {"step": state.done, "nets": {name: scores.to_json() for name, scores in found.items()}}
         )
         for name, net in nets.items():
-            if not name.startswith("large "):  # of another size than what is deployed
+            if can_be_deployed(name):
                 self._offer(state.stage.recipe, name, net, found[name], step=state.done)
                 for warning in self.alarm(name, found[name].shares):
                     state.history.setdefault("alarms", []).append(f"{state.stage.recipe}, step {state.done}: {warning}")

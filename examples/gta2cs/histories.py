@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.config import Config
 from gta2cs.evaluation import headline
-from gta2cs.label_free import completed
+from gta2cs.label_free import can_be_deployed, completed
 from gta2cs.run_folder import stage_folder, step_file
 
 
@@ -114,7 +114,7 @@ def read_run(folder: Path) -> RunNets:
         truth = {entry["step"]: entry["nets"] for entry in stages[i]["scores"]}
         for entry in stages[i].get("label_free", []):
             for net, found in entry["nets"].items():
-                if not net.startswith("large "):
+                if can_be_deployed(net):
                     known = truth.get(entry["step"], {}).get(net)
                     place = {"stage": name, "stage_step": entry["step"]}
                     checkpoints.append(_net(begins[i] + entry["step"], net, found, known) | place)

@@ -72,6 +72,11 @@ def direction_of(select: str) -> int:
     return -direction if select.startswith("-") else direction
 
 
+def can_be_deployed(net: str) -> bool:
+    """Whether a net of this name may be chosen: DUDA's large ones are of another size than what is deployed."""
+    return not net.startswith("large ")
+
+
 def collapsed(before: Sequence[float], now: Sequence[float]) -> list[int]:
     """Classes of a hundredth of the source-only net's pixels or more that have lost three quarters of them.
 

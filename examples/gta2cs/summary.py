@@ -15,7 +15,7 @@ from gta2cs.config import DataConfig, plain
 from gta2cs.datasets import places_of, root_of
 from gta2cs.evaluation import Score, headline, predict
 from gta2cs.interrupts import stop_if_asked
-from gta2cs.label_free import picked
+from gta2cs.label_free import can_be_deployed, picked
 from gta2cs.reading import viewable
 from gta2cs.stage import Run
 from gta2cs.verdict import label_free_tables, verdict
@@ -91,7 +91,7 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
 
 def headlines(history: dict[str, Any]) -> list[float]:
     """The mean that counts, of every net of a size to deploy at every evaluation of a stage."""
-    nets = [net for entry in history["scores"] for net in entry["nets"].items() if not net[0].startswith("large ")]
+    nets = [net for entry in history["scores"] for net in entry["nets"].items() if can_be_deployed(net[0])]
     found = [net["means"][headline(net["means"])] for _, net in nets]
     return [mean for mean in found if mean is not None]
 

@@ -51,6 +51,11 @@ def top_by_blocks(scores: Tensor, *, confidence: bool) -> tuple[Tensor, Tensor]:
     return labels.view(n, *space), top.view(n, *space)
 
 
+def fraction(part: Tensor, whole: Tensor) -> Tensor:
+    """Quotient of counts, float32, 0 where there is nothing; torch would give it the default dtype."""
+    return part.float() / whole.clamp_min(1)
+
+
 def count_ids(ids: Tensor, bins: int) -> Tensor:
     """Count each of 0..bins-1, int64; other ids are an error. `bincount` would make a GPU wait."""
     counts = torch.zeros(bins, dtype=torch.int64, device=ids.device)

@@ -73,9 +73,8 @@ def zero_where_not_(mask: Tensor, x: Tensor) -> Tensor:
 
 def learns(x: Tensor) -> bool:
     """Whether autograd records what is computed from `x`; where not, an own function of autograd is only a detour."""
-    return (
-        torch.is_grad_enabled() and x.requires_grad
-    )  # in this order: torch 2.5 compiles the latter in no backward pass
+    # In this order: torch 2.5 cannot compile the latter in a backward pass.
+    return torch.is_grad_enabled() and x.requires_grad
 
 
 def guard(x: Tensor, valid: Tensor | None) -> Tensor:

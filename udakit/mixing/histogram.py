@@ -109,9 +109,8 @@ def _places(upto: Tensor, middle: Tensor, unit: int, pixels: int) -> Tensor:
     if not is_run_on_cpu(upto):
         return torch.searchsorted(upto * unit, middle)
     one = torch.ones((), dtype=torch.int32, device=upto.device)
-    below = torch.zeros(len(upto), pixels + 1, dtype=torch.int32, device=upto.device).scatter_add_(
-        1, upto, one.expand_as(upto)
-    )
+    below = torch.zeros(len(upto), pixels + 1, dtype=torch.int32, device=upto.device)
+    below.scatter_add_(1, upto, one.expand_as(upto))
     # A bin of the content before its lowest value has rank 0, and no pixel.
     rank = _floor_divide_(middle - 1, unit).clamp_min_(0)
     return below.cumsum_(1).gather(1, rank).long()

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from udakit._checks import check_confidence, check_mask_like, check_option, check_range
-from udakit._reduce import Kind, upcast
+from udakit._reduce import Kind, fraction, upcast
 from udakit.pseudo_labels.selection import (
     PseudoLabels,
     check_exclude,
@@ -85,7 +85,7 @@ def _ratio(confident: Tensor, scope: Scope, valid: Tensor | None) -> Tensor:
     axes = tuple(range(0 if scope == "batch" else 1, confident.ndim))
     if valid is None:
         return _number(confident, axes) / max(math.prod([confident.shape[axis] for axis in axes]), 1)
-    return _number(confident & valid, axes) / valid.sum(axes).clamp_min(1)
+    return fraction(_number(confident & valid, axes), valid.sum(axes))
 
 
 class ConfidentRatioSelector(nn.Module):

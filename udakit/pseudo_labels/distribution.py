@@ -22,7 +22,7 @@ from udakit._checks import (
     kind_of,
     shape_of,
 )
-from udakit._reduce import KINDS, Kind, class_ids, upcast
+from udakit._reduce import KINDS, Kind, class_ids, fraction, upcast
 from udakit._state import FullPrecisionState, sum_ranks
 from udakit.pseudo_labels._renormalise import renormalised
 from udakit.pseudo_labels.adaptive_threshold import batch_shares, check_class_scores
@@ -168,7 +168,7 @@ class DistributionAlignment(FullPrecisionState):
         if self.sync:
             counts = sum_ranks(counts)
         total = counts.sum()
-        self._follow(self.source_share, self.source_batches, counts.float() / total.clamp_min(1), total > 0)
+        self._follow(self.source_share, self.source_batches, fraction(counts, total), total > 0)
 
     def forward(
         self,

@@ -20,7 +20,7 @@ from udakit._checks import (
     shape_of,
     space_form,
 )
-from udakit._reduce import KINDS, Kind, by_blocks, count_ids, exp_, plain, top_by_blocks, upcast
+from udakit._reduce import KINDS, Kind, by_blocks, count_ids, exp_, fraction, plain, top_by_blocks, upcast
 
 
 class PseudoLabels(NamedTuple):
@@ -168,7 +168,7 @@ def share_per_class(labels: Tensor, kept: Tensor, valid: Tensor | None, num_clas
     if valid is not None:
         cell = cell.where(valid, 2 * num_classes)
     counts = count_ids(cell, 2 * num_classes + (valid is not None))[: 2 * num_classes].view(2, num_classes)
-    return counts[1].float() / counts.sum(0).clamp_min(1)
+    return fraction(counts[1], counts.sum(0))
 
 
 class Selector(nn.Module):

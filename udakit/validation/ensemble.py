@@ -19,7 +19,7 @@ from udakit._checks import (
     is_sequence,
     kind_of,
 )
-from udakit._reduce import upcast
+from udakit._reduce import fraction, upcast
 from udakit._state import FullPrecisionState, sum_ranks
 
 EnsembleKind = Literal["probabilities", "logits"]
@@ -63,7 +63,7 @@ def ensemble_agreement(
     """
     check_option("kind", kind, KINDS)
     agreeing, pixels = _agreement(_candidates(probabilities, kind), kind, valid)
-    return agreeing.float() / pixels.clamp_min(1)
+    return fraction(agreeing, pixels)
 
 
 class EnsembleAgreement(FullPrecisionState):
@@ -117,7 +117,7 @@ class EnsembleAgreement(FullPrecisionState):
         agreeing, pixels = _agreement(maps, self.kind, valid)
         self.agreeing.add_(agreeing)
         self.pixels.add_(pixels)
-        return agreeing.float() / pixels.clamp_min(1)
+        return fraction(agreeing, pixels)
 
     if TYPE_CHECKING:
         __call__ = forward  # a call has forward's types; nn.Module's has none
@@ -126,7 +126,7 @@ class EnsembleAgreement(FullPrecisionState):
         """Return the agreement over all pixels so far, with `sync` those of all ranks; 0 before the first batch."""
         counts = torch.cat([self.agreeing, self.pixels.view(1)])
         counts = sum_ranks(counts) if sync else counts
-        return counts[:-1].float() / counts[-1].clamp_min(1)
+        return fraction(counts[:-1], counts[-1])
 
     def extra_repr(self) -> str:
         """Return the options as they were given."""

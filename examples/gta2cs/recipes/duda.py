@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from gta2cs.recipes.diga import Diga
 from gta2cs.recipes.ehtdi import Ehtdi
 from gta2cs.recipes.self_training import Selection, SelfTraining, as_logits, labelling_statistics
 from udakit import EMATeacher, InconsistencyLoss, ProjectedFeatureLoss, fuse_teachers, kd_loss
+
+if TYPE_CHECKING:
+    from gta2cs.config import Config
 
 BASES: dict[str, type[SelfTraining]] = {"dacs": Dacs, "diga": Diga, "ehtdi": Ehtdi}
 OWN = "own"
@@ -185,10 +188,7 @@ class Duda(SelfTraining):
         elif isinstance(previous, DudaPre):
             large = {name: previous.nets()[name] for name in wanted}
         else:
-            raise ValueError(
-                "Expected the stage before `duda` to be `duda_pre`, or `large_from` to be a checkpoint, but got "
-                f"{type(previous).__name__} and no checkpoint."
-            )
+            raise no_large_nets(type(previous).__name__)
         return cls(student, num_classes, parsed, large)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
@@ -243,6 +243,27 @@ class Duda(SelfTraining):
         if self.projected is None:
             return []
         return [{"params": list(self.projected.parameters()), "lr": lr * head_multiplier}]
+
+
+def no_large_nets(before: str) -> ValueError:
+    """The error of a stage of `duda` after something else, without a checkpoint."""
+    return ValueError(
+        "Expected the stage before `duda` to be `duda_pre`, or `large_from` to be a checkpoint, but got "
+        f"{before} and no checkpoint."
+    )
+
+
+def check_large_nets(config: Config) -> None:
+    """Refuse a large net in a file that is not there, unless a stage before may write it."""
+    for index, stage in enumerate(config.stages):
+        for name in ("large_init", "large_from"):
+            file = stage.options.get(name)
+            written = index > 0 and file and Path(file).resolve().is_relative_to(config.out.resolve())
+            if file and not written and not Path(file).is_file():
+                raise FileNotFoundError(
+                    f"Expected `stages.{index}.options.{name}` to be a checkpoint, but there is no file {file}. Train "
+                    "that net first."
+                )
 
 
 def read_large(path: Path, wanted: list[str], make_net: Callable[[], nn.Module]) -> dict[str, nn.Module]:
