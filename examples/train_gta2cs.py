@@ -29,7 +29,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -92,29 +92,36 @@ def train_stage(
     if run.is_main and index == 0 and not config.resume:
         clear_folder(config.out)  # not earlier: a net may start from a file in it, and what is refused changes nothing
     if not state.resume():
-        prepare(state)
+        with explained(state):
+            prepare(state)
     if run.is_main and state.done < state.steps:  # not earlier, because a run that may not be resumed keeps its own
         report.write_text(config.out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
 
     step = TrainingStep(state)
     loader = step_loader(stage_data(state, sampler), start=state.done, stop=state.steps, workers=config.data.workers)
-    with ProgressLine(state) as progress, said_where(state.where):
-        try:
-            choosing = Choosing(state)
-            observers: list[Observer] = [LossLog(run), note_decisions, Scoring(), choosing]
-            observers += [progress, Tracking(), Saving()]
-            for batch in loader:
-                stop_if_asked()
-                losses = step(batch)
-                for observer in observers:
-                    observer(state, losses)
-        except (OSError, ValueError, FloatingPointError) as error:
-            said = str(error) if isinstance(error, (WriteError, FloatingPointError, NoScoreError)) else words_of(error)
-            if not said:
-                raise
-            others = " --check-data lists all such files." if said.startswith("Cannot read") else ""
-            raise type(error)(f"{said}{others} {state.where()}") from None
+    with ProgressLine(state) as progress, said_where(state.where), explained(state):
+        choosing = Choosing(state)
+        observers: list[Observer] = [LossLog(run), note_decisions, Scoring(), choosing]
+        observers += [progress, Tracking(), Saving()]
+        for batch in loader:
+            stop_if_asked()
+            losses = step(batch)
+            for observer in observers:
+                observer(state, losses)
     return state.recipe, state.history
+
+
+@contextmanager
+def explained(state: StageState) -> Iterator[None]:
+    """Add to an error that a user can mend how far the stage is, and what finds more of the kind."""
+    try:
+        yield
+    except (OSError, ValueError, FloatingPointError) as error:
+        said = str(error) if isinstance(error, (WriteError, FloatingPointError, NoScoreError)) else words_of(error)
+        if not said:
+            raise
+        others = " --check-data lists all such files." if said.startswith("Cannot read") else ""
+        raise type(error)(f"{said}{others} {state.where()}") from None
 
 
 class TrainingStep:

@@ -467,6 +467,14 @@ def test_what_a_stopped_run_chose_is_not_taken_for_another_one_s(tmp_path, monke
     assert json.loads((tmp_path / "history.json").read_text())["choice"]["stage"] == 1
 
 
+def test_a_finished_run_without_its_chosen_net_says_what_is_left(tmp_path):
+    config = tiny(tmp_path)
+    train_gta2cs.main(config)
+    (tmp_path / "best.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"chosen without labels in .*best\.pt.*`compare_runs\.py .*` ranks"):
+        train_gta2cs.main(dataclasses.replace(config, resume=True))
+
+
 def test_a_nan_net_leaves_no_half_written_choice(tmp_path, monkeypatch):
     def broken(*args, **options):
         raise ValueError("Expected `logits` to be finite at every valid pixel, but got NaN.")

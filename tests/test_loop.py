@@ -249,6 +249,15 @@ def test_a_bad_file_is_named_in_a_line_whoever_reads_it(monkeypatch, capsys, wor
     assert capsys.readouterr().err == "Expected a.png to be an image,\nbut it is none.\n"
 
 
+def test_a_bad_file_met_before_the_first_step_is_named_as_one_met_later(tmp_path, monkeypatch):
+    def broken(self, preparation):
+        raise OSError("Cannot read /data/a.png: it is damaged.")
+
+    monkeypatch.setattr(RECIPES["source_only"], "prepare", broken)
+    with pytest.raises(OSError, match=r"--check-data lists all such files\. Stopped in stage 1 of 1"):
+        train_gta2cs.main(tiny_config(tmp_path, train_gta2cs.Stage("source_only")))
+
+
 def test_a_check_of_folders_that_are_not_there_is_a_report(tmp_path, capsys):
     config = tiny_config(tmp_path / "out", train_gta2cs.Stage("source_only"), check_data=True)
     config.data = train_gta2cs.DataConfig(pair="folder", data_root=tmp_path / "none")

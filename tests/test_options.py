@@ -49,6 +49,16 @@ def test_help_explains_and_prints_no_internals(capsys: pytest.CaptureFixture[str
     assert "(height, width) of the training crops." in text
 
 
+@pytest.mark.parametrize("spelling", ["--dry-run", "--dry_run", "--dry-run=true", "--dry_run=True"])
+@pytest.mark.parametrize("following", [[], ["true"], ["--seed", "3"]])
+def test_flags_with_and_without_a_value_in_both_spellings(spelling: str, following: list[str]) -> None:
+    if "=" in spelling and following == ["true"]:
+        return
+    assert train_gta2cs.parse([spelling, *following]).dry_run
+    off = train_gta2cs.parse(["--check-data", "false", "--overwrite", "false", "--resume"])
+    assert (off.check_data, off.overwrite, off.resume) == (False, False, True)
+
+
 def test_one_value_of_one_stage(tmp_path: Path) -> None:
     file = Path(train_gta2cs.__file__).parent / "configs" / "combined_folder.yaml"
     as_it_is = train_gta2cs.parse(["--config", str(file)])

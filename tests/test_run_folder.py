@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -234,3 +235,14 @@ def test_a_full_disk_ends_a_run_in_a_line(tmp_path: Path) -> None:
     assert "Stopped in stage 1 of 1 (source_only) after step 1 of 10000" in said
     assert len(said.splitlines()) == 1, said
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_cut_checkpoint_is_called_damaged_wherever_it_ends(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"recipe": {"student.weight": torch.zeros(50_000)}, "config": "{}"})
+    whole = path.read_bytes()
+    for kept in [0, 1, 10, *range(1000, len(whole), 9000), len(whole) - 1]:
+        path.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=rf"Expected {re.escape(str(path))} to hold tensors") as found:
+            load_checkpoint(path)
+        assert re.search(r"ends too early|damaged|not saved properly", str(found.value)), (kept, str(found.value))

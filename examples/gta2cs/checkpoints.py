@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -63,7 +64,8 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
         first = str(error).splitlines()[0] if str(error) else "it ends too early"
         why = first if "weights_only" not in first else "it is damaged"
     except OSError as error:
-        why = error.strerror or str(error)
+        ends = error.errno == errno.EINVAL  # torch looked for its place behind the end
+        why = "it is damaged, or ends too early" if ends else error.strerror or str(error)
     except Exception as error:  # a hostile file can make the reader raise anything
         why = f"it is damaged ({type(error).__name__})"
     raise ValueError(f"Expected {path} to hold tensors saved by torch, but it cannot be read: {why}.")

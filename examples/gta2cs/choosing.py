@@ -293,6 +293,11 @@ def drop_choice(run: Run) -> None:
 
 def chosen_net(run: Run, like: nn.Module) -> nn.Module:
     """The net of `best.pt`, in eval mode: a copy of one that is built the same."""
-    net = copy_net(like)
-    load_net(net, best_path(run))
+    path, net = best_path(run), copy_net(like)
+    if not path.is_file():  # of a resumed run: weights of earlier steps are nowhere else
+        raise FileNotFoundError(
+            f"Expected the net that was chosen without labels in {path}, but there is no such file. "
+            f"`compare_runs.py {run.config.out}` ranks the nets that the run still has."
+        )
+    load_net(net, path)
     return net.eval()

@@ -13,7 +13,7 @@ import yaml
 
 from gta2cs.loading import check_crops
 from gta2cs.nets import SegNet, build_net
-from gta2cs.options import changed, read_options, read_yaml
+from gta2cs.options import changed, read_options, read_yaml, with_flags
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TOY = CONFIGS / "dacs_toy.yaml"
@@ -182,8 +182,7 @@ def parse(arguments: list[str] | None = None) -> Config:
     toy pair does harm elsewhere.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    flags = {"--resume", "--overwrite", "--dry-run", "--check-data"}  # may be given without a value
-    arguments = [f"{a.replace('-', '_').replace('__', '--', 1)}=true" if a in flags else a for a in arguments]
+    arguments = with_flags(arguments, ("--resume", "--overwrite", "--dry_run", "--check_data"))
     named = any(a.partition("=")[0] == "--config" for a in arguments)  # a file gives everything that is not the default
     base = [] if named else [str(TOY if pair_named(arguments) == "toy" else POLICY)]
     config = read_options(Config, with_places(arguments, base), files=base)

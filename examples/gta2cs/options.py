@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import yaml
@@ -45,7 +45,7 @@ def read_options(
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     arguments = sys.argv[1:] if arguments is None else arguments
-    arguments = [f"{a}=true" if a in flags else a for a in arguments]
+    arguments = with_flags(arguments, flags)
     read: T = auto_cli(
         kind,
         args=arguments,
@@ -55,6 +55,20 @@ def read_options(
         usage="%(prog)s [--option value ...]",  # a wrong option is said below it: not below a page of all of them
     )
     return read
+
+
+def with_flags(arguments: Sequence[str], flags: Sequence[str]) -> list[str]:
+    """Give each of the flags the value "true" if it has none, and spell it as the field: `--dry-run` is `--dry_run`."""
+    spelt = {flag.replace("_", "-"): flag for flag in flags}
+    kept: list[str] = []
+    for argument, following in zip(arguments, [*arguments, "--"][1:], strict=True):
+        name, given, value = argument.partition("=")
+        flag = spelt.get(name.replace("_", "-"))
+        if flag is not None:
+            alone = not given and following.lower() not in ("true", "false")
+            argument = f"{flag}=true" if alone else f"{flag}{given}{value}"
+        kept.append(argument)
+    return kept
 
 
 class _Loader(yaml.SafeLoader):

@@ -230,7 +230,7 @@ class LabelFreeScores(FullPrecisionState):
             The scores, float64 scalars, by the keys listed above.
 
         Raises:
-            ValueError: there was no valid pixel so far, or one was NaN or infinite.
+            ValueError: there was no valid pixel so far, or one was NaN or infinite. `reset` forgets it.
         """
         if sync:
             return self.merged().compute()
@@ -240,7 +240,7 @@ class LabelFreeScores(FullPrecisionState):
         if not state.isfinite().all():
             raise ValueError(
                 f"Expected `logits` to be finite at every valid pixel, but got NaN or infinity among {int(self.pixels)}"
-                " pixels. Such a net has no score; call `reset` to start again."
+                " pixels. Such a net has no score."
             )
         n, mean = self.pixels.double(), self.probabilities / self.pixels
         confidence, entropy, fourth = self.sums / n
