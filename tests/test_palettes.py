@@ -125,3 +125,27 @@ def test_confidence_has_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(report, "_save", note)
     report.save_panels(tmp_path / "panels.png", [row, row], classes)
     assert ticks == [0, 0.5, 1]
+
+
+def test_long_logs_are_running_means_and_stages_have_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = [
+        {"step": k, "terms": {"source": 1.0 + k % 2}, "kept": {"road": k % 2, **({"car": 0.3} if k % 9 else {})}}
+        for k in range(200)
+    ]
+    stage = {"name": "dacs", "steps": 200, "losses": losses, "scores": []}
+    figures = []
+    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    report.save_curves(tmp_path / "curves.png", [stage, stage])
+    left, right = figures[0].axes
+    assert all(sum(list(line.get_xdata()) == [200, 200] for line in axis.lines) == 1 for axis in (left, right))
+    lines = {
+        axis: [np.array(line.get_ydata()) for line in axis.lines if len(line.get_xdata()) > 2]
+        for axis in figures[0].axes
+    }
+    mean, raw = lines[left][:2]
+    assert np.array_equal(raw, [1.0 + k % 2 for k in range(200)])
+    assert np.allclose(mean, [raw[max(0, k - 2) : k + 3].mean() for k in range(200)])
+    road, car = lines[right][:2]
+    assert np.allclose(road, 100 * (mean - 1)), "in percent, as the other axes"
+    assert np.array_equal(np.isnan(car), [k % 9 == 0 for k in range(200)]), "a gap stays a gap"
+    assert np.allclose(car[~np.isnan(car)], 30)

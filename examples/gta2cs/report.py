@@ -13,7 +13,7 @@ import numpy as np
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.gridspec import GridSpec
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 matplotlib.rcParams["text.parse_math"] = False  # a class may be called "a$b"
 from rich.console import Console
@@ -128,14 +128,15 @@ def save_curves(
 ) -> None:
     """Losses, mIoU, a score without labels, the kept share of each predicted class, and what else is logged for each.
 
-    With `classes`, a class has the same colour as in the panels, darkened if it would not show on white. `score` is the
-    one that the deployed net is chosen by.
+    What is logged at single batches is a running mean; losses are also there as they are, pale. A thin line is where a
+    stage begins. With `classes`, a class has the same colour as in the panels, darkened if it would not show on white.
+    `score` is the one that the deployed net is chosen by.
     """
     logged = [entry.get("per_class", {}) for stage in stages for entry in stage["losses"]]
     quantities = list(dict.fromkeys(quantity for entry in logged for quantity in entry))
     figure, (left, middle, free, right, *more) = plt.subplots(1, 4 + len(quantities))
     per_class = ClassLines(classes)
-    start = 0
+    start, total = 0, sum(stage["steps"] for stage in stages)
     for stage in stages:
         _plot_losses(left, stage, start)
         _plot_nets(middle, stage, "scores", start, lambda net: net["means"][headline(net["means"])])
@@ -143,21 +144,25 @@ def save_curves(
         if "source_only" in stage:
             value = 100 * stage["source_only"]["scores"][score]
             free.axhline(value, color="0.5", ls="--", lw=1, label="source-only net")
-        per_class.plot(right, [(start + e["step"], e["kept"]) for e in stage["losses"] if e.get("kept")])
+        kept = ((e["step"], e["kept"]) for e in stage["losses"] if e.get("kept"))
+        per_class.plot(right, [(start + step, {name: 100 * k for name, k in values.items()}) for step, values in kept])
         for quantity, axis in zip(quantities, more, strict=True):
             noted = ((e["step"], e.get("per_class", {}).get(quantity)) for e in stage["losses"])
             per_class.plot(axis, [(start + step, values) for step, values in noted if values])
         start += stage["steps"]
+        for axis in (left, middle, free, right, *more) if start < total else ():
+            axis.axvline(start, color="0.6", lw=1, zorder=0)
     titles = [
         "loss",
         "mIoU on target, %",
         f"{score.replace('_', ' ')} on target, %, no labels",
-        "share of each predicted class that is sure enough",
+        "% of each predicted class that is sure enough",
         *quantities,
     ]
     for axis, title in zip((left, middle, free, right, *more), titles, strict=True):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
+        axis.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         axis.grid(alpha=0.3)
     left.set_yscale("log")
     left.yaxis.set_major_formatter("{x:g}")  # the default one writes formulas, and they are off: see above
@@ -188,7 +193,7 @@ class ClassLines:
             color, dashes = self.styles.setdefault(name, (f"C{count % 10}", ("-", "--", ":")[count // 10 % 3]))
             x, y = [step for step, _ in entries], [values.get(name, np.nan) for _, values in entries]
             seen = name in axis.get_legend_handles_labels()[1]
-            _line(axis, x, y, color=color, linestyle=dashes, label=None if seen else name)
+            _line(axis, x, smooth(y), color=color, linestyle=dashes, label=None if seen else name)
 
 
 def _plot_losses(axis: Any, stage: dict[str, Any], start: int) -> None:
@@ -197,7 +202,10 @@ def _plot_losses(axis: Any, stage: dict[str, Any], start: int) -> None:
     for term in stage["losses"][0]["terms"] if stage["losses"] else []:
         x = [start + entry["step"] for entry in stage["losses"]]
         y = [entry["terms"].get(term, np.nan) for entry in stage["losses"]]
-        _line(axis, x, y, color=seen.get(term), label=None if term in seen else term)
+        mean = smooth(y)
+        drawn = _line(axis, x, mean, color=seen.get(term), label=None if term in seen else term)
+        if mean is not y:
+            _line(axis, x, y, color=drawn.get_color(), alpha=0.25)
 
 
 def _plot_nets(
@@ -210,12 +218,22 @@ def _plot_nets(
         axis.plot(x, y, marker="o", ms=3, label=f"{stage['name']}, {net}")
 
 
-def _line(axis: Any, x: list[int], y: list[float], **style: Any) -> None:
+def smooth(values: list[float], *, shown: int = 40) -> list[float]:
+    """A running mean over so many values that about `shown` of the means share none; NaN where there is no value."""
+    half = len(values) // shown // 2
+    if half == 0:
+        return values
+    windows = (np.array(values[max(0, i - half) : i + half + 1]) for i in range(len(values)))
+    means = (np.nanmean(w) if not np.isnan(v) else np.nan for v, w in zip(values, windows, strict=True))
+    return [float(mean) for mean in means]
+
+
+def _line(axis: Any, x: list[int], y: list[float], **style: Any) -> Any:
     """A thin line, with a marker at points without a neighbour, which a line would not show."""
     gap = np.isnan([np.nan, *y, np.nan])
     alone = np.flatnonzero(~gap[1:-1] & gap[:-2] & gap[2:]).tolist()
     markers: dict[str, Any] = {"marker": "o", "ms": 3, "markevery": alone} if alone else {}
-    axis.plot(x, y, lw=1, **markers, **style)
+    return axis.plot(x, y, lw=1, **markers, **style)[0]
 
 
 def _lay_out(figure: Any, below: Sequence[Any]) -> None:
