@@ -507,13 +507,14 @@ def test_cache_returns_the_same_pixels(tmp_path: Path) -> None:
         (tmp_path / "later" / path.parent.name).rename(path)
 
 
-def test_toy_pair_is_drawn_the_same_each_time() -> None:
+@pytest.mark.parametrize("name", ["toy", "toy_backwards"])
+def test_toy_pair_is_drawn_the_same_each_time(name: str) -> None:
     for option in ("source_root", "target_root", "source_list"):
         with pytest.raises(
-            ValueError, match=f"no `{option}` for .* 'toy', but got 'mine'. The pair 'folder' reads your"
+            ValueError, match=f"no `{option}` for .* {name!r}, but got 'mine'. The pair 'folder' reads your"
         ):
-            build_pair("toy", **{option: Path("mine")})
-    first, second = (build_pair("toy", toy_counts=(3, 2, 2), toy_size=(32, 48)) for _ in range(2))
+            build_pair(name, **{option: Path("mine")})
+    first, second = (build_pair(name, toy_counts=(3, 2, 2), toy_size=(32, 48)) for _ in range(2))
     for i in (2, 0):
         assert all(torch.equal(x, y) for x, y in zip(first.source_train[i], second.source_train[i], strict=True))
     assert first.target_train_labelled is not None
@@ -524,6 +525,14 @@ def test_toy_pair_is_drawn_the_same_each_time() -> None:
     assert not torch.equal(first.target_val[0][0], first.target_train[0])
     assert set(label.unique().tolist()) <= {*range(len(first.classes)), 255}
     assert check_data(first).ok
+
+
+def test_toy_backwards_changes_the_domains_and_nothing_else() -> None:
+    there, back = (build_pair(name, toy_counts=(2, 2, 1), toy_size=(32, 48)) for name in ("toy", "toy_backwards"))
+    assert torch.equal(there.source_train[1][0], back.target_train[1])
+    assert torch.equal(there.target_train[1], back.source_train[1][0])
+    assert not torch.equal(there.target_val[0][0], back.target_val[0][0])
+    assert there.classes.names == back.classes.names
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from gta2cs.datasets import RENDERED
 from gta2cs.loading import check_crops
 from gta2cs.nets import SegNet, build_net
 from gta2cs.options import changed, read_options, read_yaml, with_flags
@@ -27,8 +28,8 @@ class DataConfig:
     """The data sets, and how images are read and cropped."""
 
     pair: str = "toy"
-    """The two domains: toy, camvid, carla2camvid, carla2dusk, nuclei, nuclei_backwards, gta2cs, synthia2cs, cs2acdc,
-    cs2darkzurich, or folder for your own data."""
+    """The two domains: toy, toy_backwards, camvid, carla2camvid, carla2dusk, nuclei, nuclei_backwards, gta2cs,
+    synthia2cs, cs2acdc, cs2darkzurich, or folder for your own data."""
     data_root: Path | None = None
     """Folder with the data sets. The default is the environment variable UDAKIT_DATA."""
     source_root: Path | None = None
@@ -190,10 +191,9 @@ def parse(arguments: list[str] | None = None) -> Config:
         config.stages = []  # nobody asked for them
     elif base == [str(POLICY)]:
         print(f"Without --config: net, crop and stages of {POLICY.name}, the policy for any pair.")
-    if config.data.pair == "toy" and config.data.data_root is not None:
-        print(
-            f"The pair 'toy' is rendered: {config.data.data_root} is not read. For your own data: --data.pair folder."
-        )
+    if config.data.pair in RENDERED and config.data.data_root is not None:
+        unread = f"The pair {config.data.pair!r} is rendered: {config.data.data_root} is not read."
+        print(f"{unread} For your own data: --data.pair folder.")
     if config.dry_run:  # the run itself, whether it is finished or not, is not touched
         config.out = config.out / "dry_run"
     return config

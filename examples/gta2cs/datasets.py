@@ -107,7 +107,8 @@ FOLDERS = {  # of source and target under `data_root`, with the names in use
     "cs2darkzurich": (("cityscapes", "Cityscapes"), ("dark_zurich", "Dark_Zurich", "darkzurich")),
     "folder": (("source",), ("target",)),
 }
-PAIRS = ("toy", *FOLDERS)
+RENDERED = {"toy": ("game", "camera"), "toy_backwards": ("camera", "game")}  # source and target of `gta2cs.toy`
+PAIRS = (*RENDERED, *FOLDERS)
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,10 @@ def build_pair(
     """
     if name not in PAIRS:
         raise ValueError(f"Expected `name` to be one of {PAIRS}, but got {name!r}.")
-    if name == "toy":
+    if name in RENDERED:
         unused: dict[str, object] = {"source_root": source_root, "target_root": target_root, "source_list": source_list}
         unused |= {"source_size": source_size, "target_size": target_size}
-        return _toy_pair(toy_counts, toy_size, channels=channels, **unused)
+        return _toy_pair(name, toy_counts, toy_size, channels=channels, **unused)
     published = PUBLISHED_SIZES.get(name, (None, None))
     source_hw = _size("source_size", source_size, published[0])
     target_hw = _size("target_size", target_size, published[1])
@@ -301,23 +302,24 @@ def _find_adverse(name: str, source: Path, target: Path, **_: object) -> _Found:
     )
 
 
-def _toy_pair(counts: tuple[int, int, int], size: Size, *, channels: int, **unused: object) -> Pair:
+def _toy_pair(name: str, counts: tuple[int, int, int], size: Size, *, channels: int, **unused: object) -> Pair:
     from gta2cs.toy import CLASSES, PALETTE
 
     for option, given in unused.items():
         if given is not None:
             raise ValueError(
-                f"Expected no `{option}` for the rendered pair 'toy', but got {str(given)!r}. The pair 'folder' reads "
-                "your own data."
+                f"Expected no `{option}` for the rendered pair {name!r}, but got {str(given)!r}. The pair 'folder' "
+                "reads your own data."
             )
     if channels != 3:
-        raise ValueError(f"Expected `channels` 3 for the rendered pair 'toy', but got {channels}.")
-    source, target = labelled_scenes("game", 0, counts[0], size), labelled_scenes("camera", 0, counts[1], size)
+        raise ValueError(f"Expected `channels` 3 for the rendered pair {name!r}, but got {channels}.")
+    first, second = RENDERED[name]
+    target = labelled_scenes(second, 0, counts[1], size)
     return Pair(
-        "toy",
-        source,
-        unlabelled_scenes("camera", 0, counts[1], size),
-        labelled_scenes("camera", 1_000_000, counts[2], size),
+        name,
+        labelled_scenes(first, 0, counts[0], size),
+        unlabelled_scenes(second, 0, counts[1], size),
+        labelled_scenes(second, 1_000_000, counts[2], size),
         ClassSet(tuple(CLASSES), np.asarray(PALETTE, np.uint8)),
         lambda: target,
     )

@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gta2cs.checkpoints import copy_net, load_checkpoint
-from gta2cs.datasets import CITYSCAPES_19, PUBLISHED_SIZES, SMALL, SYNTHETIC, ClassSet, Pair, build_pair, load_classes
+from gta2cs.datasets import (
+    CITYSCAPES_19,
+    PUBLISHED_SIZES,
+    RENDERED,
+    SMALL,
+    SYNTHETIC,
+    ClassSet,
+    Pair,
+    build_pair,
+    load_classes,
+)
 from gta2cs.evaluation import class_probabilities
 from gta2cs.loading import normalise
 from gta2cs.nets import MIT, SegNet, build_net
@@ -83,7 +93,7 @@ class Trained:
         pair, data = self.config["data"]["pair"], self.config["data"]
         if self.classes_file is not None:
             return load_classes(self.classes_file).known
-        if pair == "toy":
+        if pair in RENDERED:
             from gta2cs.toy import CLASSES, PALETTE
 
             return ClassSet(tuple(CLASSES), np.asarray(PALETTE, np.uint8))
