@@ -64,6 +64,30 @@ def test_pieces_equal_the_formula(shape: tuple[int, ...], layout: str, monkeypat
         torch.testing.assert_close(a, b, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("magnitude", [1e-40, 1e-30, 1e-21, 1e-11, 1.0, 1e15, 1e20, 1e30])
+def test_plain_squares_are_taken_only_where_they_lose_nothing(
+    magnitude: float, pieces: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One vector of another magnitude is enough, and what does not count has no say in it."""
+    monkeypatch.setattr(_unit, "_in_pieces", lambda x: pieces)
+    generator = torch.Generator().manual_seed(0)
+    x, weights = torch.randn(2, 2, 32, 400, generator=generator)
+    x[0, :, 7] *= magnitude
+    valid = torch.rand(2, 400, generator=generator) < 0.7
+    valid[0, :8] = True
+    exact = x.double()
+    x[:, 3] = torch.where(valid, x[:, 3], torch.tensor([float("nan"), float("inf")])[:, None])
+    found, wanted = _both(x, valid, weights), _both(torch.where(valid.unsqueeze(1), exact, 0), valid, weights.double())
+    for name, a, b in zip(("length", "its gradient", "unit", "its gradient"), found, wanted, strict=True):
+        if magnitude < 1e-38 and name == "its gradient":  # 1 / length is taken to be 0
+            a, b = (torch.cat([g[:, :, :7], g[:, :, 8:]], 2) for g in (a, b))
+        largest = b.abs().amax(1, keepdim=True)
+        assert torch.equal(a.abs().amax(1, keepdim=True) == 0, largest == 0), name
+        error = (a - b).abs() / torch.where(largest > 0, largest, 1)
+        assert float(error.amax()) < (1e-3 if magnitude < 1e-38 else 1e-5), name  # subnormal numbers have few digits
+
+
 def test_second_derivatives_of_large_maps() -> None:
     """They are made on the whole map; a piece of it must agree with a map of that piece alone."""
     x = torch.randn(1, 8, 150, 150, dtype=torch.float64)

@@ -19,6 +19,7 @@ from udakit._reduce.eager import (
     is_large,
     is_run_on_cpu,
     is_transformed,
+    may_look,
     refuse_transforms,
 )
 from udakit._reduce.masks import guard, learns, select, softmax_where, zero_where_not_
@@ -51,6 +52,7 @@ __all__ = [
     "is_transformed",
     "learns",
     "look_up",
+    "may_look",
     "plain",
     "reduce_pixels",
     "refuse_transforms",

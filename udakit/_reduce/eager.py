@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 LARGE = 2**17  # number of elements from which our own passes on the CPU are faster than torch's operators
 SMALL = 2**14  # the same for operations on bits that autograd does not record
+LOOK = 2**12  # number of elements from which on a pass takes longer than to look whether it is needed
 
 
 def is_large(x: Tensor, times: int = 1) -> bool:
@@ -28,6 +29,11 @@ def is_large(x: Tensor, times: int = 1) -> bool:
 def is_eager_on_cpu(x: Tensor) -> bool:
     """Whether memory may be addressed as it lies: on the CPU, without a compiler and without `torch.func`."""
     return is_run_on_cpu(x) and not is_transformed()
+
+
+def may_look(x: Tensor) -> bool:
+    """Whether to read a value of `x` in order to save a pass over it; on a CPU nobody waits for that."""
+    return x.numel() >= LOOK and type(x) is Tensor and is_eager_on_cpu(x)
 
 
 def is_run_on_cpu(x: Tensor) -> bool:
