@@ -26,6 +26,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("mixing/images.py", "check_images"): "looks at the values because it is asked to, to name their range",
     ("labels/ids.py", "check_labels"): "looks at the values because it is asked to, to name the wrong ids",
     ("teachers/_sharing.py", "_make_own"): "compares a checkpoint with what is shared, when it is loaded",
+    ("resolution/detail.py", "first_cells"): "reads the places of crops on the CPU only, where nobody waits for them",
     ("sampling/counts.py", "count_classes"): "counts label files before training, on the CPU",
     ("sampling/rare_classes.py", "_check_counts"): "looks at counts on the CPU only, where nobody waits for them",
     ("sampling/rare_classes.py", "RareClassSampler.__init__"): "turns a table of counts on the CPU into lists, once",

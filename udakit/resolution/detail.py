@@ -21,7 +21,7 @@ from udakit._checks import (
     is_sequence,
     shape_of,
 )
-from udakit._reduce import is_batched, is_eager_on_cpu, learns
+from udakit._reduce import is_batched, is_eager_on_cpu, learns, plain
 
 Scope = Literal["batch", "image"]
 SCOPES = get_args(Scope)
@@ -102,7 +102,7 @@ def draw_detail_box(
 def crop_detail(x: Shaped[Tensor, "n ..."], box: DetailBox) -> Shaped[Tensor, "n ..."]:
     """Cut the detail crop out of images, labels or weights.
 
-    **Convention.** The pixels are gathered on the device, because slicing would copy the position to the host. Any
+    **Convention.** A GPU gathers the pixels, because slicing would copy the position to the host; the CPU slices. Any
     dtype works; gradients flow to `x`.
 
     Args:
@@ -115,6 +115,7 @@ def crop_detail(x: Shaped[Tensor, "n ..."], box: DetailBox) -> Shaped[Tensor, "n
     Raises:
         TypeError: `x` or `box` has the wrong type.
         ValueError: `x` does not match the box.
+        IndexError: the box reaches out of the image (on the CPU; a GPU stops with an error of its own).
 
     Example:
         >>> import torch
@@ -130,10 +131,9 @@ def crop_detail(x: Shaped[Tensor, "n ..."], box: DetailBox) -> Shaped[Tensor, "n
             f"Expected `x` to hold {len(box.start)} maps of the size {box.image} of `box`, but got {shape_of(x)}."
         )
     check_device("box", box.start, x, "x")
-    if is_eager_on_cpu(x) and x.numel() and 0 not in box.size:
-        if not learns(x):
-            return _whole_crops(x, box)
-        crops: Tensor = _Crop.apply(x, box.start, box)
+    if x.numel() and 0 not in box.size and takes_slices(box, plain(x)):
+        starts = first_cells(box, box.image, box.size)
+        crops: Tensor = _Crop.apply(x, box, starts) if learns(x) else _cut(x, starts, box.size)
         return crops
     pixels = gather_pixels(x.flatten(-spatial), joint(_places(box.start, box.size), box.image))
     return pixels.view(*x.shape[:-spatial], *box.size)
@@ -143,39 +143,56 @@ def _places(start: Tensor, size: Sequence[int]) -> list[Tensor]:
     return [start[:, axis : axis + 1] + torch.arange(side, device=start.device) for axis, side in enumerate(size)]
 
 
+def takes_slices(box: DetailBox, *maps: Tensor) -> bool:
+    """Whether crops of these maps are slices: where the CPU runs each operator at once, it waits for no position.
+
+    A slice takes two or three calls, the places of its pixels a dozen.
+    """
+    return is_eager_on_cpu(maps[0]) and type(box.start) is Tensor and all(type(x) is Tensor for x in maps)
+
+
+def first_cells(box: DetailBox, cells: Sequence[int], sides: Sequence[int]) -> list[tuple[int, ...]]:
+    """The first cell of each crop of `sides` cells in a map that has `cells` for the whole image, rounded down."""
+    found = []
+    for start in box.start.tolist():
+        first = tuple(i * c // image for i, c, image in zip(start, cells, box.image, strict=True))
+        if not all(0 <= i <= c - side for i, c, side in zip(first, cells, sides, strict=True)):
+            raise IndexError(
+                f"Expected `box` to lie inside an image of {box.image}, but got {tuple(start)} as the first pixel of a "
+                f"crop of {box.size}, which is out of range."
+            )
+        found.append(first)
+    return found
+
+
+def window(x: Tensor, first: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The part of a map (..., *space) that begins at `first`. It is a single view, through which no gradient flows."""
+    spatial, steps = len(size), x.stride()
+    offset = sum(i * step for i, step in zip(first, steps[-spatial:], strict=True))
+    return x.as_strided((*x.shape[:-spatial], *size), steps, x.storage_offset() + offset)
+
+
+def _cut(x: Tensor, starts: list[tuple[int, ...]], size: Sequence[int]) -> Tensor:
+    return torch.stack([window(image, first, size) for image, first in zip(x.unbind(), starts, strict=True)])
+
+
 class _Crop(torch.autograd.Function):
-    """`_whole_crops` with a gradient. That of `gather` would add, and copy all maps to float32 and back for it."""
+    """`_cut` with a gradient that is copied to its place. That of `gather` would add, in float32 for half types."""
 
     @staticmethod
-    def forward(x: Tensor, start: Tensor, box: DetailBox) -> Tensor:
-        return _whole_crops(x, box)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.sizes = inputs[2].size, inputs[2].image
-        ctx.save_for_backward(inputs[1])
+    def forward(ctx: Any, x: Tensor, box: DetailBox, starts: list[tuple[int, ...]]) -> Tensor:
+        ctx.size, ctx.image, ctx.starts = box.size, box.image, starts
+        return _cut(x, starts, box.size)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (start,), (size, image) = ctx.saved_tensors, ctx.sizes
-        return put_pixels(grad, _places(start, size), image), None, None
-
-
-def _whole_crops(x: Tensor, box: DetailBox) -> Tensor:
-    """`crop_detail` in a single copy: picks from a view with a crop at each element of `x`.
-
-    No gradient can flow through that view, whose gradient would be as large as all these crops together.
-    """
-    spatial, steps = len(box.size), x.stride()
-    shape = (*x.shape[1:-spatial], *box.size)
-    last = sum((sides - 1) * step for sides, step in zip(x.shape, steps, strict=True))
-    inside = sum((sides - 1) * step for sides, step in zip(shape, steps[1:], strict=True))
-    crops = x.as_strided((last - inside + 1, *shape), (1, *steps[1:]))
-    room = torch.tensor([i - d for i, d in zip(box.image, box.size, strict=True)], device=x.device)
-    fits = ((box.start >= 0) & (box.start <= room)).all(1)
-    image, along = torch.arange(len(x), device=x.device), torch.tensor(steps[-spatial:], device=x.device)
-    first = torch.addmv(image, box.start, along, beta=steps[0])
-    return crops.index_select(0, first.where(fits, -1))  # which is an error, as in `gather`
+        size, image, starts = ctx.size, ctx.image, ctx.starts
+        if torch.is_grad_enabled() or is_batched(grad):  # in operations that have a derivative
+            return put_pixels(grad, _places(torch.tensor(starts, device=grad.device), size), image), None, None
+        maps = grad.new_zeros(*grad.shape[: -len(size)], *image)
+        for whole, crop, first in zip(maps.unbind(), grad.unbind(), starts, strict=True):
+            window(whole, first, size).copy_(crop)
+        return maps, None, None
 
 
 def check_box(box: DetailBox) -> None:
@@ -205,9 +222,6 @@ def put_pixels(x: Tensor, places: Sequence[Tensor], sizes: Sequence[int]) -> Ten
 
     This touches less memory than picking a pixel for each position, and its gradient is the crop again.
     """
-    half = x.dtype in (torch.float16, torch.bfloat16)
-    if half and not learns(x) and is_eager_on_cpu(x) and not is_batched(x):
-        return put_pixels(x.view(torch.int16), places, sizes).view(x.dtype)  # torch would copy the maps to float32
     leading, place = x.shape[: -len(sizes)], joint(places, sizes)
     if len(leading) == 2:
         place = place.unsqueeze(1).expand(*leading, -1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from udakit._checks import check_device, check_maps, check_same_shape, check_scores, shape_of
 from udakit._reduce import interpolate, upcast
+from udakit.resolution._fusion_by_slices import can_slice, crop_of, fused_by_slices, size_of
 from udakit.resolution.detail import DetailBox, check_box, put_pixels
 
 
@@ -48,6 +49,7 @@ def fuse_scales(
     Raises:
         TypeError: a map is not a float tensor, or `box` has the wrong type.
         ValueError: the maps or `box` do not match.
+        IndexError: the box reaches out of the image (on the CPU; a GPU stops with an error of its own).
 
     Example:
         >>> import torch
@@ -68,12 +70,19 @@ def fuse_scales(
             f"but got {shape_of(detail_logits)}."
         )
     check_device("detail_logits", detail_logits, context_logits, "context_logits")
-    context, detail = upcast(context_logits), upcast(detail_logits)
-    attention = upcast(attention).to(context.dtype)
-    size = tuple(detail.shape[2:])
+    maps = (context_logits, detail_logits, attention)
     if box is not None:
-        _check_fits(box, context)
-        size = tuple(i * d // s for i, d, s in zip(box.image, detail.shape[2:], box.size, strict=True))
+        _check_fits(box, context_logits)
+        if can_slice(*maps, box):
+            return fused_by_slices(*maps, box, _fused)
+    return _fused(*maps, box)
+
+
+def _fused(context: Tensor, detail: Tensor, attention: Tensor, box: DetailBox | None = None) -> Tensor:
+    context, detail = upcast(context), upcast(detail)
+    attention, size = upcast(attention).to(context.dtype), tuple(detail.shape[2:])
+    if box is not None:
+        size = size_of(box, size)
         attention = torch.where(_inside(box, context.shape[2:]), attention, 0)
         detail = _in_place(detail, box, size)
     context = interpolate((1 - attention) * context, size, name="context_logits")
@@ -95,9 +104,9 @@ def _check_fits(box: DetailBox, context: Tensor) -> None:
 def _inside(box: DetailBox, size: tuple[int, ...]) -> Tensor:
     """The mask (N, 1, *size) that is True on the cells of the crop."""
     masks = []
-    for axis, (cells, side, image) in enumerate(zip(size, box.size, box.image, strict=True)):
+    for axis, (cells, crop) in enumerate(zip(size, crop_of(box, size), strict=True)):
         offset = torch.arange(cells, device=box.start.device) - _first_cells(box, axis, cells)
-        masks.append(_along(offset // max(1, side * cells // image) == 0, axis, len(size)))
+        masks.append(_along(offset // crop == 0, axis, len(size)))
     return reduce(torch.logical_and, masks)
 
 
