@@ -342,3 +342,36 @@ def test_the_weight_of_an_unseen_class_does_not_matter() -> None:
     bank, weight = torch.eye(3) * torch.tensor([0.0, 1.0, 1.0]), torch.tensor([math.inf, 2.0, 3.0])
     loss = pixel_prototype_contrast_loss(x, torch.tensor([[0, 1, 2, 0, 1, 2]]), bank, class_weight=weight)
     assert bool(loss.isfinite() & torch.autograd.grad(loss, x)[0].isfinite().all())
+
+
+@pytest.mark.parametrize("side", [8, 70])
+@pytest.mark.parametrize("spoilt", [{}, {0: float("nan")}, {2: float("nan")}, {1: float("inf")}, {0: -float("inf")}])
+@pytest.mark.parametrize("of", ["student", "teacher", "weight"])
+def test_what_a_look_spares_is_done_where_it_is_needed(of: str, spoilt: dict[int, float], side: int) -> None:
+    """Pixels that do not count, on both sides of the size from which a CPU looks whether they must be removed."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 1, 3, side, side, generator=generator)
+    weight, valid = torch.rand(2, 1, side, side, generator=generator)
+    labels = torch.where(valid < 0.7, torch.randint(3, valid.shape, generator=generator), 255)
+
+    def losses(*maps: torch.Tensor) -> list[torch.Tensor]:
+        a, b, w = maps
+        leaf, mask = a.clone().requires_grad_(), labels != 255
+        found = [
+            udakit.cross_entropy(leaf, labels, pixel_weight=w),
+            udakit.kd_loss(leaf, b, valid=mask, pixel_weight=w, temperature=2.0),
+            udakit.kd_loss(leaf, b, valid=mask, divergence="kl"),
+            udakit.symmetric_kd_loss(leaf, leaf, b, b, valid=mask, temperature=2.0),
+        ]
+        return [*found, *(torch.autograd.grad(x, leaf)[0] for x in found)]
+
+    expected = losses(student, teacher, weight)
+    for channel, value in spoilt.items():
+        if of == "weight":
+            weight = torch.where(labels == 255, value, weight)
+        else:
+            x = student if of == "student" else teacher
+            x[:, channel] = torch.where(labels == 255, value, x[:, channel])
+    found = losses(student, teacher, weight)
+    torch.testing.assert_close(found, expected)
+    assert all(bool((g[:, :, (labels == 255)[0]] == 0).all()) for g in found[4:])

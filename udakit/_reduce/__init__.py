@@ -22,7 +22,7 @@ from udakit._reduce.eager import (
     may_look,
     refuse_transforms,
 )
-from udakit._reduce.masks import guard, learns, select, softmax_where, zero_where_not_
+from udakit._reduce.masks import guard, has_nan, learns, select, softmax_where, zero_where_not_
 from udakit._reduce.means import KINDS, Kind, Reduction, check_reduction, divided, reduce_pixels
 from udakit._reduce.precision import LOG_2, exp_, full_precision, interpolate, plain, upcast
 
@@ -44,6 +44,7 @@ __all__ = [
     "fraction",
     "full_precision",
     "guard",
+    "has_nan",
     "interpolate",
     "is_batched",
     "is_eager_on_cpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from udakit._reduce import eager
-from udakit._reduce.eager import is_eager_on_cpu, is_transformed
+from udakit._reduce.eager import is_eager_on_cpu, is_transformed, may_look
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -104,11 +105,12 @@ def _zeroed(valid: Tensor, grad: Tensor | None) -> Tensor | None:
     return select(mask, grad) if torch.is_grad_enabled() else zero_where_not_(mask, grad)
 
 
-def softmax_where(valid: Tensor | None, x: Tensor, *, log: bool = False) -> tuple[Tensor, bool]:
+def softmax_where(valid: Tensor | None, x: Tensor, *, log: bool = False, only_nan: bool = False) -> tuple[Tensor, bool]:
     """`F.softmax(x, dim=1)`, or its log, without gradients from pixels that are not valid; and whether it is 0 there.
 
     The result is set to 0 at these pixels where that is quicker than `guard`. The backward pass reads the result and
-    not the logits, so a gradient that is 0 there stays 0, even where the logits are NaN.
+    not the logits, so a gradient that is 0 there stays 0, even where the logits are NaN. `only_nan` says that the
+    gradient which arrives there is 0 unless the result is NaN, so that a map without NaN may stay as it is.
     """
     function = F.log_softmax if log else F.softmax
     if valid is None or not learns(x):
@@ -116,8 +118,15 @@ def softmax_where(valid: Tensor | None, x: Tensor, *, log: bool = False) -> tupl
     if not is_eager_on_cpu(x) or _saves_elsewhere():
         return function(guard(x, valid), dim=1), False
     result = function(x, dim=1)
+    if only_nan and may_look(x) and not has_nan(result):
+        return result, False
     zero_where_not_(valid.unsqueeze(1), result.data)  # `.data`, because autograd is meant to use what is written
     return result, True
+
+
+def has_nan(softmax: Tensor) -> bool:
+    """Whether a softmax over axis 1, or its log, has a NaN: where one class has it, the first has it as well."""
+    return math.isnan(float(softmax.detach()[:, 0].sum()))
 
 
 # torch before 2.8 does not tell.

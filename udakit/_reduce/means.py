@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from udakit._checks import check_option
+from udakit._reduce.eager import may_look
 from udakit._reduce.masks import select
 
 Reduction = Literal["mean", "mean_all", "sum", "none"]
@@ -41,6 +42,10 @@ def reduce_pixels(
     check_reduction(reduction)
     if pixel_weight is not None:
         pixel_weight = pixel_weight.to(loss.dtype)
+        if zeroed and valid is not None and reduction != "none" and may_look(loss) and may_look(pixel_weight):
+            total = (loss * pixel_weight).sum()
+            if math.isfinite(float(total.detach())):  # 0 times a weight that is not finite would be NaN
+                return divided(total, loss.shape, valid, reduction)
         loss = loss * (pixel_weight if valid is None else select(valid, pixel_weight))
     if valid is not None and not zeroed:
         loss = select(valid, loss)

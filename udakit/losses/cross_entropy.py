@@ -122,7 +122,8 @@ def labelled_cross_entropy(
             compiled: Tensor = _CompiledCrossEntropy.apply(logits, ids, weight)
             return compiled
         if grows:
-            log_p, _ = softmax_where(labels != ignore_index if valid is None else valid, logits, log=True)
+            valid = labels != ignore_index if valid is None else valid
+            log_p, _ = softmax_where(valid, logits, log=True, only_nan=True)  # `nll_loss` reads no ignored pixel
             return F.nll_loss(log_p, labels, weight, ignore_index=ignore_index, reduction="none")
         return F.cross_entropy(logits, labels, weight, ignore_index=ignore_index, reduction="none")
     except IndexError as error:

@@ -23,8 +23,11 @@ from udakit._reduce import (
     Kind,
     Reduction,
     check_reduction,
+    has_nan,
     interpolate,
     is_large,
+    learns,
+    may_look,
     reduce_pixels,
     select,
     softmax_where,
@@ -138,15 +141,21 @@ def whole_soft_cross_entropy(
     teacher_kind: Kind = "logits",
 ) -> tuple[Tensor, bool]:
     """`kd_loss` at each pixel, by operators that have a derivative; and whether it is 0 where not `valid`."""
-    log_p, zeroed = softmax_where(valid, student if temperature == 1 else student / temperature, log=True)
     target = soften(teacher, temperature, teacher_kind).to(student.dtype)
+    recorded = learns(student)
+    # Where nothing is NaN, the mean hides the pixels that are not valid, and their gradient is a product with 0.
+    plain = recorded and valid is not None and teacher_kind == "logits" and may_look(target) and not has_nan(target)
+    log_p, zeroed = softmax_where(
+        valid, student if temperature == 1 else student / temperature, log=True, only_nan=plain
+    )
     if zeroed and valid is not None:  # of the teacher, too, or its NaN would be a factor of the gradient
         own = teacher_kind == "logits" or temperature != 1
         target = (zero_where_not_ if own else select)(valid.unsqueeze(1), target)
-    loss = -(target * log_p).sum(dim=1)
+    product = target * log_p if recorded or not may_look(log_p) else log_p.mul_(target)
+    loss = product.sum(dim=1)
     if divergence == "kl":
-        loss = loss + torch.special.xlogy(target, target).sum(dim=1)
-    return loss if temperature == 1 else temperature**2 * loss, zeroed
+        loss = loss - torch.special.xlogy(target, target).sum(dim=1)
+    return loss * -(temperature**2), zeroed
 
 
 def match_logits(
