@@ -31,7 +31,7 @@ def renormalised(p: Tensor, weight: Tensor) -> Tensor:
 
 
 def _whole(p: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    if not is_large(p):  # without the views of pieces
+    if p.numel() <= BLOCK:  # a single piece, without its views
         result = p * weight
         total = result.sum(1, keepdim=True)
         _divide_(result, total, p)
@@ -64,15 +64,18 @@ class _Renormalised(torch.autograd.Function):
         divisor = divisor.unsqueeze(1)
         for place in _pieces(maps):
             g, total = grads[place], divisor[place]
-            common = g - (g * results[place]).sum(1, keepdim=True)
-            common.div_(total)  # 0 where the result is `p` itself
+            # Written where the result belongs, unless that is of a half type.
+            slope = None if of_p is None or of_p.dtype != g.dtype else of_p[place]
+            slope = torch.mul(g, results[place], out=slope)
+            torch.sub(g, slope.sum(1, keepdim=True), out=slope).div_(total)  # 0 where the result is `p` itself
             if of_weight is not None:
-                torch.mul(common, maps[place], out=of_weight[place])
+                torch.mul(slope, maps[place], out=of_weight[place])
             if of_p is not None:
-                slope = common.mul_(weights[place])
+                slope.mul_(weights[place])
                 if not is_large(maps) or not bool(total.amax() < torch.inf):
                     slope.addcmul_(g, (total == torch.inf).to(g.dtype))
-                of_p[place] = slope
+                if of_p.dtype != g.dtype:
+                    of_p[place] = slope
         return tuple(None if x is None else x.view(p.shape) for x in (of_p, of_weight))  # type: ignore[return-value]
 
 
