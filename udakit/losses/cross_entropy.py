@@ -235,8 +235,9 @@ def reduce_labelled(
     labels = labels.long()  # uint8 would wrap an `ignore_index` of -100
     valid = labels != ignore_index
     if class_weight is not None:
+        # Class 0 stands for an ignored pixel, and may have an infinite weight: below it is hidden like a pixel's own.
         weight = look_up(class_weight.detach().to(loss.dtype), labels.where(valid, 0))
-        loss = loss * select(valid, weight)  # class 0 stands for an ignored pixel, and may have an infinite weight
+        pixel_weight = weight if pixel_weight is None else weight * pixel_weight.to(loss.dtype)
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
 
 
