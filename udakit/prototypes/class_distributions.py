@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Integer
 from torch import Tensor
 
-from udakit._checks import check_labels_like, check_range
+from udakit._checks import check_flag, check_labels_like, check_range
 from udakit._reduce import class_ids, upcast
 from udakit._state import gather_ranks
 from udakit.prototypes._class_state import ClassState, finite_rows
@@ -81,6 +81,7 @@ class ClassDistributions(ClassState):
             TypeError: `features` is not a float tensor, or `labels` is neither int64 nor uint8.
             ValueError: the shapes do not match.
         """
+        check_flag("sync", sync)
         self._check(features)
         check_labels_like(labels, features, reference_name="features")
         with torch.no_grad():

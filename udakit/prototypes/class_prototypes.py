@@ -120,6 +120,7 @@ class ClassPrototypes(ClassState):
             TypeError: `features` is not a float tensor, or `labels` is neither int64 nor uint8.
             ValueError: the shapes do not match.
         """
+        check_flag("sync", sync)
         self._check(features)
         check_labels_like(labels, features, reference_name="features")
         with torch.no_grad():
@@ -199,6 +200,7 @@ class ClassPrototypes(ClassState):
         Returns:
             The distances, (N, C, *space), float32 (float64 for float64 features).
         """
+        check_flag("include_unseen", include_unseen)
         self._check(features)
         centres = self.prototypes.to(torch.float32 if features.device.type == "mps" else torch.float64)
         square = centres.square().sum(1, keepdim=True)

@@ -21,7 +21,15 @@ from udakit._checks import (
 )
 from udakit._reduce import KINDS, Kind, look_up, select, upcast
 from udakit._state import FullPrecisionState, gather_ranks
-from udakit.pseudo_labels.selection import PseudoLabels, Selector, check_not_all, expand_valid, others, with_excluded
+from udakit.pseudo_labels.selection import (
+    PseudoLabels,
+    Selector,
+    check_features,
+    check_not_all,
+    expand_valid,
+    others,
+    with_excluded,
+)
 
 
 def check_class_scores(logits: Tensor, kind: Kind, num_classes: int) -> None:
@@ -138,6 +146,7 @@ class AdaptiveThresholdSelector(FullPrecisionState, Selector):
         check_option("kind", kind, KINDS)
         check_class_scores(logits, kind, self.num_classes)
         check_device("threshold", self.threshold, logits, "logits")
+        check_features(features, logits)  # before the update: a call that is refused changes nothing
         if self.training:
             with torch.no_grad():
                 mask = None if valid is None else expand_valid(valid, logits)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from udakit._checks import (
     check_device,
+    check_flag,
     check_ignore_index,
     check_integer,
     check_labels_like,
@@ -124,6 +125,7 @@ class ConfidenceThreshold(FullPrecisionState):
             TypeError: a tensor has the wrong dtype.
             ValueError: the shapes or devices do not match.
         """
+        check_flag("sync", sync)
         bins, sound = self._bins(logits)
         check_labels_like(labels, logits)
         predicted = top_class(logits.detach()).where(sound, -1)

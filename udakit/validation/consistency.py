@@ -11,6 +11,7 @@ from torch import Tensor
 from udakit._checks import (
     check_classes,
     check_device,
+    check_flag,
     check_integer,
     check_mask_like,
     check_option,
@@ -147,6 +148,7 @@ class ConsistencyScore(FullPrecisionState):
 
     def compute(self, *, sync: bool = False) -> Float[Tensor, ""]:
         """Return the score of all pixels so far, with `sync` those of all ranks; NaN before the first batch."""
+        check_flag("sync", sync)
         return _score(sum_ranks(self.overlap) if sync else self.overlap, self.background is not None)
 
     def extra_repr(self) -> str:

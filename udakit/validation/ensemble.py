@@ -11,6 +11,7 @@ from torch import Tensor
 
 from udakit._checks import (
     check_device,
+    check_flag,
     check_integer,
     check_mask_like,
     check_option,
@@ -124,6 +125,7 @@ class EnsembleAgreement(FullPrecisionState):
 
     def compute(self, *, sync: bool = False) -> Float[Tensor, "k"]:
         """Return the agreement over all pixels so far, with `sync` those of all ranks; 0 before the first batch."""
+        check_flag("sync", sync)
         counts = torch.cat([self.agreeing, self.pixels.view(1)])
         counts = sum_ranks(counts) if sync else counts
         return fraction(counts[:-1], counts[-1])

@@ -12,6 +12,7 @@ from torch import Tensor
 from udakit._checks import (
     check_classes,
     check_device,
+    check_flag,
     check_generator,
     check_integer,
     check_mask_like,
@@ -143,12 +144,13 @@ class LabelFreeScores(FullPrecisionState):
         if valid is not None:
             check_mask_like(valid, logits)
             valid = valid.flatten(1)
+        if self.samples:
+            check_generator(self.generator, logits.device)
         maps = logits.detach().flatten(2)
         with full_precision(maps):
             for part, inside in _pieces(maps, valid):
                 self._add(part, inside)
             if self.samples:
-                check_generator(self.generator, logits.device)
                 self._add_density(maps, valid)
         self.pixels.add_(maps.shape[0] * maps.shape[2] if valid is None else valid.sum())
 
@@ -232,6 +234,7 @@ class LabelFreeScores(FullPrecisionState):
         Raises:
             ValueError: there was no valid pixel so far, or one was NaN or infinite. `reset` forgets it.
         """
+        check_flag("sync", sync)
         if sync:
             return self.merged().compute()
         if self.pixels == 0:
