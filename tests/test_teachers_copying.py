@@ -129,6 +129,17 @@ def _activation(net: nn.Module) -> None:
     net.activation = lambda x: scale * x  # a constant
 
 
+def _view(net: nn.Module) -> None:
+    """A layer keeps a view of its weight, which follows the optimiser."""
+    net.kept = [net.body.weight.detach()[:, :, 0, 0]]
+    net.forward = types.MethodType(lambda self, x: x.movedim(1, -1) @ self.kept[0].T, net)
+
+
+def _unsaved_view(net: nn.Module) -> None:
+    net.register_buffer("kept", net.body.weight.data, persistent=False)
+    net.forward = types.MethodType(lambda self, x: nn.functional.conv2d(x, self.kept), net)
+
+
 COPIED: dict[str, Callable[[nn.Module], None]] = {
     "plain": lambda net: None,
     "method set on the net": _as_method,
@@ -150,6 +161,8 @@ COPIED: dict[str, Callable[[nn.Module], None]] = {
     "compiled in place": lambda net: net.compile(backend="eager"),
     "checkpointing function": _checkpointing,
     "activation": _activation,
+    "view of a weight": _view,
+    "buffer that is a view of a weight": _unsaved_view,
 }
 
 

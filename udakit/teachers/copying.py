@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from udakit.teachers._held import Held, attributes, copy_error, place_of
-from udakit.teachers.unwrap import unwrap_all, unwrap_model, without_wrappers
+from udakit.teachers.unwrap import named_state, unwrap_all, unwrap_model, without_wrappers
 
 __all__ = ["copy_net"]
 
@@ -66,10 +66,16 @@ def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device
     modules = dict(named_modules(inner))
     for name, module in modules.items():
         _check_ready(name, module)
-    memo: dict[int, Any] = {id(b): b.detach().to(device, copy=True) for b in inner.buffers()}
+    memo: dict[int, Any] = {}
     for p in inner.parameters():
         own = p if id(p) in shared else nn.Parameter(p.detach().to(device, copy=True), requires_grad=p.requires_grad)
         memo[id(p)] = own
+    saved = {id(x) for _, x, _ in named_state(inner)}
+    storages = {} if device is not None else _storages((x, memo[id(x)]) for x in inner.parameters())
+    for b in inner.buffers():
+        if id(b) in saved or _place(b) not in storages:  # otherwise `deepcopy` finds the weight that it is a view of
+            memo[id(b)] = b.detach().to(device, copy=True)
+    memo["torch"] = storages  # type: ignore[index]
     for module in modules.values():
         for x in computed_weights(module):
             memo.setdefault(id(x), x.detach().to(device, copy=True))
@@ -84,6 +90,27 @@ def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device
     except Exception as error:
         raise copy_error(*_culprit(modules, memo, error)) from error
     return unwrap_all(twin)
+
+
+def _storages(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[int, Any]:
+    """The memory of each weight and of its copy, as `deepcopy` looks it up for tensors that are views of a weight.
+
+    Only where the copy lies in its memory as the weight does in its own.
+    """
+    found: dict[int, Any] = {}
+    for x, own in pairs:
+        place = _place(x)
+        if place is None or _place(own) is None or x.stride() != own.stride():
+            continue
+        if x.storage_offset() == own.storage_offset() and len(x.untyped_storage()) == len(own.untyped_storage()):
+            found.setdefault(place, own.untyped_storage())
+    return found
+
+
+def _place(x: Tensor) -> int | None:
+    """What `deepcopy` knows the memory of a tensor by; None for classes and layouts that have none of their own."""
+    plain = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and x.device.type != "meta"
+    return x.untyped_storage()._cdata if plain else None
 
 
 def named_modules(module: nn.Module, prefix: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
