@@ -303,7 +303,7 @@ def test_table(tmp_path: Path, quick_bandwidth: float) -> None:
     assert "| symmetric_kd_loss, eager | ≤ 0.85 | 0.50 | yes |" in text
     assert "| class_means, eager | ≤ 0.25 | 2.00 | **no** |" in text
     assert "| pixel_contrast_loss, eager | ≤ 0.35 | – | – |" in text
-    assert "| rows slower than the textbook | 0 | 1 of 2, 1 by more than 0.1 ms | **no** |" in text
+    assert "| rows slower than the textbook | 0 | 1 of 2, 1 by more than 0.1 ms and the spread | **no** |" in text
     assert "| `symmetric_kd_loss` | 2 ± 0.1 | 0.50 | 0.25 |" in text  # 10 MB at 10 GB/s are 1 ms
     assert "| `class_means` | medium | float32 | forward | 2.00 | 2 | 0.25 |" in text
     assert "`class_means` against peer (medium float32): gone." in text

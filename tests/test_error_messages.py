@@ -208,6 +208,15 @@ MISTAKES: dict[str, list[tuple[Callable[[], Any], str]]] = {
         (lambda: u.TargetPaste(threshold=95), r"`threshold` to be in \[0, 1\], but got 95\. .* 95 % is 0\.95"),
         (lambda: u.target_paste(BATCH, BATCH, LOGITS), r"`confidence` .* but got \(2, 5, 8, 8\)\. .*amax\(1\)"),
         (
+            lambda: u.target_paste(BATCH, BATCH, IMAGES),
+            r"`confidence` .* \(2, 3, 8, 8\)\. .*\.softmax\(1\)\.amax\(1\) .*",
+        ),
+        (lambda: u.paste(IMAGES, VALID, IMAGES), r"`mask` to be a bool tensor, but got torch.float32 .*"),
+        (
+            lambda: u.paste(VALID, BATCH, BATCH),
+            r"`foreground` .* but got SegBatch\. .*fields \(images, labels, weight\), .*",
+        ),
+        (
             lambda: u.paste(VALID, IMAGES, LABELS),
             r"`background` to be float or integer .* got torch.int64\. Paste images onto images and labels onto labels",
         ),

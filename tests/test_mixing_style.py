@@ -370,8 +370,9 @@ def test_a_single_image_is_said_to_be_a_batch_of_signals():
     image = torch.rand(3, 64, 72)
     with pytest.warns(
         UserWarning, match=r"`content` is \(3, 64, 72\), which is treated as a batch of signals .*unsqueeze"
-    ):
+    ) as seen:
         udakit.fourier_transfer(image, image)
+    assert seen[0].filename == __file__
 
 
 @pytest.mark.parametrize("exact", [0, 2048])

@@ -108,8 +108,13 @@ def test_a_nan_logit_has_no_bin() -> None:
 def test_class_255_is_warned_of_once() -> None:
     logits, labels = torch.randn(1, 300, 2), torch.full((1, 2), 255)
     options._warn_of_class_255.cache_clear()
-    with pytest.warns(UserWarning, match="more than 255 classes and `ignore_index` is 255"):
+    with pytest.warns(UserWarning, match="more than 255 classes and `ignore_index` is 255") as seen:
         assert udakit.cross_entropy(logits, labels).item() == 0
+    assert seen[0].filename == __file__, "the line of the user, not of the library"
+    options._warn_of_class_255.cache_clear()
+    with pytest.warns(UserWarning, match="more than 255 classes") as seen:
+        udakit.CrossEntropyLoss()(logits, labels)
+    assert seen[0].filename == __file__, "nor of torch, whose Module calls it"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         udakit.cross_entropy(logits, labels)

@@ -30,6 +30,7 @@ from udakit._checks.options import (
     check_pair,
     check_range,
     check_size,
+    warn_user,
 )
 from udakit._checks.tensors import check_float, check_per_class, check_same_shape, check_tensor, check_weight_option
 
@@ -71,4 +72,5 @@ __all__ = [
     "net_logits",
     "shape_of",
     "space_form",
+    "warn_user",
 ]

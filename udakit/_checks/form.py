@@ -54,6 +54,8 @@ def unwrap_hint(x: object) -> str:
         return " Pass its .prototypes."
     if isinstance(x, Mapping) or hasattr(x, "logits"):
         return ' Pass the tensor in it: net(images).logits or net(images)["out"] for the output of a net.'
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return f" Pass one of its fields ({', '.join(x._fields)}), or check the order of the arguments."
     if isinstance(x, (list, tuple)):
         numbers_only = len(x) > 0 and all(isinstance(entry, (int, float)) for entry in x)
         return " Convert numbers with torch.tensor." if numbers_only else " Pass the tensor in it, for example [0]."

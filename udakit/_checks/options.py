@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import sys
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -110,14 +111,21 @@ def check_ignore_index(ignore_index: int, num_classes: int | None = None) -> Non
         _warn_of_class_255()
 
 
+def warn_user(message: str) -> None:
+    """Warn at the first line of the call that is neither in this library nor in torch, whose Modules call it."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("udakit", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level + 1)
+
+
 @cache
 def _warn_of_class_255() -> None:
-    warnings.warn(
+    warn_user(
         "There are more than 255 classes and `ignore_index` is 255, so pixels of class 255 are ignored. Pass another "
         "one, for example ignore_index=-100, unless class 255 is the one to ignore. (This warning is shown once, also "
-        "where 255 is passed by name; warnings.filterwarnings('ignore', 'There are more than 255') turns it off.)",
-        UserWarning,
-        stacklevel=2,
+        "where 255 is passed by name; warnings.filterwarnings('ignore', 'There are more than 255') turns it off.)"
     )
 
 

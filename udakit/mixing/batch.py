@@ -81,13 +81,13 @@ def paste(
     check_tensor("background", background)
     if not 2 <= foreground.ndim <= 5:
         raise ValueError(f"Expected `foreground` to be (N, K, *space) or (N, *space), but got {shape_of(foreground)}.")
+    check_mask_like(mask, foreground, name="mask", reference_name="foreground", channels=None)
     if foreground.is_floating_point() != background.is_floating_point():
         raise TypeError(
             "Expected `background` to be float or integer like `foreground` "
             f"({foreground.dtype}), but got {background.dtype}. Paste images onto images and labels onto labels."
         )
     check_same_shape(background, foreground, name="background", reference_name="foreground", hint=RESIZE_HINT)
-    check_mask_like(mask, foreground, name="mask", reference_name="foreground", channels=None)
     if foreground.ndim > mask.ndim:
         mask = mask.unsqueeze(1)
     return select(mask, foreground, background)

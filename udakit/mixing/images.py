@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import cache
 
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from udakit._checks import check_device, check_maps, check_range, is_sequence, kind_of, shape_of
+from udakit._checks import check_device, check_maps, check_range, is_sequence, kind_of, shape_of, warn_user
 from udakit._reduce import is_run_on_cpu
 
 Channels = Sequence[float] | Tensor
@@ -33,11 +32,9 @@ def check_image_batch(name: str, images: Tensor) -> None:
 
 @cache
 def _warn_of_a_single_image(name: str, shape: str) -> None:
-    warnings.warn(
+    warn_user(
         f"`{name}` is {shape}, which is treated as a batch of signals (N, K, L). If it is a single image, add the "
-        "batch axis with .unsqueeze(0). (This warning is shown once for each shape.)",
-        UserWarning,
-        stacklevel=4,
+        "batch axis with .unsqueeze(0). (This warning is shown once for each shape.)"
     )
 
 
