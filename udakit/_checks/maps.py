@@ -184,16 +184,16 @@ def _map_hint(
     if channels and x.ndim == reference.ndim - 1 and x.shape == reference.shape[:-1]:
         return f" The channels of `{reference_name}` are last: move them to axis 1 with .movedim(-1, 1)."
     if channels and x.shape == reference.shape:
-        one = (
-            " and turn one logit per pixel into two classes with udakit.binary_logits"
-            if "logits" in reference_name
-            else ""
-        )
         if x.is_floating_point() and reference.ndim > 3:
             return (
                 " If it holds a value for each class, take one per pixel, as .softmax(1).amax(1) does. If "
                 f"`{reference_name}` lacks its channel axis, add it with .unsqueeze(1)."
             )
+        one = (
+            " and turn one logit per pixel into two classes with udakit.binary_logits"
+            if "logits" in reference_name
+            else ""
+        )
         return f" Add the channel axis of `{reference_name}` with .unsqueeze(1){one}."
     if (channels and x.ndim < 5 and x.shape[1:] == reference.shape[1:]) or x.shape == reference.shape[1:]:
         return f" If `{reference_name}` is of a single image, add the batch axis with .unsqueeze(0)."

@@ -154,7 +154,7 @@ def takes_slices(box: DetailBox, *maps: Tensor) -> bool:
 def first_cells(box: DetailBox, cells: Sequence[int], sides: Sequence[int]) -> list[tuple[int, ...]]:
     """The first cell of each crop of `sides` cells in a map that has `cells` for the whole image, rounded down."""
     found = []
-    for start in box.start.tolist():
+    for start in box.start.tolist():  # on a CPU, see `takes_slices`: nobody waits
         first = tuple(i * c // image for i, c, image in zip(start, cells, box.image, strict=True))
         if not all(0 <= i <= c - side for i, c, side in zip(first, cells, sides, strict=True)):
             raise IndexError(
