@@ -299,7 +299,9 @@ def test_curves_have_a_panel_for_each_quantity_that_was_noted(tmp_path: Path, mo
     with_weight, without = ([axis.get_title() for axis in figure.axes] for figure in figures)
     assert with_weight == ["loss", "weight"]  # the panels of scores and of kept shares would be empty
     assert without == ["loss"]
-    assert [line.get_xdata()[0] for line in figures[0].axes[1].lines] == [4, 4]
+    border, *classes = figures[0].axes[1].lines  # where the second stage begins; its entry lies at step 2 + 2
+    assert list(border.get_xdata()) == [2, 2]
+    assert [line.get_xdata()[0] for line in classes] == [4, 4]
 
 
 # --- the benchmark's rows --------------------------------------------------------------------------------------------
