@@ -10,7 +10,7 @@ from statistics import mean, stdev
 
 import pytest
 
-from benchmarks import adaptation_rows, adaptation_tables, harness, main_job, parts, results_page
+from benchmarks import adaptation_rows, adaptation_tables, harness, main_job, parts, results_page, unseen_pair
 from contract.registry import CHECKS
 from gta2cs.label_free import RELIABILITY
 
@@ -104,10 +104,17 @@ def test_the_pages_are_those_of_the_json() -> None:
         assert harness.section(name, text) in pages, f"run {results_page.__file__}"
 
 
+def test_the_unseen_pair_is_on_its_page() -> None:
+    results = json.loads(unseen_pair.RESULTS.read_text(encoding="utf-8"))
+    page = unseen_pair.PAGE.read_text(encoding="utf-8")
+    assert harness.section("unseen_pair", unseen_pair.table(results)) in page, f"run {unseen_pair.__file__} --table"
+
+
 def numbers_of_prose() -> list[tuple[str, str, str, bool]]:
     """Page, what stands around a number in its prose, the number by the JSON or a script's table, must it be there."""
-    pairs, policy, single = (
-        json.loads((ROOT / f"benchmarks/results/{n}.json").read_text()) for n in ("real_pairs", "adaptation", "parts")
+    pairs, policy, single, unseen = (
+        json.loads((ROOT / f"benchmarks/results/{n}.json").read_text())
+        for n in ("real_pairs", "adaptation", "parts", "unseen_pair")
     )
     lost, kept, won, deployed = map(str, parts.guard_counts([*policy.values(), *single.values()]))
     dacs = [pairs[f"toy/dacs/{seed}"]["rows"]["dacs, student"]["means"]["mIoU"] for seed in range(3)]
@@ -119,6 +126,7 @@ def numbers_of_prose() -> list[tuple[str, str, str, bool]]:
         - mean(adaptation_tables.final(policy, pair, "source_only"))
         for pair in adaptation_rows.PAIRS
     }
+    begun, _, source, statistics, combined, *_ = (mean(unseen_pair.values(unseen, title)) for title in unseen_pair.ROWS)
     running, decided = (policy[f"day2carla/{row}/0"] for row in ("running_at_once", "decided"))
     misled = parts.last(running) - parts.last(decided)
     found = [
@@ -135,6 +143,11 @@ def numbers_of_prose() -> list[tuple[str, str, str, bool]]:
         ("docs/results/one_policy.md", r"(\d+) on the built-in pair", f"{gains['toy']:.0f}", True),
         ("docs/results/one_policy.md", r"(\d+) on day → dusk", f"{gains['camvid']:.0f}", True),
         ("docs/results/one_policy.md", r"wrong by (\d+) points", f"{misled:.0f}", True),
+        ("docs/results/one_policy.md", r"gains (\S+) points over the net", f"{combined - begun:.1f}", True),
+        ("docs/results/one_policy.md", r"only (\S+) points over training on", f"{combined - source:.1f}", True),
+        ("docs/results/one_policy.md", r"source-only training, (\S+) points", f"{statistics - source:.1f}", True),
+        ("docs/results.md", r"gains (\S+) points over source-only training", f"{combined - source:.1f}", True),
+        ("docs/results.md", r"BatchNorm's statistics of target gain (\d\.\d)", f"{statistics - source:.1f}", True),
     ]
     text = (ROOT / "docs/results/scores.md").read_text(encoding="utf-8")
     for score in ("balanced consistency", "confident consistency", "mirror consistency"):
