@@ -52,15 +52,19 @@ from benchmarks.adaptation_rows import (
 from benchmarks.harness import device_name, write_section
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.datasets import Pair
-from gta2cs.evaluation import headline
+from gta2cs.evaluation import evaluate, headline
 from gta2cs.files import write_json
 from gta2cs.histories import histories_of
+from gta2cs.label_free import measure
+from gta2cs.loading import StepData, step_loader
 from gta2cs.pretrained import load_init
 from gta2cs.run_folder import stage_folder
+from udakit import adapt_batch_norm
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptation.json"
 PAGE = ROOT / "docs" / "results" / "one_policy.md"
 SUMMARY = ROOT / "docs" / "results.md"
+SCORES_PAGE = ROOT / "docs" / "results" / "scores.md"
 COMBINED_PAGE = ROOT / "docs" / "methods" / "combined.md"
 
 
@@ -157,7 +161,42 @@ def run(pair: str, row: str, seed: int, data_root: Path | None, cache: Path) -> 
         "source_only": source_only,
         "rows": {title: score.to_json() for title, score in rows.items()},
         "checkpoints": list(checkpoints_of(histories)),
+        "target_statistics": statistics_of(config),
     }
+
+
+def statistics_of(config: train_gta2cs.Config) -> dict[str, Any]:
+    """What `with_target_statistics` finds for the nets where a run starts and where it ends."""
+    paths = {"start": config.init, "last": last_of(config)}
+    return {name: with_target_statistics(config, path) for name, path in paths.items() if path is not None}
+
+
+def last_of(config: train_gta2cs.Config) -> Path:
+    """The checkpoint of the last stage."""
+    return config.out / stage_folder(len(config.stages) - 1, config.stages[-1].recipe) / "last.pt"
+
+
+def with_target_statistics(config: train_gta2cs.Config, path: Path) -> dict[str, dict[str, Any]]:
+    """Truth and score of a run's student with the BatchNorm statistics of its training, of target, and half of each."""
+    pair = train_gta2cs.open_pair(config)
+    assert pair.target_val is not None
+    net = config.net.build(len(pair.classes.names))
+    load_init(net, path)
+    data = StepData(
+        pair.source_train, pair.target_train, batch_size=config.batch_size, crop=config.data.crop, seed=config.seed
+    )
+    crops = [batch.target_images for batch in step_loader(data, start=0, stop=50)]
+    found: dict[str, dict[str, Any]] = {}
+    shares = None  # of the statistics of training, which come first
+    for name, share in (("training", 1.0), ("half", 0.5), ("target", 0.0)):
+        seen = net if share == 1 else adapt_batch_norm(net, crops, source_share=share)
+        unlabelled, truth = (
+            measure(seen, pair.target_train, pair.classes, known=shares),
+            evaluate(seen, pair.target_val, pair.classes),
+        )
+        shares = shares or unlabelled.shares
+        found[name] = {"miou": truth.means[headline(truth.means)], **unlabelled.to_json()}
+    return found
 
 
 def start_of(histories: list[dict[str, Any]], warm: Path) -> dict[str, Any] | None:
@@ -256,6 +295,9 @@ def main() -> None:
     parser.add_argument("--group", default="main", choices=list(GROUPS))
     parser.add_argument("--rows", nargs="+", help="default: all of the group")
     parser.add_argument("--study", type=Path, help="train nothing, write the runs for benchmarks/selection.py here")
+    parser.add_argument(
+        "--statistics", action="store_true", help="train nothing, score statistics of target where kept"
+    )
     parser.add_argument("--choose", action="store_true", help="train nothing, say which setting each pair's row uses")
     options = parser.parse_args()
     if options.choose:
@@ -272,8 +314,17 @@ def main() -> None:
             write_section("labelling", tables.labelling(results), COMBINED_PAGE)
             write_section("weighed", tables.weighed(results), COMBINED_PAGE)
             write_section("tried", tables.tried(results), COMBINED_PAGE)
+            write_section("target_statistics", tables.target_statistics(results), SCORES_PAGE)
         if options.study:
             write_json(options.study, tables.study(results))
+        return
+    if options.statistics:
+        for key, result in load(options.results).items():
+            root = Path(options.data_root) if options.data_root else None
+            config = configure(result["pair"], result["recipe"], result["seed"], root, options.cache)
+            if "target_statistics" not in result and last_of(config).is_file():
+                print(f"== {key}", flush=True)
+                add(options.results, key, {**result, "target_statistics": statistics_of(config)})
         return
     rows = options.rows or GROUPS[options.group]
     cases = itertools.product(options.seeds, rows, options.pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -20,10 +21,11 @@ from benchmarks.adaptation_rows import (
     TRIED,
     TRIED_ROWS,
 )
-from benchmarks.harness import PAIR_NAMES
+from benchmarks.harness import PAIR_NAMES, markdown_table
 from benchmarks.results_page import STATISTICS
+from gta2cs.choosing import CHOSEN
 from gta2cs.evaluation import headline
-from gta2cs.label_free import can_be_deployed, collapsed, completed
+from gta2cs.label_free import BY_CLASS, DIRECTIONS, can_be_deployed, collapsed, completed
 
 
 def last_net(run: dict[str, Any], name: str = "student") -> dict[str, Any] | None:
@@ -38,6 +40,14 @@ def chosen(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
     if start:  # a net that has lost a class of the start is never chosen
         nets = [c for c in nets if not collapsed(start["shares"], c["shares"])]
     return max(nets, key=lambda net: completed(net)[score] or 0.0) if nets else None
+
+
+def deployed(run: dict[str, Any]) -> dict[str, Any] | None:
+    """`best.pt` of a run whose loop tried BatchNorm statistics of target; None of one from before."""
+    if "target_statistics" not in run:
+        return None
+    means = run["rows"][CHOSEN]["means"]
+    return {"miou": means[headline(means)]}
 
 
 def guarded(run: dict[str, Any], score: str = SCORE) -> dict[str, Any] | None:
@@ -103,6 +113,9 @@ def table(results: dict[str, Any], of: Iterable[str] = PAIRS) -> str:
         line_of(results, "combined, chosen over all evaluations", chosen, pairs),
         line_of(results, "combined, last student or source-only", guarded, pairs),
     ]
+    if any(deployed(run) for pair in pairs for run in runs_of(results, pair, "combined")):
+        title = "combined, chosen over all evaluations, and its BatchNorm's statistics chosen"
+        lines.append(line_of(results, title, deployed, pairs))
     picks = [
         f"{PAIR_NAMES[pair]}: {choose(pair, results)}" for pair in pairs if any(gains_elsewhere(pair, results).values())
     ]
@@ -124,6 +137,63 @@ def summary(results: dict[str, Any]) -> str:
 def further(results: dict[str, Any]) -> str:
     """Markdown: the whole table of the street pairs that came last."""
     return table(results, FURTHER)
+
+
+STATISTICS_OF = ("training", "half", "target")
+
+
+def with_statistics(results: dict[str, Any], pair: str) -> list[dict[str, Any]]:
+    """Nets of a pair whose truth and scores are known with each kind of statistics, each once."""
+    runs = [r["target_statistics"] for r in results.values() if r["pair"] == pair and "target_statistics" in r]
+    return list({json.dumps(net): net for tried in runs for net in tried.values()}.values())
+
+
+def taken(net: dict[str, Any], score: str = BY_CLASS) -> str:
+    """The kind of statistics with which a net has the highest score; of equal ones, those of training."""
+    return max(STATISTICS_OF, key=lambda kind: DIRECTIONS[score] * (net[kind]["scores"][score] or 0))
+
+
+def gains_by(nets: list[dict[str, Any]], score: str) -> list[float]:
+    """mIoU that each net gains by the statistics that a score takes."""
+    return [net[taken(net, score)]["miou"] - net["training"]["miou"] for net in nets]
+
+
+def target_statistics(results: dict[str, Any]) -> str:
+    """Markdown: what a trained net gains by BatchNorm statistics of target: always, and where a score says so."""
+    nets = {pair: found for pair in [*PAIRS, *FURTHER] if (found := with_statistics(results, pair))}
+    if not nets:
+        return "Not measured yet.\n"
+    mean_of = lambda values: f"{statistics.mean(values):+.1f}".replace("-", "−")  # noqa: E731
+    scores = [
+        name
+        for name in DIRECTIONS
+        if all(name in net[kind]["scores"] for of in nets.values() for net in of for kind in net)
+    ]
+    rows = []
+    for pair, found in nets.items():
+        gains = {kind: [net[kind]["miou"] - net["training"]["miou"] for net in found] for kind in STATISTICS_OF}
+        by_score = gains_by(found, BY_CLASS)
+        best = [max(values) for values in zip(*gains.values(), strict=True)]
+        rows.append(
+            [
+                PAIR_NAMES[pair],
+                str(len(found)),
+                *(mean_of(values) for values in (gains["target"], gains["half"], by_score, best)),
+                mean_of([min(by_score)]),
+            ]
+        )
+    named = BY_CLASS.replace("_", " ")
+    head = ["", "nets", "all of target's", "half", f"by {named}", "best of the three", f"worst by {named}"]
+    chosen_elsewhere = {
+        pair: max(scores, key=lambda s: sum(statistics.mean(gains_by(nets[p], s)) for p in nets if p in others(pair)))
+        for pair in nets
+    }
+    picks = ", ".join(f"{PAIR_NAMES[pair]}: {score.replace('_', ' ')}" for pair, score in chosen_elsewhere.items())
+    blind = [gain for pair, score in chosen_elsewhere.items() for gain in gains_by(nets[pair], score)]
+    return (
+        f"{markdown_table(head, rows)}\n\nScore that the other pairs choose: {picks}; "
+        f"by it, all {len(blind)} nets gain {mean_of(blind)} in the mean, the worst {mean_of([min(blind)])}.\n"
+    )
 
 
 def labelling(results: dict[str, Any]) -> str:

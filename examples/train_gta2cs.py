@@ -42,6 +42,7 @@ import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from gta2cs import report
 from gta2cs.checking import CheckReport, nothing_opened
@@ -71,6 +72,7 @@ from gta2cs.recipes.self_training import LEARNED
 from gta2cs.run_folder import clear_folder, own_folder
 from gta2cs.stage import Run, StageState
 from gta2cs.summary import write_report
+from gta2cs.target_statistics import note_truth, try_target_statistics
 from gta2cs.tracking import Tracking, check_tracker, send_pictures, start_tracking
 from udakit import copy_net
 
@@ -235,6 +237,11 @@ def plain_batches(run: Run) -> Callable[[int, int], Iterator[Batch]]:
     return batches
 
 
+def target_crops(run: Run) -> Iterator[Tensor]:
+    """Yield the batches of target images that BatchNorm statistics are taken of, the same whatever ran before."""
+    return (batch.target_images for batch in plain_batches(run)(0, 50))
+
+
 def rare_class_sampler(run: Run) -> Any:
     """Build the sampler of source images, or None for uniform draws."""
     data = run.config.data
@@ -345,14 +352,14 @@ def train(run: Run) -> dict[str, Score]:
                 rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
             nets[row] = copy_net(net)  # the next stage starts from it
         if stage.recipe == "source_only" and pair.target_val is not None:
-            crops = (batch.target_images for batch in plain_batches(run)(0, 50))  # the same crops, whatever ran before
-            adapted = with_bn_statistics(student, crops)
+            adapted = with_bn_statistics(student, target_crops(run))
             rows[f"{title} + BatchNorm statistics of target"] = score_on_target(run, adapted)
 
     run.accelerator.wait_for_everyone()  # the first process has written best.pt
-    nets[CHOSEN] = chosen_net(run, student)
+    nets[CHOSEN] = try_target_statistics(run, chosen_net(run, student), target_crops(run), histories[-1])
     if pair.target_val is not None:
         rows[CHOSEN] = score_on_target(run, nets[CHOSEN])
+        note_truth(histories[-1], rows[CHOSEN])
     if run.is_main:
         write_report(run, rows, nets, histories)
         send_pictures(run.accelerator, config.out, step=sum(stage.steps for stage in config.stages))

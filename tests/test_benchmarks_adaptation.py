@@ -213,6 +213,31 @@ def test_a_run_starts_where_its_first_adapting_stage_does(monkeypatch):
     assert adaptation.start_of([source], Path("warm")) is None
 
 
+def test_statistics_of_target_are_counted_once_a_net_and_as_the_score_says():
+    def net(*pairs: tuple[float, float]) -> dict:
+        return {
+            kind: {"miou": miou, "scores": {adaptation_tables.BY_CLASS: score, "confidence": -score}}
+            for kind, (miou, score) in zip(adaptation_tables.STATISTICS_OF, pairs, strict=True)
+        }
+
+    start = net((50, 0.5), (52, 0.6), (58, 0.7))
+    runs = [run_of("toy", row, 0, 60.0) | {"target_statistics": {"start": start, "last": last}} for row, last in (
+        ("combined", net((60, 0.8), (61, 0.9), (57, 0.7))), ("dacs_batch", net((60, 0.8), (70, 0.8), (40, 0.8))),
+    )]  # fmt: skip
+    runs.append(
+        run_of("nuclei", "combined", 0, 60.0) | {"target_statistics": {"last": net((60, 0.5), (59, 0.6), (61, 0.4))}}
+    )
+    text = adaptation_tables.target_statistics(results_of(runs))
+    assert "| game → camera | 3 | −5.0 | +4.3 | +3.0 | +6.3 | +0.0 |" in text
+    assert "| nuclei | 1 | +1.0 | −1.0 | −1.0 | +1.0 | −1.0 |" in text
+    assert "game → camera: confidence, nuclei: confident consistency; by it, all 4 nets gain " in text
+    assert adaptation_tables.target_statistics({}) == "Not measured yet.\n"
+    assert adaptation_tables.deployed(runs[0] | {"rows": {"chosen without labels": {"means": {"mIoU": 61.5}}}}) == {
+        "miou": 61.5
+    }
+    assert adaptation_tables.deployed(run_of("toy", "combined", 0, 60.0)) is None
+
+
 @pytest.mark.parametrize(
     ("name", "write", "page"),
     [
@@ -223,6 +248,7 @@ def test_a_run_starts_where_its_first_adapting_stage_does(monkeypatch):
         ("longer", adaptation_tables.longer, adaptation.PAGE),
         ("weighed", adaptation_tables.weighed, adaptation.COMBINED_PAGE),
         ("tried", adaptation_tables.tried, adaptation.COMBINED_PAGE),
+        ("target_statistics", adaptation_tables.target_statistics, adaptation.SCORES_PAGE),
     ],
 )
 def test_the_pages_are_those_of_the_json(name, write, page):

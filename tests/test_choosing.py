@@ -16,12 +16,15 @@ from torch import nn
 import train_gta2cs
 from gta2cs import choosing, html, label_free
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
+from gta2cs.comparison import title
 from gta2cs.evaluation import Score
+from gta2cs.histories import read_run
 from gta2cs.inference import Trained
 from gta2cs.label_free import LabelFree, measure
 from gta2cs.report import gain_sentence
 from gta2cs.samples import ClassSet, Unlabelled
 from gta2cs.summary import compared, domains, headlines, panels_of
+from gta2cs.target_statistics import try_target_statistics
 from gta2cs.verdict import label_free_tables, verdict
 from tiny import tiny_net
 
@@ -341,6 +344,8 @@ def test_panels_show_what_was_turned_down():
         ("chosen without labels: source-only net", choosing.CHOSEN),
         ("dacs, student", "dacs, student"),
     ]
+    run.choice.target_statistics = True
+    assert list(compared(run, names)) == ["source_only", "chosen without labels: source-only net, target statistics"]
     run.choice = choosing.Choice("source_only", 0, 60, "student")
     assert list(compared(run, ["source_only", choosing.CHOSEN])) == ["source_only", "chosen without labels: student"]
 
@@ -354,6 +359,121 @@ def test_panels_show_an_image_once(count, rows):
     assert len({panel["image"].tobytes() for panel in panels}) == len(panels) == rows
     assert list(panels[0]) == ["image", "source_only", "chosen without labels: teacher", "confidence of the chosen"]
     assert panels[0]["confidence of the chosen"] == pytest.approx(np.full((70, 80), 2.718281828 / 4.718281828))
+
+
+# --- BatchNorm statistics of target ----------------------------------------------------------------------------------
+
+
+def offered_statistics(monkeypatch, tmp_path, values, *, select="balanced_consistency", lost=(), net=None):
+    """What `try_target_statistics` makes of a chosen net whose scores are `values` with 0, 50 and 100 % of them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)) if net is None else net
+    said, choice = [], choosing.Choice("dacs", 1, 20, "teacher", choosing.score_of(select), 0.5)
+    run = SimpleNamespace(
+        config=train_gta2cs.Config(select=select, out=tmp_path),
+        choice=choice,
+        is_main=True,
+        source_only=LabelFree({}, [0.9, 0.1]),
+        console=SimpleNamespace(print=lambda text, **_: said.append(text)),
+    )
+    asked = iter(range(3))
+
+    def score(*args, **kwargs):
+        k = next(asked)
+        if values[k] is None:
+            raise choosing.NoScoreError("Expected a score, but got none.")
+        return LabelFree(
+            {choice.score: values[k] - 1, label_free.BY_CLASS: values[k]}, [1, 0] if k in lost else [0.9, 0.1]
+        )
+
+    monkeypatch.setattr(choosing, "score_without_labels", score)
+    history = {"name": "dacs", "scores": []}
+    images = [5 + 2 * torch.randn(4, 3, 8, 8) for _ in range(3)]
+    return run, net, try_target_statistics(run, net, images, history), history, said, images
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "share"),
+    [
+        ((0.5, 0.6, 0.7), {}, 1.0),
+        ((0.5, 0.7, 0.6), {}, 0.5),
+        ((0.7, 0.6, 0.5), {}, 0.0),
+        ((0.5, 0.5, 0.5), {}, 0.0),
+        ((0.5, 0.6, 0.7), {"select": "-confidence"}, 1.0),  # `select` compares nets; here a net is compared with itself
+        ((0.5, 0.6, 0.7), {"lost": {2}}, 0.5),
+        ((0.5, 0.6, 0.7), {"lost": {1, 2}}, 0.0),
+        ((0.5, 0.6, 0.7), {"select": "last"}, None),
+        ((0.5, 0.6, 0.7), {"select": "source_or_last"}, None),
+        ((0.5, 0.6, 0.7), {"net": nn.Sequential(nn.GroupNorm(1, 3), nn.Conv2d(3, 2, 1))}, None),
+        ((0.5, None, 0.7), {}, None),
+    ],
+)
+def test_the_chosen_net_takes_the_statistics_of_target_where_its_score_says_so(
+    monkeypatch, tmp_path, values, options, share
+):
+    run, net, found, history, said, images = offered_statistics(monkeypatch, tmp_path, values, **options)
+    assert run.choice.target_statistics == (share or 0)
+    assert ("target_statistics" in history) == (share is not None)
+    if not share:
+        assert found is net
+        assert not (tmp_path / "best.pt").exists()
+        assert len(said) == (share is not None or None in values)
+        return
+    everything = torch.cat(images)
+    assert torch.allclose(found[0].running_mean, share * everything.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(found[0].running_var, (1 - share) + share * everything.var((0, 2, 3)), rtol=0.05)
+    assert torch.equal(net[0].running_mean, torch.zeros(3)), "the net itself does not change"
+    assert torch.equal(found[1].weight, net[1].weight)
+    saved = load_checkpoint(tmp_path / "best.pt")
+    assert torch.equal(saved["recipe"]["student.0.running_mean"], found[0].running_mean)
+    assert json.loads(saved["choice"]) == dataclasses.asdict(run.choice) == history["target_statistics"]["choice"]
+    assert run.choice.value == max(values) - 1 if not options else True, "of the score that chose the net"
+    of = "BatchNorm statistics of target" if share == 1 else "50% of target's BatchNorm statistics"
+    assert run.choice.title == f"teacher of dacs, step 20, with {of}"
+    (line,) = said
+    assert line.endswith(f"{share:.0%} is taken")
+    assert "confident consistency, %: 0%: 50.0, 50%:" in line
+
+
+def test_a_resumed_run_keeps_the_statistics_that_it_took(monkeypatch, tmp_path):
+    run, _, found, history, _, images = offered_statistics(monkeypatch, tmp_path, (0.5, 0.6, 0.7))
+    again = {"name": "dacs", "scores": []}
+    assert try_target_statistics(run, found, images, again) is found
+    assert again["target_statistics"] == json.loads(json.dumps(history["target_statistics"]))
+
+
+def test_a_run_whose_best_net_has_the_statistics_of_target(monkeypatch, tmp_path):
+    """Table, report, panels, compare_runs.py and predict.py mean the same net, also after the run is resumed."""
+    score = choosing.score_without_labels
+
+    def better_with_them(run, net, *args, whose, **kwargs):
+        found = score(run, net, *args, whose=whose, **kwargs)
+        if whose.endswith("with BatchNorm statistics of target"):
+            found = dataclasses.replace(found, shares=run.source_only.shares)
+            found.scores |= dict.fromkeys(("balanced_consistency", "confident_consistency"), 0.99)
+        return found
+
+    monkeypatch.setattr(choosing, "score_without_labels", better_with_them)
+    rows = train_gta2cs.main(tiny(tmp_path))
+    text = (tmp_path / "report.md").read_text()
+    assert "- share of target's BatchNorm statistics in the chosen net by confident consistency, %: 0%: " in text
+    assert "100%: 99.0; 100% is taken" in text
+    assert "with BatchNorm statistics of target | 0.990 |" in text
+    assert "with BatchNorm statistics of target" in text.split("**Use the ")[1]
+    nets = read_run(tmp_path)
+    chosen = nets.checkpoints[-1]
+    assert chosen["scores"]["balanced_consistency"] == 0.99
+    assert chosen["truth_miou"] == pytest.approx(rows[choosing.CHOSEN].means["mIoU"], abs=0.01)
+    assert nets.file_of(chosen) == tmp_path / "best.pt"
+    assert title(chosen).endswith(", with BatchNorm statistics of target")
+    assert nets.last["net"] == "student"
+    assert sum(nets.file_of(net) == tmp_path / "best.pt" for net in [nets.start, *nets.checkpoints]) == 1
+    with torch.no_grad():
+        values = {k: v.clone() for k, v in Trained.open(tmp_path).net().state_dict().items()}
+    again = train_gta2cs.main(dataclasses.replace(tiny(tmp_path), resume=True))
+    assert again[choosing.CHOSEN] == rows[choosing.CHOSEN]
+    assert read_run(tmp_path).checkpoints[-1] == chosen
+    assert all(torch.equal(v, values[k]) for k, v in Trained.open(tmp_path).net().state_dict().items())
 
 
 def tiny(out, **changes):
@@ -535,7 +655,7 @@ def test_the_title_names_the_folders_of_own_data(tmp_path, monkeypatch):
 def test_the_log_says_that_adaptation_starts_from_a_net_of_one_class(tmp_path, monkeypatch, capsys):
     names = train_gta2cs.open_pair(tiny(tmp_path)).classes.names
     shares = [float(i == 1) for i in range(len(names))]
-    one = LabelFree({"balanced_consistency": 0.9, "mirror_consistency": 1.0}, shares)
+    one = LabelFree(dict.fromkeys(("balanced_consistency", "confident_consistency"), 0.9), shares)
     monkeypatch.setattr(choosing, "measure", lambda *args, **options: one)
     train_gta2cs.main(tiny(tmp_path))
     said = " ".join(capsys.readouterr().out.split())

@@ -3,6 +3,7 @@
 Candidates are the source-only net (the net that the first adapting stage starts from) and, at every evaluation, the
 student and the teacher. `select` says how one is chosen: `last`, `source_or_last`, or the score to be highest.
 Except for `last`, a net in which a class of the source-only net has collapsed is never chosen.
+`gta2cs.target_statistics` then looks at the BatchNorm statistics of the net of the whole run.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 from torch import nn
@@ -32,6 +34,7 @@ from gta2cs.label_free import (
     measure,
     only_class,
     views_of,
+    with_statistics,
 )
 from gta2cs.observers import score_on_target
 from gta2cs.recipes import Losses
@@ -41,6 +44,7 @@ from udakit import copy_net
 
 SOURCE_ONLY = "source_only"
 CHOSEN = "chosen without labels"  # the row of `best.pt`
+STATISTICS = "target_statistics"  # the entry of a history
 ONE_CLASS = (
     "Such a net cannot contradict itself, so its scores say nothing. If target shows other classes, train longer on "
     "source before you adapt, and look at what --check-data says of the labels."
@@ -64,13 +68,14 @@ class Choice:
     net: str
     score: str = "last"
     value: float | None = None
+    target_statistics: float = 0.0  # share of BatchNorm's statistics that are not those of its training
 
     @property
     def title(self) -> str:
         """Name of the net in a row of a table."""
-        if self.recipe == SOURCE_ONLY and self.net == SOURCE_ONLY:
-            return "source-only net"
-        return f"{self.net} of {self.recipe}, step {self.step}"
+        starts = self.recipe == SOURCE_ONLY and self.net == SOURCE_ONLY
+        title = "source-only net" if starts else f"{self.net} of {self.recipe}, step {self.step}"
+        return title + with_statistics(self.target_statistics)
 
 
 def check_select(config: Config) -> None:
@@ -182,7 +187,7 @@ class Choosing:
         if taken:
             run.choice = Choice(recipe, index, step, name, select if select == "last" else score, value)
             if run.is_main:
-                save_choice(run, self.state, net)
+                save_choice(run, net, self.state.done, self.state.history)
 
 
 def score_without_labels(
@@ -242,13 +247,13 @@ def best_path(run: Run) -> Path:
     return run.config.out / "best.pt"
 
 
-def save_choice(run: Run, state: StageState, net: nn.Module) -> None:
+def save_choice(run: Run, net: nn.Module, step: int, history: dict[str, Any]) -> None:
     """Write the chosen net as the student of a checkpoint, so that it can be read like the others."""
     saved = {
         "recipe": {f"student.{k}": v for k, v in net.state_dict().items()},
-        "step": state.done,
+        "step": step,
         "choice": json.dumps(asdict(run.choice) if run.choice else None),
-        "history": json.dumps(state.history),
+        "history": json.dumps(history),
         "config": json.dumps(plain(run.config)),
     }
     save_checkpoint(best_path(run), saved)
@@ -273,8 +278,12 @@ def resume_choice(run: Run) -> None:
             check_same_run(json.loads(opened["config"]), run.config, trained, path)
         if run.choice is not None and run.choice.score not in ("last", score):  # `source_or_last` had another one
             history = complete(json.loads(opened["history"]))
-            starts = run.choice.net == SOURCE_ONLY
-            found = history["source_only"] if starts else history["label_free"][-1]["nets"][run.choice.net]
+            if run.choice.target_statistics:
+                found = history[STATISTICS]
+            elif run.choice.net == SOURCE_ONLY:
+                found = history["source_only"]
+            else:
+                found = history["label_free"][-1]["nets"][run.choice.net]
             run.choice.score, run.choice.value = score, found["scores"].get(score)
 
 

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from gta2cs import report
 from gta2cs.histories import RunNets
-from gta2cs.label_free import MARGIN, RELIABILITY, UNRELIABLE, collapsed, direction_of
+from gta2cs.label_free import MARGIN, RELIABILITY, UNRELIABLE, collapsed, direction_of, with_statistics
 from gta2cs.rank_statistics import spearman
 
 TOP = 15  # nets in the second table
@@ -196,9 +196,9 @@ def finish(figure: Any, axis: Any, x: str, y: str, path: Path) -> None:
 
 def title(net: dict[str, Any]) -> str:
     """Name of a net in tables and in the run's own report; steps count within their stage."""
-    if net["net"] == "source_only":
-        return "source-only net"
-    return f"{net['net']} of {net['stage']}, step {net['stage_step']}"
+    name = net["net"].partition(",")[0]
+    found = "source-only net" if name == "source_only" else f"{name} of {net['stage']}, step {net['stage_step']}"
+    return found + with_statistics(net.get("target_statistics", 0.0))
 
 
 def where(run: RunNets, net: dict[str, Any]) -> str:

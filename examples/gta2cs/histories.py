@@ -55,19 +55,23 @@ class RunNets:
     @property
     def last(self) -> dict[str, Any]:
         """The first of the nets of the last evaluation."""
-        step = self.checkpoints[-1]["step"]
+        step = max(net["step"] for net in self.checkpoints)
         return next(net for net in self.checkpoints if net["step"] == step)
 
     def file_of(self, net: dict[str, Any]) -> Path | None:
         """The checkpoint that holds a net; None where it was not kept."""
         choice = self.choice or {}
-        if net is self.start:
-            chosen = choice.get("net") == net["net"]
+        with_those_of_training = not choice.get("target_statistics", False)
+        if net.get("target_statistics"):
+            chosen, files = True, []
+        elif net is self.start:
+            chosen = choice.get("net") == net["net"] and with_those_of_training
             files = [f"{stage.folder}/last.pt" for stage in self.stages if stage.before + stage.saved == net["step"]]
         else:
             step = net["stage_step"]
             index = next(i for i, stage in enumerate(self.stages) if stage.before == net["step"] - step)
-            chosen = (choice.get("stage"), choice.get("step"), choice.get("net")) == (index, step, net["net"])
+            place = (choice.get("stage"), choice.get("step"), choice.get("net"))
+            chosen = place == (index, step, net["net"]) and with_those_of_training
             folder = self.stages[index].folder
             files = [f"{folder}/last.pt"] * (step == self.stages[index].saved) + [f"{folder}/{step_file(step)}"]
         held = (self.folder / file for file in ["best.pt"] * chosen + files)
@@ -123,6 +127,11 @@ def read_run(folder: Path) -> RunNets:
             f"Expected {folder} to have label-free scores, but it was stopped before the first evaluation of "
             f"{names[adapting[0]]}, or is from an earlier version. With its own command and --resume it goes on."
         )
+    tried = stages[-1].get("target_statistics", {"choice": {}})
+    if share := (of := tried["choice"]).get("target_statistics"):
+        place = {"stage": names[of["stage"]], "stage_step": of["step"], "target_statistics": share}
+        name = f"{of['net']}, target statistics"
+        checkpoints.append(_net(begins[of["stage"]] + of["step"], name, tried, tried.get("truth")) | place)
     first = stages[adapting[0]]
     start = None
     if "source_only" in first:

@@ -50,7 +50,7 @@ DIRECTIONS = {
     "matrix_norm": 1,
 }
 DEFAULT = "balanced_consistency"  # what `select` looks at
-BY_CLASS = "confident_consistency"  # what decides the scale and the colours of source: every class counts the same
+BY_CLASS = "confident_consistency"  # decides scale, colours, BatchNorm statistics: every class counts the same
 # What is known of a score, in words, for the verdict.
 MARGIN = 0.01  # differences of a hundredth say nothing
 STUDY = "In udakit's study of eight pairs of domains, the rank correlation of this score with the true mIoU was"
@@ -75,6 +75,12 @@ def direction_of(select: str) -> int:
 def can_be_deployed(net: str) -> bool:
     """Whether a net of this name may be chosen: DUDA's large ones are of another size than what is deployed."""
     return not net.startswith("large ")
+
+
+def with_statistics(share: float) -> str:
+    """Words behind a net's name if a share of its BatchNorm statistics are those of target."""
+    of = {0.0: "", 1.0: "BatchNorm statistics of target"}.get(share, f"{share:.0%} of target's BatchNorm statistics")
+    return f", with {of}" if of else ""
 
 
 def collapsed(before: Sequence[float], now: Sequence[float]) -> list[int]:

@@ -18,6 +18,7 @@ from gta2cs.interrupts import stop_if_asked
 from gta2cs.label_free import can_be_deployed, picked
 from gta2cs.reading import viewable
 from gta2cs.stage import Run
+from gta2cs.target_statistics import said_of_statistics
 from gta2cs.verdict import label_free_tables, verdict
 
 
@@ -78,7 +79,10 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
         )
     else:
         text += "Target has no label, so nothing is compared with truth.\n\n"
-    decided = "".join(f"- {line}\n" for history in histories for line in history.get("decisions", []))
+    decisions = [line for history in histories for line in history.get("decisions", [])]
+    if tried := histories[-1].get(choosing.STATISTICS):
+        decisions.append(said_of_statistics(tried))
+    decided = "".join(f"- {line}\n" for line in decisions)
     decided = f"## Decided without labels\n\n{decided}\n" if decided else ""
     truth, scored = ("their truth, ", "mIoU on target, ") if pair.target_val is not None else ("", "")
     return text + (
@@ -111,10 +115,12 @@ def compared(run: Run, names: list[str]) -> dict[str, str]:
     """
     first, chosen = names[0], names[-1]
     assert run.choice is not None
-    if run.choice.net != choosing.SOURCE_ONLY or run.choice.stage == 0:
-        return {first: first, f"{chosen}: {run.choice.net}": chosen}
+    named = run.choice.net.replace(choosing.SOURCE_ONLY, "source-only net")
+    named += ", target statistics" if run.choice.target_statistics else ""
+    if run.choice.net != choosing.SOURCE_ONLY or run.choice.stage == 0 or run.choice.target_statistics:
+        return {first: first, f"{chosen}: {named}": chosen}
     last = next((name for name in reversed(names[:-1]) if name.endswith(", student")), names[-2])
-    return {f"{chosen}: source-only net": chosen, last: last}
+    return {f"{chosen}: {named}": chosen, last: last}
 
 
 def panels_of(run: Run, nets: dict[str, nn.Module]) -> list[dict[str, np.ndarray]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gta2cs.choosing import GUARD, ONE_CLASS, SOURCE_ONLY, score_of
+from gta2cs.choosing import GUARD, ONE_CLASS, SOURCE_ONLY, STATISTICS, score_of
 from gta2cs.label_free import (
     DIRECTIONS,
     MARGIN,
@@ -58,7 +58,7 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
             )
         elif choice.net == SOURCE_ONLY:
             why = why_not_adapted(run, histories, named, last, before, ahead=ahead)
-            lines.append(f"**Use the source-only net** (`best.pt`). {why}")
+            lines.append(f"**Use the {choice.title}** (`best.pt`). {why}")
         else:
             assert choice.value is not None
             lines.append(
@@ -110,6 +110,8 @@ def lost_classes(run: Run, histories: list[dict[str, Any]]) -> str:
 def found_of_chosen(run: Run, histories: list[dict[str, Any]]) -> LabelFree | None:
     """Scores and shares of the chosen net; None if they are not known."""
     choice = run.choice
+    if choice is not None and choice.target_statistics:
+        return LabelFree.from_json(histories[-1][STATISTICS])
     if choice is None or choice.net == SOURCE_ONLY:
         return run.source_only
     entries = histories[choice.stage].get("label_free", ()) if choice.stage < len(histories) else ()
