@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def save_panels(path: Path, rows: list[dict[str, np.ndarray]], classes: ClassSet
                     bar.ax.tick_params(labelsize=7, length=2, pad=1)
             axis.set_axis_off()
     for axis, name in zip(axes[0], names, strict=True):
-        axis.set_title(name, fontsize=9)
+        axis.set_title(textwrap.fill(name, 36), fontsize=9)
     handles = [plt.Rectangle((0, 0), 1, 1, color=color / 255) for color in np.asarray(classes.palette, dtype=float)]
     lines = -(-len(handles) // 10)
     figure.legend(handles, classes.names, loc="lower center", ncol=-(-len(handles) // lines), fontsize=8, frameon=False)
