@@ -59,7 +59,7 @@ from gta2cs.label_free import measure
 from gta2cs.loading import StepData, step_loader
 from gta2cs.pretrained import load_init
 from gta2cs.run_folder import stage_folder
-from udakit import adapt_batch_norm
+from gta2cs.target_statistics import with_shares
 
 RESULTS = ROOT / "benchmarks" / "results" / "adaptation.json"
 PAGE = ROOT / "docs" / "results" / "one_policy.md"
@@ -185,15 +185,12 @@ def with_target_statistics(config: train_gta2cs.Config, path: Path) -> dict[str,
     data = StepData(
         pair.source_train, pair.target_train, batch_size=config.batch_size, crop=config.data.crop, seed=config.seed
     )
-    crops = [batch.target_images for batch in step_loader(data, start=0, stop=50)]
+    crops = (batch.target_images for batch in step_loader(data, start=0, stop=50))
     found: dict[str, dict[str, Any]] = {}
-    shares = None  # of the statistics of training, which come first
-    for name, share in (("training", 1.0), ("half", 0.5), ("target", 0.0)):
-        seen = net if share == 1 else adapt_batch_norm(net, crops, source_share=share)
-        unlabelled, truth = (
-            measure(seen, pair.target_train, pair.classes, known=shares),
-            evaluate(seen, pair.target_val, pair.classes),
-        )
+    shares = None  # of the classes, with the statistics of training, which come first
+    for name, seen in zip(tables.STATISTICS_OF, with_shares(net, crops).values(), strict=True):
+        unlabelled = measure(seen, pair.target_train, pair.classes, known=shares)
+        truth = evaluate(seen, pair.target_val, pair.classes)
         shares = shares or unlabelled.shares
         found[name] = {"miou": truth.means[headline(truth.means)], **unlabelled.to_json()}
     return found

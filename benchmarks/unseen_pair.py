@@ -1,4 +1,4 @@
-"""The shipped policy on a pair that no choice has looked at: the rendered pair turned round, by a user's own command.
+"""The shipped policy, by a user's own command, on a pair that no training option was chosen on: toy, turned round.
 
     python benchmarks/unseen_pair.py             # whatever is not in the JSON yet: about 20 minutes a seed
     python benchmarks/unseen_pair.py --table     # trains nothing, writes the table
@@ -25,13 +25,13 @@ import train_gta2cs
 from benchmarks.adaptation import add, last_of, load, with_target_statistics
 from benchmarks.adaptation_tables import spread, taken
 from benchmarks.harness import markdown_table, write_section
+from benchmarks.results_page import STATISTICS
 from gta2cs.evaluation import headline
 from gta2cs.run_folder import stage_folder
 
 PAIR = "toy_backwards"
 RESULTS = ROOT / "benchmarks" / "results" / "unseen_pair.json"
 PAGE = ROOT / "docs" / "results" / "one_policy.md"
-STATISTICS = "source_only + BatchNorm statistics of target"
 BY_SCORE = "source_only + the share of BatchNorm statistics that the score takes"
 RIVALS: dict[str, list[str]] = {"source": [], "oracle": ["--data.oracle", "true"]}
 ROWS = {  # title: the run, and its row

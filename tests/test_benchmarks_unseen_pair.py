@@ -1,4 +1,4 @@
-"""The benchmark of the pair that no choice has seen: a user's command, and rivals that go on from its first stage."""
+"""The pair that no training option was chosen on: a user's command, and rivals that go on from its first stage."""
 
 from __future__ import annotations
 

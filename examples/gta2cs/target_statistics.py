@@ -40,8 +40,7 @@ def try_target_statistics(run: Run, net: nn.Module, images: Iterable[Tensor], hi
     if choice.target_statistics:  # before the run was resumed
         history[STATISTICS] = json.loads(load_checkpoint(choosing.best_path(run))["history"])[STATISTICS]
         return net
-    target = with_bn_statistics(net, images).eval()
-    tried = {0.0: net, 0.5: halfway(net, target), 1.0: target}
+    tried = with_shares(net, images)
     found = {}
     for share, candidate in tried.items():
         whose = f"the {replace(choice, target_statistics=share).title}"
@@ -60,6 +59,12 @@ def try_target_statistics(run: Run, net: nn.Module, images: Iterable[Tensor], hi
     if taken and run.is_main:
         choosing.save_choice(run, tried[taken], choice.step, history)
     return tried[taken]
+
+
+def with_shares(net: nn.Module, images: Iterable[Tensor]) -> dict[float, nn.Module]:
+    """Share of target's statistics -> the net itself for 0, and copies in eval mode for a half and for all of them."""
+    target = with_bn_statistics(net, images).eval()
+    return {0.0: net, 0.5: halfway(net, target), 1.0: target}
 
 
 def halfway(net: nn.Module, other: nn.Module) -> nn.Module:
