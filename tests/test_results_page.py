@@ -192,7 +192,7 @@ def numbers_of_the_home_page(
         r"\((\d+\.\d ± \d\.\d) to": f"{mean(starts):.1f} ± {stdev(starts):.1f}",
         r"to (\d+\.\d ± \d\.\d)\)": f"{mean(dacs):.1f} ± {stdev(dacs):.1f}",
         r"in (\d+) minutes on one CPU core": f"{seconds / 60:.0f}",
-        r"worse: in (\d+) of": kept[0],
+        r"started from: in (\d+) of": kept[0],
         r"of (\d+) such runs": kept[1],
         r"contrast takes (\S+) × the time": f"{ratio['median']:.1f}",
         r"the time and (\S+) × the memory": f"{ratio['peak_bytes']:.2f}",
