@@ -33,7 +33,7 @@ def bilateral_consensus(
         The labels, int64 (N, *space).
 
     Raises:
-        TypeError: `labels` is neither int64 nor uint8.
+        TypeError: a label map is neither int64 nor uint8.
         ValueError: the shapes do not match.
 
     Example:

@@ -50,7 +50,8 @@ class LabelFreeScores(FullPrecisionState):
     **Which direction is right.** The direction of the source does not hold everywhere. Compared with the true mIoU, the
     nuclear norm, information maximisation, the class correlation and the density follow the *share* of the rarer class:
     they are right on one pair and wrong on the same pair in the other direction. Confidence, entropy and the matrix
-    norm cannot tell a collapsed net from a good one. `ConsistencyScore` times `confidence` was the most reliable.
+    norm cannot tell a collapsed net from a good one. The most reliable score was `confidence` times
+    the mean of `ConsistencyScore.class_iou`, weighted by the root of each class's `class_share`.
 
     **Convention.** There is no gradient. The state consists of sums (float64, at most C x C) and counts (int64); no map
     is kept. Merged over several processes, the counts are equal to those of one process, and the sums are within 1e-6.
