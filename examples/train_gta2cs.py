@@ -92,11 +92,11 @@ def train_stage(
     config = run.config
     state = StageState.build(run, index, student, previous)
     if run.is_main and index == 0 and not config.resume:
-        clear_folder(config.out)  # not earlier: a net may start from a file in it, and what is refused changes nothing
+        clear_folder(config.out)  # not earlier: the net may come from a file in it, and a refused run changes nothing
     if not state.resume():
         with explained(state):
             prepare(state)
-    if run.is_main and state.done < state.steps:  # not earlier, because a run that may not be resumed keeps its own
+    if run.is_main and state.done < state.steps:  # not earlier: where resuming is refused, the old file stays
         report.write_text(config.out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
 
     step = TrainingStep(state)
@@ -115,7 +115,7 @@ def train_stage(
 
 @contextmanager
 def explained(state: StageState) -> Iterator[None]:
-    """Add to an error that a user can mend how far the stage is, and what finds more of the kind."""
+    """Add to an error of the user how far the stage is and, for an unreadable file, what lists all of them."""
     try:
         yield
     except (OSError, ValueError, FloatingPointError) as error:
@@ -350,7 +350,7 @@ def train(run: Run) -> dict[str, Score]:
             row = title if len(recipe.nets()) == 1 else f"{title}, {name}"
             if history["scores"]:  # without target labels there is no score against the truth
                 rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
-            nets[row] = copy_net(net)  # the next stage starts from it
+            nets[row] = copy_net(net)  # because the next stage trains it further
         if stage.recipe == "source_only" and pair.target_val is not None:
             adapted = with_bn_statistics(student, target_crops(run))
             rows[f"{title} + BatchNorm statistics of target"] = score_on_target(run, adapted)

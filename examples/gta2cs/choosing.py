@@ -103,7 +103,7 @@ class Choosing:
 
     def __init__(self, state: StageState) -> None:
         self.state, run = state, state.run
-        self.first = first_adapting(run.config)
+        self.first = first_adapting(run.config)  # a stage; the nets of those before it are not offered
         state.history.setdefault("label_free", [])
         if state.done == 0 and state.index == (self.first or 0):
             drop_choice(run)  # of a run that was stopped before its first checkpoint: these steps come again
@@ -127,7 +127,7 @@ class Choosing:
         if "source_only" in state.history:
             run.source_only = LabelFree.from_json(state.history["source_only"])
         self.alarm = ShareAlarm(run.pair.classes.names, run.source_only.shares if run.source_only else None)
-        if state.done == state.steps and not state.history["label_free"]:  # of before there were such scores
+        if state.done == state.steps and not state.history["label_free"]:  # finished by a version without such scores
             self(state)
 
     def __call__(self, state: StageState, losses: Losses | None = None) -> None:
@@ -168,7 +168,7 @@ class Choosing:
         run, select = self.state.run, self.state.run.config.select
         index = self.state.index
         ends = index == len(run.config.stages) - 1 and step == self.state.steps
-        first = name == next(iter(self.state.recipe.nets()))
+        to_deploy = name == next(iter(self.state.recipe.nets()))
         starts = name == SOURCE_ONLY
         if not starts and self.first is not None and index < self.first:
             return  # the net of a source-only stage is offered where the next stage starts from it
@@ -179,9 +179,9 @@ class Choosing:
         if better and run.source_only is not None and not starts:
             better = not collapsed(run.source_only.shares, found.shares)
         if select == "last":
-            taken = ends and first
+            taken = ends and to_deploy
         elif select == "source_or_last":
-            taken = starts or (ends and first and better)
+            taken = starts or (ends and to_deploy and better)
         else:
             taken = better
         if taken:

@@ -27,7 +27,7 @@ Reduction = Literal["mean", "mean_all", "sum", "none"]
 
 @dataclass(frozen=True, eq=False)
 class SegOutput:
-    """The output of a net for images (N, 3, H, W).
+    """The output of a net for images (N, K, H, W).
 
     `head_logits` (N, C, h, w) are the output of the head, `features` (N, D, h, w) its input, and `encoded` is the
     output of the encoder. `logits` (N, C, H, W) are upsampled on first use, so a loss on `head_logits` never holds

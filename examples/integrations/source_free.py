@@ -83,15 +83,15 @@ def adapt(
 
     Without `statistics`, BatchNorm keeps the source statistics, and only scales and shifts change.
     """
-    held_out, images = target[: max(2, len(target) // 4)], target
-    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    scores = {-1: score(net, held_out)}
+    scored = target[: max(2, len(target) // 4)]  # always the same images
+    batches = [target[i : i + batch_size] for i in range(0, len(target), batch_size)]
+    scores = {-1: score(net, scored)}
     best, best_step = net, -1
     statistics = statistics and has_batch_norm(net)
 
     def consider(candidate: nn.Module, step: int) -> None:
         nonlocal best, best_step
-        scores[step] = score(candidate, held_out)
+        scores[step] = score(candidate, scored)
         if scores[step] > scores[best_step]:
             best, best_step = copy_net(candidate), step
 

@@ -91,10 +91,10 @@ class Dacs(TargetStyled):
 
     @classmethod
     def check(cls, options: Any) -> None:
-        """Refuse a rising share of what is no share of each class, and a weight that the selector gives already."""
+        """Refuse `share_end` without class quantiles, and `confidence_weight` with a selector that has it already."""
         super().check(options)
         if options.selector != "rectified":
-            make_selector(options, 2)  # what it refuses is said now, not after the stages before
+            make_selector(options, 2)  # refuses wrong options now, not after the stages before
         if options.confidence_weight:
             ConfidentRatioSelector(options.threshold)
         if options.confidence_weight and options.selector == "confident_ratio":
@@ -119,10 +119,10 @@ class Dacs(TargetStyled):
         make_net: Callable[..., nn.Module],
         previous: Recipe | None = None,
     ) -> Dacs:
-        """Make the recipe, with a fresh ImageNet net as the reference of what looks at features, where that is on."""
+        """Make the recipe. Losses that compare features get a fresh ImageNet net as their reference."""
         parsed = cls.parse(options)
-        referred = parsed.feature_distance > 0 or parsed.feature_distillation > 0
-        recipe = cls(student, num_classes, parsed, make_net() if referred else None)
+        compares = parsed.feature_distance > 0 or parsed.feature_distillation > 0
+        recipe = cls(student, num_classes, parsed, make_net() if compares else None)
         return recipe.translating(make_net, previous)
 
     def forward(self, batch: Batch, draws: Draws) -> Losses:
