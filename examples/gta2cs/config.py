@@ -284,7 +284,8 @@ def check_numbers(config: Config) -> None:
 def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path) -> None:
     """Refuse to continue a run if the result would match neither the old configuration nor the new one."""
     now, default = plain(config), plain(Config())
-    saved = {**default, **saved, "data": {**default["data"], **saved["data"]}}  # saved before an option existed
+    # What was saved before an option existed has its default.
+    saved = {**default, **saved, **{part: {**default[part], **saved[part]} for part in ("data", "net")}}
     free = {
         "out",
         "resume",
@@ -295,10 +296,10 @@ def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path
         "keep_checkpoints",
         "log_every",
         "log_with",
+        "check_data",
+        "score_images",
+        "score_views",
     }
-    free |= {"check_data", "score_images", "score_views"}
-    saved["net"] = {"take": "all", **saved["net"]}  # checkpoints from before it existed
-    saved.setdefault("select", now["select"])
     for side in (saved, now):
         side["stages"] = side["stages"][: index + 1]
         side["data"] = {k: v for k, v in side["data"].items() if k not in ("workers", "cache") and "root" not in k}

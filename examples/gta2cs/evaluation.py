@@ -92,7 +92,8 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     net = of_rank_0(net)
     metric, near = (
-        MulticlassConfusionMatrix(len(classes.names), ignore_index=255, validate_args=False).to(device) for _ in "12"
+        MulticlassConfusionMatrix(len(classes.names), ignore_index=255, validate_args=False).to(device)
+        for _ in range(2)
     )
     indices = range(rank, min(limit or len(dataset), len(dataset)), world)
     with evaluating(net):

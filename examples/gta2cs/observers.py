@@ -6,6 +6,7 @@ An observer is a function of (state, losses). It writes what it finds into `stat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -34,7 +35,7 @@ class LossLog:
         if not state.due(run.config.log_every):
             return
         entry: dict[str, Any] = {"step": state.done, "terms": {k: v.item() for k, v in losses.terms.items()}}
-        if not all(v == v and abs(v) != float("inf") for v in entry["terms"].values()):
+        if not all(map(math.isfinite, entry["terms"].values())):
             raise FloatingPointError(
                 f"Expected finite losses, but at step {state.done} got {entry['terms']}. A smaller `lr` usually helps."
             )

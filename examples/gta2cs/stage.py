@@ -84,8 +84,9 @@ class StageState:
             return config.net.build(len(classes.names), config.data.channels, **changes)
 
         recipe = RECIPES[stage.recipe].build(student, len(classes.names), stage.options, make_net, previous)
-        for part in (module for module in recipe.modules() if isinstance(module, Recipe)):
-            part.normalised_with(*run.pair.target_train.image_format.statistics)
+        for part in recipe.modules():
+            if isinstance(part, Recipe):  # the recipe itself, and those that it is made of
+                part.normalised_with(*run.pair.target_train.image_format.statistics)
         recipe = recipe.to(run.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         groups = [
             *param_groups(recipe.student, lr=stage.lr, head_multiplier=config.head_multiplier),
