@@ -49,11 +49,10 @@ def rare_class_probabilities(class_pixels: Num[Tensor, "c"], *, temperature: flo
     _check_counts(class_pixels)
     counts = class_pixels if class_pixels.dtype == torch.float64 else class_pixels.float()
     occurs = counts > 0
-    frequency = counts / counts.sum().clamp_min(torch.finfo(counts.dtype).tiny)
-    # The rarest class is at 0, so that a small temperature cannot overflow. A class that never occurs gets weight 0.
-    rarest = torch.where(occurs, frequency, torch.inf).amin()
-    weight = torch.where(occurs, torch.exp((torch.where(occurs, rarest, 0) - frequency) / temperature), 0)
-    return weight / weight.sum().clamp_min(torch.finfo(counts.dtype).tiny)
+    frequency = torch.where(occurs, counts / counts.sum(), torch.inf)
+    # The rarest class is at 0, so that a small temperature cannot overflow. A class that never occurs is at -inf.
+    weight = ((frequency.amin() - frequency) / temperature).softmax(0)
+    return torch.where(occurs, weight, 0)  # of counts that are all 0, the softmax is NaN
 
 
 def _check_counts(class_pixels: Tensor) -> None:
