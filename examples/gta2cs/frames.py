@@ -21,8 +21,8 @@ class SegNet(nn.Module):
 
     Images are normalised with the mean and standard deviation of ImageNet, as everywhere in udakit. The net converts
     them to the normalisation of its weights (`mean`, `std`: 0.5 for efficientnet-lite). Images normalised with
-    `data.mean` and `data.std` have the same spread as ImageNet's, and are converted alike. Images with sides that are
-    not a multiple of the encoder's stride are padded at the right and bottom by repetition, and the outputs are cropped.
+    `data.mean` and `data.std` have the spread of ImageNet's, and are converted alike. Images with sides that are not a
+    multiple of the encoder's stride are padded at the right and bottom by repetition, and the outputs are cropped.
     """
 
     image_scale: Tensor
