@@ -60,7 +60,7 @@ WHOLE: dict[str, tuple[tuple[Any, str], ...]] = {
     "scores against truth": ((observers, "score_on_target"), (job, "score_on_target")),
     "scores without labels": ((choosing, "score_without_labels"), (job, "score_without_labels")),
     "checkpoints": ((StageState, "save"), (choosing, "save_choice")),
-    "BatchNorm statistics of target": ((job, "with_bn_statistics"),),
+    "BatchNorm statistics of target": ((job, "adapt_batch_norm"),),
     "report and pictures": ((job, "write_report"),),
 }
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {

@@ -57,7 +57,7 @@ from gta2cs.choosing import (
 )
 from gta2cs.config import Config, DataConfig, NetConfig, Stage, check_numbers, parse, plain
 from gta2cs.datasets import Pair, build_pair, check_data
-from gta2cs.evaluation import Score, with_bn_statistics
+from gta2cs.evaluation import Score
 from gta2cs.files import WriteError
 from gta2cs.label_free import BY_CLASS, NoScoreError
 from gta2cs.loading import Batch, StepData, sample_generator, step_loader
@@ -72,9 +72,9 @@ from gta2cs.recipes.self_training import LEARNED
 from gta2cs.run_folder import clear_folder, own_folder
 from gta2cs.stage import Run, StageState
 from gta2cs.summary import write_report
-from gta2cs.target_statistics import note_truth, try_target_statistics
+from gta2cs.target_statistics import has_statistics, note_truth, try_target_statistics
 from gta2cs.tracking import Tracking, check_tracker, send_pictures, start_tracking
-from udakit import copy_net
+from udakit import adapt_batch_norm, copy_net
 
 __all__ = ["RECIPES", "Config", "DataConfig", "NetConfig", "Stage", "main", "parse", "plain"]
 
@@ -351,8 +351,8 @@ def train(run: Run) -> dict[str, Score]:
             if history["scores"]:  # without target labels there is no score against the truth
                 rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
             nets[row] = copy_net(net)  # because the next stage trains it further
-        if stage.recipe == "source_only" and pair.target_val is not None:
-            adapted = with_bn_statistics(student, target_crops(run))
+        if stage.recipe == "source_only" and pair.target_val is not None and has_statistics(student):
+            adapted = adapt_batch_norm(student, target_crops(run))
             rows[f"{title} + BatchNorm statistics of target"] = score_on_target(run, adapted)
 
     run.accelerator.wait_for_everyone()  # the first process has written best.pt

@@ -196,7 +196,7 @@ STRUCK: list[tuple[Any, str, int, str]] = [
     (checkpoints._Noting, "write", 1, "stage 1 of 2 (source_only) after step 1 of 2; the last checkpoint is of step 1"),
     (torch.Tensor, "backward", 1, "stage 1 of 2 (source_only) after step 1 of 2; the last checkpoint is of step 1"),
     (observers, "evaluate", 1, "stage 1 of 2 (source_only) after step 2 of 2; the last checkpoint is of step 1"),
-    (train_gta2cs, "with_bn_statistics", 1, "Stopped after stage 1 of 2 (source_only); its last checkpoint"),
+    (train_gta2cs, "adapt_batch_norm", 1, "Stopped after stage 1 of 2 (source_only); its last checkpoint"),
     (stage.StageState, "build", 2, "Stopped after stage 1 of 2 (source_only); its last checkpoint"),
     (train_gta2cs, "prepare", 1, "Stopped after stage 1 of 2 (source_only); its last checkpoint"),
     (choosing, "measure", 1, "stage 2 of 2 (dacs) after step 0 of 2; the last checkpoint is of the stage before"),

@@ -18,7 +18,7 @@ import torch
 import train_gta2cs
 from gta2cs.checkpoints import load_checkpoint, load_net, save_checkpoint
 from gta2cs.datasets import build_pair
-from gta2cs.evaluation import Score, evaluate, evaluating, with_bn_statistics
+from gta2cs.evaluation import Score, evaluate, evaluating
 from gta2cs.recipes import RECIPES, Draws
 from gta2cs.report import markdown_table
 from gta2cs.samples import ClassSet
@@ -400,15 +400,6 @@ def test_score_is_the_data_set_confusion_matrix_and_skips_what_never_occurs():
     assert again.means["mIoU"] == pytest.approx(score.miou, abs=0.01)
     assert "| net | **mIoU** | **mIoU2** | a | b | c |" in markdown_table({"x": score}, CLASSES)
     assert "–" in markdown_table({"x": score}, CLASSES)
-
-
-def test_bn_statistics_of_target_change_nothing_but_a_copy():
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2), torch.nn.Dropout())
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    adapted = with_bn_statistics(net, [torch.randn(4, 3, 5, 5) + 3 for _ in range(3)])
-    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    assert not torch.equal(adapted[1].running_mean, net[1].running_mean)
-    assert torch.equal(adapted[0].weight, net[0].weight)
 
 
 def test_evaluating_restores_every_mode():

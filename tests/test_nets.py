@@ -1,6 +1,5 @@
 """Nets give logits and features, and their ImageNet weights have provably arrived."""
 
-import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from gta2cs import architectures
 from gta2cs.loading import MEAN, STD
-from gta2cs.nets import ReferenceEncoder, SegNet, SegOutput, bn_statistics, build_net, param_groups
+from gta2cs.nets import ReferenceEncoder, SegNet, SegOutput, build_net, param_groups
 from udakit import cross_entropy, upsampled_cross_entropy
 
 TINY_MIT = {"depths": (1, 1, 1, 1), "hidden_sizes": (8, 8, 16, 16), "decoder_hidden_size": 16}
@@ -283,43 +282,3 @@ def test_reference_encoder_stays_as_it_was() -> None:
     assert not reference.net.encoder.training
     assert not any(p.requires_grad for p in reference.parameters())
     assert torch.equal(reference(images()), before)
-
-
-def batch_norm_net() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.3), nn.Dropout(0.5))
-
-
-def test_bn_statistics_are_the_average_over_batches() -> None:
-    net = batch_norm_net()
-    net[2].eval()
-    batches = [images(2, 8, 8, seed) for seed in range(3)]
-    weights = copy.deepcopy(dict(net.named_parameters()))
-    assert bn_statistics(net, batches) == 3
-    with torch.no_grad():
-        maps = [net[0](b) for b in batches]
-    torch.testing.assert_close(net[1].running_mean, torch.stack([m.mean((0, 2, 3)) for m in maps]).mean(0))
-    torch.testing.assert_close(net[1].running_var, torch.stack([m.var((0, 2, 3)) for m in maps]).mean(0))
-    assert [m.training for m in net] == [True, True, False]
-    assert net[1].momentum == 0.3
-    assert all(torch.equal(p, weights[name]) for name, p in net.named_parameters())
-
-
-def test_bn_statistics_without_reset_count_the_old_ones_as_one_batch() -> None:
-    net, batch = batch_norm_net(), images(2, 8, 8)
-    old = net[1].running_mean.fill_(5.0).clone()
-    bn_statistics(net, [batch], reset=False)
-    with torch.no_grad():
-        new = net[0](batch).mean((0, 2, 3))
-    torch.testing.assert_close(net[1].running_mean, (old + new) / 2)
-
-
-def test_bn_statistics_need_a_batch_and_restore_modes_after_an_error() -> None:
-    net = batch_norm_net()
-    net[1].running_mean.fill_(5.0)
-    with pytest.raises(ValueError, match="at least one batch"):
-        bn_statistics(net, [])
-    assert net[1].running_mean.tolist() == [5.0] * 4
-    with pytest.raises(RuntimeError):
-        bn_statistics(net, [torch.zeros(1, 7, 2, 2)])
-    assert net[1].training
-    assert net[1].momentum == 0.3

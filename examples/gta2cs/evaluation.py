@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,6 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from gta2cs.datasets import ClassSet, Labelled
 from gta2cs.loading import evaluation_batches, normalise
-from gta2cs.nets import bn_statistics
 from gta2cs.reading import ImageFormat
 from udakit import copy_net
 
@@ -145,13 +144,3 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def with_bn_statistics(net: nn.Module, images: Iterable[Tensor]) -> nn.Module:
-    """Copy a net and re-estimate its BatchNorm statistics on batches of normalised images, without other changes.
-
-    This is the cheapest adaptation, and the row that every other method has to beat.
-    """
-    adapted = copy_net(net)
-    bn_statistics(adapted, images)
-    return adapted

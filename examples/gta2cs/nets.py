@@ -7,12 +7,10 @@ in `architectures`, their common form in `frames`, and what they return in `outp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gta2cs.architectures import (
     ARCHS,
@@ -41,7 +39,6 @@ __all__ = [
     "SegNet",
     "SegOutput",
     "TorchvisionSegNet",
-    "bn_statistics",
     "build_net",
     "enlarge",
     "param_groups",
@@ -154,43 +151,3 @@ def param_groups(net: SegNet, *, lr: float, head_multiplier: float = 1.0) -> lis
         {"name": "encoder", "params": [p for p in net.encoder.parameters() if p.requires_grad], "lr": lr},
         {"name": "decoder", "params": [p for p in head if p.requires_grad], "lr": lr * head_multiplier},
     ]
-
-
-@torch.no_grad()
-def bn_statistics(net: nn.Module, images: Iterable[Tensor], *, reset: bool = True) -> int:
-    """Re-estimate the running statistics of BatchNorm as the plain average over batches of images; weights stay.
-
-    Only the BatchNorm layers are in training mode meanwhile (no dropout). Modes and momenta are restored afterwards.
-
-    Args:
-        net: the net, which is changed in place.
-        images: batches (N, 3, H, W) on the device of the net.
-        reset: whether to start from nothing; otherwise the present statistics count as one batch.
-
-    Returns:
-        The number of batches.
-    """
-    modes = {module: module.training for module in net.modules()}
-    norms = [module for module in modes if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    count = 0
-    try:
-        net.eval()
-        for count, batch in enumerate(images, 1):
-            if count == 1:  # not before: without a batch the old statistics must survive
-                for norm in norms:
-                    norm.train()
-                    norm.momentum = None
-                    if reset:
-                        norm.reset_running_stats()
-                    elif norm.num_batches_tracked is not None:
-                        norm.num_batches_tracked.fill_(1)
-            net(batch)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    if not count:
-        raise ValueError("Expected `images` to have at least one batch, but got none.")
-    return count

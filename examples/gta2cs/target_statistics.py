@@ -18,10 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gta2cs import choosing
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.choosing import STATISTICS
-from gta2cs.evaluation import Score, with_bn_statistics
+from gta2cs.evaluation import Score
 from gta2cs.label_free import BY_CLASS, NoScoreError, collapsed
 from gta2cs.stage import Run
-from udakit import copy_net
+from udakit import adapt_batch_norm, copy_net
 
 
 def try_target_statistics(run: Run, net: nn.Module, images: Iterable[Tensor], history: dict[str, Any]) -> nn.Module:
@@ -34,8 +34,7 @@ def try_target_statistics(run: Run, net: nn.Module, images: Iterable[Tensor], hi
         The net to deploy; `best.pt` holds it.
     """
     choice = run.choice
-    layers = (m for m in net.modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
-    if run.source_only is None or run.config.select in ("last", "source_or_last") or next(layers, None) is None:
+    if run.source_only is None or run.config.select in ("last", "source_or_last") or not has_statistics(net):
         return net
     if choice.target_statistics:  # before the run was resumed
         history[STATISTICS] = json.loads(load_checkpoint(choosing.best_path(run))["history"])[STATISTICS]
@@ -61,9 +60,14 @@ def try_target_statistics(run: Run, net: nn.Module, images: Iterable[Tensor], hi
     return tried[taken]
 
 
+def has_statistics(net: nn.Module) -> bool:
+    """Whether a net has BatchNorm layers with running statistics."""
+    return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in net.modules())
+
+
 def with_shares(net: nn.Module, images: Iterable[Tensor]) -> dict[float, nn.Module]:
     """Share of target's statistics -> the net itself for 0, and copies in eval mode for a half and for all of them."""
-    target = with_bn_statistics(net, images).eval()
+    target = adapt_batch_norm(net, images).eval()
     return {0.0: net, 0.5: halfway(net, target), 1.0: target}
 
 
@@ -71,7 +75,7 @@ def halfway(net: nn.Module, other: nn.Module) -> nn.Module:
     """A copy of a net with the mean of its own BatchNorm statistics and those of another copy."""
     between = copy_net(net)
     for layer, theirs in zip(between.modules(), other.modules(), strict=True):
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats:
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
             for mine, given in ((layer.running_mean, theirs.running_mean), (layer.running_var, theirs.running_var)):
                 mine.lerp_(given, 0.5)
     return between.eval()
