@@ -27,7 +27,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from gta2cs.threads import considerate_threads
 
@@ -37,6 +37,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from gta2cs.choosing import CHOSEN
 from gta2cs.files import write_text
 from gta2cs.inference import Trained
 from gta2cs.loading import MEAN, STD
@@ -44,8 +45,9 @@ from gta2cs.options import FAULTS, in_a_line, read_options
 
 Format = Literal["onnx", "torch_export", "torchscript", "safetensors"]
 Run = Callable[[Tensor], Tensor]
-# The paragraphs after the table of scores without labels.
-VERDICT = re.compile(r"^#+ Without labels\n+(?:\|[^\n]*\n|\n)*(.*?)(?=^#|\Z)", re.DOTALL | re.MULTILINE)
+# What a report says without labels. The verdict follows the last line of its tables.
+WITHOUT_LABELS = re.compile(r"^#+ Without labels\n(.*?)(?=^#|\Z)", re.DOTALL | re.MULTILINE)
+OF_TABLES = re.compile(r"^(?:\||</details>).*\n", re.MULTILINE)
 TOLERANCE = 1e-4  # of the largest logit
 console = Console(soft_wrap=True)
 
@@ -219,7 +221,8 @@ def model_card(config: Config, trained: Trained, net: nn.Module, size: tuple[int
         "## Data and method",
         f"Pair of domains: `{run['data']['pair']}`. Method: {', then '.join(stages)}. Seed {run['seed']}, "
         f"batch {run['batch_size']}, crops of {run['data']['crop'][0]} x {run['data']['crop'][1]}. "
-        f"The net is the {config.net} of `{trained.path}` and has {parameters / 1e6:.2f} million parameters.",
+        f"The net is the {trained.title if trained.choice else config.net} of `{trained.path}` and has "
+        f"{parameters / 1e6:.2f} million parameters.",
         "Data sets and ImageNet weights have licences of their own.",
         "## Quality on labelled images",
         scores_of(trained, config.net),
@@ -235,6 +238,8 @@ def scores_of(trained: Trained, name: str) -> str:
     """The latest IoU on labelled target images, if there were any."""
     nets = trained.history["scores"][-1]["nets"] if trained.history["scores"] else {}
     score = nets.get(name) or (next(iter(nets.values())) if len(nets) == 1 else None)
+    if trained.choice is not None:
+        score = score_of_chosen(trained.path.parent, trained.choice)
     if score is None:
         return "It was not scored on labelled target images."
     means = ", ".join(f"{mean} {value:.1f}" for mean, value in score["means"].items() if value is not None)
@@ -244,14 +249,22 @@ def scores_of(trained: Trained, name: str) -> str:
     )
 
 
+def score_of_chosen(folder: Path, choice: dict[str, Any]) -> dict[str, Any] | None:
+    """What the finished run says of the net of its `best.pt`, which need not be the student of an evaluation."""
+    said, rows = folder / "history.json", folder / "results.json"
+    if not said.is_file() or json.loads(said.read_text(encoding="utf-8")).get("choice") != choice:
+        return None
+    return json.loads(rows.read_text(encoding="utf-8")).get(CHOSEN)  # type: ignore[no-any-return]
+
+
 def verdict_of(checkpoint: Path) -> str:
     """What the report of the run says about its nets without target labels."""
     path = checkpoint.resolve()
     for folder in (path, *path.parents[:2]):
         report = folder / "report.md"
         if report.is_file():
-            found = VERDICT.search(report.read_text(encoding="utf-8"))
-            return found[1].strip() if found else ""
+            found = WITHOUT_LABELS.search(report.read_text(encoding="utf-8"))
+            return OF_TABLES.split(found[1])[-1].strip() if found else ""
     return ""
 
 

@@ -268,7 +268,7 @@ def score(config: Config, trained: Trained) -> dict[str, Score]:
             f"Expected the pair {pair.name!r} to have labelled target images for `evaluate`, but it has none. For a "
             "pair of folders, `val.txt` of target names them."
         )
-    stage, names = trained.history["name"], [config.net] if config.net else list(trained.names)
+    stage, names = trained.title, [config.net] if config.net else list(trained.names)
     rows: dict[str, Score] = {}
     for name in names:
         net = load(config, trained, name)

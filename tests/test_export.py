@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,11 +12,13 @@ from safetensors.torch import load_file
 
 import export
 import train_gta2cs
-from gta2cs.checkpoints import save_checkpoint
+from gta2cs.checkpoints import load_checkpoint, save_checkpoint
+from gta2cs.choosing import CHOSEN, Choice
 from gta2cs.inference import Trained
 from gta2cs.nets import build_net
 from gta2cs.pretrained import load_weights
 from gta2cs.toy import CLASSES
+from gta2cs.verdict import EXPLAINED
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
     )
     table = "| a | b |\n|---|---|\n| 1 | 2 |"
-    text = f"# toy\n\n## Without labels\n\n{table}\n\nAdapted, by a score of 0.8.\n\n## More\n\nOther.\n"
+    tables = f"{EXPLAINED}\n\n{table}\n<details><summary>All scores</summary>\n\n{table}\n\n</details>\n"
+    text = f"# toy\n\n## Without labels\n\n{tables}\nAdapted, by a score of 0.8.\n\n## More\n\nOther.\n"
     (folder / "report.md").write_text(text)
     return folder / "stage2_dacs" / "last.pt"
 
@@ -57,6 +61,8 @@ def test_what_is_written_agrees_with_the_net(checkpoint: Path, tmp_path: Path, n
     assert "Adapted, by a score of 0.8." in text
     assert "Other." not in text
     assert "| 1 | 2 |" not in text
+    assert EXPLAINED not in text
+    assert "details>" not in text
     assert text.startswith("# fpn / tu-tf_efficientnet_lite0, adapted on toy\n")
     assert ("model.safetensors" in text) == (name == "safetensors")
     assert "Method: source_only (300 steps), then dacs (450 steps)" in text
@@ -85,6 +91,24 @@ def test_the_card_says_which_values_are_black_and_white(checkpoint: Path) -> Non
     text = export.model_card(export.Config(checkpoint, Path()), trained, net, (64, 64))
     assert "RGB in [0, 1], where 0 is 0 and 1 is 4095 in the files of target; they are" in text
     assert "Method: source_only (2 steps), then dacs (2 steps)" in text, "what has run, not what is planned"
+
+
+def test_the_card_of_the_chosen_net_has_its_own_score(checkpoint: Path, tmp_path: Path) -> None:
+    choice = dataclasses.asdict(Choice("dacs", 1, 1, "teacher", "confidence", 0.5, target_statistics=1.0))
+    save_checkpoint(tmp_path / "best.pt", {**load_checkpoint(checkpoint), "choice": json.dumps(choice)})
+
+    def card() -> str:
+        trained, net = Trained.open(tmp_path), torch.nn.Conv2d(3, len(CLASSES), 1)
+        return export.model_card(export.Config(tmp_path / "best.pt", Path()), trained, net, (64, 64))
+
+    assert "It was not scored on labelled target images." in card(), "the student's 50.0 is another net's"
+    score = {"iou": dict.fromkeys(CLASSES, 62.5), "means": {"mIoU": 62.5}}
+    (tmp_path / "results.json").write_text(json.dumps({"dacs, teacher": {}, CHOSEN: score}))
+    (tmp_path / "history.json").write_text(json.dumps({"choice": choice}))
+    assert "images that no step saw: mIoU 62.5." in card()
+    assert "The net is the teacher of dacs, step 1, with BatchNorm statistics of target of `" in card()
+    (tmp_path / "history.json").write_text(json.dumps({"choice": {**choice, "step": 2}}))
+    assert "62.5" not in card(), "of an earlier end of the run"
 
 
 def test_exported_tensors_start_a_new_run(checkpoint: Path, tmp_path: Path) -> None:

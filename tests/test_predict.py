@@ -22,6 +22,7 @@ import predict
 import train_gta2cs
 from gta2cs import evaluation
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
+from gta2cs.choosing import CHOSEN, Choice
 from gta2cs.inference import Logits, SlidingWindow, Trained, check_window, probability_bands, segment
 from gta2cs.layouts import load_classes
 from gta2cs.loading import normalise
@@ -283,6 +284,10 @@ def test_evaluate_prints_the_table_of_training(tmp_path, capsys, monkeypatch):
     assert cells == of_training  # whose last column, the net that was chosen, is no net of this checkpoint
     score = predict.score(predict.parse([f"--checkpoint={checkpoint}", "--limit=2"]), Trained.open(checkpoint))
     assert score["dacs, teacher"].to_json() == rows["dacs, teacher"].to_json()
+    best = Trained.open(tmp_path)
+    assert best.choice is not None
+    score = predict.score(predict.parse([f"--checkpoint={tmp_path}", "--limit=2"]), best)
+    assert score == {Choice(**best.choice).title: rows[CHOSEN]}, "to the last digit"
     capsys.readouterr()
 
     capsys.readouterr()  # the table that `score` printed

@@ -71,7 +71,15 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> Any:
     raise ValueError(f"Expected {path} to hold tensors saved by torch, but it cannot be read: {why}.")
 
 
-_PARTS = {"recipe": dict, "config": str, "history": str, "step": int, "world_size": int, "optimizer": dict}
+_PARTS = {
+    "recipe": dict,
+    "config": str,
+    "history": str,
+    "choice": str,
+    "step": int,
+    "world_size": int,
+    "optimizer": dict,
+}
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu", needs: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -62,6 +62,7 @@ class Trained:
     prefixes: dict[str, str]  # name of each net that it holds -> where `recipe` has its tensors
     classes_file: Path | None = None
     recipe: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the tensors, read once for all nets
+    choice: dict[str, Any] | None = None  # of `best.pt`: which net it holds as its student
 
     @classmethod
     def open(cls, path: Path, classes_file: Path | None = None) -> Trained:
@@ -76,12 +77,20 @@ class Trained:
         saved = load_checkpoint(path, needs=("config", "history"))
         recipe = saved["recipe"]
         held = prefixes_of(recipe)
-        return cls(path, json.loads(saved["config"]), json.loads(saved["history"]), held, classes_file, recipe)
+        choice = json.loads(saved.get("choice", "null"))
+        return cls(path, json.loads(saved["config"]), json.loads(saved["history"]), held, classes_file, recipe, choice)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the nets that it holds."""
         return tuple(self.prefixes)
+
+    @property
+    def title(self) -> str:
+        """Name of the net of `best.pt`, otherwise of the stage."""
+        from gta2cs.choosing import Choice  # and with it everything that trains
+
+        return self.history["name"] if self.choice is None else Choice(**self.choice).title
 
     @cached_property
     def classes(self) -> ClassSet:

@@ -114,11 +114,15 @@ class Scoring:
 
 
 def score_on_target(run: Run, net: nn.Module) -> Score:
-    """Score a net on labelled target images that are not used for training; on two images in a dry run."""
+    """Score a net on labelled target images that are not used for training; on two images in a dry run.
+
+    Rounded as the history keeps it, so that a net has the same last digit wherever it is shown.
+    """
     config, pair = run.config, run.pair
     assert pair.target_val is not None
     limit = 2 if config.dry_run else None
-    return evaluate(net, pair.target_val, pair.classes, device=run.device, limit=limit, trimap=config.eval_trimap)
+    found = evaluate(net, pair.target_val, pair.classes, device=run.device, limit=limit, trimap=config.eval_trimap)
+    return Score.from_json(found.to_json())
 
 
 class Saving:
