@@ -98,6 +98,7 @@ def train_stage(
             prepare(state)
     if run.is_main and state.done < state.steps:  # not earlier: where resuming is refused, the old file stays
         report.write_text(config.out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
+        (config.out / "history.json").unlink(missing_ok=True)  # of a run that got another stage: it says "finished"
 
     step = TrainingStep(state)
     loader = step_loader(stage_data(state, sampler), start=state.done, stop=state.steps, workers=config.data.workers)

@@ -24,7 +24,7 @@ from gta2cs.label_free import LabelFree, measure
 from gta2cs.report import gain_sentence
 from gta2cs.samples import ClassSet, Unlabelled
 from gta2cs.summary import compared, domains, headlines, panels_of
-from gta2cs.target_statistics import try_target_statistics
+from gta2cs.target_statistics import has_statistics, try_target_statistics, with_shares
 from gta2cs.verdict import label_free_tables, verdict
 from tiny import tiny_net
 
@@ -460,6 +460,7 @@ def test_a_run_whose_best_net_has_the_statistics_of_target(monkeypatch, tmp_path
     assert "100%: 99.0; 100% is taken" in text
     assert "with BatchNorm statistics of target | 0.990 |" in text
     assert "with BatchNorm statistics of target" in text.split("**Use the ")[1]
+    assert "The chosen one, with BatchNorm statistics of target, has 0.990." in text
     nets = read_run(tmp_path)
     chosen = nets.checkpoints[-1]
     assert chosen["scores"]["balanced_consistency"] == 0.99
@@ -474,6 +475,58 @@ def test_a_run_whose_best_net_has_the_statistics_of_target(monkeypatch, tmp_path
     assert again[choosing.CHOSEN] == rows[choosing.CHOSEN]
     assert read_run(tmp_path).checkpoints[-1] == chosen
     assert all(torch.equal(v, values[k]) for k, v in Trained.open(tmp_path).net().state_dict().items())
+    (tmp_path / "history.json").unlink()  # as where it is stopped before the report
+    assert read_run(tmp_path).file_of(read_run(tmp_path).checkpoints[-1]) == tmp_path / "best.pt"
+    assert read_run(tmp_path).checkpoints[-1]["scores"] == chosen["scores"]
+
+
+def test_a_finished_run_that_gets_another_stage_is_not_finished(tmp_path, monkeypatch):
+    """Its history would tell of another `best.pt` than there is."""
+    train_gta2cs.main(tiny(tmp_path))
+    longer = dataclasses.replace(tiny(tmp_path), resume=True)
+    longer.stages = [*longer.stages, train_gta2cs.Stage("dacs", steps=2)]
+    monkeypatch.setattr(train_gta2cs, "try_target_statistics", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_gta2cs.main(longer)
+    assert not read_run(tmp_path).finished
+    assert read_run(tmp_path).recipe == "dacs → dacs"
+
+
+def stop(*args):
+    raise KeyboardInterrupt
+
+
+def test_the_verdict_compares_nets_with_the_statistics_of_their_training():
+    """Otherwise a net that `confident_consistency` changed can look worse than the one that it was better than."""
+    found = {name: {"class_correlation": value} for name, value in (("student", 1.1), ("source", 1.2), ("taken", 1.3))}
+    as_json = {name: LabelFree(scores, [0.9, 0.1]).to_json() for name, scores in found.items()}
+    choice = choosing.Choice("dacs", 0, 20, "student", "class_correlation", 1.3, target_statistics=0.5)
+    run = SimpleNamespace(
+        choice=choice,
+        source_only=LabelFree.from_json(as_json["source"]),
+        config=train_gta2cs.Config(select="class_correlation"),
+    )
+    entry = {"step": 20, "nets": {"student": as_json["student"]}}
+    words = verdict(run, [{"name": "dacs", "label_free": [entry], choosing.STATISTICS: as_json["taken"]}])
+    assert "is 1.100, the source-only net's 1.200 (-0.100), the last student's 1.100." in words
+    assert "The chosen one, with 50% of target's BatchNorm statistics, has 1.300." in words
+
+
+@pytest.mark.parametrize(
+    ("layer", "has"),
+    [
+        (nn.BatchNorm2d(3), True),
+        (nn.BatchNorm2d(3, momentum=None, affine=False), True),
+        (nn.BatchNorm2d(3, track_running_stats=False), False),
+        (nn.GroupNorm(1, 3), False),
+    ],
+)
+def test_only_nets_with_running_statistics_take_those_of_target(layer, has):
+    net = nn.Sequential(layer, nn.Conv2d(3, 2, 1))
+    assert has_statistics(net) == has
+    if has:
+        shares = with_shares(net, [torch.randn(2, 3, 4, 4) + 5])
+        assert [found[0].running_mean.mean().item() > 0 for found in shares.values()] == [False, True, True]
 
 
 def tiny(out, **changes):

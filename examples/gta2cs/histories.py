@@ -105,10 +105,14 @@ def read_run(folder: Path) -> RunNets:
         if not files:
             raise FileNotFoundError(f"Expected {folder} to be the folder of a run, but it has no history and no stage.")
         opened = [load_checkpoint(file) for file in files]
-        config, best = json.loads(opened[-1]["config"]), folder / "best.pt"
-        choice = json.loads(load_checkpoint(best, needs=("choice",))["choice"]) if best.is_file() else None
+        config, best, choice = json.loads(opened[-1]["config"]), folder / "best.pt", None
         done = [value.get("step", 0) for value in opened]
         stages = [json.loads(value["history"]) for value in opened]
+        if best.is_file():
+            held = load_checkpoint(best, needs=("choice", "history"))
+            choice = json.loads(held["choice"])
+            if (tried := json.loads(held["history"]).get("target_statistics")) is not None:  # the report was to come
+                stages[-1]["target_statistics"] = tried
     adapting = [i for i, stage in enumerate(stages) if stage["name"] != "source_only"] or [len(stages) - 1]
     names = [stage["name"] for stage in stages]
     begins = [sum(stage["steps"] for stage in stages[:i]) for i in range(len(stages))]

@@ -15,6 +15,7 @@ from gta2cs.label_free import (
     collapsed,
     direction_of,
     only_class,
+    with_statistics,
 )
 from gta2cs.report import cell, table_of
 from gta2cs.run_folder import stage_folder
@@ -60,13 +61,20 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
             why = why_not_adapted(run, histories, named, last, before, ahead=ahead)
             lines.append(f"**Use the {choice.title}** (`best.pt`). {why}")
         else:
-            assert choice.value is not None
+            trained = found_as_trained(run, histories) if choice.target_statistics else None
+            value = choice.value if trained is None else trained.scores[score]
+            assert value is not None
             lines.append(
-                f"**Use the adapted net** (`best.pt`): the {choice.title}. Its {named} is {choice.value:.3f}, the "
-                f"source-only net's {before:.3f} ({choice.value - before:+.3f}), the last student's {last:.3f}."
+                f"**Use the adapted net** (`best.pt`): the {choice.title}. Its {named} is {value:.3f}, the "
+                f"source-only net's {before:.3f} ({value - before:+.3f}), the last student's {last:.3f}."
             )
-            if score in RELIABILITY and round(abs(choice.value - before), 3) <= MARGIN:
+            if score in RELIABILITY and round(abs(value - before), 3) <= MARGIN:
                 lines.append("So small a difference says nothing: as far as this score can tell, the two are level.")
+        if choice.target_statistics:
+            lines.append(
+                "Here nets are compared with the BatchNorm statistics of their training. The chosen one"
+                f"{with_statistics(choice.target_statistics)}, has {choice.value:.3f}."
+            )
     chosen = found_of_chosen(run, histories)
     if chosen is not None and (only := only_class(chosen.shares)) is not None:
         lines.append(f"**The chosen net predicts only {run.pair.classes.names[only]}.** {ONE_CLASS}")
@@ -109,9 +117,14 @@ def lost_classes(run: Run, histories: list[dict[str, Any]]) -> str:
 
 def found_of_chosen(run: Run, histories: list[dict[str, Any]]) -> LabelFree | None:
     """Scores and shares of the chosen net; None if they are not known."""
-    choice = run.choice
-    if choice is not None and choice.target_statistics:
+    if run.choice is not None and run.choice.target_statistics:
         return LabelFree.from_json(histories[-1][STATISTICS])
+    return found_as_trained(run, histories)
+
+
+def found_as_trained(run: Run, histories: list[dict[str, Any]]) -> LabelFree | None:
+    """The same with the BatchNorm statistics of its training, with which nets are compared."""
+    choice = run.choice
     if choice is None or choice.net == SOURCE_ONLY:
         return run.source_only
     entries = histories[choice.stage].get("label_free", ()) if choice.stage < len(histories) else ()
