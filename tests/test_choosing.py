@@ -414,6 +414,7 @@ def test_the_chosen_net_takes_the_statistics_of_target_where_its_score_says_so(
     run, net, found, history, said, images = offered_statistics(monkeypatch, tmp_path, values, **options)
     assert run.choice.target_statistics == (share or 0)
     assert ("target_statistics" in history) == (share is not None)
+    assert "".join(said).count("(has lost a class)") == len(options.get("lost", ()))
     if not share:
         assert found is net
         assert not (tmp_path / "best.pt").exists()

@@ -53,7 +53,12 @@ def try_target_statistics(run: Run, net: nn.Module, images: Iterable[Tensor], hi
     values = {share: found[share].scores[BY_CLASS] for share in found}
     value = found[taken].scores[choice.score] if taken else choice.value
     run.choice = replace(choice, target_statistics=taken, value=value)
-    history[STATISTICS] = {"choice": asdict(run.choice), "values": [*values.items()], **found[taken].to_json()}
+    history[STATISTICS] = {
+        "choice": asdict(run.choice),
+        "values": [*values.items()],
+        "collapsed": [share for share in found if share not in kept],
+        **found[taken].to_json(),
+    }
     run.console.print(said_of_statistics(history[STATISTICS]), markup=False)
     if taken and run.is_main:
         choosing.save_choice(run, tried[taken], choice.step, history)
@@ -89,7 +94,8 @@ def note_truth(history: dict[str, Any], truth: Score) -> None:
 
 def said_of_statistics(tried: dict[str, Any]) -> str:
     """The line about BatchNorm statistics in the log and in the report."""
-    listed = ", ".join(f"{share:.0%}: {100 * value:.1f}" for share, value in tried["values"])
+    lost = dict.fromkeys(tried.get("collapsed", ()), " (has lost a class)")
+    listed = ", ".join(f"{share:.0%}: {100 * value:.1f}{lost.get(share, '')}" for share, value in tried["values"])
     return (
         f"share of target's BatchNorm statistics in the chosen net by {BY_CLASS.replace('_', ' ')}, %: {listed}; "
         f"{tried['choice']['target_statistics']:.0%} is taken"
