@@ -307,6 +307,7 @@ def main() -> None:
             write_section("policy_summary", tables.summary(results), SUMMARY)
             write_section("one_policy", tables.table(results), PAGE)
             write_section("further", tables.further(results), PAGE)
+            write_section("either", tables.either(results), PAGE)
             write_section("longer", tables.longer(results), PAGE)
             write_section("labelling", tables.labelling(results), COMBINED_PAGE)
             write_section("weighed", tables.weighed(results), COMBINED_PAGE)

@@ -252,11 +252,37 @@ def weighed(results: dict[str, Any]) -> str:
 
 def beside(results: dict[str, Any], pair: str, row: str) -> list[tuple[tuple[int, str], float, float]]:
     """Runs of a row that have a run of `combined` with the same start: which start, mIoU of that run, of this one."""
-    last = lambda row: {  # noqa: E731
-        (run["seed"], run.get("device", "")): last_net(run)["miou"] for run in runs_of(results, pair, row)
-    }
+    return [(start, net["miou"], other["miou"]) for start, net, other in nets_beside(results, pair, row)]
+
+
+def nets_beside(results: dict[str, Any], pair: str, row: str) -> list[tuple[tuple[int, str], Any, Any]]:
+    """The same with the last students, of `combined` and of the row."""
+    last = lambda row: {(run["seed"], run.get("device", "")): last_net(run) for run in runs_of(results, pair, row)}  # noqa: E731
     before, after = last("combined"), last(row)
-    return [(start, before[start], miou) for start, miou in after.items() if start in before]
+    return [(start, before[start], net) for start, net in after.items() if start in before]
+
+
+def either(results: dict[str, Any]) -> str:
+    """Markdown: the last students of `combined` and of DACS from the same starts, and the one that a score keeps."""
+    pairs = [pair for pair in (*PAIRS, *FURTHER) if nets_beside(results, pair, "dacs_defaults")]
+    if not pairs:
+        return "Not measured yet.\n"
+    nets = {pair: [both for _, *both in nets_beside(results, pair, "dacs_defaults")] for pair in pairs}
+    keep = lambda score: lambda both: max(both, key=lambda net: completed(net)[score] or 0.0)  # noqa: E731
+    rules: dict[str, Callable[[list[Any]], Any]] = {
+        "combined": lambda both: both[0],
+        TITLES["dacs_defaults"]: lambda both: both[1],
+        f"the one with the higher {SCORE.replace('_', ' ')}": keep(SCORE),
+        f"the one with the higher {BY_CLASS.replace('_', ' ')}": keep(BY_CLASS),
+        "the better one": lambda both: max(both, key=lambda net: net["miou"]),
+    }
+    lines = [f"{line} mean |" for line in head_of(pairs)]
+    lines[1] = lines[1].replace(" mean |", "---:|")
+    for title, rule in rules.items():
+        values = {pair: [rule(both)["miou"] for both in nets[pair]] for pair in pairs}
+        mean = statistics.mean(statistics.mean(of) for of in values.values())
+        lines.append(f"| {title} | {' | '.join(spread(values[pair]) for pair in pairs)} | {mean:.1f} |")
+    return "\n".join(lines) + "\n"
 
 
 def longer(results: dict[str, Any]) -> str:

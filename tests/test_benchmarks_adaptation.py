@@ -130,6 +130,21 @@ def test_other_labels_stand_beside_runs_of_the_same_start():
     assert adaptation_tables.weighed({}) == "Not measured yet.\n"
 
 
+def test_of_two_methods_from_one_start_a_score_keeps_one():
+    scores = ("balanced_consistency", "confident_consistency")
+    runs = [run_of("toy", row, s, miou) for s in (0, 1) for row, miou in (("combined", 60.0), ("dacs_defaults", 62.0))]
+    runs.append({**run_of("toy", "dacs_defaults", 2, 90.0), "device": "another"})  # no run of `combined` beside it
+    for run, values in zip(runs, ((0.7, 0.7), (0.8, 0.6), (0.7, 0.7), (0.6, 0.6)), strict=False):
+        run["checkpoints"][-2]["scores"] = dict(zip(scores, values, strict=True))
+    lines = adaptation_tables.either(results_of(runs)).splitlines()
+    assert lines[0] == "| | game → camera | mean |"
+    assert lines[2] == "| combined | 60.0 ± 0.0 [2] | 60.0 |"
+    assert lines[4] == "| the one with the higher balanced consistency | 61.0 ± 1.4 [2] | 61.0 |"
+    assert lines[5] == "| the one with the higher confident consistency | 60.0 ± 0.0 [2] | 60.0 |"
+    assert lines[6] == "| the better one | 62.0 ± 0.0 [2] | 62.0 |"
+    assert adaptation_tables.either({}) == "Not measured yet.\n"
+
+
 def test_the_study_has_every_scored_run_with_the_truth_of_its_start():
     runs = [run_of("nuclei", "combined", 0, 60.0, 0.7, 50.0), run_of("nuclei", "source_only", 0, 50.0)]
     (only,) = adaptation_tables.study(results_of(runs))
@@ -245,6 +260,7 @@ def test_statistics_of_target_are_counted_once_a_net_and_as_the_score_says():
         ("one_policy", adaptation_tables.table, adaptation.PAGE),
         ("further", adaptation_tables.further, adaptation.PAGE),
         ("labelling", adaptation_tables.labelling, adaptation.COMBINED_PAGE),
+        ("either", adaptation_tables.either, adaptation.PAGE),
         ("longer", adaptation_tables.longer, adaptation.PAGE),
         ("weighed", adaptation_tables.weighed, adaptation.COMBINED_PAGE),
         ("tried", adaptation_tables.tried, adaptation.COMBINED_PAGE),
