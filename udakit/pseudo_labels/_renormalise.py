@@ -72,7 +72,7 @@ class _Renormalised(torch.autograd.Function):
                 torch.mul(slope, maps[place], out=of_weight[place])
             if of_p is not None:
                 slope.mul_(weights[place])
-                if not may_look(maps) or not total.amax().item() < torch.inf:
+                if not may_look(maps) or not bool(total.amax() < torch.inf):
                     slope.addcmul_(g, (total == torch.inf).to(g.dtype))
                 if of_p.dtype != g.dtype:
                     of_p[place] = slope
@@ -96,7 +96,7 @@ def renormalised_in_pieces(maps: Tensor, weight: Callable[[Place, Tensor], Tenso
 
 def _divide_(product: Tensor, total: Tensor, p: Tensor) -> None:
     """Divide by the total, or where it is 0 take `p` and change the total to +inf."""
-    if may_look(product) and total.amin().item() > 0:  # a CPU waits for nothing to look, and a pass is saved
+    if may_look(product) and bool(total.amin() > 0):  # a CPU waits for nothing to look, and a pass is saved
         product.div_(total)
     else:
         empty = total <= 0
