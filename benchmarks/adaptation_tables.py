@@ -264,10 +264,10 @@ def nets_beside(results: dict[str, Any], pair: str, row: str) -> list[tuple[tupl
 
 def either(results: dict[str, Any]) -> str:
     """Markdown: the last students of `combined` and of DACS from the same starts, and the one that a score keeps."""
-    pairs = [pair for pair in (*PAIRS, *FURTHER) if nets_beside(results, pair, "dacs_defaults")]
-    if not pairs:
+    found = {pair: nets_beside(results, pair, "dacs_defaults") for pair in (*PAIRS, *FURTHER)}
+    nets = {pair: [both for _, *both in runs] for pair, runs in found.items() if runs}
+    if not nets:
         return "Not measured yet.\n"
-    nets = {pair: [both for _, *both in nets_beside(results, pair, "dacs_defaults")] for pair in pairs}
     keep = lambda score: lambda both: max(both, key=lambda net: completed(net)[score] or 0.0)  # noqa: E731
     rules: dict[str, Callable[[list[Any]], Any]] = {
         "combined": lambda both: both[0],
@@ -276,12 +276,12 @@ def either(results: dict[str, Any]) -> str:
         f"the one with the higher {BY_CLASS.replace('_', ' ')}": keep(BY_CLASS),
         "the better one": lambda both: max(both, key=lambda net: net["miou"]),
     }
-    lines = [f"{line} mean |" for line in head_of(pairs)]
+    lines = [f"{line} mean |" for line in head_of([*nets])]
     lines[1] = lines[1].replace(" mean |", "---:|")
     for title, rule in rules.items():
-        values = {pair: [rule(both)["miou"] for both in nets[pair]] for pair in pairs}
-        mean = statistics.mean(statistics.mean(of) for of in values.values())
-        lines.append(f"| {title} | {' | '.join(spread(values[pair]) for pair in pairs)} | {mean:.1f} |")
+        values = [[rule(both)["miou"] for both in of] for of in nets.values()]
+        mean = statistics.mean(map(statistics.mean, values))
+        lines.append(f"| {title} | {' | '.join(map(spread, values))} | {mean:.1f} |")
     return "\n".join(lines) + "\n"
 
 
