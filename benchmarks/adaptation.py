@@ -310,6 +310,7 @@ def main() -> None:
             write_section("either", tables.either(results), PAGE)
             write_section("longer", tables.longer(results), PAGE)
             write_section("labelling", tables.labelling(results), COMBINED_PAGE)
+            write_section("without", tables.without(results), COMBINED_PAGE)
             write_section("weighed", tables.weighed(results), COMBINED_PAGE)
             write_section("tried", tables.tried(results), COMBINED_PAGE)
             write_section("target_statistics", tables.target_statistics(results), SCORES_PAGE)

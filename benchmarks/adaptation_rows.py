@@ -105,6 +105,22 @@ DUDA = {"large": LITE2, "base_options": {**SHARED, **CANDIDATES["blended"]}}
 ABLATION: dict[str, dict[str, Any]] = {
     "ablation_unmatched": {"recipes": ["dacs"], "options": SETTINGS["batch"], "data": {"match_scale": False}},
 }
+# `combined` without one of its parts: name -> (title, changes as in `TRIED`).
+WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
+    "start": ("source steps first", {"recipes": ["combined"], "options": QUICK}),
+    "match": ("the matched scale", {"data": {"match_scale": False}}),
+    "scales": ("random scales of target and of matched source", {"data": {"target_scale": (1.0, 1.0)}}),
+    "colors": ("colours of target", {"shared": {"translate": "none"}}),
+    "balance": ("class balance, with a weight by confidence", {"shared": {"selector": "confident_ratio"}}),
+    "running": (
+        "blended statistics: those of source alone",
+        {"options": {"candidates": {"only": LABELLING["running"]}}},
+    ),
+    "batch": (
+        "blended statistics: those of the batch alone",
+        {"options": {"candidates": {"only": LABELLING["batch"]}}},
+    ),
+}
 # What was tried, each change of the `decided` row alone: name -> (title, changes: `shared` to the options, `data` to
 # the data, `recipes`, `lr`).
 TRIED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -150,6 +166,15 @@ def tried_row(name: str) -> dict[str, Any]:
     return {"recipes": ["combined"], "own": True, **change, "options": options}
 
 
+def without_row(name: str) -> dict[str, Any]:
+    """The row of `combined` without a part."""
+    _, change = WITHOUT[name]
+    combined = {**change.get("options", {}), **({"shared": change["shared"]} if "shared" in change else {})}
+    options = {"source_only": AUGMENT, "combined": combined}
+    return {"recipes": ["source_only", "combined"], "own": True, **change, "options": options}
+
+
+WITHOUT_ROWS = {f"without_{name}": without_row(name) for name in WITHOUT}
 TRIED_ROWS = {f"tried_{name}": tried_row(name) for name in TRIED}
 LR |= {f"tried_{name}": change["lr"] for name, (_, change) in TRIED.items() if "lr" in change}
 LONGER = 4  # times the steps
@@ -187,7 +212,7 @@ def rows_of() -> dict[str, dict[str, Any]]:
         "oracle": {"recipes": ["source_only"], "data": {"oracle": True}},
     }
     rows |= {f"longer_{name}": {**rows[name], "times": LONGER} for name in LONGER_ROWS}
-    rows |= ABLATION | TRIED_ROWS
+    rows |= ABLATION | WITHOUT_ROWS | TRIED_ROWS
     return rows | {name: {"recipes": ["dacs"], "bad": True, **row} for name, row in BAD.items()}
 
 
@@ -197,6 +222,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "labelling": ("decided", *AT_ONCE),
     "weighed": ("weighed", "rising"),
     "ablation": tuple(ABLATION),
+    "without": tuple(WITHOUT_ROWS),
     "longer": tuple(f"longer_{name}" for name in LONGER_ROWS),
     "tried": tuple(TRIED_ROWS),
     "bad": tuple(BAD),

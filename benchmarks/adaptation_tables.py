@@ -20,6 +20,7 @@ from benchmarks.adaptation_rows import (
     TOGETHER,
     TRIED,
     TRIED_ROWS,
+    WITHOUT,
 )
 from benchmarks.harness import PAIR_NAMES, markdown_table
 from benchmarks.results_page import STATISTICS
@@ -229,23 +230,34 @@ def preferred(results: dict[str, Any], pairs: Iterable[str]) -> str | None:
 
 
 def weighed(results: dict[str, Any]) -> str:
-    """Markdown: the last student of `combined` and of the forms with other labels, of runs with the same start.
-
-    A cell is a mean over seeds; of another form, the mean difference to `combined`, and over how many seeds.
-    """
+    """Markdown: the last student of `combined` and of the forms with other labels."""
     titles = {
         "weighed": "90 % of each class, weighed by confidence",
         "rising": "from 60 to 90 % of each class, weighed by confidence",
     }
+    return changes(results, "labels", "60 % of each class, full weight", titles)
+
+
+def without(results: dict[str, Any]) -> str:
+    """Markdown: the last student of `combined`, and without one of its parts."""
+    titles = {f"without_{name}": title for name, (title, _) in WITHOUT.items()}
+    return changes(results, "without", "nothing: `combined`", titles)
+
+
+def changes(results: dict[str, Any], head: str, first: str, titles: dict[str, str]) -> str:
+    """Markdown: the last student of `combined`, and the difference of other rows to it, of runs with the same start.
+
+    A cell is a mean over seeds with their standard deviation, and how many.
+    """
     pairs = [pair for pair in (*PAIRS, *FURTHER) if any(beside(results, pair, row) for row in titles)]
     if not pairs:
         return "Not measured yet.\n"
     starts = {pair: {start: miou for row in titles for start, miou, _ in beside(results, pair, row)} for pair in pairs}
     cells = [spread([*starts[pair].values()]) for pair in pairs]
-    lines = [*head_of(pairs, "labels "), f"| 60 % of each class, full weight | {' | '.join(cells)} |"]
+    lines = [*head_of(pairs, f"{head} "), f"| {first} | {' | '.join(cells)} |"]
     for row, title in titles.items():
         found = [[other - miou for _, miou, other in beside(results, pair, row)] for pair in pairs]
-        cells = [f"{statistics.mean(gains):+.1f} [{len(gains)}]" if gains else "–" for gains in found]
+        cells = [spread(gains, "+") for gains in found]
         lines.append(f"| {title} | {' | '.join(cells)} |".replace("-", "−"))
     return "\n".join(lines) + "\n"
 
@@ -446,9 +458,9 @@ def cell(
     return text.replace("-", "−")
 
 
-def spread(values: list[float]) -> str:
-    """Mean, standard deviation where there are two at least, and how many."""
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean, with its sign if that is `+`, standard deviation where there are two at least, and how many."""
     if not values:
         return "–"
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation} [{len(values)}]"
+    return f"{statistics.mean(values):{sign}.1f}{deviation} [{len(values)}]"

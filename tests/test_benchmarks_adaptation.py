@@ -126,8 +126,34 @@ def test_other_labels_stand_beside_runs_of_the_same_start():
     assert text.splitlines()[0] == "| labels | game → camera |"
     assert "| 60 % of each class, full weight | 60.5 ± 0.7 [2] |" in text
     assert "| 90 % of each class, weighed by confidence | +2.0 [1] |" in text
-    assert "| from 60 to 90 % of each class, weighed by confidence | −1.5 [2] |" in text
+    assert "| from 60 to 90 % of each class, weighed by confidence | −1.5 ± 0.7 [2] |" in text
     assert adaptation_tables.weighed({}) == "Not measured yet.\n"
+
+
+def test_combined_without_a_part_stands_beside_runs_of_the_same_start():
+    runs = [
+        run_of("nuclei", row, s, miou - s) for s in (1, 2) for row, miou in (("combined", 92.0), ("source_only", 70))
+    ]
+    runs += [run_of("nuclei", "without_balance", 1, 80.0), run_of("nuclei", "without_balance", 2, 82.0)]
+    text = adaptation_tables.without(results_of(runs))
+    assert text.splitlines() == [
+        "| without | nuclei |",
+        "|---|---:|",
+        "| nothing: `combined` | 90.5 ± 0.7 [2] |",
+        *(
+            f"| {title} | {'−9.5 ± 2.1 [2]' if name == 'balance' else '–'} |"
+            for name, (title, _) in adaptation_rows.WITHOUT.items()
+        ),
+    ]
+    assert adaptation_tables.without({}) == "Not measured yet.\n"
+
+
+@pytest.mark.parametrize("name", adaptation_rows.WITHOUT)
+def test_a_row_without_a_part_trains_what_combined_trains_but_for_it(tmp_path, name):
+    whole, part = (adaptation.configure("toy", row, 1, None, tmp_path) for row in ("combined", f"without_{name}"))
+    assert sum(stage.steps for stage in part.stages) == sum(stage.steps for stage in whole.stages)
+    differing = {field for field, value in vars(part).items() if value != getattr(whole, field)}
+    assert differing == {"out", "data" if name in ("match", "scales") else "stages"}
 
 
 def test_of_two_methods_from_one_start_a_score_keeps_one():
@@ -263,6 +289,7 @@ def test_statistics_of_target_are_counted_once_a_net_and_as_the_score_says():
         ("either", adaptation_tables.either, adaptation.PAGE),
         ("longer", adaptation_tables.longer, adaptation.PAGE),
         ("weighed", adaptation_tables.weighed, adaptation.COMBINED_PAGE),
+        ("without", adaptation_tables.without, adaptation.COMBINED_PAGE),
         ("tried", adaptation_tables.tried, adaptation.COMBINED_PAGE),
         ("target_statistics", adaptation_tables.target_statistics, adaptation.SCORES_PAGE),
     ],

@@ -289,6 +289,7 @@ def test_two_processes_train_one_net(tmp_path):
     alarms = [line for line in done.stdout.splitlines() if line.startswith("step 2: class ")]
     assert alarms, "random nets should have changed their shares"
     assert len(set(alarms)) == len(alarms), "both processes print"
+    assert done.stdout.count("share of target's BatchNorm statistics in the chosen net by ") == 1
     saved = load_checkpoint(checkpoint := tmp_path / "dry_run" / "stage1_diga" / "last.pt")
     assert saved["world_size"] == 2
     assert saved["parameters_agree"], "the ranks' students differ after an optimiser step"
