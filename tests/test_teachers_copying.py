@@ -232,6 +232,32 @@ def test_flags_stay_and_gradients_go() -> None:
     assert all(p.grad is None for p in twin.parameters())
 
 
+class Scaled(nn.Parameter):
+    """A parameter of a class of its own, with an attribute that its constructor asks for."""
+
+    def __new__(cls, data: Tensor, scales: dict[str, float]) -> Scaled:
+        x = super().__new__(cls, data)
+        x.scales = scales
+        return x
+
+
+@pytest.mark.parametrize("make", [copy_net, lambda net: EMATeacher(net).module])
+def test_a_parameter_keeps_its_class_and_its_attributes(make: Callable[[nn.Module], nn.Module]) -> None:
+    net = nn.Linear(3, 2)
+    net.bias = Scaled(torch.ones(2), {"all": 0.5})
+    bias = make(net).bias
+    assert type(bias) is Scaled
+    assert bias.scales == {"all": 0.5}
+    assert bias.scales is not net.bias.scales
+    assert torch.equal(bias, net.bias)
+    assert bias.data_ptr() != net.bias.data_ptr()
+    assert bias.requires_grad == (make is copy_net)
+
+    net.bias.scales["lock"] = threading.Lock()
+    with pytest.raises(ValueError, match="the net itself has a parameter `bias` that cannot be copied: cannot pickle"):
+        make(net)
+
+
 SEEN: list[Tensor] = []
 
 

@@ -67,9 +67,8 @@ def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device
     for name, module in modules.items():
         _check_ready(name, module)
     memo: dict[int, Any] = {}
-    for p in inner.parameters():
-        own = p if id(p) in shared else nn.Parameter(p.detach().to(device, copy=True), requires_grad=p.requires_grad)
-        memo[id(p)] = own
+    for name, p in inner.named_parameters():
+        memo[id(p)] = p if id(p) in shared else _copied(name, p, device)
     saved = {id(x) for _, x, _ in named_state(inner)}
     storages = {} if device is not None else _storages((x, memo[id(x)]) for x in inner.parameters())
     for b in inner.buffers():
@@ -90,6 +89,20 @@ def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device
     except Exception as error:
         raise copy_error(*_culprit(modules, memo, error)) from error
     return unwrap_all(twin)
+
+
+def _copied(name: str, p: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:
+    """A parameter of its own, of the same class and with what such a class keeps in attributes."""
+    data, kind = p.detach().to(device, copy=True), type(p)
+    if kind is nn.Parameter or not issubclass(kind, nn.Parameter):  # also a subclass of Tensor that is a parameter
+        return nn.Parameter(data, requires_grad=p.requires_grad)
+    own: nn.Parameter = Tensor._make_subclass(kind, data, p.requires_grad)
+    try:
+        vars(own).update(copy.deepcopy(vars(p)))
+    except Exception as error:
+        place, _, own_name = name.rpartition(".")
+        raise copy_error(place, f"has a parameter `{own_name}` that cannot be copied: {error}.") from error
+    return own
 
 
 def _storages(pairs: Iterable[tuple[Tensor, Tensor]]) -> dict[int, Any]:
