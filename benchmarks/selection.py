@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
-from benchmarks.harness import pair_name
+from benchmarks.harness import markdown_table, pair_name
 from gta2cs.evaluation import headline
 from gta2cs.histories import all_scores, read_run
 from gta2cs.label_free import DEFAULT, PRESENT, collapsed
@@ -306,42 +306,52 @@ def check_runs(runs: Any) -> None:
 
 
 def markdown(runs: Sequence[Run]) -> str:
-    """One table: a row a score, correlations as measured, regrets with the sign fixed on the other pairs."""
+    """A short table, and a folded one with everything: a row a score, correlations as measured.
+
+    Regrets have the sign of each score as the other pairs fix it.
+    """
     study = Study(runs)
     good_runs = [run for run in runs if not run.get("bad")]
     good = Study(good_runs) if good_runs and len(good_runs) < len(runs) else None
     pairs = list(study.pairs)
-    head = ["score", *(f"ρ {pair_name(pair)}" for pair in pairs), "ρ within runs", "τ"]
+    short = [["score", "lowest ρ", "highest ρ", "ρ within runs", *(f"regret, {question}" for question in QUESTIONS)]]
+    whole = [["score", *(f"ρ {pair_name(pair)}" for pair in pairs), "τ"]]
     for question in QUESTIONS:
-        head += [f"regret, {question}", *(["without bad runs"] if good else [])]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+        whole[0] += [f"regret, {question}", *(["without bad runs"] if good else [])]
     good_policies = good.policies() if good else {}
     for title, policy_of in study.policies().items():
         name = title.replace(" ", "_")
-        cells = [f"**{title}**" if title == "chosen on the other pairs" else title]
+        first = f"**{title}**" if title == "chosen on the other pairs" else title
+        short.append([first, "–", "–", "–"])
+        whole.append([first, *["–"] * (len(pairs) + 1)])
         if name in study.names:
             found = study.correlations(name)
-            cells += [_two(v) for v in found["pairs"].values()] + [_two(found["within"]), _two(found["kendall"])]
-        else:
-            cells += ["–"] * (len(pairs) + 2)
+            each = [value for value in found["pairs"].values() if not np.isnan(value)] or [np.nan]
+            short[-1][1:] = map(_two, (min(each), max(each), found["within"]))
+            whole[-1][1:] = map(_two, (*found["pairs"].values(), found["kendall"]))
         for question in QUESTIONS:
             regret = row(study.pairs, policy_of, question)
             low, high = interval(regret)
             value = mean_over_pairs(regret)
-            cells.append("–" if np.isnan(value) else f"{value:.1f} [{low:.1f}, {high:.1f}]")
+            short[-1].append("–" if np.isnan(value) else f"{value:.1f}")
+            whole[-1].append("–" if np.isnan(value) else f"{value:.1f} [{low:.1f}, {high:.1f}]")
             if good:
                 without = mean_over_pairs(row(good.pairs, good_policies[title], question))
-                cells.append("–" if np.isnan(without) else f"{without:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
+                whole[-1].append("–" if np.isnan(without) else f"{without:.1f}")
     nets = sum(len(nets_of(r)) for r in study.pairs.values())
     bad = sum(bool(run.get("bad")) for run in runs)
     elected = "; ".join(f"{pair_name(pair)}: {score.title}" for pair, score in study.elected.items())
-    return (
-        "\n".join(lines)
-        + f"\n\n{nets} nets of {len(runs)} runs on {len(pairs)} pairs ({bad} runs made bad on purpose). Regret in "
-        "points of mIoU, mean over pairs, with a 95 % bootstrap interval over runs.\n\nChosen on the other pairs, for "
-        f"{elected}.\n\n{guard_table(study)}"
-    )
+    parts = [
+        markdown_table(short[0], short[1:]),
+        f"{nets} nets of {len(runs)} runs on {len(pairs)} pairs ({bad} runs made bad on purpose). Regret in points of "
+        "mIoU, mean over pairs.",
+        f"Chosen on the other pairs, for {elected}.",
+        "<details markdown>\n<summary>Every pair, with 95 % bootstrap intervals over runs</summary>",
+        markdown_table(whole[0], whole[1:]),
+        guard_table(study).rstrip(),
+        "</details>\n",
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def guard_table(study: Study, name: str = DEFAULT) -> str:

@@ -105,13 +105,20 @@ def test_table_and_picture(tmp_path):
     path.write_text(json.dumps(RUNS))
     selection.main([str(path), "--markdown", str(tmp_path / "t.md"), "--picture", str(tmp_path / "p.png")])
     lines = (tmp_path / "t.md").read_text().splitlines()
-    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines if "|" in line}
-    assert cells["good"][:6] == ["1.00"] * 6
-    assert cells["good"][6] == "0.0 [0.0, 0.0]"
-    assert cells["**chosen on the other pairs**"][6] == "0.0 [0.0, 0.0]"
-    assert cells["impossible best"][6] == "0.0 [0.0, 0.0]"
-    assert cells["source-only"][8] == "–"
-    assert "without bad runs" in cells["score"]
+    folded = lines.index("<details markdown>")
+    short, whole = (
+        {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in part if "|" in line}
+        for part in (lines[:folded], lines[folded:])
+    )
+    assert short["good"] == ["1.00", "1.00", "1.00", "0.0", "0.0", "0.0"]
+    assert short["random"][:3] == ["–"] * 3
+    assert whole["good"][:5] == ["1.00"] * 5
+    assert whole["good"][5] == "0.0 [0.0, 0.0]"
+    assert whole["**chosen on the other pairs**"][5] == "0.0 [0.0, 0.0]"
+    assert whole["impossible best"][5] == "0.0 [0.0, 0.0]"
+    assert short["source-only"][4] == whole["source-only"][7] == "–"
+    assert "without bad runs" in whole["score"]
+    assert lines[-1] == "</details>"
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     assert "1 runs made bad" in "\n".join(lines)
 
