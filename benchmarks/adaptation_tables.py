@@ -262,16 +262,45 @@ def changes(results: dict[str, Any], head: str, first: str, titles: dict[str, st
     return "\n".join(lines) + "\n"
 
 
-def beside(results: dict[str, Any], pair: str, row: str) -> list[tuple[tuple[int, str], float, float]]:
+Start = tuple[int, str, float | None]
+
+
+def beside(results: dict[str, Any], pair: str, row: str) -> list[tuple[Start, float, float]]:
     """Runs of a row that have a run of `combined` with the same start: which start, mIoU of that run, of this one."""
     return [(start, net["miou"], other["miou"]) for start, net, other in nets_beside(results, pair, row)]
 
 
-def nets_beside(results: dict[str, Any], pair: str, row: str) -> list[tuple[tuple[int, str], Any, Any]]:
+def nets_beside(results: dict[str, Any], pair: str, row: str) -> list[tuple[Start, Any, Any]]:
     """The same with the last students, of `combined` and of the row."""
-    last = lambda row: {(run["seed"], run.get("device", "")): last_net(run) for run in runs_of(results, pair, row)}  # noqa: E731
-    before, after = last("combined"), last(row)
-    return [(start, before[start], net) for start, net in after.items() if start in before]
+    found = []
+    for run in runs_of(results, pair, row):
+        if same := [whole for whole in runs_of(results, pair, "combined") if may_share_start(whole, run)]:
+            whole = max(same, key=lambda whole: begins(whole, 0) is not None)  # rather one whose start is known
+            found.append(((whole["seed"], whole.get("device", ""), begins(whole, 1)), last_net(whole), last_net(run)))
+    return found
+
+
+def may_share_start(run: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two runs are of one seed and device, and began at nets of equal mIoU, as far as the JSON knows it.
+
+    A seed has several starts where the source-only net was trained anew.
+    """
+    if (run["seed"], run.get("device")) != (other["seed"], other.get("device")):
+        return False
+    for stages in (0, 1):
+        first, second = begins(run, stages), begins(other, stages)
+        if first is not None and second is not None:
+            return abs(first - second) < 0.01
+    return True
+
+
+def begins(run: dict[str, Any], stages: int) -> float | None:
+    """mIoU where a run begins, or where it adapts after one stage on source; None where the JSON does not say it."""
+    if stages == 0 and "target_statistics" in run:
+        return run["target_statistics"]["start"]["training"]["miou"]
+    if not run.get("source_only") or (run["stages"][0]["recipe"] == "source_only") != (stages == 1):
+        return None
+    return run["source_only"].get("miou")
 
 
 def either(results: dict[str, Any]) -> str:

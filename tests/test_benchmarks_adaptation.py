@@ -130,6 +130,23 @@ def test_other_labels_stand_beside_runs_of_the_same_start():
     assert adaptation_tables.weighed({}) == "Not measured yet.\n"
 
 
+def test_runs_of_a_seed_that_began_at_different_nets_are_not_compared():
+    def run(row, miou, *, start=None, init=None, recipe="source_only"):
+        known = {} if init is None else {"target_statistics": {"start": {"training": {"miou": init}}}}
+        return {**run_of("toy", row, 1, miou, start=start), "stages": [{"recipe": recipe}], **known}
+
+    older, newer = run("combined", 60.0, start=53.3), run("combined", 61.0, start=52.9, init=45.2)
+    at_once = run("dacs_defaults", 64.0, start=45.2, recipe="dacs")
+    others = [run("weighed", 62.0, start=53.3), run("rising", 63.0, start=50.0), at_once]
+    results = {str(k): found for k, found in enumerate((older, newer, *others))}
+    found = {row: [x[1:] for x in adaptation_tables.beside(results, "toy", row)] for row in ("weighed", "rising")}
+    assert found == {"weighed": [(60.0, 62.0)], "rising": []}
+    assert [x[1:] for x in adaptation_tables.beside(results, "toy", "dacs_defaults")] == [(61.0, 64.0)]
+    assert [x[1:] for x in adaptation_tables.beside({"0": older, "1": at_once}, "toy", "dacs_defaults")] == [
+        (60.0, 64.0)
+    ]
+
+
 def test_combined_without_a_part_stands_beside_runs_of_the_same_start():
     runs = [
         run_of("nuclei", row, s, miou - s) for s in (1, 2) for row, miou in (("combined", 92.0), ("source_only", 70))
