@@ -256,6 +256,8 @@ def changes(results: dict[str, Any], head: str, first: str, titles: dict[str, st
     cells = [spread([*starts[pair].values()]) for pair in pairs]
     lines = [*head_of(pairs, f"{head} "), f"| {first} | {' | '.join(cells)} |"]
     for row, title in titles.items():
+        if not any(beside(results, pair, row) for pair in pairs):
+            continue
         found = [[other - miou for _, miou, other in beside(results, pair, row)] for pair in pairs]
         cells = [spread(gains, "+") for gains in found]
         lines.append(f"| {title} | {' | '.join(cells)} |".replace("-", "−"))
