@@ -105,13 +105,16 @@ DUDA = {"large": LITE2, "base_options": {**SHARED, **CANDIDATES["blended"]}}
 ABLATION: dict[str, dict[str, Any]] = {
     "ablation_unmatched": {"recipes": ["dacs"], "options": SETTINGS["batch"], "data": {"match_scale": False}},
 }
-# `combined` without one of its parts: name -> (title, changes as in `TRIED`).
+# `combined` without one of its parts: name -> (title, changes: `options` of combined, `data`, `recipes`).
 WITHOUT: dict[str, tuple[str, dict[str, Any]]] = {
     "start": ("source steps first", {"recipes": ["combined"], "options": QUICK}),
     "match": ("the matched scale", {"data": {"match_scale": False}}),
     "scales": ("random scales of target and of matched source", {"data": {"target_scale": (1.0, 1.0)}}),
-    "colors": ("colours of target", {"shared": {"translate": "none"}}),
-    "balance": ("class balance, with a weight by confidence", {"shared": {"selector": "confident_ratio"}}),
+    "colors": ("colours of target", {"options": {"shared": {"translate": "none"}}}),
+    "balance": (
+        "class balance, with a weight by confidence",
+        {"options": {"shared": {"selector": "confident_ratio"}}},
+    ),
     "running": (
         "blended statistics: those of source alone",
         {"options": {"candidates": {"only": LABELLING["running"]}}},
@@ -159,19 +162,22 @@ TRIED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def combined_row(options: dict[str, Any], changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A row of `combined` with these options, after source steps unless the changes say otherwise."""
+    options = {"source_only": AUGMENT, "combined": options}
+    return {"recipes": ["source_only", "combined"], "own": True, **(changes or {}), "options": options}
+
+
 def tried_row(name: str) -> dict[str, Any]:
     """The row of a change."""
     _, change = TRIED[name]
-    options = {"combined": {"shared": change.get("shared", {}), **DECIDED}, "source_only": AUGMENT}
-    return {"recipes": ["combined"], "own": True, **change, "options": options}
+    return combined_row({"shared": change.get("shared", {}), **DECIDED}, {"recipes": ["combined"], **change})
 
 
 def without_row(name: str) -> dict[str, Any]:
     """The row of `combined` without a part."""
     _, change = WITHOUT[name]
-    combined = {**change.get("options", {}), **({"shared": change["shared"]} if "shared" in change else {})}
-    options = {"source_only": AUGMENT, "combined": combined}
-    return {"recipes": ["source_only", "combined"], "own": True, **change, "options": options}
+    return combined_row(change.get("options", {}), change)
 
 
 WITHOUT_ROWS = {f"without_{name}": without_row(name) for name in WITHOUT}
@@ -193,14 +199,7 @@ def rows_of() -> dict[str, dict[str, Any]]:
         "source_only": {"recipes": ["source_only"]},
         "dacs_defaults": {"recipes": ["dacs"], "own": True, "data": DEFAULT_DATA},
         **{f"dacs_{name}": {"recipes": ["dacs"], "options": options} for name, options in SETTINGS.items()},
-        **{
-            name: {
-                "recipes": ["source_only", "combined"],
-                "own": True,
-                "options": {"source_only": AUGMENT, "combined": options},
-            }
-            for name, options in COMBINED.items()
-        },
+        **{name: combined_row(options) for name, options in COMBINED.items()},
         "decided": {"recipes": ["combined"], "own": True, "options": DECIDED},
         **{
             name: {"recipes": ["combined"], "own": True, "options": {**QUICK, "candidates": {"only": own}}}

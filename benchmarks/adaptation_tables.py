@@ -249,18 +249,17 @@ def changes(results: dict[str, Any], head: str, first: str, titles: dict[str, st
 
     A cell is a mean over seeds with their standard deviation, and how many.
     """
-    pairs = [pair for pair in (*PAIRS, *FURTHER) if any(beside(results, pair, row) for row in titles)]
+    found = {row: {pair: beside(results, pair, row) for pair in (*PAIRS, *FURTHER)} for row in titles}
+    pairs = [pair for pair in (*PAIRS, *FURTHER) if any(of[pair] for of in found.values())]
     if not pairs:
         return "Not measured yet.\n"
-    starts = {pair: {start: miou for row in titles for start, miou, _ in beside(results, pair, row)} for pair in pairs}
+    starts = {pair: {start: miou for of in found.values() for start, miou, _ in of[pair]} for pair in pairs}
     cells = [spread([*starts[pair].values()]) for pair in pairs]
     lines = [*head_of(pairs, f"{head} "), f"| {first} | {' | '.join(cells)} |"]
-    for row, title in titles.items():
-        if not any(beside(results, pair, row) for pair in pairs):
-            continue
-        found = [[other - miou for _, miou, other in beside(results, pair, row)] for pair in pairs]
-        cells = [spread(gains, "+") for gains in found]
-        lines.append(f"| {title} | {' | '.join(cells)} |".replace("-", "−"))
+    for row, of in found.items():
+        if any(of.values()):
+            cells = [spread([other - miou for _, miou, other in of[pair]], "+") for pair in pairs]
+            lines.append(f"| {titles[row]} | {' | '.join(cells)} |".replace("-", "−"))
     return "\n".join(lines) + "\n"
 
 
