@@ -436,7 +436,7 @@ def words_of(error: Exception) -> str:
     if said.startswith("Expected more than 1 value per channel"):  # torch's
         return (
             "Expected batches large enough for the net's normalisation layers, but one of them got a single value for "
-            "each channel. Use batch_size 2 or more, or a larger crop."
+            "each channel. Use batch_size 2 or more, a larger crop or, where a net is scored, larger images."
         )
     return said if said.startswith(("Expected", "Cannot")) else ""
 

@@ -192,7 +192,7 @@ def test_a_batch_too_small_for_the_net_says_what_to_change(
     stages = ['--stages=[{"recipe": "source_only", "steps": 2}]', "--batch_size=1"]
     monkeypatch.setattr(sys, "argv", ["train", *arguments, *net, *stages])
     assert train_gta2cs.command() == 2
-    assert "Use batch_size 2 or more, or a larger crop. Stopped in stage 1 of 1" in capsys.readouterr().err
+    assert "larger crop or, where a net is scored, larger images. Stopped in stage 1 of 1" in capsys.readouterr().err
 
 
 def test_a_good_pair_is_good(tmp_path: Path) -> None:

@@ -78,5 +78,8 @@ def test_a_run_with_such_names_whose_report_fails_keeps_its_results(tmp_path: Pa
     assert results.keys() == rows.keys()
     assert list(results["dacs, student"]["iou"]) == list(NAMES)
     assert (tmp_path / "stage1_dacs" / "last.pt").is_file()
-    assert (tmp_path / "report.md").is_file()
+    text = (tmp_path / "report.md").read_text()
+    assert "`panels.png` could not be drawn; the log says why." in text
+    assert "![" not in text.replace("![Losses", "")
+    assert (tmp_path / "report.html").read_text().count("data:image/png;base64,") == 1
     assert (tmp_path / "curves.png").is_file()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from gta2cs import html, report
 from gta2cs.classes import ClassSet, rainbow
@@ -125,6 +126,16 @@ def test_confidence_has_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(report, "_save", note)
     report.save_panels(tmp_path / "panels.png", [row, row], classes)
     assert ticks == [0, 0.5, 1]
+
+
+@pytest.mark.parametrize("size", [(2000, 1), (1, 2000), (1, 1)])
+def test_panels_of_a_strip_are_a_picture_of_usual_size(tmp_path: Path, size: tuple[int, int]) -> None:
+    """In the proportions of 2000 x 1 pixels it would have two million rows."""
+    classes = ClassSet(("road",), np.array([[128, 64, 128]], np.uint8))
+    row = {"image": np.zeros((*size, 3), np.uint8), "net": np.zeros(size, np.uint8), "confidence": np.ones(size)}
+    report.save_panels(tmp_path / "panels.png", [row, row], classes)
+    with Image.open(tmp_path / "panels.png") as picture:
+        assert 100 < min(picture.size) <= max(picture.size) < 3000
 
 
 def test_long_logs_are_running_means_and_stages_have_borders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,8 +100,9 @@ def save_panels(path: Path, rows: list[dict[str, np.ndarray]], classes: ClassSet
     """Draw one line per image with named columns; 2-D uint8 arrays are label maps, 2-D float arrays confidences."""
     names = list(rows[0])
     height, width = rows[0][names[0]].shape[:2]
+    ratio = min(max(height / width, 0.2), 3)  # a strip gets margins: as it is, 2000 x 1 pixels would fill gigabytes
     figure, axes = plt.subplots(
-        len(rows), len(names), figsize=(2.6 * len(names), 2.6 * height / width * len(rows) + 0.7), squeeze=False
+        len(rows), len(names), figsize=(2.6 * len(names), 2.6 * ratio * len(rows) + 0.7), squeeze=False
     )
     for k, (line, row) in enumerate(zip(axes, rows, strict=True)):
         for axis, name in zip(line, names, strict=True):

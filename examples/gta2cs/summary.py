@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -35,16 +35,19 @@ def write_report(run: Run, rows: dict[str, Score], nets: dict[str, nn.Module], h
         run.console.print(report.rich_table(rows, pair.classes))
         if sentence := report.gain_sentence(rows):
             run.console.print(sentence.replace("**", ""), markup=False)
-    parts: dict[str, Callable[[], object]] = {
+    pictures: dict[str, Callable[[], object]] = {
         "panels.png": lambda: report.save_panels(config.out / "panels.png", panels_of(run, nets), pair.classes),
         "curves.png": lambda: report.save_curves(
             config.out / "curves.png", histories, pair.classes, score=choosing.score_of(config.select)
         ),
-        "report.md": lambda: report.write_text(config.out / "report.md", text_of(run, rows, histories)),
+    }
+    failed = [name for name, write in pictures.items() if not _written(run, name, write)]
+    parts: dict[str, Callable[[], object]] = {
+        "report.md": lambda: report.write_text(config.out / "report.md", text_of(run, rows, histories, without=failed)),
         "report.html": lambda: html.write_html(config.out / "report.md", pair.classes),
         "the verdict": lambda: run.console.print(verdict(run, histories).replace("**", ""), markup=False),
     }
-    failed = [name for name, write in parts.items() if not _written(run, name, write)]
+    failed += [name for name, write in parts.items() if not _written(run, name, write)]
     if "report.md" not in failed:
         html_page = "" if "report.html" in failed else f"{config.out / 'report.html'} (to open in a browser), "
         run.console.print(f"Report: {html_page}{config.out / 'report.md'}", markup=False)
@@ -61,8 +64,11 @@ def _written(run: Run, name: str, write: Callable[[], object]) -> bool:
     return True
 
 
-def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -> str:
-    """The report: scores against the truth if there are target labels, scores without labels, and the verdict."""
+def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]], without: Sequence[str] = ()) -> str:
+    """The report: scores against the truth if there are target labels, scores without labels, and the verdict.
+
+    `without` are the pictures that could not be drawn.
+    """
     config, pair = run.config, run.pair
     seconds, steps = sum(h["seconds"] for h in histories), sum(h["steps"] for h in histories)
     text = f"# {report.cell(domains(config.data))}: {' → '.join(s.recipe for s in config.stages)}\n\n"
@@ -85,10 +91,16 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]]) -
     decided = "".join(f"- {line}\n" for line in decisions)
     decided = f"## Decided without labels\n\n{decided}\n" if decided else ""
     truth, scored = ("their truth, ", "mIoU on target, ") if pair.target_val is not None else ("", "")
+    pictures = {
+        "panels.png": f"Target images, {truth}what the nets predict, and how sure the chosen one is",
+        "curves.png": f"Losses, {scored}scores without labels and, with pseudo-labels, the share that was kept",
+    }
+    shown = "".join(
+        f"`{name}` could not be drawn; the log says why.\n\n" if name in without else f"![{title}]({name})\n\n"
+        for name, title in pictures.items()
+    )
     return text + (
-        f"![Target images, {truth}what the nets predict, and how sure the chosen one is](panels.png)\n\n"
-        f"![Losses, {scored}scores without labels and, with pseudo-labels, the share that was kept](curves.png)"
-        f"\n\n{decided}## Without labels\n\n{label_free_tables(run, histories, pair.classes.names)}\n"
+        f"{shown}{decided}## Without labels\n\n{label_free_tables(run, histories, pair.classes.names)}\n"
         f"{verdict(run, histories)}"
     )
 
