@@ -593,7 +593,7 @@ def adaptive_threshold(
 
 @textbook("align_distribution")
 def align_distribution(probabilities: Tensor, source_share: Tensor, target_share: Tensor) -> Tensor:
-    weighted = probabilities * (source_share / target_share)[None, :, None, None]
+    weighted = single(probabilities) * (single(source_share) / single(target_share))[None, :, None, None]
     return weighted / weighted.sum(1, keepdim=True)
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 from torch.nn.functional import pad
 
 from udakit._checks import check_integer, check_mask, check_pair, check_range, check_size, is_sequence
+from udakit._reduce import is_eager_on_cpu
 from udakit.mixing._random import Generators, device_of_draw, uniform
 
 
@@ -59,26 +62,43 @@ def draw_box_mask(
     check_range("area", area[0], 0.0, 1.0, open_low=True)
     check_range("area", area[1], area[0], 1.0)
     device = device_of_draw(generator, n, device)
-    low, high = area
     axes = len(size)
     u = uniform((2 * axes, n, 1), generator, device, axis=1)
-    share = low if low == high and axes > 1 else low + (high - low) * u[0]
-    cuts, offsets = u[1:axes], u[axes:]
     if axes > 2:
-        cuts = cuts.sort(dim=0).values
-    ends: list[float | Tensor] = [*cuts, 1.0]
+        u[1:axes] = u[1:axes].sort(dim=0).values
+    if type(u) is Tensor and is_eager_on_cpu(u):
+        return _filled(n, size, _spans(size, area, u.numpy()))
     inside: Tensor | None = None
-    for i, length in enumerate(size):
-        exponent = ends[i] - ends[i - 1] if i else ends[i]
-        extent = (length * share**exponent).round_()
-        room = length - extent
-        start = (offsets[i] * (room + 1)).floor_().minimum(room)  # each position is equally likely
-        place = torch.arange(length, dtype=torch.float32, device=device)
+    for i, (start, end) in enumerate(_spans(size, area, u)):
+        place = torch.arange(size[i], dtype=torch.float32, device=device)
         # Use bytes, because "and" of booleans is ten times slower on the CPU.
-        along = ((place >= start) & (place < start + extent)).view(torch.uint8)
-        inside = along if inside is None else inside.unsqueeze(-1) & along.view(n, *(1,) * i, length)
+        along = ((place >= start) & (place < end)).view(torch.uint8)
+        inside = along if inside is None else inside.unsqueeze(-1) & along.view(n, *(1,) * i, size[i])
     assert inside is not None
     return inside.view(torch.bool)
+
+
+def _spans(size: Sequence[int], area: tuple[float, float], u: Any) -> list[tuple[Any, Any]]:
+    """Where boxes begin and end along each axis, (n, 1), from uniform numbers: a tensor, or numpy's quicker array."""
+    axes, (low, high) = len(size), area
+    share = low if low == high and axes > 1 else low + (high - low) * u[0]
+    ends = [*u[1:axes], 1.0]
+    spans = []
+    for i, length in enumerate(size):
+        extent = (length * share ** (ends[i] - ends[i - 1] if i else ends[i])).round()
+        room = length - extent
+        start = (u[axes + i] * (room + 1)).clip(max=room) // 1  # each position is equally likely
+        spans.append((start, start + extent))
+    return spans
+
+
+def _filled(n: int, size: Sequence[int], spans: list[tuple[Any, Any]]) -> Tensor:
+    """Masks with their boxes filled in, which a CPU does without looking at any other pixel."""
+    masks = torch.zeros(n, *size, dtype=torch.bool, device="cpu")
+    corners = np.concatenate([x for span in spans for x in span], axis=1).astype(int).tolist()
+    for mask, (*ends,) in zip(masks.numpy(), corners, strict=True):
+        mask[tuple(slice(*ends[i : i + 2]) for i in range(0, len(ends), 2))] = True
+    return masks
 
 
 def draw_block_mask(

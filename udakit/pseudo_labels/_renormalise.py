@@ -89,7 +89,12 @@ def renormalised_in_pieces(maps: Tensor, weight: Callable[[Place, Tensor], Tenso
     divisor = maps.new_empty(len(maps), 1, maps.shape[2], dtype=dtype)
     for place in _pieces(maps):
         z, out, total = maps[place], result[place], divisor[place]
-        torch.sum(torch.mul(z, weight(place, out), out=out), 1, keepdim=True, out=total)
+        w = weight(place, out)
+        if z.dtype == dtype or w is out:
+            torch.mul(z, w, out=out)
+        else:  # a product of two dtypes is slower than a copy and a product of one
+            out.copy_(z).mul_(w)
+        torch.sum(out, 1, keepdim=True, out=total)
         _divide_(out, total, z)
     return result, divisor.squeeze(1)
 
