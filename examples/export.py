@@ -3,10 +3,10 @@
     python examples/export.py --checkpoint runs/toy/best.pt --out exported
     python examples/export.py --checkpoint ... --out exported --formats "[onnx]" --size "[512,1024]" --net teacher
 
-The exported net takes RGB images (N, 3, H, W) as floats in [0, 1], normalises them and returns logits (N, C, H, W). N
-is free; H and W are given by `size`. Every exported file is run on random images and compared with the net. The largest
-difference is printed, and a difference above 1e-4 of the largest logit is an error. ONNX needs `pip install -e
-".[export]"`.
+The exported net takes images (N, K, H, W) as floats in [0, 1], with K channels as in training (RGB for three). It
+normalises them and returns logits (N, C, H, W). N is free; H and W are given by `size`. Every exported file is run on
+random images and compared with the net. The largest difference is printed, and a difference above 1e-4 of the largest
+logit is an error. ONNX needs `pip install -e ".[export]"`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Deployed(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (N, C, H, W) of RGB images (N, 3, H, W) in [0, 1]."""
+        """Return the logits (N, C, H, W) of images (N, K, H, W) in [0, 1]."""
         logits: Tensor = self.net((images - self.mean) / self.std).logits
         return logits
 

@@ -82,17 +82,20 @@ class NetConfig:
 
     arch: str = "fpn"
     """Architecture: fpn, deeplabv3plus (needs batch_size 2), unet or segformer of segmentation_models_pytorch;
-    hf_segformer of transformers; or torchvision."""
+    hf_segformer of transformers; torchvision; or vit, a vision transformer of timm with a light head."""
     encoder: str = "tu-tf_efficientnet_lite0"
     """Encoder: a name of segmentation_models_pytorch, or of timm with the prefix "tu-". For hf_segformer: mit_b0 ...
-    mit_b5, a hub id or a folder. For torchvision: the name of a net such as deeplabv3_resnet50."""
+    mit_b5, a hub id or a folder. For torchvision: the name of a net such as deeplabv3_resnet50. For vit: timm's name,
+    such as vit_tiny_patch16_224."""
     weights: str = "imagenet"
-    """Initial weights: imagenet (from an installed package if there is one, else from the hub), random, or the path of
-    a file or folder with a whole net or an encoder of smp, torchvision, timm or transformers."""
+    """Initial weights: imagenet (for efficientnet-lite0, 1 and 2 from an installed package, for others from the hub),
+    hub, random, or the path of a file or folder with a whole net or an encoder of smp, torchvision, timm or
+    transformers."""
     take: Literal["all", "encoder", "some"] = "all"
     """What to load from a path in weights or init: all (below 95 % is an error), only the encoder, or all that fits."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Options of the decoder class, for example decoder_channels."""
+    """Options of the decoder class, for example decoder_channels; of vit, layer_decay; of every net, scale_attention
+    (HRDA)."""
 
     def build(self, num_classes: int, channels: int = 3, **changes: Any) -> SegNet:
         """Build the net for images with this number of channels; `changes` replace fields of the configuration."""
