@@ -1,16 +1,17 @@
 """Train a segmentation net on a labelled source domain and adapt it to an unlabelled target domain.
 
     python examples/train_gta2cs.py                                    # the built-in toy pair: two CPU cores, minutes
+    python examples/train_gta2cs.py --data.pair folder --data.data_root /data/mine   # your own folders (docs/data.md)
     python examples/train_gta2cs.py --config examples/configs/dacs_gta2cs.yaml --data.data_root /data
     python examples/train_gta2cs.py --config ... --check-data     # what is missing or wrong in the folders?
     torchrun --nproc_per_node 4 examples/train_gta2cs.py --config ...  # several processes; batch_size is per process
     OMP_NUM_THREADS=1 python examples/train_gta2cs.py             # compute threads; by default one per free core
 
-A run is a list of stages. Each stage is a recipe with a number of steps, and starts from the student of the stage
-before it. Read `main` for the run, `train_stage` for the loop, `gta2cs/recipes/` for the methods (the forward of a
-recipe Module returns the training loss) and `gta2cs/observers.py` for everything that only observes. All of step k is a
-function of (seed, k, global sample index), and dropout is a function of (seed, k, process), so `--resume` continues
-exactly.
+A run is a list of stages. Each stage is a recipe with a number of steps, and starts from the student (the net that is
+trained and deployed) of the stage before it. Read `main` and `train` for the run, `train_stage` and `TrainingStep` for
+the loop, `gta2cs/recipes/` for the methods (the forward of a recipe Module returns the training loss) and
+`gta2cs/observers.py` for everything that only observes. All of step k is a function of (seed, k, global sample index),
+and dropout is a function of (seed, k, process), so `--resume` continues exactly.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ console = Console(soft_wrap=True)
 def train_stage(
     run: Run, index: int, student: torch.nn.Module, previous: Recipe | None, sampler: Any
 ) -> tuple[Recipe, dict[str, Any]]:
-    """Run one stage. Returns its recipe and its history of losses and scores."""
+    """Run one stage, from the student and the recipe of the one before. `sampler` draws source images, None: evenly.
+
+    Returns its recipe and its history of losses and scores.
+    """
     config = run.config
     state = StageState.build(run, index, student, previous)
     if run.is_main and index == 0 and not config.resume:
@@ -239,7 +243,7 @@ def plain_batches(run: Run) -> Callable[[int, int], Iterator[Batch]]:
 
 
 def target_crops(run: Run) -> Iterator[Tensor]:
-    """Yield the batches of target images that BatchNorm statistics are taken of, the same whatever ran before."""
+    """Yield the batches of target images from which BatchNorm statistics come, the same whatever ran before."""
     return (batch.target_images for batch in plain_batches(run)(0, 50))
 
 
