@@ -166,11 +166,13 @@ def compare(options: argparse.Namespace) -> None:
     net = comparison.best(comparison.runs[0])
     for place, run in enumerate(comparison.runs, 1):
         best = comparison.best(run)
-        value = number(best["scores"].get(comparison.score), 3)
+        value = number(run.as_trained(best)["scores"].get(comparison.score), 3)
         console.print(f"{place}. {escape(run.name)}: {title(best)}, {comparison.score.replace('_', ' ')} {value}")
-    for line in comparison.stopped():
-        console.print(line.replace("\\", ""), markup=False)
-    found = f"Use the {title(net)}, in {comparison.runs[0].folder}. {where(comparison.runs[0], net)} Page: {page}"
+    for line in (*comparison.stopped(), *comparison.other_choices()):
+        console.print(line.replace("\\", "").replace("`", ""), markup=False)
+    winner = comparison.runs[0]
+    statistics = comparison.with_its_statistics(winner, net)
+    found = f"Use the {title(net)}, in {winner.folder}. {statistics}{where(winner, net)} Page: {page}"
     console.print(found.replace("`", ""), markup=False)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 import train_gta2cs
 from gta2cs import choosing, html, label_free
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
-from gta2cs.comparison import title
+from gta2cs.comparison import Comparison, title
 from gta2cs.evaluation import Score
 from gta2cs.histories import read_run
 from gta2cs.inference import Trained
@@ -466,7 +466,9 @@ def test_a_run_whose_best_net_has_the_statistics_of_target(monkeypatch, tmp_path
     chosen = nets.checkpoints[-1]
     assert chosen["scores"]["balanced_consistency"] == 0.99
     assert chosen["truth_miou"] == pytest.approx(rows[choosing.CHOSEN].means["mIoU"], abs=0.01)
+    assert nets.chosen is Comparison([nets], "balanced_consistency").best(nets) is chosen
     assert nets.file_of(chosen) == tmp_path / "best.pt"
+    assert Trained.open(tmp_path).title == title(chosen)
     assert title(chosen).endswith(", with BatchNorm statistics of target")
     assert nets.last["net"] == "student"
     assert sum(nets.file_of(net) == tmp_path / "best.pt" for net in [nets.start, *nets.checkpoints]) == 1

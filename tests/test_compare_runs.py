@@ -13,6 +13,8 @@ from gta2cs.checkpoints import save_checkpoint
 from gta2cs.comparison import Comparison, where
 from gta2cs.config import CONFIGS
 from gta2cs.histories import read_run
+from gta2cs.inference import Trained
+from tiny import NET, small_pair
 
 
 def net(value):
@@ -125,6 +127,82 @@ def test_the_page_says_which_file_holds_a_net(tmp_path, capsys):
     assert run.file_of(run.start) == folder / "best.pt"
     last = run.checkpoints[-1]
     assert where(run, last) == f"It is in `{folder / 'stage1_dacs' / 'last.pt'}`, with `--net teacher`."
+
+
+def with_statistics_of_target(folder, value, *, base="student", step=20, select="balanced_consistency", truth=None):
+    """Let a run have chosen a net and given it target's BatchNorm statistics, with which its score is `value`."""
+    saved = json.loads((folder / "history.json").read_text())
+    choice = {"recipe": "dacs", "stage": 0, "step": step, "net": base, "score": "x", "value": value}
+    choice["target_statistics"] = 1.0
+    saved["stages"][0]["target_statistics"] = {"choice": choice, **net(value)}
+    if truth is not None:
+        saved["stages"][0]["target_statistics"]["truth"] = {"means": {"mIoU": truth}}
+    saved["config"]["select"] = select
+    (folder / "history.json").write_text(json.dumps({**saved, "choice": choice}))
+    (folder / "best.pt").touch()
+    return folder
+
+
+@pytest.mark.parametrize("value", [0.95, 0.2])
+def test_the_net_to_use_is_the_one_that_the_run_deploys(tmp_path, capsys, value):
+    """Statistics are chosen by another score, so by this one the net may look worse with those of target."""
+    folder = with_statistics_of_target(write_run(tmp_path / "a", [0.6, 0.9], [60.0, 62.0]), value, truth=70.0)
+    other = write_run(tmp_path / "b", [0.92], [50.0])
+    page = tmp_path / "page.html"
+    assert compare_runs.main([str(folder), "--page", str(page)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1. a: student of dacs, step 20, with BatchNorm statistics of target, balanced consistency 0.900" in said
+    assert f"as it is in best.pt it has {value:.3f}. It is in {folder / 'best.pt'}." in said
+    assert "itself chose another net" not in said
+    run = read_run(folder)
+    compared = Comparison([run], "balanced_consistency")
+    assert compared.best(run) is run.chosen is run.checkpoints[-1]
+    text = compared.text()
+    assert "**: its balanced consistency is 0.900, the highest of 3 nets. That is with" in text
+    assert "The chosen net has an mIoU of 70.0" in text
+    assert text.index("step 20, with BatchNorm statistics of target | a | `best.pt`") < text.index("step 20 | a | not")
+    assert [r.folder.name for r in Comparison([run, read_run(other)], "balanced_consistency").runs] == ["b", "a"]
+
+
+def test_a_source_only_net_with_statistics_of_target(tmp_path):
+    folder = write_run(tmp_path / "a", [0.4], [])
+    run = read_run(with_statistics_of_target(folder, 0.3, base="source_only", step=0))
+    found = Comparison([run], "balanced_consistency")
+    assert found.best(run) is run.chosen is run.checkpoints[-1]
+    assert "**Use the source-only net, with BatchNorm statistics of target, in `a`**: its balanced" in found.text()
+    assert found.other_choices() == []
+
+
+@pytest.mark.parametrize(
+    ("select", "by"), [("last", " (`select: last`)"), ("-balanced_consistency", " (`select: -bal"), ("", ",")]
+)
+def test_a_run_that_chose_otherwise_is_named(tmp_path, capsys, select, by):
+    folder = write_run(tmp_path / "a", [0.9, 0.6], [])
+    saved = json.loads((folder / "history.json").read_text())
+    saved["config"]["select"] = select
+    saved["choice"] = {"recipe": "dacs", "stage": 0, "step": 20, "net": "student", "target_statistics": 0.0}
+    (folder / "history.json").write_text(json.dumps(saved))
+    assert compare_runs.main([str(folder), "--page", str(tmp_path / "page.html")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1. a: student of dacs, step 10" in said
+    assert "a itself chose another net" in said
+    assert f"predict.py --checkpoint {folder} mean" in said
+    run = read_run(folder)
+    assert f"chose another net{by}" in Comparison([run], "balanced_consistency").text()
+    saved["choice"] |= {"net": "source_only", "recipe": "source_only", "step": 0}
+    (folder / "history.json").write_text(json.dumps(saved))
+    (line,) = Comparison([read_run(folder)], "balanced_consistency").other_choices()
+    assert "the source-only net: the one in its `best.pt`" in line
+
+
+def test_of_equal_nets_the_run_s_own_choice_is_used(tmp_path):
+    folder = write_run(tmp_path / "a", [0.9, 0.9], [])
+    saved = json.loads((folder / "history.json").read_text())
+    saved["config"]["select"] = "balanced_consistency"
+    saved["choice"] = {"recipe": "dacs", "stage": 0, "step": 20, "net": "student"}
+    (folder / "history.json").write_text(json.dumps(saved))
+    run = read_run(folder)
+    assert Comparison([run], "balanced_consistency").best(run)["step"] == 20
 
 
 def test_the_source_only_net_is_in_the_last_file_of_the_stage_before(tmp_path):
@@ -324,3 +402,28 @@ def test_a_sweep_runs_what_is_not_finished(tmp_path, monkeypatch, capsys):
     assert "these values differ: seed: 2 -> 5." in said
     assert "Here that is another `name`. This is the setting 'two' of" in said
     assert yaml.safe_load((out / "two.yaml").read_text())["seed"] == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_names_the_nets_that_its_runs_deploy(tmp_path, capsys):
+    """Every setting tries target's BatchNorm statistics; page, report and predict.py then mean one net."""
+    config, path, out = tmp_path / "base.yaml", tmp_path / "sweep.yaml", tmp_path / "out"
+    data = {"pair": "folder", "data_root": str(small_pair(tmp_path / "data")), "crop": [64, 64]}
+    stages = [{"recipe": "source_only", "steps": 1}, {"recipe": "dacs", "steps": 1}]
+    config.write_text(yaml.safe_dump({"data": data, "net": NET, "stages": stages, "batch_size": 2}))
+    path.write_text("- {name: plain}\n- {name: other, seed: 1}\n- {name: last, select: last}\n")
+    arguments = ["--sweep", str(path), "--config", str(config), "--out", str(out)]
+    assert compare_runs.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("share of target's BatchNorm statistics in the chosen net") == 2  # `last` keeps its own
+    said = {line.split(": ")[0][3:]: line for line in printed.splitlines() if line[:3] in ("1. ", "2. ", "3. ")}
+    for name in ("plain", "other"):
+        title = Trained.open(out / name).title
+        assert said[name].split(": ")[1].startswith(f"{title}, balanced consistency")
+        assert f"{title}" in (out / name / "report.md").read_text().split("**Use the ")[1]
+        assert f"{name} itself chose" not in printed
+    assert Trained.open(out / "last").title == "student of dacs, step 1"
+    assert ("last itself chose" in printed) is not ("last: student of dacs, step 1" in said["last"])
+    assert (out / "compared.html").is_file()
+    assert compare_runs.main(arguments) == 0
+    assert "BatchNorm statistics in the chosen net" not in capsys.readouterr().out, "nothing runs again"

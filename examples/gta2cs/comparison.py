@@ -32,7 +32,7 @@ class Comparison:
             if self.score not in run.last["scores"]:
                 known = sorted(run.last["scores"])
                 raise ValueError(f"Expected {run.folder} to have the score {self.score!r}, but it has {known}.")
-        self.runs = sorted(runs, key=lambda run: self.value(self.best(run)), reverse=True)
+        self.runs = sorted(runs, key=lambda run: self.value(run.as_trained(self.best(run))), reverse=True)
 
     def value(self, net: dict[str, Any]) -> float:
         """The value of the score; higher is better."""
@@ -40,8 +40,19 @@ class Comparison:
         return float("-inf") if found is None else self.sign * found
 
     def best(self, run: RunNets) -> dict[str, Any]:
-        """The net of a run with the best score, which may be its source-only net; none that has lost a class of it."""
-        return max(self.nets(run), key=lambda net: (not self.lost(run, net), self.value(net)))
+        """The net of a run to use: the one with the best score, which may be its source-only net.
+
+        It is one that has lost no class of that net. Nets are compared with the BatchNorm statistics of their training.
+        If the run chose the same net, it is the one of `best.pt`, which may have statistics of target.
+        """
+        if run.chosen is not None and self.selects(run):  # of equal ones, its own
+            return run.chosen
+        trained = [net for net in self.nets(run) if not net.get("target_statistics")]
+        return run.deployed(max(trained, key=lambda net: (not self.lost(run, net), self.value(net))))
+
+    def selects(self, run: RunNets) -> bool:
+        """Whether the run chooses among all of its nets by the very score."""
+        return run.select.removeprefix("-") == self.score and direction_of(run.select) == self.sign
 
     def lost(self, run: RunNets, net: dict[str, Any]) -> bool:
         """Whether a net has lost a class of the run's source-only net."""
@@ -53,9 +64,17 @@ class Comparison:
 
     @property
     def all_nets(self) -> list[tuple[RunNets, dict[str, Any]]]:
-        """Every net of every run, best first; those that have lost a class come last."""
+        """Every net of every run, best first; those that have lost a class come last.
+
+        A net with statistics of target has the place of the same net with those of its training.
+        """
         pairs = [(run, net) for run in self.runs for net in self.nets(run)]
-        return sorted(pairs, key=lambda pair: (not self.lost(*pair), self.value(pair[1])), reverse=True)
+
+        def rank(pair: tuple[RunNets, dict[str, Any]]) -> tuple[bool, float, bool]:
+            run, net = pair
+            return not self.lost(run, net), self.value(run.as_trained(net)), net is self.best(run)
+
+        return sorted(pairs, key=rank, reverse=True)
 
     @property
     def labelled(self) -> bool:
@@ -66,17 +85,19 @@ class Comparison:
         """The page, as Markdown."""
         winner = self.runs[0]
         net = self.best(winner)
-        named, value = self.score.replace("_", " "), number(net["scores"].get(self.score), 3)
-        kept = sum(not self.lost(*pair) for pair in self.all_nets)
-        of = "nets" if kept == len(self.all_nets) else "nets that kept their classes"
+        named, value = self.score.replace("_", " "), number(winner.as_trained(net)["scores"].get(self.score), 3)
+        compared = [pair for pair in self.all_nets if not pair[1].get("target_statistics")]
+        kept = sum(not self.lost(*pair) for pair in compared)
+        of = "nets" if kept == len(compared) else "nets that kept their classes"
         lines = [
             f"# {winner.pair}: {len(self.runs)} runs, compared without labels\n",
             f"**Use the {title(net)}, in `{winner.folder.name}`**: its {named} is {value}, the "
-            f"{'highest' if self.sign > 0 else 'lowest'} of {kept or len(self.all_nets)} {of}. "
-            f"{self.level_with_start(winner, net)}{RELIABILITY.get(self.score, UNRELIABLE)}\n",
+            f"{'highest' if self.sign > 0 else 'lowest'} of {kept or len(compared)} {of}. "
+            f"{self.with_its_statistics(winner, net)}{self.level_with_start(winner, net)}"
+            f"{RELIABILITY.get(self.score, UNRELIABLE)}\n",
             f"{where(winner, net)}\n",
             self.table_of_runs(),
-            *(f"{line}\n" for line in self.stopped()),
+            *(f"{line}\n" for line in (*self.stopped(), *self.other_choices())),
             "![The score along each run; a star is the source-only net](score.png)\n",
             *self.how_right(),
             f"\n## The {min(TOP, len(self.all_nets))} nets with the best score\n",
@@ -95,11 +116,28 @@ class Comparison:
             if not run.finished
         ]
 
+    def other_choices(self) -> list[str]:
+        """A sentence for each run that chose another net than the one that is best here."""
+        return [
+            f"{report.cell(run.folder.name)} itself chose another net{by(run)}, the {title_of_choice(run)}: the one "
+            f"in its `best.pt`, which its own report and `predict.py --checkpoint {run.folder}` mean."
+            for run in self.runs
+            if run.choice is not None and self.best(run) is not run.chosen
+        ]
+
+    def with_its_statistics(self, run: RunNets, net: dict[str, Any]) -> str:
+        """A sentence, where the net to use has other BatchNorm statistics than those that nets are compared with."""
+        if run.as_trained(net) is net:
+            return ""
+        value = number(net["scores"].get(self.score), 3)
+        return f"That is with the BatchNorm statistics of its training; as it is in `best.pt` it has {value}. "
+
     def level_with_start(self, run: RunNets, net: dict[str, Any]) -> str:
         """A sentence, where the score cannot tell the chosen net from the source-only net of its run."""
-        if run.start is None or net is run.start or self.score not in RELIABILITY:
+        trained = run.as_trained(net)
+        if run.start is None or trained is run.start or self.score not in RELIABILITY:
             return ""
-        gain = round(abs(self.value(net) - self.value(run.start)), 3)
+        gain = round(abs(self.value(trained) - self.value(run.start)), 3)
         return "The run's source-only net is level with it: use either. " if gain <= MARGIN else ""
 
     def table_of_runs(self) -> str:
@@ -110,7 +148,7 @@ class Comparison:
         for run in self.runs:
             best, start = self.best(run), run.start
             values = [
-                best["scores"].get(self.score),
+                run.as_trained(best)["scores"].get(self.score),
                 start and start["scores"].get(self.score),
                 run.last["scores"][self.score],
             ]
@@ -143,7 +181,8 @@ class Comparison:
         known = [(self.value(net), net["truth_miou"]) for net in nets if net["truth_miou"] is not None]
         if len(known) < 2:
             return ["Target has no labels: nothing says how right this is.\n"]
-        chosen, best = known[0][1], max(truth for _, truth in known)
+        used = self.best(self.runs[0])["truth_miou"]
+        chosen, best = known[0][1] if used is None else used, max(truth for _, truth in known)
         rho = spearman([value for value, _ in known], [truth for _, truth in known])
         last = [run.last["truth_miou"] for run in self.runs if run.last["truth_miou"] is not None]
         return [
@@ -199,6 +238,18 @@ def title(net: dict[str, Any]) -> str:
     name = net["net"].partition(",")[0]
     found = "source-only net" if name == "source_only" else f"{name} of {net['stage']}, step {net['stage_step']}"
     return found + with_statistics(net.get("target_statistics", 0.0))
+
+
+def by(run: RunNets) -> str:
+    """How a run chooses, in brackets."""
+    return f" (`select: {run.select}`)" if run.select else ""
+
+
+def title_of_choice(run: RunNets) -> str:
+    """Name of the net that a run chose, also where its history does not tell of it."""
+    choice: dict[str, Any] = run.choice or {}
+    net = {**choice, "stage": choice.get("recipe"), "stage_step": choice.get("step")} | (run.chosen or {})
+    return title(net)
 
 
 def where(run: RunNets, net: dict[str, Any]) -> str:

@@ -40,6 +40,7 @@ class RunNets:
     finished: bool = True
     adapts: bool = True  # whether a stage that adapts has begun, or none was asked for
     stages: tuple[StageSaved, ...] = ()
+    select: str = ""
 
     @property
     def name(self) -> str:
@@ -58,23 +59,48 @@ class RunNets:
         step = max(net["step"] for net in self.checkpoints)
         return next(net for net in self.checkpoints if net["step"] == step)
 
+    @property
+    def chosen(self) -> dict[str, Any] | None:
+        """The net of `best.pt`; None where the history does not tell of it."""
+        choice = self.choice or {}
+        share = choice.get("target_statistics", 0.0)
+        for net in [*([self.start] if self.start else []), *self.checkpoints]:
+            if net["net"].partition(",")[0] != choice.get("net") or net.get("target_statistics", 0.0) != share:
+                continue
+            if choice["net"] == "source_only" or self.place_of(net) == (choice["stage"], choice["step"]):
+                return net
+        return None
+
+    def place_of(self, net: dict[str, Any]) -> tuple[int, int]:
+        """Index of the stage of a net of an evaluation, and its step within it."""
+        before = net["step"] - net["stage_step"]
+        return next(i for i, stage in enumerate(self.stages) if stage.before == before), net["stage_step"]
+
+    def deployed(self, net: dict[str, Any]) -> dict[str, Any]:
+        """A net as `best.pt` holds it: with statistics of target, if the run chose the net and gave it such."""
+        for other in self.checkpoints:
+            if other.get("target_statistics") and same_weights(other, net):
+                return other
+        return net
+
+    def as_trained(self, net: dict[str, Any]) -> dict[str, Any]:
+        """A net with the BatchNorm statistics of its training, with which nets are compared."""
+        if not net.get("target_statistics"):
+            return net
+        nets = [*([self.start] if self.start else []), *self.checkpoints]
+        return next((n for n in nets if not n.get("target_statistics") and same_weights(n, net)), net)
+
     def file_of(self, net: dict[str, Any]) -> Path | None:
         """The checkpoint that holds a net; None where it was not kept."""
-        choice = self.choice or {}
-        with_those_of_training = not choice.get("target_statistics", False)
         if net.get("target_statistics"):
-            chosen, files = True, []
+            files = []
         elif net is self.start:
-            chosen = choice.get("net") == net["net"] and with_those_of_training
             files = [f"{stage.folder}/last.pt" for stage in self.stages if stage.before + stage.saved == net["step"]]
         else:
-            step = net["stage_step"]
-            index = next(i for i, stage in enumerate(self.stages) if stage.before == net["step"] - step)
-            place = (choice.get("stage"), choice.get("step"), choice.get("net"))
-            chosen = place == (index, step, net["net"]) and with_those_of_training
+            index, step = self.place_of(net)
             folder = self.stages[index].folder
             files = [f"{folder}/last.pt"] * (step == self.stages[index].saved) + [f"{folder}/{step_file(step)}"]
-        held = (self.folder / file for file in ["best.pt"] * chosen + files)
+        held = (self.folder / file for file in ["best.pt"] * (net == self.chosen) + files)
         return next((file for file in held if file.is_file()), None)
 
     def to_json(self) -> dict[str, Any]:
@@ -151,7 +177,14 @@ def read_run(folder: Path) -> RunNets:
     adapts = whole or recipe != "source_only" or all(s["recipe"] == "source_only" for s in config["stages"])
     places = zip(map(stage_folder, range(len(stages)), names), begins, done, strict=True)
     where = tuple(StageSaved(*place) for place in places)
-    return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, whole, adapts, where)
+    select = config.get("select", "")
+    return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, whole, adapts, where, select)
+
+
+def same_weights(net: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two nets of a run differ in their BatchNorm statistics at most."""
+    names = [n["net"].partition(",")[0] for n in (net, other)]
+    return names[0] == names[1] and net["step"] == other["step"]
 
 
 def histories_of(config: Config) -> list[dict[str, Any]]:
