@@ -58,3 +58,16 @@ def test_a_number_that_cannot_be_read_or_learned_is_refused(temperature: torch.T
     x = torch.randn(1, 3, 2, 2)
     with pytest.raises(TypeError, match="`temperature` to be a number, but got a tensor that"):
         udakit.kd_loss(x, x, temperature=temperature)
+
+
+def test_what_a_subclass_adds_follows_the_dtype() -> None:
+    class Scaled(udakit.CrossEntropyLoss):
+        def __init__(self) -> None:
+            super().__init__(class_weight=torch.tensor([0.1, 0.9]))
+            self.scale = nn.Parameter(torch.ones(()))
+            self.head = nn.BatchNorm2d(2)
+
+    made = nn.Sequential(Scaled()).half()[0]
+    assert {x.dtype for x in made.parameters()} == {torch.float16}
+    assert made.head.running_mean.dtype == torch.float16
+    assert torch.equal(made.class_weight, torch.tensor([0.1, 0.9]))

@@ -14,15 +14,20 @@ class FullPrecisionState(nn.Module):
     """A Module with buffers that follow the device but not the dtype.
 
     `.half()` or `.bfloat16()` of a parent leaves them in float32. In bfloat16, an averaging step of 1e-4 would be lost
-    to rounding, and in float16 a histogram would overflow.
+    to rounding, and in float16 a histogram would overflow; class weights and image statistics would be other numbers
+    than those given. What a subclass of a user adds, parameters and submodules, follows the dtype.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        own = {id(x) for x in self._buffers.values()}
+
         def move(x: Tensor) -> Tensor:
             moved = fn(x)
-            return moved if moved.dtype == x.dtype else x.to(moved.device)
+            return moved if moved.dtype == x.dtype or id(x) not in own else x.to(moved.device)
 
-        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        for child in self.children() if recurse else ():
+            child._apply(fn)  # type: ignore[no-untyped-call]
+        return super()._apply(move, recurse=False)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, local: dict[str, Any], *args: Any) -> None:
         """Keep the dtypes even with `load_state_dict(assign=True)`, which does not convert tensors."""

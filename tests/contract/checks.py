@@ -234,6 +234,45 @@ def state_dict(op: Operation) -> None:
     assert_equal(run(following, function=fresh), run(following, function=used), "after load_state_dict")
 
 
+def cast(op: Operation) -> None:
+    """A Module's own buffers keep dtype and values when it is cast, or loads a cast checkpoint with `assign=True`."""
+    if op.module is None:
+        pytest.skip("no Module")
+    used = _module(op, make(op).call())
+    run(make(op, seed=1), function=used)
+    kept = {name: x.clone() for name, x in _own_buffers(used).items()}
+    if not kept:
+        pytest.skip("has no buffer")
+    saved = {name: x.bfloat16() if x.is_floating_point() else x for name, x in used.state_dict().items()}
+    casts: list[Callable[[nn.Module], object]] = [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.type(torch.float16),
+        lambda m: nn.Sequential(m).to(torch.bfloat16),
+    ]
+    for change in casts:
+        change(used)
+        for name, x in _own_buffers(used).items():
+            if name in kept:
+                assert x.dtype == kept[name].dtype, f"a cast made `{name}` {x.dtype}, which was {kept[name].dtype}"
+                assert torch.equal(x, kept[name]), f"a cast changed the values of `{name}`"
+    fresh = _module(op, make(op).call())
+    fresh.load_state_dict(saved, assign=True)
+    for name, x in _own_buffers(fresh).items():
+        assert name not in kept or x.dtype == kept[name].dtype, f"a checkpoint in bfloat16 made `{name}` {x.dtype}"
+
+
+def _own_buffers(made: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a Module and of those in it that torch does not define: its layers, in a net, are cast."""
+    return {
+        f"{path}.{name}".lstrip("."): x
+        for path, m in made.named_modules()
+        if not type(m).__module__.startswith("torch.")
+        for name, x in m._buffers.items()
+        if x is not None
+    }
+
+
 def unmodified(op: Operation) -> None:
     """Arguments keep their values, bit for bit, and were never written to."""
     for ex in (make(op), make(op).differentiable()):

@@ -49,6 +49,7 @@ CHECKS = (
     "seed",  # same generator state, same result; another state, another result
     "unmodified",  # arguments keep their values
     "state_dict",  # Modules: saved and loaded, the next call gives the same
+    "cast",  # Modules: their own buffers keep dtype and values under .half(), .bfloat16() and .type()
     "extreme_values",  # logits +-1e4 and features 1e-15..1e15: nothing non-finite
     "shape_errors",  # a transposed or truncated tensor raises ValueError or TypeError naming an argument
     "space",  # signals and volumes: as `Operation.space` says

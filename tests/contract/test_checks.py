@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from contract import checks
 from contract.registry import CHECKS, Call, Operation, Sample
+from udakit._state import FullPrecisionState
 
 
 def sound(logits: Tensor, labels: Tensor, *, class_weight: Tensor, ignore_index: int = 255) -> Tensor:
@@ -33,7 +34,7 @@ def sound(logits: Tensor, labels: Tensor, *, class_weight: Tensor, ignore_index:
     return (loss * class_weight.to(loss.dtype)[labels.where(valid, 0)] * valid).sum() / valid.sum().clamp_min(1)
 
 
-class Sound(nn.Module):
+class Sound(FullPrecisionState):
     def __init__(self, *, class_weight: Tensor, ignore_index: int = 255) -> None:
         super().__init__()
         if not isinstance(class_weight, Tensor) or class_weight.ndim != 1:
@@ -51,6 +52,11 @@ class WeightNotABuffer(Sound):
     def __init__(self, *, class_weight: Tensor) -> None:
         nn.Module.__init__(self)
         self.class_weight, self.ignore_index = class_weight, 255
+
+
+class Rounded(Sound):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return nn.Module._apply(self, fn, recurse)
 
 
 class OtherValue(Sound):
@@ -325,6 +331,7 @@ BROKEN = [
     ("unmodified", broken(writes_in_place), "was changed"),
     ("unmodified", broken(writes_the_same), "written to in place"),
     ("state_dict", Operation("forgetful", example, sound, ForgetfulState), "after load_state_dict"),
+    ("cast", Operation("rounded", example, sound, Rounded), "a cast made `class_weight` torch.float16"),
     ("extreme_values", broken(overflows), "non-finite"),
     ("extreme_values", broken(nan_gradient), "feature scale 0, pattern 0: non-finite entries in tensor 1"),
     ("extreme_values", broken(three_classes_at_least), "one_class"),

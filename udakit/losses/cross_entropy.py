@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Integer
-from torch import Tensor, nn
+from torch import Tensor
 
 from udakit._checks import (
     check_ignore_index,
@@ -31,6 +31,7 @@ from udakit._reduce import (
     upcast,
     zero_where_not_,
 )
+from udakit._state import FullPrecisionState
 
 
 def cross_entropy(
@@ -241,8 +242,11 @@ def reduce_labelled(
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
 
 
-class CrossEntropyLoss(nn.Module):
+class CrossEntropyLoss(FullPrecisionState):
     """Module version of [`cross_entropy`][udakit.losses.cross_entropy]; `class_weight` is a buffer.
+
+    Attributes:
+        class_weight: buffer (C,) of the dtype given, or None.
 
     Example:
         >>> import torch

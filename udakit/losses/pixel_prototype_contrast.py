@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from jaxtyping import Bool, Float, Integer
-from torch import Tensor, nn
+from torch import Tensor
 
 from udakit._checks import check_per_class, check_weight_option
 from udakit._reduce import Reduction, look_up, reduce_pixels, select, upcast
+from udakit._state import FullPrecisionState
 from udakit.losses._class_contrast import (
     check_contrast,
     check_contrast_options,
@@ -97,10 +98,13 @@ def pixel_prototype_contrast_loss(
     return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
 
 
-class PixelPrototypeContrastLoss(nn.Module):
+class PixelPrototypeContrastLoss(FullPrecisionState):
     """Module version of [`pixel_prototype_contrast_loss`][udakit.losses.pixel_prototype_contrast_loss].
 
     `class_weight` is a buffer. The prototypes are an argument of the call, because a `ClassPrototypes` holds them.
+
+    Attributes:
+        class_weight: buffer (C,) of the dtype given, or None.
 
     Example:
         >>> import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float, Integer
-from torch import Tensor, nn
+from torch import Tensor
 
 from udakit._checks import (
     check_device,
@@ -20,6 +20,7 @@ from udakit._checks import (
     shape_of,
 )
 from udakit._reduce import Reduction, check_reduction, divided, look_up, upcast
+from udakit._state import FullPrecisionState
 from udakit.losses._upsampled import sums_at_once, upsampled_loss, upsampled_sum
 from udakit.losses.cross_entropy import check_class_weight, reduce_labelled
 
@@ -121,8 +122,11 @@ def _check_options(ignore_index: int, align_corners: bool, chunk_rows: int | Non
     check_reduction(reduction)
 
 
-class UpsampledCrossEntropyLoss(nn.Module):
+class UpsampledCrossEntropyLoss(FullPrecisionState):
     """Module version of [`upsampled_cross_entropy`][udakit.losses.upsampled_cross_entropy]; `class_weight` is a buffer.
+
+    Attributes:
+        class_weight: buffer (C,) of the dtype given, or None.
 
     Example:
         >>> import torch

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxtyping import Bool, Integer
-from torch import Tensor, nn
+from torch import Tensor
 
 from udakit._checks import check_flag, check_mask_like
+from udakit._state import FullPrecisionState
 from udakit.mixing._random import Generators
 from udakit.mixing.batch import SegBatch, check_batches, mix
 from udakit.mixing.classes import Rounding, Scope, candidate_mask, check_draw, class_mask, draw_classes
@@ -47,13 +48,16 @@ def class_mix(
     return mix(mask, source, target)
 
 
-class ClassMix(nn.Module):
+class ClassMix(FullPrecisionState):
     """Draw classes of the source labels and paste their pixels onto the target batch.
 
     It calls `draw_classes`, `class_mask` and `class_mix`. The options are those of
     [`draw_classes`][udakit.mixing.draw_classes] and [`class_mask`][udakit.mixing.class_mask]. DACS is `ClassMix(19,
     include_ignore=True)`, and DAFormer adds `scope="batch"`. DiGA's self-training is `ClassMix(19, rounding="down",
     include_ignore=True, paste_ignore=True)`.
+
+    Attributes:
+        candidates: bool buffer (C,), the classes that may be drawn, or None for all.
 
     Example:
         >>> import torch

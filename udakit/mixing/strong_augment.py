@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from udakit._checks import kind_of, shape_of
 from udakit._reduce import full_precision, upcast
+from udakit._state import FullPrecisionState
 from udakit.mixing._photometric import Colours, Normalise, blur, gaussian_noise, per_image, sharpen
 from udakit.mixing._random import Generators, check_generators
 from udakit.mixing.augment_draw import StrongAugmentDraw, draw_strong_augment
@@ -138,12 +139,16 @@ def _touched(draw: StrongAugmentDraw) -> Tensor:
     return reduce(torch.logical_or, touched)
 
 
-class StrongAugment(nn.Module):
+class StrongAugment(FullPrecisionState):
     """Draw a strong augmentation for each image and apply it.
 
     A call is `strong_augment(images, draw_strong_augment(N, ...), mean=mean, std=std)`. The options are those of
     [`draw_strong_augment`][udakit.mixing.draw_strong_augment]; `mean` and `std` are buffers. Images that are not RGB
     skip saturation and hue, unless these were requested.
+
+    Attributes:
+        mean: float32 buffer (K,), or None.
+        std: float32 buffer (K,), or None.
 
     Example:
         >>> import torch

@@ -68,6 +68,10 @@ class EMATeacher(Average):
     **Source.** Tarvainen and Valpola 2017. DACS, DAFormer and DiGA average only the parameters (`buffers="keep"`).
     `running_share`: Schneider et al., NeurIPS 2020, for a whole target set; You et al., 2021, for each batch.
 
+    Attributes:
+        module: the averaged net.
+        step: int64 buffer (), the number of updates so far.
+
     Args:
         model: the student. It is copied (see `copy_net`), and no reference to it is kept.
         decay: alpha in [0, 1].
@@ -303,7 +307,7 @@ class EMATeacher(Average):
             yield name, x, "copy" if fixed else "ema" if is_parameter else self.buffers_policy
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> EMATeacher:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         self._make_masters()
         return self
 

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from udakit._checks import kind_of
+from udakit._state import FullPrecisionState
 
 __all__ = ["unwrap_model"]
 
 
-class Average(nn.Module):
+class Average(FullPrecisionState):
     """Marker for Modules that average a net. If one is stored inside that net, it does not count as a part of it."""
 
 
