@@ -297,6 +297,80 @@ def test_hooks_of_users_stay_behind() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in twin.modules())
 
 
+class Renaming(nn.Module):
+    """A net with hooks of its own on its `state_dict`, of every kind, and on a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 2, 1)
+        self.loads: list[str] = []
+        self.register_state_dict_post_hook(Renaming.stamp)
+        self.register_load_state_dict_pre_hook(Renaming.unstamp)
+        self._register_load_state_dict_pre_hook(self.note)
+        self.register_load_state_dict_post_hook(lambda module, keys: module.loads.append("loaded"))
+        self.head.register_forward_hook(lambda module, args, output: output.relu())
+        self.head.register_forward_pre_hook(Renaming.double)
+
+    @staticmethod
+    def stamp(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state[prefix + "stamp"] = torch.ones(())
+
+    @staticmethod
+    def unstamp(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        state.pop(prefix + "stamp")
+
+    def note(self, *args: Any) -> None:
+        self.loads.append("own")
+
+    @classmethod
+    def double(cls, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        return (2 * args[0],)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def test_hooks_of_users_on_a_state_dict_stay_behind_and_those_of_the_net_come_along() -> None:
+    net, seen = Renaming(), []
+    net.register_state_dict_pre_hook(lambda module, prefix, keep: seen.append("saves"))
+    net.register_state_dict_post_hook(lambda module, *args: seen.append(str(type(net))))
+    net.register_load_state_dict_pre_hook(lambda module, *args: seen.append("loads"))
+    net.register_load_state_dict_post_hook(functools.partial(lambda store, module, keys: store.append("done"), seen))
+    net._register_load_state_dict_pre_hook(lambda *args: seen.append("old"))
+    for twin in (copy_net(net), EMATeacher(net).module):
+        state = twin.state_dict()
+        assert "stamp" in state
+        twin.load_state_dict(state)
+        assert twin.loads == ["own", "loaded"]
+    assert not seen
+    assert not net.loads
+    net.load_state_dict(net.state_dict())
+    assert len(seen) == 5
+
+
+def test_hooks_that_the_class_of_a_net_defines_come_along() -> None:
+    net = Renaming()
+    assert torch.equal(copy_net(net)(IMAGES), net(IMAGES))
+
+
+def test_a_hook_made_with_the_net_that_cannot_be_copied_is_refused() -> None:
+    class Scaled(nn.Conv2d):
+        def __init__(self, scale: list[float]) -> None:
+            super().__init__(3, 2, 1)
+            self.register_forward_hook(lambda module, args, output: output * scale[0])
+
+    with pytest.raises(ValueError, match=r"the net itself has a hook, .*<lambda>, that uses an object of a closure"):
+        copy_net(Scaled([2.0]))
+
+    class Stamped(nn.Conv2d):
+        def __init__(self) -> None:
+            super().__init__(3, 2, 1)
+            self.register_state_dict_post_hook(lambda module, state, *args: state.update(bias=self.bias))
+
+    with pytest.raises(ValueError, match=r"the net itself has a hook, .*<lambda>, a function that refers to the net"):
+        copy_net(Stamped())
+
+
 def test_a_global_of_an_attributes_name_is_no_store_of_the_net() -> None:
     """A notebook that keeps `features = {}` beside a net with an attribute `features`."""
     space: dict[str, Any] = {"nn": nn}

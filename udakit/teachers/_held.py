@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
@@ -37,6 +37,13 @@ _ATOMS = (
 )
 _SHARED = (types.FunctionType, weakref.ReferenceType, *weakref.ProxyTypes)  # what `deepcopy` does not copy
 _CONTAINERS = (list, tuple, set, frozenset, deque)
+_OF_TORCH = (
+    WeightNorm,
+    SpectralNorm,
+    BasePruningMethod,
+    SpectralNormStateDictHook,
+    SpectralNormLoadStateDictPreHook,
+)
 _QUANTISATION = "torch.ao."  # a `qconfig` has closures over the net: they ask for its device where a quantiser is made
 
 
@@ -48,6 +55,9 @@ class Held:
         self.packages = {
             "torch",
             *(type(m).__module__.split(".")[0] for m in modules.values() if "." in type(m).__module__),
+        }
+        self.kinds = {
+            (kind.__module__, f"{kind.__qualname__}.") for m in modules.values() for kind in _own_kinds(type(m))
         }
         self.stores = {
             id(x) for kind in {type(m) for m in modules.values()} for f in _methods(kind) for x in _stores(f)
@@ -119,11 +129,15 @@ class Held:
                 return True
         return False
 
-    def keeps(self, name: str, hook: Any) -> bool:
-        """Whether a hook on calls belongs to the net; raise if it does and cannot be copied."""
+    def keeps(self, name: str, hook: Any, *, on_calls: bool = True) -> bool:
+        """Whether a hook belongs to the net; raise if it does and cannot be copied.
+
+        A hook on calls that does not belong to the net but leads to it, or to what its code reads, is refused as well:
+        it may be what the net computes with. A hook on a `state_dict` is not.
+        """
         while type(hook).__name__ == "_WrappedHook":
             hook = hook.hook
-        if isinstance(hook, (WeightNorm, SpectralNorm, BasePruningMethod)):
+        if isinstance(hook, _OF_TORCH):
             return True
         function = hook
         own = False
@@ -132,19 +146,25 @@ class Held:
             function = function.func
         if isinstance(function, types.MethodType):
             own = own or self._holds(function.__self__)
-            function = function.__func__ if own else None
+            function = function.__func__ if own or isinstance(function.__self__, type) else None
         elif not isinstance(function, types.FunctionType):
             return own or self._holds(function)
         if function is None:
             return False
-        if self._refers(function, is_hook=not own):
+        of_class = self._defined_with(function, "")
+        if (on_calls or own or of_class) and self._refers(function, is_hook=not own):
             raise copy_error(
                 name,
                 f"has a hook, {_title(function)}, a function that refers to the net. On a copy it would still work for "
                 "the original. Remove it until the copy is made.",
             )
-        kept = own or ((function.__module__ or "").split(".")[0] in self.packages and _is_pure(hook))
-        if not kept and any(id(x) in self.stores for x in _stores(function)):
+        pure = _is_pure(function if isinstance(hook, types.MethodType) else hook)
+        kept = own or (pure and (of_class or (function.__module__ or "").split(".")[0] in self.packages))
+        if not on_calls:
+            return kept or of_class
+        if not kept and (
+            self._defined_with(function, "__init__.<locals>.") or any(id(x) in self.stores for x in _stores(function))
+        ):
             raise copy_error(
                 name,
                 f"has a hook, {_title(function)}, that uses {self._store_of(function)}, as the code of the net does. "
@@ -154,11 +174,16 @@ class Held:
             )
         return kept
 
+    def _defined_with(self, function: types.FunctionType, where: str) -> bool:
+        """Whether a function is defined in a class of the net; `where` narrows it to a method."""
+        module, name = function.__module__, function.__qualname__
+        return any(module == place and name.startswith(kind + where) for place, kind in self.kinds)
+
     def _store_of(self, function: types.FunctionType) -> str:
-        """Name a list or dict that a function shares with the code of the net."""
+        """Name what a function shares with the code of the net."""
         shared = {id(x) for x in _stores(function)} & self.stores
         names = [name for name, x in function.__globals__.items() if id(x) in shared]
-        return f"the global `{names[0]}`" if names else "a list or dict of a closure"
+        return f"the global `{names[0]}`" if names else "an object of a closure"
 
     def _holds(self, x: object) -> bool:
         return id(x) in self.net or id(x) in self.ids
@@ -198,10 +223,14 @@ def _parts(x: Any) -> list[Any]:
     return [*getattr(x, "__dict__", {}).values()]
 
 
+def _own_kinds(kind: type) -> list[type]:
+    """A class and its bases, without those of torch."""
+    return [base for base in kind.__mro__ if base is not object and base.__module__.split(".")[0] != "torch"]
+
+
 def _methods(kind: type) -> list[types.FunctionType]:
     """The functions of a class that torch does not define, including those of properties and static methods."""
-    known = [base for base in kind.__mro__ if base is not object and base.__module__.split(".")[0] != "torch"]
-    members = [f for base in known for f in vars(base).values()]
+    members = [f for base in _own_kinds(kind) for f in vars(base).values()]
     members += [f.fget for f in members if isinstance(f, property)]
     members += [f.__func__ for f in members if isinstance(f, (staticmethod, classmethod))]
     return [f for f in members if isinstance(f, types.FunctionType)]

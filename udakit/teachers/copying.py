@@ -20,6 +20,12 @@ from udakit.teachers.unwrap import named_state, unwrap_all, unwrap_model, withou
 __all__ = ["copy_net"]
 
 _CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 FROZEN = (
     "`torch.jit.freeze` made its weights constants, so there is nothing to copy or to average. Use the net as it was "
@@ -37,7 +43,8 @@ def copy_net(model: nn.Module) -> nn.Module:
 
     A `forward` that was set on the net itself works on the copy. So do hooks that are methods of the net or of objects
     in it, the hooks with which torch computes weights (`weight_norm`, `spectral_norm`, `prune`), and hooks that the
-    library of the net added. All other hooks on calls are not copied: an open `FeatureTap` does not see the copy.
+    library or a class of the net defines. All other hooks are not copied, be they on calls or on the `state_dict`: an
+    open `FeatureTap` does not see the copy.
 
     Args:
         model: a net, wrapped or not.
@@ -176,14 +183,15 @@ def unsaved_buffers(model: nn.Module) -> Iterator[str]:
 def _empty_hooks(
     modules: dict[str, nn.Module], held: Held, memo: dict[int, Any]
 ) -> list[tuple[OrderedDict[int, Any], dict[int, Any]]]:
-    """Let `deepcopy` find no hooks on calls; return each hook dictionary of the copy with its future hooks."""
+    """Let `deepcopy` find no hooks; return each hook dictionary of the copy with its future hooks."""
     pairs = []
     for name, module in modules.items():
         keys: set[int] = set()
-        for hooks in (vars(module).get(kind) for kind in _CALL_HOOKS):
-            if hooks:
+        for kind in (*_CALL_HOOKS, *_STATE_HOOKS):
+            if hooks := vars(module).get(kind):
                 memo[id(hooks)] = target = OrderedDict[int, Any]()
-                kept = {key: hook for key, hook in hooks.items() if held.keeps(name, hook)}
+                on_calls = kind in _CALL_HOOKS
+                kept = {key: hook for key, hook in hooks.items() if held.keeps(name, hook, on_calls=on_calls)}
                 keys.update(kept)
                 pairs.append((target, kept))
         for flags in (vars(module).get(kind) for kind in _HOOK_FLAGS):
