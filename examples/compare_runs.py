@@ -41,7 +41,7 @@ from rich.markup import escape
 from gta2cs import html, report
 from gta2cs.comparison import Comparison, number, title, where
 from gta2cs.config import check_same_run
-from gta2cs.histories import read_run
+from gta2cs.histories import as_written, read_run
 from gta2cs.label_free import DEFAULT, DIRECTIONS
 from gta2cs.lists import read_text
 from gta2cs.options import changed, in_a_line, read_yaml
@@ -88,7 +88,8 @@ def check_finished(folder: Path, config: Any) -> None:
     """Refuse a setting that has changed since its run was finished: the page would give the old run its name."""
     path = folder / "history.json"
     if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+        with as_written(path):
+            saved = json.loads(path.read_text(encoding="utf-8"))["config"]
         try:
             check_same_run(saved, config, max(len(saved["stages"]), len(config.stages)), folder)
         except ValueError as error:

@@ -315,6 +315,33 @@ def test_what_is_refused(tmp_path, capsys):
     assert "--config and --out are about the runs of a --sweep" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        *((text, "not so inside") for text in (b"[]", b"null", b"{}", b'{"config": 1, "stages": [], "choice": null}')),
+        (b'{"config": {}, "stages": [{"name": "dacs"}], "choice": null}', "not so inside"),
+    ],
+)
+def test_a_history_that_the_loop_did_not_write_is_named(tmp_path, capsys, text, why):
+    (tmp_path / "history.json").write_bytes(text)
+    assert compare_runs.main([str(tmp_path), "--page", str(tmp_path / "page.html")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"Expected {tmp_path / 'history.json'} to be as train_gta2cs.py wrote it, but it is {why}" in said
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_history_with_a_choice_of_another_kind_is_named(tmp_path):
+    folder = write_run(tmp_path / "a", [0.6], [])
+    saved = json.loads((folder / "history.json").read_text())
+    for choice in (3, {"net": "student"}, []):
+        (folder / "history.json").write_text(json.dumps({**saved, "choice": choice}))
+        with pytest.raises(ValueError, match=r"history\.json to be as train_gta2cs\.py wrote it"):
+            read_run(folder)
+
+
 def test_settings_of_a_sweep(tmp_path):
     base = {"seed": 0, "stages": [{"recipe": "source_only"}, {"recipe": "dacs", "lr": 1e-4}]}
     path = tmp_path / "sweep.yaml"

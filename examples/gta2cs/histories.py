@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -119,9 +121,25 @@ def read_run(folder: Path) -> RunNets:
 
     Raises:
         FileNotFoundError: there is neither.
-        ValueError: the run was stopped before there were label-free scores, or is older than they are.
+        ValueError: the run was stopped before there were label-free scores, or is older than they are; or the file is
+            not what the loop wrote.
     """
     path = folder / "history.json"
+    with as_written(path if path.is_file() else folder):
+        return _read_run(folder, path)
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Context in which what is read of a run is as the loop wrote it; otherwise an error names the file."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        why = "not JSON" if isinstance(error, ValueError) else f"not so inside ({type(error).__name__}: {error})"
+        raise ValueError(f"Expected {path} to be as train_gta2cs.py wrote it, but it is {why}.") from None
+
+
+def _read_run(folder: Path, path: Path) -> RunNets:
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
         config, stages, choice = saved["config"], saved["stages"], saved["choice"]
@@ -177,6 +195,8 @@ def read_run(folder: Path) -> RunNets:
     adapts = whole or recipe != "source_only" or all(s["recipe"] == "source_only" for s in config["stages"])
     places = zip(map(stage_folder, range(len(stages)), names), begins, done, strict=True)
     where = tuple(StageSaved(*place) for place in places)
+    if choice is not None and not {"stage", "step", "net"} <= {*choice}:
+        raise KeyError("choice")
     select = config.get("select", "")
     return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, whole, adapts, where, select)
 
