@@ -435,3 +435,14 @@ def test_every_kind_of_number_is_a_number(given: Any) -> None:
 @pytest.mark.parametrize("given", [2, np.int64(2)])
 def test_every_kind_of_integer_is_an_integer(given: Any) -> None:
     assert partial(u.class_means, FEATURES, LABELS)(num_classes=given)[1].shape == (2,)
+
+
+def test_one_hot_labels_hear_of_argmax() -> None:
+    logits = torch.zeros(1, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"If it is one-hot, take the ids with \.argmax\(1\)\. If `logits` lacks"):
+        u.cross_entropy(logits, torch.zeros(1, 3, 4, 4, dtype=torch.int64))
+
+
+def test_a_choice_of_no_class_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"`chosen` to be \(N, C\) matching `labels` \(1, 2, 2\), but got \(1, 0\)"):
+        u.class_mask(torch.zeros(1, 2, 2, dtype=torch.int64), torch.zeros(1, 0, dtype=torch.bool))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import queue
 import threading
 import types
 import warnings
@@ -590,6 +591,11 @@ REFUSED: dict[str, tuple[Callable[[nn.Module], None], str]] = {
     "tensor with a graph": (_graph, r"submodule 'head' holds a tensor with a graph in `last`"),
     "weak reference": (_weak, r"submodule 'head' has a `parent` of its own"),
     "weak proxy": (_proxy, r"submodule 'head' has a `parent` of its own"),
+    "cached method": (
+        lambda net: setattr(net.body, "rows", functools.lru_cache(net.body.extra_repr)),
+        r"submodule 'body' has a `rows` of its own",
+    ),
+    "queue": (lambda net: setattr(net.body, "jobs", queue.Queue()), r"'body' holds a Queue in `jobs`: cannot pickle"),
     "lock": (lambda net: setattr(net.body, "lock", threading.Lock()), r"'body' holds a lock in `lock`: cannot pickle"),
     "lazy": (lambda net: setattr(net, "neck", nn.LazyLinear(3)), r"submodule 'neck' is lazy: weight, bias has no"),
     "generator": (

@@ -194,6 +194,11 @@ def _map_hint(
             if "logits" in reference_name
             else ""
         )
+        if reference.ndim > 3:
+            return (
+                " If it is one-hot, take the ids with .argmax(1). If "
+                f"`{reference_name}` lacks its channel axis, add it with .unsqueeze(1){one}."
+            )
         return f" Add the channel axis of `{reference_name}` with .unsqueeze(1){one}."
     if (channels and x.ndim < 5 and x.shape[1:] == reference.shape[1:]) or x.shape == reference.shape[1:]:
         return f" If `{reference_name}` is of a single image, add the batch axis with .unsqueeze(0)."

@@ -190,7 +190,8 @@ def class_mask(
         )
     wanted = "C" if num_classes is None else f"{num_classes} or {num_classes + 1}"
     columns = num_classes if num_classes is not None or chosen.ndim != 2 else chosen.shape[1]
-    if columns is None or chosen.ndim != 2 or chosen.shape[0] != len(labels) or chosen.shape[1] - columns not in (0, 1):
+    matches = chosen.ndim == 2 and chosen.shape[0] == len(labels)
+    if not columns or not matches or chosen.shape[1] - columns not in (0, 1):
         raise ValueError(
             f"Expected `chosen` to be (N, {wanted}) matching `labels` {shape_of(labels)}, but got {shape_of(chosen)}."
         )

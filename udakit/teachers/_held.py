@@ -35,7 +35,13 @@ _ATOMS = (
     type(None),
     RemovableHandle,
 )
-_SHARED = (types.FunctionType, weakref.ReferenceType, *weakref.ProxyTypes)  # what `deepcopy` does not copy
+_CACHED: type = type(functools.lru_cache(len))
+_SHARED: tuple[type, ...] = (
+    types.FunctionType,
+    _CACHED,
+    weakref.ReferenceType,
+    *weakref.ProxyTypes,
+)  # what `deepcopy` does not copy
 _CONTAINERS = (list, tuple, set, frozenset, deque)
 _OF_TORCH = (
     WeightNorm,
@@ -214,6 +220,8 @@ def _parts(x: Any) -> list[Any]:
         return [x.__func__, x.__self__]
     if isinstance(x, functools.partial):
         return [x.func, *x.args, *x.keywords.values(), *vars(x).values()]
+    if isinstance(x, _CACHED):
+        return [*vars(x).values()]  # the function is its `__wrapped__`
     if isinstance(x, weakref.ReferenceType):
         return [x()]
     if isinstance(x, Mapping):

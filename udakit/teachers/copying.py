@@ -87,6 +87,7 @@ def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device
             memo.setdefault(id(x), x.detach().to(device, copy=True))
     held = Held(modules, memo)
     hooks = _empty_hooks(modules, held, memo)
+    before = dict(memo)  # without what a copy that fails leaves half done
     try:
         for wrapper in reversed(_wrappers(inner)):
             memo[id(wrapper)] = copy.deepcopy(unwrap_model(wrapper), memo)
@@ -94,7 +95,7 @@ def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device
         for target, kept in hooks:  # only now, because they refer to modules of the copy
             target.update({key: copy.deepcopy(hook, memo) for key, hook in kept.items()})
     except Exception as error:
-        raise copy_error(*_culprit(modules, memo, error)) from error
+        raise copy_error(*_culprit(modules, before, error)) from error
     return unwrap_all(twin)
 
 
