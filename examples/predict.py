@@ -103,6 +103,8 @@ def main(config: Config) -> int:
     check_window(config.window, config.stride)
     check_values(config)
     trained = Trained.open(config.checkpoint, config.classes)
+    if config.checkpoint.is_dir() and not (config.checkpoint / "history.json").is_file():
+        console.print(f"The run has not finished. This is the net that it has chosen so far: {trained.title}.")
     if config.evaluate:
         score(config, trained)
         return 0

@@ -297,6 +297,18 @@ def test_evaluate_prints_the_table_of_training(tmp_path, capsys, monkeypatch):
     assert "teacher" not in table
 
 
+def test_the_folder_of_an_unfinished_run_says_so(checkpoint, images, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(checkpoint, run / "best.pt")
+    arguments = f"--checkpoint {run} --images {images / 'a.png'} --overwrite --out {tmp_path}/"
+    predict.main(predict.parse((arguments + "early").split()))
+    assert "has not finished" in capsys.readouterr().out
+    (run / "history.json").write_text("[]")
+    predict.main(predict.parse((arguments + "late").split()))
+    assert "has not finished" not in capsys.readouterr().out
+
+
 def test_classes_of_a_pair_whose_folders_are_gone(tmp_path):
     config = train_gta2cs.plain(train_gta2cs.Config(data=train_gta2cs.DataConfig(pair="folder", data_root=tmp_path)))
     nets = {"student": {"iou": {"sky": 1.0, "ground": 2.0}, "means": {"mIoU": 1.5}}}
