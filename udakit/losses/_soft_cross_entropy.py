@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import BLOCK, exp_, learns, plain, refuse_transforms, upcast, zero_where_not_
+from udakit._reduce import BLOCK, LOG_2, learns, plain, refuse_transforms, upcast, zero_where_not_
 
 
 def soft_cross_entropy(
@@ -41,32 +41,67 @@ def _forward(
     s, t = student.flatten(2), teacher.flatten(2)
     mask = None if valid is None else valid.flatten(1).unsqueeze(1)
     n, c, size = s.shape
-    loss = s.new_empty((n, size))
+    loss = s.new_empty((n, 1, size))
     kept = torch.empty_like(s, memory_format=torch.contiguous_format) if keep else s.new_empty((0,))
     # A GPU takes the whole batch. The CPU takes pieces of an image, so that intermediate values stay in its cache.
-    images, pixels = (1, max(BLOCK // max(c, 1), 1)) if s.device.type == "cpu" else (max(n, 1), max(size, 1))
-    # Allocating memory for every block would cost more than the sums.
+    on_cpu = s.device.type == "cpu"
+    images, pixels = (1, max(BLOCK // max(c, 1), 1)) if on_cpu else (max(n, 1), max(size, 1))
+    piece = _piece_on_cpu if on_cpu else _piece
+    # Allocating memory for every piece would cost more than the sums.
     buffers = s.new_empty((4 if kl else 3, images * c * min(pixels, size)))
     for i in range(0, n, images):
         for j in range(0, size, pixels):
             at = slice(i, i + images), slice(None), slice(j, j + pixels)
-            x, q, log_p, *rest = buffers[:, : s[at].numel()].view(-1, *s[at].shape)
-            if kl:
-                torch.log_softmax(_divided(t[at], temperature, x), dim=1, out=rest[0])
-                exp_(q.copy_(rest[0]))
-                rest[0].clamp_min_(torch.finfo(s.dtype).min)  # 0 log 0 is 0
-            else:
-                torch.softmax(_divided(t[at], temperature, x), dim=1, out=q)
-            torch.log_softmax(_divided(s[at], temperature, x), dim=1, out=log_p)
-            ratio = torch.sub(log_p, rest[0], out=rest[0]) if kl else log_p
-            torch.sum(torch.mul(ratio, q, out=x), dim=1, out=loss[at[0], at[2]])
-            if keep:
-                torch.sub(exp_(log_p), q, out=kept[at])
-                if mask is not None:
-                    zero_where_not_(mask[at], kept[at])
+            x, y = s[at], t[at]
+            gradient = kept[at] if keep else None
+            piece(x, y, temperature, kl, list(buffers[:, : x.numel()].view(-1, *x.shape)), loss[at], gradient)
+            if keep and mask is not None:
+                zero_where_not_(mask[at], kept[at])
     if mask is not None:
-        zero_where_not_(mask.squeeze(1), loss)
+        zero_where_not_(mask, loss)
     return loss.view(n, *student.shape[2:]).mul_(-(temperature**2)), kept
+
+
+def _piece(
+    s: Tensor, t: Tensor, temperature: float, kl: bool, buffers: list[Tensor], loss: Tensor, kept: Tensor | None
+) -> None:
+    """Write the sum of q log p, with `kl` of q (log p - log q), to `loss` (N, 1, P), and p - q to `kept`."""
+    x, q, log_p, *rest = buffers
+    if kl:
+        torch.log_softmax(_divided(t, temperature, x), dim=1, out=rest[0])
+        torch.exp(rest[0], out=q)
+        rest[0].clamp_min_(torch.finfo(s.dtype).min)  # 0 log 0 is 0
+    else:
+        torch.softmax(_divided(t, temperature, x), dim=1, out=q)
+    torch.log_softmax(_divided(s, temperature, x), dim=1, out=log_p)
+    ratio = torch.sub(log_p, rest[0], out=rest[0]) if kl else log_p
+    torch.sum(torch.mul(ratio, q, out=x), dim=1, keepdim=True, out=loss)
+    if kept is not None:
+        torch.sub(log_p.exp_(), q, out=kept)
+
+
+def _piece_on_cpu(
+    s: Tensor, t: Tensor, temperature: float, kl: bool, buffers: list[Tensor], loss: Tensor, kept: Tensor | None
+) -> None:
+    """The same with the softmax spelled out: `exp2` is three times as fast as `exp`, and each is computed once."""
+    log_p, p, q, *rest = buffers
+    scale = 1 / (temperature * LOG_2)
+
+    def powers(logits: Tensor, exponents: Tensor, out: Tensor) -> Tensor:
+        """Softmax in `out`, times its sum over the classes, which is returned; and its exponents of 2."""
+        torch.sub(logits, logits.amax(1, keepdim=True), out=exponents).mul_(scale)
+        return torch.exp2(exponents, out=out).sum(1, keepdim=True)
+
+    total_of_q = powers(t, rest[0] if kl else q, q)
+    total_of_p = powers(s, log_p, p)
+    log_sum = total_of_p.log2()
+    if kl:
+        log_p.sub_(rest[0].clamp_min_(torch.finfo(s.dtype).min))  # 0 log 0 is 0
+        log_sum.sub_(total_of_q.log2())
+    torch.sum(log_p.mul_(q), dim=1, keepdim=True, out=loss)
+    loss.div_(total_of_q).sub_(log_sum).mul_(LOG_2)
+    if kept is not None:
+        torch.mul(p, total_of_p.reciprocal_(), out=kept).addcmul_(q, total_of_q.reciprocal_(), value=-1)
 
 
 def _divided(logits: Tensor, temperature: float, out: Tensor) -> Tensor:

@@ -125,7 +125,9 @@ def matched_kd_loss(
     reduction: Reduction,
 ) -> Tensor:
     """`kd_loss` of two maps from `match_logits`; nothing is checked."""
-    if teacher_kind == "logits" and is_large(student):
+    # One node for a compiler: what it would make of the operators takes three times as long on a CPU.
+    in_pieces = is_large(student) or (torch.compiler.is_compiling() and student.device.type == "cpu")
+    if teacher_kind == "logits" and in_pieces:
         loss = soft_cross_entropy(student, teacher, temperature, valid, kl=divergence == "kl")
         return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=True)
     loss, zeroed = whole_soft_cross_entropy(student, teacher, temperature, valid, divergence, teacher_kind)
