@@ -33,6 +33,7 @@ import numpy as np
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
@@ -432,7 +433,7 @@ def _two(value: float) -> str:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Scores against the truth: a column a pair, a row a score, a colour a run, crosses for bad ones."""
+    """Scores against the truth: a column a pair, a row a score; a star is where runs start, a cross is of a bad run."""
     pairs = by_pair(runs)
     names = [name for name in SHOWN if name in score_names(runs)] or score_names(runs)[:4]
     figure, axes = plt.subplots(
@@ -440,10 +441,11 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     )
     for line, name in zip(axes, names, strict=True):
         for axis, (pair, members) in zip(line, pairs.items(), strict=True):
-            for number, run in enumerate(members):
+            for run in members:
                 x = [np.nan if net["scores"][name] is None else net["scores"][name] for net in run["checkpoints"]]
                 y = [net["truth_miou"] for net in run["checkpoints"]]
-                axis.scatter(x, y, s=12, color=f"C{number % 10}", marker="x" if run.get("bad") else "o", alpha=0.7)
+                color, marker = ("C3", "x") if run.get("bad") else ("C0", "o")
+                axis.scatter(x, y, s=6, lw=0.5, color=color, marker=marker, alpha=0.5)
                 if run.get("start"):
                     axis.scatter(run["start"]["scores"][name], run["start"]["truth_miou"], s=45, color="k", marker="*")
             axis.set_title(f"{pair_name(pair)}, ρ = {_two(pair_correlation(members, name))}", fontsize=9)
@@ -453,6 +455,8 @@ def draw(runs: Sequence[Run], path: Path) -> None:
         line[0].set_ylabel("mIoU on target, %", fontsize=8)
     figure.savefig(path, dpi=80)
     plt.close(figure)
+    with Image.open(path) as picture:  # few colours, for a small file
+        picture.convert("RGB").quantize(24, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 # --- collecting -----------------------------------------------------------------------------------

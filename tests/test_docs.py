@@ -120,3 +120,8 @@ def test_every_table_of_options_has_a_line_an_option() -> None:
         assert len(hooks.option_table(ROOT / match["path"], match["name"]).splitlines()) > 2, match["name"]
     table = hooks.option_table(ROOT / "examples" / "gta2cs" / "config.py", "NetConfig")
     assert "| `take` | `Literal['all', 'encoder', 'some']` | `'all'` | What to load" in table
+
+
+@pytest.mark.parametrize("picture", sorted((ROOT / "docs").rglob("*.png")), ids=lambda path: path.name)
+def test_pictures_are_small(picture):
+    assert picture.stat().st_size <= 200_000, "a picture has at most 200 kB (CONTRIBUTING.md)"
