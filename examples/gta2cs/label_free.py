@@ -55,9 +55,9 @@ BY_CLASS = "confident_consistency"  # decides scale, colours, BatchNorm statisti
 MARGIN = 0.01  # differences of a hundredth say nothing
 STUDY = "In udakit's study of eight pairs of domains, the rank correlation of this score with the true mIoU was"
 RELIABILITY = {
-    "balanced_consistency": f"{STUDY} 0.24 to 0.86, where 1 is a perfect order and 0 chance. "
+    "balanced_consistency": f"{STUDY} 0.24 to 0.87, where 1 is a perfect order and 0 chance. "
     "Differences of a hundredth say nothing.",
-    "confident_consistency": f"{STUDY} -0.29 to 0.97: it can point the wrong way.",
+    "confident_consistency": f"{STUDY} -0.29 to 0.96: it can point the wrong way.",
     "mirror_consistency": f"{STUDY} -0.48 to 0.97: it can point the wrong way.",
 }
 UNRELIABLE = (
