@@ -24,6 +24,7 @@ TORCH |= {"is_nonzero", "allclose", "histc"}
 # Reading files and counting classes happen before training, on the CPU. (file, function) -> why.
 ALLOWED: dict[tuple[str, str], str] = {
     ("mixing/images.py", "check_images"): "looks at the values because it is asked to, to name their range",
+    ("mixing/masks.py", "_filled"): "reads where boxes lie on the CPU only, where nobody waits for them",
     ("labels/ids.py", "check_labels"): "looks at the values because it is asked to, to name the wrong ids",
     ("teachers/_sharing.py", "_make_own"): "compares a checkpoint with what is shared, when it is loaded",
     ("resolution/detail.py", "first_cells"): "reads the places of crops on the CPU only, where nobody waits for them",

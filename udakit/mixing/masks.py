@@ -67,7 +67,7 @@ def draw_box_mask(
     if axes > 2:
         u[1:axes] = u[1:axes].sort(dim=0).values
     if type(u) is Tensor and is_eager_on_cpu(u):
-        return _filled(n, size, _spans(size, area, u.numpy()))
+        return _filled(n, size, area, u)
     inside: Tensor | None = None
     for i, (start, end) in enumerate(_spans(size, area, u)):
         place = torch.arange(size[i], dtype=torch.float32, device=device)
@@ -92,12 +92,12 @@ def _spans(size: Sequence[int], area: tuple[float, float], u: Any) -> list[tuple
     return spans
 
 
-def _filled(n: int, size: Sequence[int], spans: list[tuple[Any, Any]]) -> Tensor:
+def _filled(n: int, size: Sequence[int], area: tuple[float, float], u: Tensor) -> Tensor:
     """Masks with their boxes filled in, which a CPU does without looking at any other pixel."""
     masks = torch.zeros(n, *size, dtype=torch.bool, device="cpu")
-    corners = np.concatenate([x for span in spans for x in span], axis=1).astype(int).tolist()
-    for mask, (*ends,) in zip(masks.numpy(), corners, strict=True):
-        mask[tuple(slice(*ends[i : i + 2]) for i in range(0, len(ends), 2))] = True
+    ends = [x for span in _spans(size, area, u.numpy()) for x in span]
+    for mask, box in zip(masks.numpy(), np.concatenate(ends, axis=1).astype(int).tolist(), strict=True):
+        mask[tuple(slice(*box[i : i + 2]) for i in range(0, len(box), 2))] = True
     return masks
 
 
