@@ -95,6 +95,7 @@ def _spans(size: Sequence[int], area: tuple[float, float], u: Any) -> list[tuple
 def _filled(n: int, size: Sequence[int], area: tuple[float, float], u: Tensor) -> Tensor:
     """Masks with their boxes filled in, which a CPU does without looking at any other pixel."""
     masks = torch.zeros(n, *size, dtype=torch.bool, device="cpu")
+    # Both tensors are in the CPU's own memory (see `draw_box_mask`), so reading them does not wait.
     ends = [x for span in _spans(size, area, u.numpy()) for x in span]
     for mask, box in zip(masks.numpy(), np.concatenate(ends, axis=1).astype(int).tolist(), strict=True):
         mask[tuple(slice(*box[i : i + 2]) for i in range(0, len(box), 2))] = True
