@@ -47,7 +47,7 @@ class Comparison:
         """
         if run.chosen is not None and self.selects(run):  # of equal ones, its own
             return run.chosen
-        trained = [net for net in self.nets(run) if not net.get("target_statistics")]
+        trained = [net for net in run.nets if not net.get("target_statistics")]
         return run.deployed(max(trained, key=lambda net: (not self.lost(run, net), self.value(net))))
 
     def selects(self, run: RunNets) -> bool:
@@ -58,21 +58,18 @@ class Comparison:
         """Whether a net has lost a class of the run's source-only net."""
         return run.start is not None and bool(collapsed(run.start["shares"], net["shares"]))
 
-    def nets(self, run: RunNets) -> list[dict[str, Any]]:
-        """Source-only net and checkpoints."""
-        return [*([run.start] if run.start else []), *run.checkpoints]
-
     @property
     def all_nets(self) -> list[tuple[RunNets, dict[str, Any]]]:
         """Every net of every run, best first; those that have lost a class come last.
 
         A net with statistics of target has the place of the same net with those of its training.
         """
-        pairs = [(run, net) for run in self.runs for net in self.nets(run)]
+        pairs = [(run, net) for run in self.runs for net in run.nets]
+        used = {id(self.best(run)) for run in self.runs}
 
         def rank(pair: tuple[RunNets, dict[str, Any]]) -> tuple[bool, float, bool]:
             run, net = pair
-            return not self.lost(run, net), self.value(run.as_trained(net)), net is self.best(run)
+            return not self.lost(run, net), self.value(run.as_trained(net)), id(net) in used
 
         return sorted(pairs, key=rank, reverse=True)
 
@@ -152,7 +149,7 @@ class Comparison:
                 start and start["scores"].get(self.score),
                 run.last["scores"][self.score],
             ]
-            truths = [net["truth_miou"] for net in self.nets(run) if net["truth_miou"] is not None]
+            truths = [net["truth_miou"] for net in run.nets if net["truth_miou"] is not None]
             true = [
                 best["truth_miou"],
                 start and start["truth_miou"],
@@ -212,7 +209,7 @@ class Comparison:
             return
         figure, axis = plt.subplots(figsize=(8, 4))
         for number_, run in enumerate(self.runs):
-            nets = [net for net in scored(self.nets(run), self.score) if net["truth_miou"] is not None]
+            nets = [net for net in scored(run.nets, self.score) if net["truth_miou"] is not None]
             for net in nets:
                 star = net is run.start
                 axis.plot(

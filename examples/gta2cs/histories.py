@@ -62,11 +62,16 @@ class RunNets:
         return next(net for net in self.checkpoints if net["step"] == step)
 
     @property
+    def nets(self) -> list[dict[str, Any]]:
+        """Source-only net and checkpoints."""
+        return [*([self.start] if self.start else []), *self.checkpoints]
+
+    @property
     def chosen(self) -> dict[str, Any] | None:
         """The net of `best.pt`; None where the history does not tell of it."""
         choice = self.choice or {}
         share = choice.get("target_statistics", 0.0)
-        for net in [*([self.start] if self.start else []), *self.checkpoints]:
+        for net in self.nets:
             if net["net"].partition(",")[0] != choice.get("net") or net.get("target_statistics", 0.0) != share:
                 continue
             if choice["net"] == "source_only" or self.place_of(net) == (choice["stage"], choice["step"]):
@@ -89,8 +94,7 @@ class RunNets:
         """A net with the BatchNorm statistics of its training, with which nets are compared."""
         if not net.get("target_statistics"):
             return net
-        nets = [*([self.start] if self.start else []), *self.checkpoints]
-        return next((n for n in nets if not n.get("target_statistics") and same_weights(n, net)), net)
+        return next((n for n in self.nets if not n.get("target_statistics") and same_weights(n, net)), net)
 
     def file_of(self, net: dict[str, Any]) -> Path | None:
         """The checkpoint that holds a net; None where it was not kept."""
