@@ -61,6 +61,7 @@ WHOLE: dict[str, tuple[tuple[Any, str], ...]] = {
     "scores without labels": ((choosing, "score_without_labels"), (job, "score_without_labels")),
     "checkpoints": ((StageState, "save"), (choosing, "save_choice")),
     "BatchNorm statistics of target": ((job, "adapt_batch_norm"),),
+    "choice of target's statistics": ((job, "try_target_statistics"),),
     "report and pictures": ((job, "write_report"),),
 }
 PARTS: dict[str, tuple[tuple[Any, str], ...]] = {

@@ -1,6 +1,8 @@
 """One central hypothesis profile, one thread, and the root of the optional real data."""
 
+import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -23,6 +25,21 @@ def data_root() -> Path:
     if not (Path(root) / "camvid").is_dir():
         pytest.skip(f"UDAKIT_DATA={root} has no folder camvid/")
     return Path(root)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scenes_are_drawn_once() -> Iterator[None]:
+    """Each scene of the built-in pair, which many runs load. Tests of `render` itself hold the plain function."""
+    from gta2cs import toy
+
+    draw = functools.lru_cache(maxsize=2048)(toy.render)  # 4 KB to 100 KB each
+
+    def render(*arguments: object) -> tuple[object, ...]:
+        return tuple(array.copy() for array in draw(*arguments))  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "render", render)
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
