@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 FOREIGN = ("torchvision", "matplotlib", "PIL", "segmentation_models_pytorch", "transformers", "accelerate", "rich")
 FOREIGN += ("torchmetrics", "jsonargparse", "timm")
+SLOW = ("torchmetrics", "timm", "segmentation_models_pytorch", "transformers", "torchvision")  # together 6 s
+EXAMPLES = str(Path(__file__).resolve().parent.parent / "examples")
 
 
 def _python(code: str, *flags: str) -> str:
@@ -25,6 +28,12 @@ def test_import_is_silent() -> None:
 def test_import_needs_no_dependency_of_the_examples() -> None:
     loaded = _python(f"import sys, udakit; print(*[m for m in {FOREIGN} if m in sys.modules])")
     assert not loaded.strip(), f"import udakit imports {loaded}"
+
+
+def test_help_and_errors_of_the_examples_do_not_wait_for_slow_imports() -> None:
+    code = f"import sys; sys.path[:0] = [{EXAMPLES!r}]; import train_gta2cs, predict, compare_runs; "
+    loaded = _python(code + f"print(*[m for m in {SLOW} if m in sys.modules])")
+    assert not loaded.strip(), f"the examples import {loaded}"
 
 
 def test_import_leaves_torch_as_it_was() -> None:

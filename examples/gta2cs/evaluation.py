@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.classification import MulticlassConfusionMatrix
 
 from gta2cs.datasets import ClassSet, Labelled
 from gta2cs.loading import evaluation_batches, normalise
@@ -88,6 +87,8 @@ def evaluate(
 
     The ranks share the images and get the same score, that of rank 0's net, whose buffers are saved.
     """
+    from torchmetrics.classification import MulticlassConfusionMatrix  # takes seconds, which `--help` need not wait
+
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     net = of_rank_0(net)
     metric, near = (

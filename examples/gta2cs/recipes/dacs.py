@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from gta2cs.loading import Batch
@@ -260,6 +259,8 @@ def pseudo_loss(output: Any, pseudo: PseudoLabels | SegBatch, kind: str = "cross
 
 def make_projection(reference: nn.Module) -> nn.Module:
     """VFM-UDA++'s projection to the number of channels of the frozen encoder."""
+    from timm.layers import LayerNorm2d  # slow to import
+
     first = next(m for m in reference.modules() if isinstance(m, nn.Conv2d))
     with torch.no_grad():
         dim = reference.eval().encode(torch.zeros(1, first.in_channels, 64, 64)).shape[1]  # type: ignore[operator]
