@@ -16,7 +16,7 @@ from gta2cs.evaluation import evaluating
 from gta2cs.inference import prefixes_of
 from gta2cs.recipes import Combined, Preparation
 from gta2cs.recipes.combined import LONG, RISING, SHARED, UNTRAINED, ahead, options_of, slowed
-from tiny import tiny_net
+from tiny import tiny_net, without_scores
 from udakit import EMATeacher
 
 TWO = {"a": {}, "b": {"selector": "argmax"}}
@@ -38,7 +38,7 @@ def config_of(out: Path, steps: int = 6, **changes) -> train_gta2cs.Config:
 
 
 def build(**options) -> Combined:
-    net = train_gta2cs.NetConfig(weights="random")
+    net = tiny_net()
     torch.manual_seed(0)
     student = net.build(8)
     recipe = Combined.build(student, 8, {"candidates": LABELLING, **options}, lambda **changes: net.build(8, **changes))
@@ -49,7 +49,7 @@ def build(**options) -> Combined:
 @pytest.mark.slow
 def test_a_resumed_trial_is_bit_identical_and_the_winner_is_deployed(tmp_path, monkeypatch):
     monkeypatch.setattr(train_gta2cs, "write_report", lambda *args: None)
-    monkeypatch.setattr("gta2cs.observers.score_on_target", lambda *args: _any_score())
+    without_scores(monkeypatch)
     train_gta2cs.main(config_of(tmp_path / "whole"))
     for stop in (3, 5):  # in the middle of the trial, and after its end
         killed = tmp_path / f"killed{stop}"
@@ -80,12 +80,6 @@ def test_a_resumed_trial_is_bit_identical_and_the_winner_is_deployed(tmp_path, m
     assert not torch.equal(saved["student.head.weight"], other)
     net = tiny_net().build(len(build_pair("toy").classes.names))
     load_net(net, tmp_path / "whole" / "stage1_combined" / "last.pt")  # as predict.py does
-
-
-def _any_score():
-    from gta2cs.evaluation import Score
-
-    return Score({"a": 1.0}, {"mIoU": 1.0})
 
 
 def test_the_candidate_that_contradicts_itself_least_is_kept_and_a_lost_class_counts_as_zero():
@@ -240,7 +234,7 @@ def test_source_takes_targets_colours_only_where_target_in_those_of_source_is_un
 
 
 def test_the_teacher_labels_with_half_of_the_statistics_of_target_unless_told_otherwise():
-    net = train_gta2cs.NetConfig(weights="random")
+    net = tiny_net()
     recipe = Combined.build(net.build(8), 8, {}, lambda **changes: None)
     teacher = recipe.candidates["blended"].teacher
     assert (teacher.mode, teacher.running_share, teacher.buffers_policy) == ("batch_statistics", 0.5, "ema")
@@ -350,7 +344,7 @@ def test_shared_options_are_added_to_those_of_the_policy_and_other_channels_have
     recipe = build(shared={"jitter": 0.3})
     options = [c.options for c in recipe.candidates.values()]
     assert {(o.jitter, o.selector, o.translate) for o in options} == {(0.3, "class_quantile", "color")}
-    net = train_gta2cs.NetConfig(weights="random")
+    net = tiny_net()
     for channels, wanted in ((4, "histogram"), (3, "color")):
         found = Combined.build(net.build(8, channels), 8, {}, lambda **changes: None)
         assert {c.options.translate for c in found.candidates.values()} == {wanted}
