@@ -15,6 +15,7 @@ from gta2cs.label_free import LabelFree
 from gta2cs.matching import Rescaled, match_scale
 from gta2cs.nets import SegOutput
 from gta2cs.stage import StageState
+from tiny import tiny_net, without_scores
 
 
 class Mean(nn.Module):
@@ -100,6 +101,7 @@ def test_a_rescaled_net_answers_at_the_size_that_came():
 
 def test_source_crops_are_scaled_by_it_in_every_later_stage_and_after_a_resume(tmp_path, monkeypatch):
     seen = []
+    without_scores(monkeypatch)
     monkeypatch.setattr(train_gta2cs, "match_scale", lambda score, net: (0.5, {0.5: 0.9, 1.0: 0.7}))
     made = train_gta2cs.StepData
 
@@ -113,7 +115,7 @@ def test_source_crops_are_scaled_by_it_in_every_later_stage_and_after_a_resume(t
     def config(resume=False, **data):
         return train_gta2cs.Config(
             data=train_gta2cs.DataConfig(crop=(64, 64), source_scale=(0.5, 1.5), target_scale=(0.9, 1.2), **data),
-            net=train_gta2cs.NetConfig(weights="random"),
+            net=tiny_net(),
             stages=[train_gta2cs.Stage(r, 1, options=o) for r, o in STAGES],
             batch_size=1,
             score_images=1,

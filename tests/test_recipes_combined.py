@@ -48,7 +48,6 @@ def build(**options) -> Combined:
 
 @pytest.mark.slow
 def test_a_resumed_trial_is_bit_identical_and_the_winner_is_deployed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_gta2cs, "write_report", lambda *args: None)
     without_scores(monkeypatch)
     train_gta2cs.main(config_of(tmp_path / "whole"))
     for stop in (3, 5):  # in the middle of the trial, and after its end

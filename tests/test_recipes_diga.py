@@ -14,13 +14,14 @@ from torch import nn
 import train_gta2cs
 from benchmarks import harness, real_pairs, rows, selection_quality
 from benchmarks.rows import duda as rows_of_duda
-from gta2cs import learned_translator, report
+from gta2cs import learned_translator
 from gta2cs.checkpoints import load_checkpoint
 from gta2cs.learned_translator import Translator, adain, statistics, train_translator
 from gta2cs.loading import Batch
 from gta2cs.nets import SegOutput
 from gta2cs.recipes import Dacs, Diga, DigaWarmup, Draws, Preparation
 from tiny import NET, without_scores
+from tiny import tiny_net as tiny_net_config
 from udakit import PseudoLabels
 
 CLASSES, SIZE = 4, (16, 24)
@@ -273,7 +274,7 @@ def test_the_second_round_is_labelled_by_the_student_of_the_first(tmp_path):
     train_gta2cs.main(
         train_gta2cs.Config(
             data=train_gta2cs.DataConfig(crop=(32, 32)),
-            net=train_gta2cs.NetConfig(weights="random"),
+            net=tiny_net_config(),
             stages=stages,
             batch_size=2,
             out=tmp_path,
@@ -397,9 +398,6 @@ def test_dry_run_of_every_row(group, tmp_path, monkeypatch):
     wide = {**NET, "options": {**NET["options"], "decoder_pyramid_channels": 64}}  # no small net's weights fit into it
     for module in (real_pairs, rows_of_duda):
         monkeypatch.setattr(module, "net_config", lambda pair, name="standard": wide if name == "standard" else NET)
-    monkeypatch.setattr(
-        train_gta2cs, "write_report", lambda run, *_: report.write_json(run.config.out / "results.json", {})
-    )
     without_scores(monkeypatch)
     for row in real_pairs.GROUPS[group].rows("toy"):
         result = json.loads(json.dumps(real_pairs.run("toy", row, 0, None, tmp_path / "cache", dry_run=True)))

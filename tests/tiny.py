@@ -13,6 +13,7 @@ import train_gta2cs
 from gta2cs import choosing, observers
 from gta2cs.config import NetConfig
 from gta2cs.evaluation import Score
+from gta2cs.report import write_json
 from odd_files import noise, save
 
 NET: dict[str, Any] = {
@@ -43,7 +44,8 @@ def small_pair(root: Path) -> Path:
 
 
 def without_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give every net one and the same score, and leave its statistics: for tests of the training alone."""
+    """Give every net one and the same score, leave its statistics, write no report: for tests of the training alone."""
     for module in (train_gta2cs, observers, choosing):
         monkeypatch.setattr(module, "score_on_target", lambda *_: Score({"a": 1.0, "b": 1.0}, {"mIoU": 1.0}))
     monkeypatch.setattr(train_gta2cs, "try_target_statistics", lambda run, net, *_: net)
+    monkeypatch.setattr(train_gta2cs, "write_report", lambda run, *_: write_json(run.config.out / "results.json", {}))
