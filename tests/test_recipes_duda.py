@@ -14,13 +14,14 @@ from torch import Tensor, nn
 import train_gta2cs
 from benchmarks import class_weights, harness, real_pairs, step_cost
 from benchmarks.rows import common
-from gta2cs import architectures, nets, observers, report
+from gta2cs import architectures, nets, report
 from gta2cs import stage as stage_module
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
 from gta2cs.loading import Batch
 from gta2cs.nets import SegOutput, build_net
 from gta2cs.recipes import Dacs, Draws, Duda, DudaPre
 from gta2cs.recipes.duda import BASES
+from tiny import without_scores
 
 CLASSES, SIZE = 4, (16, 24)
 
@@ -241,6 +242,7 @@ def run_config(out: Path, *stages: train_gta2cs.Stage, **changes: Any) -> train_
         out=out,
         log_every=1,
         eval_every=0,
+        score_images=2,
         **changes,
     )
 
@@ -249,9 +251,7 @@ def run_config(out: Path, *stages: train_gta2cs.Stage, **changes: Any) -> train_
 def test_a_stage_of_fine_tuning_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With teachers from a file, the inconsistency's averages and a projection: all of them continue."""
     large = {"arch": "fpn", "options": common.TOY_DECODER}
-    monkeypatch.setattr(train_gta2cs, "write_report", lambda *args: None)
-    evaluate = observers.evaluate
-    monkeypatch.setattr(observers, "evaluate", lambda *args, **options: evaluate(*args, **{**options, "limit": 1}))
+    without_scores(monkeypatch)
     first = train_gta2cs.Stage("duda_pre", steps=2, options={"large": large})
     train_gta2cs.main(run_config(tmp_path / "pre", first))
     path = tmp_path / "pre" / "stage1_duda_pre" / "last.pt"
@@ -352,7 +352,8 @@ def test_an_unknown_net_is_named() -> None:
 
 
 @pytest.mark.slow
-def test_a_row_finds_or_makes_what_it_starts_from(tmp_path: Path) -> None:
+def test_a_row_finds_or_makes_what_it_starts_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_scores(monkeypatch)
     result = real_pairs.run("toy", "duda", 0, None, tmp_path, dry_run=True)
     folder = tmp_path / "toy" / "seed0"
     assert {path.name for path in folder.iterdir()} == {"warm", "warm_small", "duda_pre_half", "duda"}
