@@ -15,6 +15,7 @@ from benchmarks import data_path, harness, main_job, step_overhead
 from benchmarks.step_overhead import INSIDE, REST, ROWS, Clock, Stretch, outside
 from gta2cs import outputs
 from gta2cs.samples import image_files, read_image, resize_image
+from tiny import tiny_net
 
 MARKED = "before\n<!-- {0}: begin -->\nold\n<!-- {0}: end -->\nafter\n"
 
@@ -136,7 +137,10 @@ def test_other_ways_of_the_main_job() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_main_job() -> None:
+def test_a_short_main_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = main_job.job.parse([])
+    small = dataclasses.replace(full, net=tiny_net(), data=dataclasses.replace(full.data, crop=(64, 64)))
+    monkeypatch.setattr(main_job.job, "parse", lambda arguments: small)
     row = main_job.profile(2, time.perf_counter)
     found = main_job.whole_job(row)
     assert set(found) == {"step 0", "step 1", "evaluation", "scenes", "once"}

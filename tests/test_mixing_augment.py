@@ -335,3 +335,16 @@ def test_deviations_are_positive(std):
     ):
         with pytest.raises(ValueError, match=r"Expected `std` to be .*(above 0|a number)"):
             use()
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_where_nothing_is_drawn_the_images_come_back_in_memory_of_their_own(n):
+    images = torch.rand(n, 3, 4, 4)
+    nothing = udakit.StrongAugmentDraw(*[None] * len(udakit.StrongAugmentDraw._fields))
+    for draw in (nothing, udakit.draw_strong_augment(n)):
+        if n == 0 or draw is nothing:
+            same = udakit.strong_augment(images, draw, mean=None, std=None)
+            assert torch.equal(same, images)
+            same.add_(1)
+            assert n == 0 or images.max() <= 1
+            assert same is not images

@@ -1,6 +1,7 @@
 """Boxes, blocks and boundary bands against loops."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -123,3 +124,36 @@ def test_draw_errors(draw):
         draw(-1, (4, 4))
     with pytest.raises(ValueError, match="Expected `generator` to be on the input's device 'meta'"):
         draw(2, (4, 4), generator=torch.Generator(), device="meta")
+
+
+@pytest.mark.slow
+def test_a_compiled_draw_can_be_used_at_once() -> None:
+    """Inductor fuses the mask with what uses it, which a view of its bytes does not allow."""
+    zeros, ones = torch.zeros(2, 3, 9, 11), torch.ones(2, 3, 9, 11)
+
+    def cut(n: int) -> Tensor:
+        return torch.where(udakit.draw_box_mask(n, (9, 11)).unsqueeze(1), ones, zeros)
+
+    for mask in torch.compile(cut, fullgraph=True)(2)[:, 0]:  # torch's own random numbers are others when compiled
+        rows, columns = mask.amax(1), mask.amax(0)
+        assert torch.equal(mask, rows[:, None] * columns)
+        assert 0 < mask.sum() < mask.numel()
+
+
+@pytest.mark.parametrize("draw", [udakit.draw_box_mask, udakit.draw_block_mask])
+def test_a_shape_in_place_of_a_size_hears_which_part_to_take(draw: Callable[..., Tensor]) -> None:
+    volume = torch.zeros(2, 1, 4, 6, 8)
+    with pytest.raises(ValueError, match=r"\.shape\[-2:\]; of signals and volumes with tuple\(x\.shape\[2:\]\)"):
+        draw(2, volume.shape[2:])
+    assert draw(2, tuple(volume.shape[2:])).shape == (2, 4, 6, 8)
+    assert draw(2, volume.shape[-2:]).shape == (2, 6, 8)
+
+
+@pytest.mark.parametrize("size", [(7,), (6, 9), (4, 5, 6)])
+def test_many_boxes_are_those_of_few(size: tuple[int, ...]) -> None:
+    """The CPU draws up to some masks in another way: the boxes are the same."""
+    generators = [torch.Generator().manual_seed(i) for i in range(80)]
+    many = udakit.draw_box_mask(80, size, area=(0.2, 0.8), generator=generators)
+    for i, mask in enumerate(many):
+        alone = udakit.draw_box_mask(1, size, area=(0.2, 0.8), generator=[torch.Generator().manual_seed(i)])
+        assert torch.equal(mask, alone[0])

@@ -349,6 +349,71 @@ def test_hooks_of_users_on_a_state_dict_stay_behind_and_those_of_the_net_come_al
     assert len(seen) == 5
 
 
+class _Itself(nn.Linear):
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Itself:
+        return self
+
+
+def test_a_module_that_is_its_own_copy_is_named_unless_it_is_shared_on_purpose() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), _Itself(2, 2).requires_grad_(False))
+    for make in (copy_net, EMATeacher):
+        with pytest.raises(ValueError, match=r"submodule '1' has a `__deepcopy__`, that of _Itself, which returns the"):
+            make(net)
+        with pytest.raises(ValueError, match=r"the net itself has a `__deepcopy__`"):
+            make(net[1])
+    teacher = EMATeacher(net, share_frozen=True)
+    assert teacher.module[1] is net[1]
+    teacher.update(net)
+
+
+class _Scale:
+    """A hook that is an object and holds a number."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return _times(output, self.factor)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return torch.mul(x, factor)
+
+
+def _clamped(low: float, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.clamp(low, 0.1)
+
+
+def _halved(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.mul_(0.5)
+
+
+def _looks(module: nn.Module, args: Any, output: Tensor) -> None:
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [lambda m, i, o: o.clamp(-0.1, 0.1), functools.partial(_clamped, -0.1), _Scale(3.0), _halved, lambda m, i, o: -o],
+    ids=["lambda", "partial", "object", "in place", "negative"],
+)
+@pytest.mark.parametrize("make", [copy_net, lambda net: EMATeacher(net).module], ids=["copy", "teacher"])
+def test_a_hook_that_only_computes_is_a_part_of_the_net_whoever_registered_it(
+    hook: Callable[..., Any], make: Callable[[nn.Module], nn.Module]
+) -> None:
+    net = Net().eval()
+    plain = net(IMAGES)
+    looking = [_looks, lambda m, i, o: print("seen"), lambda m, i, o: SEEN.append(o)]  # they stay behind
+    for each in (hook, *looking):
+        if isinstance(each, types.FunctionType):
+            each.__module__ = "script"  # not in the package of the net
+        net.body.register_forward_hook(each)
+    twin = make(net).eval()
+    assert not torch.equal(net(IMAGES), plain)
+    assert torch.equal(twin(IMAGES), net(IMAGES))
+    assert len(twin.body._forward_hooks) == 1
+
+
 def test_hooks_that_the_class_of_a_net_defines_come_along() -> None:
     net = Renaming()
     assert torch.equal(copy_net(net)(IMAGES), net(IMAGES))

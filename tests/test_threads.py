@@ -67,7 +67,7 @@ def test_beside_busy_processes_waiting_costs_less_processor_time():
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
         spent = {"spinning": 0.0, "considerate": 0.0}
-        for way in [*spent] * 4:  # in turns, and summed: a single run may find a core free
+        for way in [*spent] * 3:  # in turns, and summed: a single run may find a core free
             command = [sys.executable, "-c", WORK, way]
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=True)
             spent[way] += float(done.stdout)

@@ -15,11 +15,15 @@ from udakit._checks import check_integer, check_mask, check_pair, check_range, c
 from udakit._reduce import is_eager_on_cpu
 from udakit.mixing._random import Generators, device_of_draw, uniform
 
+FEW = 32  # up to this many masks, filling the box of each is quicker than looking at every pixel
+
 
 def _check_size(n: int, size: Sequence[int]) -> None:
     check_integer("n", n, 0)
-    axes = len(size) if is_sequence(size) else 2
-    check_size("size", size, axes if axes in (1, 2, 3) and not isinstance(size, torch.Size) else 2)
+    axes, hint = len(size) if is_sequence(size) else 2, ""
+    if isinstance(size, torch.Size) and axes in (1, 3):  # (C, H, W) or (D, H, W)?
+        hint = " Take the spatial part of a shape with .shape[-2:]; of signals and volumes with tuple(x.shape[2:])."
+    check_size("size", size, axes if axes in (1, 2, 3) and not hint else 2, hint=hint)
 
 
 def draw_box_mask(
@@ -66,7 +70,7 @@ def draw_box_mask(
     u = uniform((2 * axes, n, 1), generator, device, axis=1)
     if axes > 2:
         u[1:axes] = u[1:axes].sort(dim=0).values
-    if type(u) is Tensor and is_eager_on_cpu(u):
+    if n <= FEW and type(u) is Tensor and is_eager_on_cpu(u):
         return _filled(n, size, area, u)
     inside: Tensor | None = None
     for i, (start, end) in enumerate(_spans(size, area, u)):
@@ -75,6 +79,8 @@ def draw_box_mask(
         along = ((place >= start) & (place < end)).view(torch.uint8)
         inside = along if inside is None else inside.unsqueeze(-1) & along.view(n, *(1,) * i, size[i])
     assert inside is not None
+    if torch.compiler.is_compiling():  # which cannot compile a view of bytes together with what uses it
+        return inside != 0
     return inside.view(torch.bool)
 
 

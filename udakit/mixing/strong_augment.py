@@ -93,7 +93,7 @@ def strong_augment(
     draw = _without_default_colours(draw, images)
     applied = (draw.jitter, draw.greyscale, draw.blur, draw.noise, draw.sharpness)
     if all(p is None for p in applied) or images.numel() == 0:
-        return images
+        return images.clone()
     with full_precision(images):
         x = upcast(images)
         mean, std = (None if v is None else per_channel(v, x) for v in (mean, std))

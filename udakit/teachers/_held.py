@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import types
 import weakref
-from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook, SpectralNormStateDictHook
 from torch.nn.utils.weight_norm import WeightNorm
-from torch.utils.hooks import RemovableHandle
+
+from udakit.teachers._functions import ATOMS, CONTAINERS, SHARED, is_pure, only_computes, parts, stores
 
 WAY_OUT = (
     "Make a second net as you made this one. Pass it as EMATeacher(model, module=second), or make it a copy with "
     "second.load_state_dict(model.state_dict())."
 )
 _INTERNAL = {*vars(nn.Module()), "_compiled_call_impl", "_is_full_backward_hook"}
-_ATOMS = (
-    str,
-    bytes,
-    int,
-    float,
-    complex,
-    type,
-    types.ModuleType,
-    torch.dtype,
-    torch.device,
-    type(None),
-    RemovableHandle,
-)
-_CACHED: type = type(functools.lru_cache(len))
-_SHARED: tuple[type, ...] = (
-    types.FunctionType,
-    _CACHED,
-    weakref.ReferenceType,
-    *weakref.ProxyTypes,
-)  # what `deepcopy` does not copy
-_CONTAINERS = (list, tuple, set, frozenset, deque)
 _OF_TORCH = (
     WeightNorm,
     SpectralNorm,
@@ -65,9 +42,7 @@ class Held:
         self.kinds = {
             (kind.__module__, f"{kind.__qualname__}.") for m in modules.values() for kind in _own_kinds(type(m))
         }
-        self.stores = {
-            id(x) for kind in {type(m) for m in modules.values()} for f in _methods(kind) for x in _stores(f)
-        }
+        self.stores = {id(x) for kind in {type(m) for m in modules.values()} for f in _methods(kind) for x in stores(f)}
         self.ids: set[int] = set()
         self.containers: set[int] = set()
         self._functions: list[tuple[str, str, Any]] = []  # what `deepcopy` shares
@@ -76,7 +51,7 @@ class Held:
                 self._visit(name, attribute, value)
         for _, attribute, function in self._functions:
             if attribute == "forward":
-                self.stores |= {id(x) for x in _stores(function)}
+                self.stores |= {id(x) for x in stores(function)}
         for name, attribute, function in self._functions:
             if self._refers(function):
                 raise copy_error(
@@ -90,9 +65,9 @@ class Held:
         stack = [value]
         while stack:
             x = stack.pop()
-            if isinstance(x, _ATOMS) or id(x) in self.ids:
+            if isinstance(x, ATOMS) or id(x) in self.ids:
                 continue
-            if isinstance(x, _SHARED):
+            if isinstance(x, SHARED):
                 if (getattr(x, "__module__", None) or "").startswith(_QUANTISATION):
                     continue
                 self._functions.append((name, attribute, x))
@@ -106,9 +81,9 @@ class Held:
                 stack.append(x.__self__)
             elif not isinstance(x, nn.Module):
                 self.ids.add(id(x))
-                if isinstance(x, (Mapping, *_CONTAINERS)):
+                if isinstance(x, (Mapping, *CONTAINERS)):
                     self.containers.add(id(x))
-                stack.extend(_parts(x))
+                stack.extend(parts(x))
 
     def _refers(self, function: object, *, is_hook: bool = False) -> bool:
         """Whether a function (or a weak reference) leads to the net or its content, or to weights of another net.
@@ -119,7 +94,7 @@ class Held:
         seen: set[int] = set()
         while stack:
             x, direct = stack.pop()
-            if isinstance(x, _ATOMS) or id(x) in seen:
+            if isinstance(x, ATOMS) or id(x) in seen:
                 continue
             seen.add(id(x))
             if id(x) in self.net or (direct and id(x) in self.containers):
@@ -128,9 +103,9 @@ class Held:
                 foreign = type(x) in weakref.ProxyTypes or next(x.parameters(), None) is not None
             else:
                 foreign = isinstance(x, Tensor) and x.requires_grad
-                through = isinstance(x, (*_SHARED, types.MethodType, functools.partial, Mapping, *_CONTAINERS))
+                through = isinstance(x, (*SHARED, types.MethodType, functools.partial, Mapping, *CONTAINERS))
                 if through or not is_hook:
-                    stack.extend((part, direct and through) for part in _parts(x))
+                    stack.extend((part, direct and through) for part in parts(x))
             if foreign and not is_hook:
                 return True
         return False
@@ -154,7 +129,7 @@ class Held:
             own = own or self._holds(function.__self__)
             function = function.__func__ if own or isinstance(function.__self__, type) else None
         elif not isinstance(function, types.FunctionType):
-            return own or self._holds(function)
+            return own or self._holds(function) or (on_calls and only_computes(hook))
         if function is None:
             return False
         of_class = self._defined_with(function, "")
@@ -164,12 +139,13 @@ class Held:
                 f"has a hook, {_title(function)}, a function that refers to the net. On a copy it would still work for "
                 "the original. Remove it until the copy is made.",
             )
-        pure = _is_pure(function if isinstance(hook, types.MethodType) else hook)
+        pure = is_pure(function if isinstance(hook, types.MethodType) else hook)
         kept = own or (pure and (of_class or (function.__module__ or "").split(".")[0] in self.packages))
+        kept = kept or (on_calls and only_computes(hook))
         if not on_calls:
             return kept or of_class
         if not kept and (
-            self._defined_with(function, "__init__.<locals>.") or any(id(x) in self.stores for x in _stores(function))
+            self._defined_with(function, "__init__.<locals>.") or any(id(x) in self.stores for x in stores(function))
         ):
             raise copy_error(
                 name,
@@ -187,7 +163,7 @@ class Held:
 
     def _store_of(self, function: types.FunctionType) -> str:
         """Name what a function shares with the code of the net."""
-        shared = {id(x) for x in _stores(function)} & self.stores
+        shared = {id(x) for x in stores(function)} & self.stores
         names = [name for name, x in function.__globals__.items() if id(x) in shared]
         return f"the global `{names[0]}`" if names else "an object of a closure"
 
@@ -205,32 +181,6 @@ def attributes(module: nn.Module) -> list[tuple[str, object]]:
     return [(name, value) for name, value in state.items() if name not in _INTERNAL]
 
 
-def _parts(x: Any) -> list[Any]:
-    """The objects that an object refers to directly."""
-    if isinstance(x, types.FunctionType):
-        cells = []
-        for cell in x.__closure__ or ():
-            try:
-                cells.append(cell.cell_contents)
-            except ValueError:  # the cell is still empty
-                continue
-        nets = [g for g in _globals(x) if isinstance(g, (nn.Module, types.MethodType))]
-        return [*cells, *(x.__defaults__ or ()), *(x.__kwdefaults__ or {}).values(), *vars(x).values(), *nets]
-    if isinstance(x, types.MethodType):
-        return [x.__func__, x.__self__]
-    if isinstance(x, functools.partial):
-        return [x.func, *x.args, *x.keywords.values(), *vars(x).values()]
-    if isinstance(x, _CACHED):
-        return [*vars(x).values()]  # the function is its `__wrapped__`
-    if isinstance(x, weakref.ReferenceType):
-        return [x()]
-    if isinstance(x, Mapping):
-        return [*x.values()]
-    if isinstance(x, _CONTAINERS):
-        return [*x]
-    return [*getattr(x, "__dict__", {}).values()]
-
-
 def _own_kinds(kind: type) -> list[type]:
     """A class and its bases, without those of torch."""
     return [base for base in kind.__mro__ if base is not object and base.__module__.split(".")[0] != "torch"]
@@ -242,47 +192,6 @@ def _methods(kind: type) -> list[types.FunctionType]:
     members += [f.fget for f in members if isinstance(f, property)]
     members += [f.__func__ for f in members if isinstance(f, (staticmethod, classmethod))]
     return [f for f in members if isinstance(f, types.FunctionType)]
-
-
-def _stores(function: object) -> list[object]:
-    """The lists, sets and dicts that a function uses from outside: global ones and those of a closure.
-
-    Those that it uses through another function of its file count, too.
-    """
-    found: list[object] = []
-    stack: list[object] = [function]
-    seen: set[int] = set()
-    while stack:
-        x = stack.pop()
-        if isinstance(x, (dict, list, set, deque, types.SimpleNamespace)):
-            found.append(x)
-        elif isinstance(x, types.FunctionType) and id(x) not in seen:  # what a decorator wraps is in a closure
-            seen.add(id(x))
-            stack += _parts(x)
-            stack += [g for g in _globals(x) if not isinstance(g, types.FunctionType) or g.__module__ == x.__module__]
-    return found
-
-
-def _globals(function: types.FunctionType) -> list[object]:
-    """The global objects that a function uses. Attributes of the same name do not count."""
-    return [function.__globals__.get(name) for name in _global_names(function.__code__)]
-
-
-@functools.cache
-def _global_names(code: types.CodeType) -> tuple[str, ...]:
-    inner = [name for part in code.co_consts if isinstance(part, types.CodeType) for name in _global_names(part)]
-    used = [i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-    return tuple(dict.fromkeys(used + inner))
-
-
-def _is_pure(function: object) -> bool:
-    """Whether a function holds nothing that it could modify, and uses no global container."""
-    if not isinstance(function, (types.FunctionType, functools.partial)):
-        return isinstance(function, _ATOMS)
-    named: list[object] = []
-    if isinstance(function, types.FunctionType):
-        named = _globals(function)
-    return all(map(_is_pure, _parts(function))) and not any(isinstance(x, (Mapping, *_CONTAINERS)) for x in named)
 
 
 def copy_error(name: str, what: str) -> ValueError:

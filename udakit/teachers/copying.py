@@ -42,8 +42,9 @@ def copy_net(model: nn.Module) -> nn.Module:
     mode stay.
 
     A `forward` that was set on the net itself works on the copy. So do hooks that are methods of the net or of objects
-    in it, the hooks with which torch computes weights (`weight_norm`, `spectral_norm`, `prune`), and hooks that the
-    library or a class of the net defines. All other hooks are not copied, be they on calls or on the `state_dict`: an
+    in it, the hooks with which torch computes weights (`weight_norm`, `spectral_norm`, `prune`), hooks that the library
+    or a class of the net defines, and hooks on calls that only compute: they return or change a value, and can leave
+    nothing outside. All other hooks are not copied, be they on calls or on the `state_dict`: an
     open `FeatureTap` does not see the copy.
 
     Args:
@@ -96,7 +97,20 @@ def copy_sharing(model: nn.Module, shared: Collection[int], device: torch.device
             target.update({key: copy.deepcopy(hook, memo) for key, hook in kept.items()})
     except Exception as error:
         raise copy_error(*_culprit(modules, before, error)) from error
+    _check_own(modules, twin, shared)
     return unwrap_all(twin)
+
+
+def _check_own(modules: dict[str, nn.Module], twin: nn.Module, shared: Collection[int]) -> None:
+    """Raise if a submodule with parameters to be copied is still the original."""
+    names = {id(module): name for name, module in modules.items()}
+    for _, module in named_modules(twin):
+        if id(module) in names and any(id(p) not in shared for p in module.parameters()):
+            raise copy_error(
+                names[id(module)],
+                f"has a `__deepcopy__`, that of {type(module).__name__}, which returns the original. If it is frozen, "
+                "EMATeacher(model, share_frozen=True) shares it on purpose.",
+            )
 
 
 def _copied(name: str, p: nn.Parameter, device: torch.device | str | None) -> nn.Parameter:
