@@ -70,7 +70,7 @@ from gta2cs.reading import ImageFormat
 from gta2cs.recipes import RECIPES, Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.duda import check_large_nets, no_large_nets
 from gta2cs.recipes.self_training import LEARNED
-from gta2cs.run_folder import clear_folder, own_folder
+from gta2cs.run_folder import clear_folder, own_folder, stage_title
 from gta2cs.stage import Run, StageState
 from gta2cs.summary import write_report
 from gta2cs.target_statistics import has_statistics, note_truth, try_target_statistics
@@ -350,7 +350,7 @@ def train(run: Run) -> dict[str, Score]:
         run.finished = index + 1
         histories.append(history)
         student = recipe.student
-        title = row_title(config, index)
+        title = stage_title([stage.recipe for stage in config.stages], index)
         for name, net in recipe.nets().items():
             row = title if len(recipe.nets()) == 1 else f"{title}, {name}"
             if history["scores"]:  # without target labels there is no score against the truth
@@ -424,13 +424,6 @@ def make_accelerator(config: Config) -> Accelerator:
         )
     check_tracker(accelerator, config)
     return accelerator
-
-
-def row_title(config: Config, index: int) -> str:
-    """Name of a stage's row in the table: its recipe, with a number if the recipe occurs several times."""
-    recipe = config.stages[index].recipe
-    came_before = recipe in [stage.recipe for stage in config.stages[:index]]
-    return f"{recipe} (stage {index + 1})" if came_before else recipe
 
 
 def words_of(error: Exception) -> str:

@@ -165,12 +165,12 @@ def test_alarm_in_both_directions_once_and_for_two_classes():
     assert choosing.ShareAlarm(("a", "b"), [1.0, 0.0])("student", [0.9999, 0.0001]) == []
 
 
-def offers(tmp_path, select, candidates, source_only=None, shares=()):
-    """Which of (name, value, step) candidates is chosen, and which were written."""
+def offers(tmp_path, select, candidates, source_only=None, shares=(), before=None):
+    """Which of (name, value, step) candidates is chosen, and which were written; `before` was chosen already."""
     config = train_gta2cs.Config(
         stages=[train_gta2cs.Stage("source_only"), train_gta2cs.Stage("dacs", steps=20)], select=select, out=tmp_path
     )
-    run = SimpleNamespace(config=config, choice=None, is_main=True, source_only=source_only)
+    run = SimpleNamespace(config=config, choice=before, is_main=True, source_only=source_only)
     nets = {"student": nn.Conv2d(1, 1, 1), "teacher": nn.Conv2d(1, 1, 1)}
     state = SimpleNamespace(
         run=run,
@@ -364,6 +364,31 @@ def test_panels_show_an_image_once(count, rows):
 # --- BatchNorm statistics of target ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("value", "trained", "taken"),
+    [(0.9, 0.7, True), (0.6, 0.85, False), (0.9, None, False), (0.7, None, True)],
+)
+def test_a_later_stage_is_compared_with_the_chosen_net_as_it_was_trained(tmp_path, value, trained, taken):
+    """`value` is that with the statistics of target, which the later nets do not have; older runs kept only that."""
+    before = choosing.Choice("dacs", 0, 6, "student", "balanced_consistency", value, 0.5, trained)
+    choice = offers(tmp_path, "balanced_consistency", [("student", 0.8, 10)], before=before)
+    assert (choice is not before) == taken
+
+
+@pytest.mark.parametrize("recipes", [["source_only", "dacs"], ["dacs", "dacs"]])
+def test_the_title_of_a_choice_says_which_stage_of_two_alike(tmp_path, recipes):
+    config = train_gta2cs.Config(stages=[train_gta2cs.Stage(r, steps=20) for r in recipes], out=tmp_path)
+    run = SimpleNamespace(config=config, choice=None, is_main=True, source_only=None)
+    recipe = SimpleNamespace(nets=lambda: {"student": nn.Conv2d(1, 1, 1)})
+    chooser = object.__new__(choosing.Choosing)
+    chooser.state = SimpleNamespace(run=run, index=1, steps=20, recipe=recipe, done=20, history={})
+    chooser.first = 1
+    scores = {"balanced_consistency": 0.5}
+    chooser._offer("dacs", "student", recipe.nets()["student"], LabelFree(scores, []), step=20)
+    again = " (stage 2)" if recipes[0] == "dacs" else ""
+    assert run.choice.title == f"student of dacs{again}, step 20"
+
+
 def offered_statistics(monkeypatch, tmp_path, values, *, select="balanced_consistency", lost=(), net=None):
     """What `try_target_statistics` makes of a chosen net whose scores are `values` with 0, 50 and 100 % of them."""
     torch.manual_seed(0)
@@ -429,6 +454,8 @@ def test_the_chosen_net_takes_the_statistics_of_target_where_its_score_says_so(
     assert torch.equal(saved["recipe"]["student.0.running_mean"], found[0].running_mean)
     assert json.loads(saved["choice"]) == dataclasses.asdict(run.choice) == history["target_statistics"]["choice"]
     assert run.choice.value == max(values) - 1 if not options else True, "of the score that chose the net"
+    assert run.choice.as_trained == run.choice.trained == 0.5
+    assert history["target_statistics"]["trained"]["scores"][label_free.BY_CLASS] == values[0]
     of = "BatchNorm statistics of target" if share == 1 else "50% of target's BatchNorm statistics"
     assert run.choice.title == f"teacher of dacs, step 20, with {of}"
     (line,) = said

@@ -284,6 +284,29 @@ def test_a_run_that_was_stopped_before_it_adapted_is_called_so(tmp_path, capsys)
     assert "source (not finished): student of source_only" in printed
 
 
+def test_a_run_that_was_stopped_in_its_first_steps_of_adaptation_has_its_source_only_net(tmp_path, capsys):
+    """There is no checkpoint of that stage yet, but `best.pt` holds the net, with its scores."""
+    stage = json.loads((write_run(tmp_path / "other", [0.6], [55.0]) / "history.json").read_text())["stages"][0]
+    source = {**stage, "name": "source_only", "steps": 10}
+    del source["source_only"]
+    stages = [train_gta2cs.Stage("source_only"), train_gta2cs.Stage("dacs")]
+    config = json.dumps(train_gta2cs.plain(train_gta2cs.Config(stages=stages)))
+    folder = tmp_path / "run"
+    checkpoint = {"recipe": {}, "config": config, "history": json.dumps(source), "step": 10}
+    save_checkpoint(folder / "stage1_source_only" / "last.pt", checkpoint)
+    choice = {"recipe": "source_only", "stage": 1, "step": 0, "net": "source_only", "value": 0.6}
+    begun = {"name": "dacs", "scores": [], "label_free": [], "source_only": net(0.65)}
+    save_checkpoint(folder / "best.pt", {**checkpoint, "choice": json.dumps(choice), "history": json.dumps(begun)})
+    run = read_run(folder)
+    assert run.chosen is run.start
+    assert (run.start["step"], run.start["truth_miou"]) == (10, 55.0)
+    assert run.file_of(run.start) == folder / "best.pt"
+    assert compare_runs.main([str(folder), "--page", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    assert "1. run (stopped before it adapted): source-only net, balanced consistency 0.650" in printed
+    assert "best.pt" in printed
+
+
 @pytest.mark.parametrize(("value", "level"), [(0.51, True), (0.505, True), (0.52, False), (0.4, False)])
 def test_a_net_level_with_the_source_only_net_is_called_so(tmp_path, value, level):
     write_run(tmp_path / "a", [value], [])

@@ -58,7 +58,8 @@ def test_pictures_with_every_name(tmp_path: Path) -> None:
 def test_a_run_with_such_names_whose_report_fails_keeps_its_results(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("gta2cs.toy.CLASSES", NAMES)
 
-    def fail(*_: object) -> None:
+    def fail(path: Path, *_: object) -> None:
+        path.write_bytes(b"of other nets")  # of before the run was resumed, or half of the new one
         raise RuntimeError("no room for [/this] picture")
 
     monkeypatch.setattr("gta2cs.report.save_panels", fail)
@@ -78,6 +79,7 @@ def test_a_run_with_such_names_whose_report_fails_keeps_its_results(tmp_path: Pa
     assert results.keys() == rows.keys()
     assert list(results["dacs, student"]["iou"]) == list(NAMES)
     assert (tmp_path / "stage1_dacs" / "last.pt").is_file()
+    assert not (tmp_path / "panels.png").exists()
     text = (tmp_path / "report.md").read_text()
     assert "`panels.png` could not be drawn; the log says why." in text
     assert "![" not in text.replace("![Losses", "")

@@ -66,6 +66,8 @@ def test_the_gain_is_said_with_the_classes_that_made_it() -> None:
     assert report.gain_sentence(dict(list(rows.items())[:1])) == ""
     assert report.gain_sentence(dict(reversed(rows.items()))) == "", "a gain is over source-only"
     (_, before), (_, after) = rows.items()
+    again = {"source_only": before, "source_only + x": after, "source_only (stage 2)": after}
+    assert report.gain_sentence({**again, "chosen": after}).startswith("**chosen is level with source_only (stage 2)**")
     text = report.gain_sentence({"source_only": after, "dacs": before})
     assert text.startswith("**dacs loses 9.2 points of mIoU against source_only**")
     assert report.gain_sentence({"source_only": before, "chosen": before}) == (

@@ -18,7 +18,7 @@ import torch
 import train_gta2cs
 from gta2cs import files
 from gta2cs.checkpoints import load_checkpoint, save_checkpoint
-from gta2cs.files import WriteError, replacing, write_text
+from gta2cs.files import WriteError, check_writable, replacing, write_text
 from gta2cs.run_folder import FolderInUse, clear_folder, own_folder
 from tiny import ARGUMENTS
 
@@ -246,3 +246,17 @@ def test_a_cut_checkpoint_is_called_damaged_wherever_it_ends(tmp_path: Path) -> 
         with pytest.raises(ValueError, match=rf"Expected {re.escape(str(path))} to hold tensors") as found:
             load_checkpoint(path)
         assert re.search(r"ends too early|damaged|not saved properly", str(found.value)), (kept, str(found.value))
+
+
+def test_a_disk_that_became_read_only_is_one_clear_error(tmp_path, monkeypatch):
+    """Not even the piece can be removed there; that must not hide why the file could not be written."""
+
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("write_bytes", "write_text", "unlink"):
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(WriteError, match=rf"Cannot write {tmp_path}/a\.txt: read-only file system"):
+        write_text(tmp_path / "a.txt", "x")
+    with pytest.raises(WriteError, match=rf"Cannot write {tmp_path}: read-only file system"):
+        check_writable(tmp_path)

@@ -38,7 +38,7 @@ from gta2cs.label_free import (
 )
 from gta2cs.observers import score_on_target
 from gta2cs.recipes import Losses
-from gta2cs.run_folder import stage_folder
+from gta2cs.run_folder import stage_folder, stage_title
 from gta2cs.stage import Run, StageState
 from udakit import copy_net
 
@@ -62,13 +62,19 @@ def score_of(select: str) -> str:
 class Choice:
     """The deployed net: where it comes from, and the score for which it was chosen."""
 
-    recipe: str
+    recipe: str  # the title of its stage
     stage: int
     step: int
     net: str
     score: str = "last"
     value: float | None = None
     target_statistics: float = 0.0  # share of BatchNorm's statistics that are not those of its training
+    trained: float | None = None  # the value with those of its training, where `value` is another
+
+    @property
+    def as_trained(self) -> float | None:
+        """The value by which nets are compared: that with the statistics of its training."""
+        return self.value if self.trained is None else self.trained
 
     @property
     def title(self) -> str:
@@ -175,7 +181,8 @@ class Choosing:
         score = score_of(select)
         sign = direction_of(select)
         value = found.scores[score]
-        better = run.choice is None or run.choice.value is None or sign * value > sign * run.choice.value
+        known = None if run.choice is None else run.choice.as_trained
+        better = known is None or sign * value > sign * known
         if better and run.source_only is not None and not starts:
             better = not collapsed(run.source_only.shares, found.shares)
         if select == "last":
@@ -185,7 +192,8 @@ class Choosing:
         else:
             taken = better
         if taken:
-            run.choice = Choice(recipe, index, step, name, select if select == "last" else score, value)
+            title = recipe if starts else stage_title([stage.recipe for stage in run.config.stages], index)
+            run.choice = Choice(title, index, step, name, select if select == "last" else score, value)
             if run.is_main:
                 save_choice(run, net, self.state.done, self.state.history)
 
@@ -280,6 +288,7 @@ def resume_choice(run: Run) -> None:
             history = complete(json.loads(opened["history"]))
             if run.choice.target_statistics:
                 found = history[STATISTICS]
+                run.choice.trained = found["trained"]["scores"].get(score) if "trained" in found else None
             elif run.choice.net == SOURCE_ONLY:
                 found = history["source_only"]
             else:

@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
         except OSError as error:
             raise WriteError(_why(path, temporary, error)) from None
         finally:
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
 
 
 def remove_pieces(folder: Path) -> None:
@@ -69,8 +69,13 @@ def check_writable(folder: Path) -> None:
     except OSError as error:
         raise WriteError(_why(folder, probe, error)) from None
     finally:
-        if folder.is_dir():
-            probe.unlink(missing_ok=True)
+        _remove(probe)
+
+
+def _remove(temporary: Path) -> None:
+    """Remove a piece, if there is one. Where the disk refuses even that, the error before it says why."""
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def _why(path: Path, temporary: Path, error: OSError) -> str:

@@ -13,7 +13,7 @@ from gta2cs.checkpoints import load_checkpoint
 from gta2cs.config import Config
 from gta2cs.evaluation import headline
 from gta2cs.label_free import can_be_deployed, completed
-from gta2cs.run_folder import stage_folder, step_file
+from gta2cs.run_folder import stage_folder, stage_title, step_file
 
 
 class StageSaved(NamedTuple):
@@ -146,27 +146,27 @@ def as_written(path: Path) -> Iterator[None]:
 def _read_run(folder: Path, path: Path) -> RunNets:
     if path.is_file():
         saved = json.loads(path.read_text(encoding="utf-8"))
-        config, stages, choice = saved["config"], saved["stages"], saved["choice"]
+        config, stages, choice, begun = saved["config"], saved["stages"], saved["choice"], {}
         done = [stage["steps"] for stage in stages]
     else:
         files = sorted(folder.glob("stage*/last.pt"), key=lambda p: int(p.parent.name.split("_")[0][5:]))
         if not files:
             raise FileNotFoundError(f"Expected {folder} to be the folder of a run, but it has no history and no stage.")
         opened = [load_checkpoint(file) for file in files]
-        config, best, choice = json.loads(opened[-1]["config"]), folder / "best.pt", None
+        config, best, choice, begun = json.loads(opened[-1]["config"]), folder / "best.pt", None, {}
         done = [value.get("step", 0) for value in opened]
         stages = [json.loads(value["history"]) for value in opened]
         if best.is_file():
             held = load_checkpoint(best, needs=("choice", "history"))
-            choice = json.loads(held["choice"])
-            if (tried := json.loads(held["history"]).get("target_statistics")) is not None:  # the report was to come
+            choice, begun = json.loads(held["choice"]), json.loads(held["history"])
+            if (tried := begun.get("target_statistics")) is not None:  # the report was to come
                 stages[-1]["target_statistics"] = tried
     adapting = [i for i, stage in enumerate(stages) if stage["name"] != "source_only"] or [len(stages) - 1]
     names = [stage["name"] for stage in stages]
     begins = [sum(stage["steps"] for stage in stages[:i]) for i in range(len(stages))]
     checkpoints = []
     for i in adapting:
-        name = f"{names[i]} (stage {i + 1})" if names[i] in names[:i] else names[i]  # as the report has it
+        name = stage_title(names, i)
         truth = {entry["step"]: entry["nets"] for entry in stages[i]["scores"]}
         for entry in stages[i].get("label_free", []):
             for net, found in entry["nets"].items():
@@ -181,16 +181,18 @@ def _read_run(folder: Path, path: Path) -> RunNets:
         )
     tried = stages[-1].get("target_statistics", {"choice": {}})
     if share := (of := tried["choice"]).get("target_statistics"):
-        place = {"stage": names[of["stage"]], "stage_step": of["step"], "target_statistics": share}
+        place = {"stage": stage_title(names, of["stage"]), "stage_step": of["step"], "target_statistics": share}
         name = f"{of['net']}, target statistics"
         checkpoints.append(_net(begins[of["stage"]] + of["step"], name, tried, tried.get("truth")) | place)
     first = stages[adapting[0]]
-    start = None
+    start, place = None, adapting[0]
+    if "source_only" not in first and choice is not None and choice["net"] == "source_only":
+        first, place = begun, place + 1  # stopped in the stage that adapts, before its first checkpoint
     if "source_only" in first:
         known = first.get("source_only_truth")
-        if known is None and adapting[0] > 0 and stages[adapting[0] - 1]["scores"]:
-            known = next(iter(stages[adapting[0] - 1]["scores"][-1]["nets"].values()))
-        start = _net(begins[adapting[0]], "source_only", first["source_only"], known)
+        if known is None and place > 0 and stages[place - 1]["scores"]:
+            known = next(iter(stages[place - 1]["scores"][-1]["nets"].values()))
+        start = _net((*begins, sum(done))[place], "source_only", first["source_only"], known)
     recipe = " → ".join(stages[i]["name"] for i in adapting)
     pair, data = config["data"]["pair"], config["data"]
     if pair == "folder" and (root := data.get("target_root") or data.get("data_root")):

@@ -29,6 +29,7 @@ from gta2cs.files import write_json as write_json
 from gta2cs.files import write_text as write_text
 from gta2cs.label_free import DEFAULT
 from gta2cs.palettes import on_white
+from gta2cs.run_folder import stage_title
 
 
 def markdown_table(rows: dict[str, Score], classes: ClassSet) -> str:
@@ -57,7 +58,8 @@ def cell(name: str) -> str:
 
 def gain_sentence(rows: dict[str, Score]) -> str:
     """The gain of the last row over source-only and the classes with most of it; empty if either has no score."""
-    (first, before), (last, after) = next(iter(rows.items())), list(rows.items())[-1]
+    first, last = start_of(list(rows)), list(rows)[-1]
+    before, after = rows[first], rows[last]
     gain = after.miou - before.miou
     if len(rows) < 2 or not first.startswith("source_only") or np.isnan(gain):
         return ""
@@ -73,6 +75,16 @@ def gain_sentence(rows: dict[str, Score]) -> str:
     down = [f"{c} {changes[c]:+.1f}" for c in ordered[::-1][:3] if changes[c] <= -0.05]
     text += f". It gains most in {', '.join(up)}" if up else ""
     return (text + (f". It loses most in {', '.join(down)}." if down else ".")).replace(" -", " −")
+
+
+def start_of(names: Sequence[str]) -> str:
+    """The row that adaptation starts from: of the first stages that train on source alone, the last."""
+    found = names[0]
+    for name in names:
+        if not name.startswith("source_only"):
+            break
+        found = found if " + " in name else name
+    return found
 
 
 def rich_table(rows: dict[str, Score], classes: ClassSet) -> Table:
@@ -139,10 +151,11 @@ def save_curves(
     figure, (left, middle, free, right, *more) = plt.subplots(1, 4 + len(quantities))
     per_class = ClassLines(classes)
     start, total = 0, sum(stage["steps"] for stage in stages)
-    for stage in stages:
+    for i, stage in enumerate(stages):
+        name = stage_title([stage["name"] for stage in stages], i)
         _plot_losses(left, stage, start)
-        _plot_nets(middle, stage, "scores", start, lambda net: net["means"][headline(net["means"])])
-        _plot_nets(free, stage, "label_free", start, lambda net: 100 * net["scores"][score])
+        _plot_nets(middle, name, stage.get("scores"), start, lambda net: net["means"][headline(net["means"])])
+        _plot_nets(free, name, stage.get("label_free"), start, lambda net: 100 * net["scores"][score])
         if "source_only" in stage:
             value = 100 * stage["source_only"]["scores"][score]
             free.axhline(value, color="0.5", ls="--", lw=1, label="source-only net")
@@ -211,13 +224,16 @@ def _plot_losses(axis: Any, stage: dict[str, Any], start: int) -> None:
 
 
 def _plot_nets(
-    axis: Any, stage: dict[str, Any], kind: str, start: int, value: Callable[[dict[str, Any]], float]
+    axis: Any,
+    stage: str,
+    evaluated: list[dict[str, Any]] | None,
+    start: int,
+    value: Callable[[dict[str, Any]], float],
 ) -> None:
-    """A line for each net over the evaluations of a kind, if there are any."""
-    evaluated = stage.get(kind) or []
+    """A line for each net of a stage over its evaluations, if there are any."""
     for net in evaluated[0]["nets"] if evaluated else []:
         x, y = [start + entry["step"] for entry in evaluated], [value(entry["nets"][net]) for entry in evaluated]
-        axis.plot(x, y, marker="o", ms=3, label=f"{stage['name']}, {net}")
+        axis.plot(x, y, marker="o", ms=3, label=f"{stage}, {net}")
 
 
 def smooth(values: list[float], *, shown: int = 40) -> list[float]:

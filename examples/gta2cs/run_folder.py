@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -33,6 +33,12 @@ LEFT = ("stage*/*.pt", "*.pt", "results.json", "history.json", "report.md", "rep
 def stage_folder(index: int, recipe: str) -> str:
     """Name of the folder of a stage, in that of its run; stages count from 0 here and from 1 there."""
     return f"stage{index + 1}_{recipe}"
+
+
+def stage_title(recipes: Sequence[str], index: int) -> str:
+    """Name of a stage wherever a reader meets it: its recipe, with a number if the recipe occurs before it."""
+    recipe = recipes[index]
+    return f"{recipe} (stage {index + 1})" if recipe in recipes[:index] else recipe
 
 
 def step_file(step: int) -> str:

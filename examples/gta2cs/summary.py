@@ -42,6 +42,8 @@ def write_report(run: Run, rows: dict[str, Score], nets: dict[str, nn.Module], h
         ),
     }
     failed = [name for name, write in pictures.items() if not _written(run, name, write)]
+    for name in failed:
+        (config.out / name).unlink(missing_ok=True)  # of before the run was resumed: it shows other nets
     parts: dict[str, Callable[[], object]] = {
         "report.md": lambda: report.write_text(config.out / "report.md", text_of(run, rows, histories, without=failed)),
         "report.html": lambda: html.write_html(config.out / "report.md", pair.classes),
@@ -125,7 +127,7 @@ def compared(run: Run, names: list[str]) -> dict[str, str]:
 
     If both are the source-only net, the last student takes the place of the second, so that one sees why.
     """
-    first, chosen = names[0], names[-1]
+    first, chosen = report.start_of(names), names[-1]
     assert run.choice is not None
     named = run.choice.net.replace(choosing.SOURCE_ONLY, "source-only net")
     named += ", target statistics" if run.choice.target_statistics else ""

@@ -52,12 +52,13 @@ def try_target_statistics(run: Run, net: nn.Module, images: Iterable[Tensor], hi
     taken = max(kept, key=lambda share: found[share].scores[BY_CLASS])  # of equal ones, those of training
     values = {share: found[share].scores[BY_CLASS] for share in found}
     value = found[taken].scores[choice.score] if taken else choice.value
-    run.choice = replace(choice, target_statistics=taken, value=value)
+    run.choice = replace(choice, target_statistics=taken, value=value, trained=choice.value if taken else None)
     history[STATISTICS] = {
         "choice": asdict(run.choice),
         "values": [*values.items()],
         "collapsed": [share for share in found if share not in kept],
         **found[taken].to_json(),
+        **({"trained": found[0.0].to_json()} if taken else {}),
     }
     run.console.print(said_of_statistics(history[STATISTICS]), markup=False)
     if taken and run.is_main:

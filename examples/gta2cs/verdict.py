@@ -18,7 +18,7 @@ from gta2cs.label_free import (
     with_statistics,
 )
 from gta2cs.report import cell, table_of
-from gta2cs.run_folder import stage_folder
+from gta2cs.run_folder import stage_folder, stage_title
 from gta2cs.stage import Run
 
 SHOWN = ("balanced_consistency", "mirror_consistency", "confidence")  # in the first table of a report
@@ -79,7 +79,8 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
     if chosen is not None and (only := only_class(chosen.shares)) is not None:
         lines.append(f"**The chosen net predicts only {run.pair.classes.names[only]}.** {ONE_CLASS}")
     if source is not None:
-        lines.append(RELIABILITY.get(score, UNRELIABLE))
+        turned = run.config.select == f"-{score}"
+        lines.append(UNRELIABLE if turned else RELIABILITY.get(score, UNRELIABLE))
     alarms = [alarm for history in histories for alarm in history.get("alarms", [])]
     if alarms:
         lines.append(
@@ -137,10 +138,10 @@ def label_free_tables(run: Run, histories: list[dict[str, Any]], names: Sequence
     nets: dict[str, LabelFree] = {}
     if run.source_only is not None:
         nets["source-only net"] = run.source_only
-    for history in histories[-1:]:
-        if history.get("label_free"):
-            for net, found in history["label_free"][-1]["nets"].items():
-                nets[f"{history['name']}, {net}"] = LabelFree.from_json(found)
+    if histories and histories[-1].get("label_free"):
+        title = stage_title([history["name"] for history in histories], len(histories) - 1)
+        for net, found in histories[-1]["label_free"][-1]["nets"].items():
+            nets[f"{title}, {net}"] = LabelFree.from_json(found)
     chosen = found_of_chosen(run, histories)
     if chosen is not None and chosen not in nets.values():  # of an earlier evaluation
         assert run.choice is not None
