@@ -388,14 +388,44 @@ def _halved(module: nn.Module, args: Any, output: Tensor) -> None:
     output.mul_(0.5)
 
 
+_CALLS = 0
+
+
+def _counts(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    global _CALLS
+    _CALLS += 1
+    return output
+
+
+def _counter() -> Callable[..., Tensor]:
+    calls = 0
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return output
+
+    return count
+
+
+def _factorial(n: int) -> int:
+    return 1 if n < 2 else n * _factorial(n - 1)
+
+
 def _looks(module: nn.Module, args: Any, output: Tensor) -> None:
     assert output.isfinite().all()
 
 
 @pytest.mark.parametrize(
     "hook",
-    [lambda m, i, o: o.clamp(-0.1, 0.1), functools.partial(_clamped, -0.1), _Scale(3.0), _halved, lambda m, i, o: -o],
-    ids=["lambda", "partial", "object", "in place", "negative"],
+    [
+        lambda m, i, o: o.clamp(-0.1, 0.1),
+        functools.partial(_clamped, -0.1),
+        _Scale(3.0),
+        _halved,
+        lambda m, i, o: _factorial(3) * o,
+    ],
+    ids=["lambda", "partial", "object", "in place", "recursion"],
 )
 @pytest.mark.parametrize("make", [copy_net, lambda net: EMATeacher(net).module], ids=["copy", "teacher"])
 def test_a_hook_that_only_computes_is_a_part_of_the_net_whoever_registered_it(
@@ -403,7 +433,7 @@ def test_a_hook_that_only_computes_is_a_part_of_the_net_whoever_registered_it(
 ) -> None:
     net = Net().eval()
     plain = net(IMAGES)
-    looking = [_looks, lambda m, i, o: print("seen"), lambda m, i, o: SEEN.append(o)]  # they stay behind
+    looking = [_looks, lambda m, i, o: print("seen"), lambda m, i, o: SEEN.append(o), _counts, _counter()]  # they stay
     for each in (hook, *looking):
         if isinstance(each, types.FunctionType):
             each.__module__ = "script"  # not in the package of the net

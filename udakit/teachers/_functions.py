@@ -37,7 +37,7 @@ SHARED: tuple[type, ...] = (
 )  # what `deepcopy` does not copy
 CONTAINERS = (list, tuple, set, frozenset, deque)
 _IMPORTED = ("torch", "math", "builtins")  # what a function may use of these leaves nothing outside
-_EFFECTS = {"print", "setattr", "open", "exec", "eval"}
+_EFFECTS = {"print", "setattr", "open", "exec", "eval", "save", "register_hook"}
 
 
 def parts(x: Any) -> list[Any]:
@@ -112,23 +112,42 @@ def only_computes(hook: object) -> bool:
 
     Then it is a part of what the net computes, whoever registered it: the net without it is another function.
     """
-    return _leaves_nothing(hook) and any(map(_changes, _codes(hook)))
+    return _leaves_nothing(hook, set()) and any(map(_changes, _codes(hook)))
 
 
-def _leaves_nothing(x: Any) -> bool:
+def _leaves_nothing(x: Any, seen: set[int]) -> bool:
+    if id(x) in seen:  # a function that calls itself
+        return True
+    seen.add(id(x))
     if isinstance(x, (type, types.ModuleType, types.BuiltinFunctionType)):
         home = x.__name__ if isinstance(x, types.ModuleType) else x.__module__ or ""
-        return home.split(".")[0].lstrip("_") in _IMPORTED or home.startswith("torch")
+        return home.split(".")[0].lstrip("_") in _IMPORTED
     if isinstance(x, ATOMS):
         return True
     if isinstance(x, types.FunctionType):
-        if (x.__module__ or "").startswith("torch."):
+        if (x.__module__ or "").split(".")[0] == "torch":
             return True
-        return not _EFFECTS & {*x.__code__.co_names} and all(map(_leaves_nothing, (*parts(x), *_globals(x))))
+        within = all(not _reaches_out(code) for code in _with_nested(x.__code__))
+        return within and all(_leaves_nothing(y, seen) for y in (*parts(x), *_globals(x)))
     if isinstance(x, functools.partial):
-        return all(map(_leaves_nothing, parts(x)))
-    calls = _codes(x)  # an object that is called like a function, and holds numbers
-    return bool(calls) and all(isinstance(v, ATOMS) for v in vars(x).values()) and _leaves_nothing(type(x).__call__)
+        return all(_leaves_nothing(y, seen) for y in parts(x))
+    if not _codes(x):  # no object that is called like a function
+        return False
+    return all(isinstance(v, ATOMS) for v in vars(x).values()) and _leaves_nothing(type(x).__call__, seen)
+
+
+def _reaches_out(code: types.CodeType) -> bool:
+    """Whether code assigns to a name outside, or calls what writes or prints."""
+    assigned = (
+        i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (i.opname == "STORE_DEREF" and i.argval in code.co_freevars)
+        for i in dis.get_instructions(code)
+    )
+    return bool(_EFFECTS & {*code.co_names}) or any(assigned)
+
+
+def _with_nested(code: types.CodeType) -> list[types.CodeType]:
+    inner = [x for x in code.co_consts if isinstance(x, types.CodeType)]
+    return [code, *(x for part in inner for x in _with_nested(part))]
 
 
 def _codes(hook: Any) -> list[types.CodeType]:
