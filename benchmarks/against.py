@@ -1,6 +1,6 @@
 """Processor time of every operation of this checkout, against that of another one.
 
-    git worktree add /tmp/before e77caa7
+    git worktree add /tmp/before 26ab581
     python benchmarks/against.py /tmp/before --results rows.json             # rows that the JSON does not have yet
     python benchmarks/against.py /tmp/before --results rows.json --ops kd_loss --again
     python benchmarks/against.py --results rows.json                         # measures nothing, prints the table
@@ -27,6 +27,7 @@ from typing import Any, Self
 ROOT = Path(__file__).resolve().parent.parent
 
 RESULTS = ROOT / "benchmarks" / "results" / "against.json"
+OTHER = RESULTS.with_name("against_intel.json")  # the same on another processor
 PAGE = ROOT / "docs" / "performance" / "before.md"
 MODES = ("forward", "forward+backward")
 MEASURED = ("tiny", "medium")
@@ -160,6 +161,16 @@ def by_size(rows: dict[str, dict[str, Any]]) -> str:
     return f"{markdown_table(head, lines)}\n\nSlower, largest loss first:\n\n{markdown_table(named, cells)}\n\n{every}"
 
 
+def both_processors() -> str:
+    """Markdown: the rows of each processor under its name."""
+    parts = []
+    for path in (RESULTS, OTHER):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        named = content["environments"][0]["cpu"].partition(" (x86")[0].replace("(R)", "").removesuffix(" Processor")
+        parts.append(f"### {named}\n\n{by_size(content['rows'])}")
+    return "\n".join(parts)
+
+
 def main(arguments: list[str] | None = None) -> None:
     sys.path.insert(0, str(ROOT))
     from benchmarks.harness import Results, write_section
@@ -177,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     results = Results(options.results)
     if options.page:
-        write_section("against", by_size(results.rows), PAGE)
+        write_section("against", both_processors(), PAGE)
         return
     if options.before is not None:
         with Worker(options.before, options.before) as before, Worker(ROOT, options.before) as now:
