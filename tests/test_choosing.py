@@ -26,7 +26,7 @@ from gta2cs.samples import ClassSet, Unlabelled
 from gta2cs.summary import compared, domains, headlines, panels_of
 from gta2cs.target_statistics import has_statistics, try_target_statistics, with_shares
 from gta2cs.verdict import label_free_tables, verdict
-from tiny import tiny_net
+from tiny import tiny_net, without_scores
 
 CLASSES = ClassSet(("a", "b", "c"), torch.zeros(3, 3, dtype=torch.uint8).numpy())
 IMAGES = Unlabelled(
@@ -744,3 +744,11 @@ def test_the_log_says_that_adaptation_starts_from_a_net_of_one_class(tmp_path, m
     said = " ".join(capsys.readouterr().out.split())
     assert f"The net that dacs starts from predicts only '{names[1]}' on target. {choosing.ONE_CLASS}" in said
     assert f"**The chosen net predicts only {names[1]}.**" in (tmp_path / "report.md").read_text()
+
+
+def test_the_log_says_that_adaptation_starts_from_a_net_that_nothing_has_trained(tmp_path, monkeypatch, capsys):
+    without_scores(monkeypatch)
+    for stages, said in ((["dacs"], True), (["source_only", "dacs"], False)):
+        config = dataclasses.replace(tiny(tmp_path, overwrite=True), stages=[train_gta2cs.Stage(r) for r in stages])
+        train_gta2cs.main(config)
+        assert (choosing.BY_CHANCE in " ".join(capsys.readouterr().out.split())) is said

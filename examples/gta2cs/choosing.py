@@ -49,6 +49,10 @@ ONE_CLASS = (
     "Such a net cannot contradict itself, so its scores say nothing. If target shows other classes, train longer on "
     "source before you adapt, and look at what --check-data says of the labels."
 )
+BY_CHANCE = (
+    "nothing has trained the last layer of the net, so what is called the source-only net labels by chance. Name a "
+    "trained net by `init`, or put a stage of source_only before."
+)
 GUARD = DEFAULT  # what `source_or_last` compares by
 
 
@@ -130,6 +134,8 @@ class Choosing:
                     f"[yellow]The net that {state.stage.recipe} starts from predicts only '{escape(name)}' on target. "
                     f"{ONE_CLASS}[/]"
                 )
+            if not state.trained:
+                run.console.print(f"[yellow]{state.stage.recipe}: {BY_CHANCE}[/]")
         if "source_only" in state.history:
             run.source_only = LabelFree.from_json(state.history["source_only"])
         self.alarm = ShareAlarm(run.pair.classes.names, run.source_only.shares if run.source_only else None)
