@@ -184,15 +184,10 @@ def _read_run(folder: Path, path: Path) -> RunNets:
         place = {"stage": stage_title(names, of["stage"]), "stage_step": of["step"], "target_statistics": share}
         name = f"{of['net']}, target statistics"
         checkpoints.append(_net(begins[of["stage"]] + of["step"], name, tried, tried.get("truth")) | place)
-    first = stages[adapting[0]]
-    start, place = None, adapting[0]
+    first, place = stages[adapting[0]], adapting[0]
     if "source_only" not in first and choice is not None and choice["net"] == "source_only":
         first, place = begun, place + 1  # stopped in the stage that adapts, before its first checkpoint
-    if "source_only" in first:
-        known = first.get("source_only_truth")
-        if known is None and place > 0 and stages[place - 1]["scores"]:
-            known = next(iter(stages[place - 1]["scores"][-1]["nets"].values()))
-        start = _net((*begins, sum(done))[place], "source_only", first["source_only"], known)
+    start = _start((*begins, sum(done))[place], first, stages[place - 1] if place else {})
     recipe = " → ".join(stages[i]["name"] for i in adapting)
     pair, data = config["data"]["pair"], config["data"]
     if pair == "folder" and (root := data.get("target_root") or data.get("data_root")):
@@ -205,6 +200,16 @@ def _read_run(folder: Path, path: Path) -> RunNets:
         raise KeyError("choice")
     select = config.get("select", "")
     return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, whole, adapts, where, select)
+
+
+def _start(step: int, stage: dict[str, Any], before: dict[str, Any]) -> dict[str, Any] | None:
+    """The source-only net, of the first stage that adapts and the one before it; None in a run that never adapts."""
+    if "source_only" not in stage:
+        return None
+    known = stage.get("source_only_truth")
+    if known is None and before.get("scores"):
+        known = next(iter(before["scores"][-1]["nets"].values()))
+    return _net(step, "source_only", stage["source_only"], known)
 
 
 def same_weights(net: dict[str, Any], other: dict[str, Any]) -> bool:
