@@ -361,6 +361,7 @@ def test_pieces_and_whole_maps_agree(dtype: torch.dtype, pixels: int, monkeypatc
     monkeypatch.setattr("udakit.prototypes._distances.SMALL", 0)
     in_pieces = run()
     monkeypatch.setattr("udakit.prototypes._distances.in_pieces", lambda values: False)
+    monkeypatch.setattr("udakit.prototypes.means._sums_if_finite", lambda *_: None)
     monkeypatch.setattr("udakit.prototypes.means._sums_by_pixel", means._sums_by_product)
     for a, b in zip(in_pieces, run(), strict=True):
         torch.testing.assert_close(a, b)
@@ -374,6 +375,27 @@ def test_sums_by_product_are_those_by_pixel(pixels: int) -> None:
     values[:, :, ::7], ids[:, ::7] = torch.nan, 4  # no class
     sums = means._sums_by_product(values, ids, 4)
     torch.testing.assert_close(sums, means._sums_by_pixel(values, ids, 4), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("pixels", [1024, 4096, 9001])
+def test_a_product_that_is_not_finite_is_not_used(pixels: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    values, ids = torch.randn(2, 3, pixels, generator=g).to(dtype), torch.randint(5, (2, pixels), generator=g)
+    exact = means._sums_by_pixel(values.double(), ids, 4)
+    found = means._sums_if_finite(values, ids, 4)
+    assert found is not None
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-4)
+    for odd in (torch.nan, torch.inf, -torch.inf):
+        spoilt = torch.where((ids == 4).unsqueeze(1), odd, values)  # 4 is no class
+        assert means._sums_if_finite(spoilt, ids, 4) is None
+        torch.testing.assert_close(means._sums(spoilt, ids, 4).double(), exact, rtol=1e-5, atol=1e-4)
+        one = values.clone()
+        one[0, 0, (ids[0] == 1).nonzero()[0]] = odd  # a class of its own keeps it to itself
+        sums = means._sums(one, ids, 4)
+        assert not sums[0, 1, 0].isfinite()
+        assert int(sums.isfinite().sum()) == sums.numel() - 1
 
 
 @pytest.mark.parametrize("pixels", [1024, 4099])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from udakit._reduce import (
     full_precision,
     is_run_on_cpu,
     learns,
+    may_look,
     plain,
     refuse_transforms,
     select,
@@ -137,10 +139,29 @@ def _channels_last(values: Tensor) -> bool:
 def _sums(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
     if not _by_pixel(values):
         return _sums_by_product(upcast(values), ids, num_classes)
-    return (_sums_by_row if _channels_last(values) else _sums_by_pixel)(upcast(values), ids, num_classes)
+    if _channels_last(values):
+        return _sums_by_row(upcast(values), ids, num_classes)
+    sums = _sums_if_finite(values, ids, num_classes) if num_classes <= FEW and may_look(values) else None
+    return _sums_by_pixel(upcast(values), ids, num_classes) if sums is None else sums
 
 
 LANES, LENGTH = 8, 1024  # number of parallel sums, and largest number of summands of each, except for remainders
+FEW = 32  # up to this many classes, a product takes less time than an addition for each number
+
+
+def _sums_if_finite(values: Tensor, ids: Tensor, num_classes: int) -> Tensor | None:
+    """The product as it is, in pieces of pixels; None where it is not finite, which may come from no class at all."""
+    n, d, pixels = values.shape
+    step = min(LENGTH, pixels)
+    sums = values.new_empty(n, -(-pixels // step), d, num_classes + 1, dtype=upcast(values[:0]).dtype)
+    one_hot = sums.new_empty(step, num_classes + 1)
+    with full_precision(values):
+        for own, x, k in zip(sums, values, ids, strict=True):
+            for i, out in zip(range(0, pixels, step), own, strict=True):
+                part = one_hot[: min(step, pixels - i)].zero_()
+                torch.mm(x[:, i : i + step].to(out.dtype), part.scatter_(1, k[i : i + step, None], 1), out=out)
+    total = sums.sum(1)
+    return total[:, :, :num_classes].transpose(1, 2) if math.isfinite(float(total.abs().sum())) else None
 
 
 def _sums_by_pixel(values: Tensor, ids: Tensor, num_classes: int) -> Tensor:
