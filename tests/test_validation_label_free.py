@@ -301,3 +301,27 @@ def test_ranks_merge(tmp_path: Path) -> None:
         assert torch.equal(found["agreement"], agreement.compute())
         assert torch.equal(found["histogram"], threshold.histogram)
         assert torch.equal(found["correct"], threshold.correct)
+
+
+@pytest.mark.parametrize("levels", [3, 10**6], ids=["ties", "none"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("side", [8, 96])  # from some size on the CPU counts in another way
+def test_of_equal_logits_the_first_class_is_the_predicted_one(levels: int, masked: bool, side: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randint(levels, (2, 5, side, side), generator=g).float()
+    valid = torch.rand(2, side, side, generator=g) < 0.7 if masked else None
+    rank = torch.arange(5, 0, -1).view(1, 5, 1, 1)
+    first = 5 - ((logits == logits.amax(1, keepdim=True)) * rank).amax(1)
+    kept = first if valid is None else first[valid]
+    scores = udakit.LabelFreeScores(5)
+    scores.update(logits, valid=valid)
+    assert scores.class_pixels.tolist() == torch.bincount(kept.flatten(), minlength=5).tolist()
+
+
+def test_nan_at_a_pixel_of_a_large_map_is_still_named() -> None:
+    logits = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    logits[0, 1, 5, 5] = torch.nan
+    scores = udakit.LabelFreeScores(3)
+    scores.update(logits)
+    with pytest.raises(ValueError, match="got NaN or infinity"):
+        scores.compute()

@@ -33,7 +33,8 @@ def is_eager_on_cpu(x: Tensor) -> bool:
 
 def may_look(x: Tensor) -> bool:
     """Whether to read a value of `x` in order to save a pass over it; on a CPU nobody waits for that."""
-    return x.numel() >= LOOK and type(x) is Tensor and is_eager_on_cpu(x)
+    # In this order: a compiler would make a graph for each side of the second comparison.
+    return not torch.compiler.is_compiling() and x.numel() >= LOOK and type(x) is Tensor and is_eager_on_cpu(x)
 
 
 def is_run_on_cpu(x: Tensor) -> bool:

@@ -21,7 +21,7 @@ from udakit._checks import (
     drawn_by,
     shape_of,
 )
-from udakit._reduce import KINDS, LOG_2, Kind, cut_evenly, full_precision, select, upcast
+from udakit._reduce import KINDS, LOG_2, Kind, cut_evenly, full_precision, is_eager_on_cpu, may_look, select, upcast
 from udakit._state import FullPrecisionState, gather_ranks, sum_ranks
 
 _PIECE = 2**18  # numbers that fit the cache of a core from the softmax to the sums
@@ -162,9 +162,7 @@ class LabelFreeScores(FullPrecisionState):
             scores = select(valid.unsqueeze(1).expand_as(scores), scores)
         top = scores.amax(1, keepdim=True)
         depth = scores - top
-        first = _first_zero(depth)  # separately: on the CPU, `max` with indices takes as long as everything else here
-        if valid is not None:
-            first = first.where(valid, self.num_classes)
+        self.class_pixels.add_(_counts(depth, valid))
         if self.kind == "logits":
             # In units of log 2, clamped where 2^x is 0, so that 0 * -inf does not occur.
             depth.mul_(1 / LOG_2).clamp_min_(-1100.0)
@@ -179,12 +177,11 @@ class LabelFreeScores(FullPrecisionState):
             p, confidence = scores, top.squeeze(1)
             entropy = -torch.xlogy(p, p).sum(1)
         squares = p.square()
-        counts = torch.zeros(self.num_classes + 1, dtype=torch.int64, device=p.device)
-        counts = counts.index_add(0, first.flatten(), torch.ones_like(first).flatten())
-        self.class_pixels.add_(counts[:-1])
         self.gram.add_(torch.matmul(p, p.mT).sum(0))
         self.probabilities.add_(p.sum((0, 2)))
-        self.sums.add_(torch.stack([confidence.sum(), entropy.sum(), torch.linalg.vecdot(squares, squares).sum()]))
+        flat = squares.flatten() if is_eager_on_cpu(squares) else squares  # one long product is faster there
+        fourth = torch.linalg.vecdot(flat, flat).sum()
+        self.sums.add_(torch.stack([confidence.sum(), entropy.sum(), fourth]))
 
     def _add_density(self, maps: Tensor, valid: Tensor | None) -> None:
         n, _, pixels = maps.shape
@@ -264,6 +261,20 @@ class LabelFreeScores(FullPrecisionState):
     def extra_repr(self) -> str:
         """Return the options as they were given."""
         return f"num_classes={self.num_classes}, kind={self.kind!r}, samples={self.samples}"
+
+
+def _counts(depth: Tensor, valid: Tensor | None) -> Tensor:
+    """Number of pixels of each class, (C,): those whose first 0 along axis 1 is there, where no value is above 0."""
+    n, c, pixels = depth.shape
+    if valid is None and may_look(depth):
+        counts = depth.sign().sum((0, 2)) + n * pixels  # how many zeros: where no pixel has two, that is all
+        if float(counts.sum()) == n * pixels:
+            return counts.long()
+    first = _first_zero(depth)  # separately: on the CPU, `max` with indices takes as long as everything else here
+    if valid is not None:
+        first = first.where(valid, c)
+    counts = torch.zeros(c + 1, dtype=torch.int64, device=depth.device)
+    return counts.index_add(0, first.flatten(), torch.ones_like(first).flatten())[:-1]
 
 
 def _first_zero(depth: Tensor) -> Tensor:
