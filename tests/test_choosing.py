@@ -752,3 +752,10 @@ def test_the_log_says_that_adaptation_starts_from_a_net_that_nothing_has_trained
         config = dataclasses.replace(tiny(tmp_path, overwrite=True), stages=[train_gta2cs.Stage(r) for r in stages])
         train_gta2cs.main(config)
         assert (choosing.BY_CHANCE in " ".join(capsys.readouterr().out.split())) is said
+
+
+@pytest.mark.parametrize("score", label_free.RELIABILITY)
+def test_a_score_that_is_turned_round_is_none_that_the_study_found_reliable(score):
+    for select, words in ((score, label_free.RELIABILITY[score]), (f"-{score}", label_free.UNRELIABLE)):
+        assert label_free.reliability(score, label_free.direction_of(select)) == words
+    assert label_free.reliability("nuclear_norm", 1) == label_free.UNRELIABLE

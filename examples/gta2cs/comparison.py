@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from gta2cs import report
 from gta2cs.histories import RunNets
-from gta2cs.label_free import MARGIN, RELIABILITY, UNRELIABLE, collapsed, direction_of, with_statistics
+from gta2cs.label_free import MARGIN, RELIABILITY, collapsed, direction_of, reliability, with_statistics
 from gta2cs.rank_statistics import spearman
 
 TOP = 15  # nets in the second table
@@ -91,7 +91,7 @@ class Comparison:
             f"**Use the {title(net)}, in `{winner.folder.name}`**: its {named} is {value}, the "
             f"{'highest' if self.sign > 0 else 'lowest'} of {kept or len(compared)} {of}. "
             f"{self.with_its_statistics(winner, net)}{self.level_with_start(winner, net)}"
-            f"{RELIABILITY.get(self.score, UNRELIABLE)}\n",
+            f"{reliability(self.score, self.sign)}\n",
             f"{where(winner, net)}\n",
             self.table_of_runs(),
             *(f"{line}\n" for line in (*self.stopped(), *self.other_choices())),

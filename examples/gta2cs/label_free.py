@@ -72,6 +72,11 @@ def direction_of(select: str) -> int:
     return -direction if select.startswith("-") else direction
 
 
+def reliability(score: str, direction: int) -> str:
+    """What the study found of a score; a score that is turned round is none that was studied."""
+    return RELIABILITY.get(score, UNRELIABLE) if direction == DIRECTIONS.get(score) else UNRELIABLE
+
+
 def can_be_deployed(net: str) -> bool:
     """Whether a net of this name may be chosen: DUDA's large ones are of another size than what is deployed."""
     return not net.startswith("large ")

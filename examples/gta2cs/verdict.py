@@ -10,11 +10,11 @@ from gta2cs.label_free import (
     DIRECTIONS,
     MARGIN,
     RELIABILITY,
-    UNRELIABLE,
     LabelFree,
     collapsed,
     direction_of,
     only_class,
+    reliability,
     with_statistics,
 )
 from gta2cs.report import cell, table_of
@@ -79,8 +79,7 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
     if chosen is not None and (only := only_class(chosen.shares)) is not None:
         lines.append(f"**The chosen net predicts only {run.pair.classes.names[only]}.** {ONE_CLASS}")
     if source is not None:
-        turned = run.config.select == f"-{score}"
-        lines.append(UNRELIABLE if turned else RELIABILITY.get(score, UNRELIABLE))
+        lines.append(reliability(score, direction_of(run.config.select)))
     alarms = [alarm for history in histories for alarm in history.get("alarms", [])]
     if alarms:
         lines.append(

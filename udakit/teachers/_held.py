@@ -140,8 +140,8 @@ class Held:
                 "the original. Remove it until the copy is made.",
             )
         pure = is_pure(function if isinstance(hook, types.MethodType) else hook)
-        kept = own or (pure and (of_class or (function.__module__ or "").split(".")[0] in self.packages))
-        kept = kept or (on_calls and only_computes(hook))
+        of_package = of_class or (function.__module__ or "").split(".")[0] in self.packages
+        kept = own or (pure and of_package) or (on_calls and only_computes(hook))
         if not on_calls:
             return kept or of_class
         if not kept and (

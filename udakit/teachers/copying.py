@@ -44,8 +44,8 @@ def copy_net(model: nn.Module) -> nn.Module:
     A `forward` that was set on the net itself works on the copy. So do hooks that are methods of the net or of objects
     in it, the hooks with which torch computes weights (`weight_norm`, `spectral_norm`, `prune`), hooks that the library
     or a class of the net defines, and hooks on calls that only compute: they return or change a value, and can leave
-    nothing outside. All other hooks are not copied, be they on calls or on the `state_dict`: an
-    open `FeatureTap` does not see the copy.
+    nothing outside. All other hooks are not copied, be they on calls or on the `state_dict`: an open `FeatureTap` does
+    not see the copy.
 
     Args:
         model: a net, wrapped or not.

@@ -266,22 +266,18 @@ class LabelFreeScores(FullPrecisionState):
 def _counts(depth: Tensor, valid: Tensor | None) -> Tensor:
     """Number of pixels of each class, (C,): those whose first 0 along axis 1 is there, where no value is above 0."""
     n, c, pixels = depth.shape
+    signs = depth.sign()
     if valid is None and may_look(depth):
-        counts = depth.sign().sum((0, 2)) + n * pixels  # how many zeros: where no pixel has two, that is all
+        counts = signs.sum((0, 2)) + n * pixels  # how many zeros: where no pixel has two, that is all
         if float(counts.sum()) == n * pixels:
             return counts.long()
-    first = _first_zero(depth)  # separately: on the CPU, `max` with indices takes as long as everything else here
+    # The first 0, or C where there is none (NaN). On the CPU, `max` with indices takes as long as everything else here.
+    rank = torch.arange(c, 0, -1, dtype=depth.dtype, device=depth.device).view(1, -1, 1)
+    first = c - signs.add_(1).mul_(rank).amax(1).nan_to_num_(0).long()
     if valid is not None:
         first = first.where(valid, c)
     counts = torch.zeros(c + 1, dtype=torch.int64, device=depth.device)
     return counts.index_add(0, first.flatten(), torch.ones_like(first).flatten())[:-1]
-
-
-def _first_zero(depth: Tensor) -> Tensor:
-    """Index of the first 0 along axis 1, where all values are at most 0; the axis's size if there is none (NaN)."""
-    c = depth.shape[1]
-    rank = torch.arange(c, 0, -1, dtype=depth.dtype, device=depth.device).view(1, -1, 1)
-    return c - depth.sign().add_(1).mul_(rank).amax(1).nan_to_num_(0).long()
 
 
 def _pieces(maps: Tensor, valid: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
