@@ -131,6 +131,27 @@ def test_in_pieces(shape: tuple[int, ...], masked: bool, monkeypatch: pytest.Mon
     assert_scores(parts.compute(), textbook(logits, valid), 1e-9)
 
 
+@pytest.mark.parametrize("c", [2, 13, 25, 33])
+def test_in_blocks_of_classes_and_without_probability(c: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU multiplies some numbers of classes block by block; logits of minus infinity add nothing to the entropy."""
+    logits = 3 * torch.randn(2, c, 700, generator=torch.Generator().manual_seed(c), dtype=torch.float64)
+    logits[0, 1, ::3] = -math.inf
+    logits[1, 0] = -math.inf
+    expected = textbook(logits)
+    whole = udakit.LabelFreeScores(c, samples=0)
+    whole.update(logits)
+    assert_scores(whole.compute(), expected, 1e-9)
+    torch.testing.assert_close(whole.gram, whole.gram.mT)
+    assert_scores(scores(logits.softmax(1), kind="probabilities"), expected, 1e-9)
+    monkeypatch.setattr("udakit._reduce.eager.LOOK", 1)  # as on large maps
+    assert_scores(scores(logits), expected, 1e-9)
+    monkeypatch.setattr(label_free, "_PIECE", 64 * c)
+    parts = udakit.LabelFreeScores(c, samples=0)
+    parts.update(logits)
+    assert_scores(parts.compute(), expected, 1e-9)
+    assert torch.equal(parts.class_pixels, whole.class_pixels)
+
+
 @pytest.mark.parametrize(("size", "shape"), [((6, 8), (24, 4, 6)), ((1, 47), (27, 4, 6))])
 @pytest.mark.parametrize("masked", [False, True])
 def test_short_rows_of_a_gpu(
