@@ -77,15 +77,17 @@ def confident_ratio(
 
 
 def _number(where: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """How many are true, in float32; a CPU adds integers faster, and a GPU needs a launch to convert them."""
-    return where.sum(axes).float() if where.is_cpu else where.sum(axes, dtype=torch.float32)
+    """How many are true, in float32; a CPU adds short integers fastest, and a GPU needs a launch to convert them."""
+    if not where.is_cpu:
+        return where.sum(axes, dtype=torch.float32)
+    return where.sum(axes, dtype=torch.int32 if where.numel() < 2**31 else torch.int64).float()
 
 
 def _ratio(confident: Tensor, scope: Scope, valid: Tensor | None) -> Tensor:
     axes = tuple(range(0 if scope == "batch" else 1, confident.ndim))
     if valid is None:
         return _number(confident, axes) / max(math.prod([confident.shape[axis] for axis in axes]), 1)
-    return fraction(_number(confident & valid, axes), valid.sum(axes))
+    return fraction(_number(confident & valid, axes), _number(valid, axes))
 
 
 class ConfidentRatioSelector(nn.Module):
