@@ -131,8 +131,8 @@ def test_in_pieces(shape: tuple[int, ...], masked: bool, monkeypatch: pytest.Mon
     assert_scores(parts.compute(), textbook(logits, valid), 1e-9)
 
 
-@pytest.mark.parametrize("c", [2, 13, 25, 33])
-def test_in_blocks_of_classes_and_without_probability(c: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("c", [2, 13, 24, 25, 32, 33])
+def test_blocks_of_classes_with_logits_of_minus_infinity(c: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU multiplies some numbers of classes block by block; logits of minus infinity add nothing to the entropy."""
     logits = 3 * torch.randn(2, c, 700, generator=torch.Generator().manual_seed(c), dtype=torch.float64)
     logits[0, 1, ::3] = -math.inf
@@ -150,6 +150,16 @@ def test_in_blocks_of_classes_and_without_probability(c: int, monkeypatch: pytes
     parts.update(logits)
     assert_scores(parts.compute(), expected, 1e-9)
     assert torch.equal(parts.class_pixels, whole.class_pixels)
+
+
+@pytest.mark.parametrize("c", [2, 19])
+def test_rounding_does_not_add_up_where_all_pixels_are_alike(c: int) -> None:
+    logits = 2 * torch.randn(1, c, 1, generator=torch.Generator().manual_seed(1)).expand(1, c, 2**18 // c)
+    module, exact = (udakit.LabelFreeScores(c, samples=0) for _ in range(2))
+    module.update(logits.contiguous())
+    exact.update(logits.double())
+    for found, expected, tolerance in zip(module.sums, exact.sums, (2e-6, 5e-5, 2e-6), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
 
 
 @pytest.mark.parametrize(("size", "shape"), [((6, 8), (24, 4, 6)), ((1, 47), (27, 4, 6))])

@@ -120,11 +120,10 @@ class _SumMembers(torch.autograd.Function):
         if ctx.by_pixel and not torch.is_grad_enabled():
             result = rows.new_empty(*rows.shape[:2], ids.shape[1])
             # A CPU selects numbers of two bytes four times as slowly as it selects and rounds float32.
-            narrow = rows.dtype.itemsize < 4
-            room = result.new_empty(result.shape[1:], dtype=torch.float32) if narrow else None
+            room = result.new_empty(result.shape[1:], dtype=torch.float32) if rows.dtype.itemsize < 4 else None
             for own, row, k in zip(result, upcast(rows), ids.int(), strict=True):  # which `gather` refuses
                 chosen = torch.index_select(row, 1, k, out=own if room is None else room)
-                if narrow:
+                if room is not None:
                     own.copy_(chosen)
             return result, None, None
         if torch.compiler.is_compiling() and rows.device.type == "cpu":

@@ -77,7 +77,7 @@ def confident_ratio(
 
 
 def _number(where: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """How many are true, in float32; a CPU adds short integers fastest, and a GPU needs a launch to convert them."""
+    """How many are true, in float32; a CPU adds int32 fastest, and a GPU needs a launch to convert them."""
     if not where.is_cpu:
         return where.sum(axes, dtype=torch.float32)
     return where.sum(axes, dtype=torch.int32 if where.numel() < 2**31 else torch.int64).float()
