@@ -5,8 +5,8 @@
 
 By what a process freed before, the C library decides whether a freed block comes back as fresh pages. A part whose
 pieces are of about a megabyte then has two speeds, and which one is chance. The figure of a process is the median of
-processor time over calls, forward and backward, so that other programs matter little; one thread, the medium size of
-`operators.py`, and no setting of the C library.
+processor time over calls, forward and (where there is one) backward, so that other programs matter little; one thread,
+the medium size of `operators.py`, and no setting of the C library.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ NAMES = (
     "symmetric_kd_loss",
     "upsampled_cross_entropy",
     "upsampled_kd_loss",
+    "LabelFreeScores",
 )
+FORWARD = ("LabelFreeScores",)  # without a gradient
 PROCESSES, CALLS = 10, 5
 WANTED = 1.5  # the slowest process over the fastest
 
@@ -40,7 +42,7 @@ def seconds_here(name: str, size: str) -> float:
     """Median processor time of a call in this process, after one that does not count."""
     torch.set_num_threads(1)
     workload = next(w for w in workloads() if w.name == name)
-    call = build_case(workload, size, DTYPES["float32"], backward=True, compiled=False).contestants["udakit"]
+    call = build_case(workload, size, DTYPES["float32"], backward=name not in FORWARD).contestants["udakit"]
     found = []
     for _ in range(CALLS + 1):
         began = time.process_time()
@@ -65,7 +67,7 @@ def table(results: Results) -> str:
         spread = max(found) / min(found)
         lines.append(
             [
-                f"`{name}`, with backward",
+                f"`{name}`" if name in FORWARD else f"`{name}`, with backward",
                 str(len(found)),
                 f"{1e3 * min(found):.1f}",
                 f"{1e3 * statistics.median(found):.1f}",

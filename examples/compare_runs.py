@@ -80,6 +80,8 @@ def settings_of(sweep: Path, base: dict[str, Any]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"Expected `name` in {sweep} to be the name of a folder in `out`, but got {name!r}.")
         if name in found:
             raise ValueError(f"Expected the settings of {sweep} to have different names, but {name!r} occurs twice.")
+        if "out" in entry:
+            raise ValueError(f"Expected settings of {sweep} without `out`; `name` is the folder of a run in --out.")
         found[name] = changed(base, {key: value for key, value in entry.items() if key != "name"})
     return found
 

@@ -70,7 +70,7 @@ from gta2cs.reading import ImageFormat
 from gta2cs.recipes import RECIPES, Draws, Losses, Preparation, Recipe
 from gta2cs.recipes.duda import check_large_nets, no_large_nets
 from gta2cs.recipes.self_training import LEARNED
-from gta2cs.run_folder import clear_folder, own_folder, stage_title
+from gta2cs.run_folder import clear_folder, clear_report, own_folder, stage_title
 from gta2cs.stage import Run, StageState
 from gta2cs.summary import write_report
 from gta2cs.target_statistics import has_statistics, note_truth, try_target_statistics
@@ -102,7 +102,7 @@ def train_stage(
             prepare(state)
     if run.is_main and state.done < state.steps:  # not earlier: where resuming is refused, the old file stays
         report.write_text(config.out / "config.yaml", yaml.safe_dump(plain(config), sort_keys=False))
-        (config.out / "history.json").unlink(missing_ok=True)  # of a run that got another stage: it says "finished"
+        clear_report(config.out)
 
     step = TrainingStep(state)
     loader = step_loader(stage_data(state, sampler), start=state.done, stop=state.steps, workers=config.data.workers)
@@ -351,10 +351,14 @@ def train(run: Run) -> dict[str, Score]:
         histories.append(history)
         student = recipe.student
         title = stage_title([stage.recipe for stage in config.stages], index)
+        if config.init is not None and pair.target_val is not None and "source_only_truth" in history:
+            rows["source_only (init)"] = Score.from_json(history["source_only_truth"])  # what adaptation starts from
         for name, net in recipe.nets().items():
             row = title if len(recipe.nets()) == 1 else f"{title}, {name}"
-            if history["scores"]:  # without target labels there is no score against the truth
-                rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
+            if pair.target_val is not None:  # without target labels there is no score against the truth
+                known = [entry["nets"][name] for entry in history["scores"] if entry["step"] == stage.steps]
+                # There is none if the labels came after the stage was trained.
+                rows[row] = Score.from_json(known[-1]) if known else score_on_target(run, net)
             nets[row] = copy_net(net)  # because the next stage trains it further
         if stage.recipe == "source_only" and pair.target_val is not None and has_statistics(student):
             adapted = adapt_batch_norm(student, target_crops(run))

@@ -234,6 +234,14 @@ def test_a_net_that_has_lost_a_class_is_not_chosen(tmp_path, select, shares, net
     assert label_free.collapsed([0.005, 0.9], [0.0, 0.9]) == []  # too small to tell
 
 
+@pytest.mark.parametrize(("value", "taken"), [(0.4, False), (0.6, True)])
+def test_without_best_pt_a_net_is_still_compared_with_the_source_only_net(tmp_path, value, taken):
+    """As where the file was lost before the run was resumed."""
+    source = LabelFree({"mirror_consistency": 0.5}, [0.9, 0.1])
+    choice = offers(tmp_path, "mirror_consistency", [("student", value, 20)], source, [0.9, 0.1])
+    assert (choice is not None) == taken == (tmp_path / "best.pt").exists()
+
+
 def test_the_verdict_names_the_class_that_was_lost():
     source, last = (
         LabelFree({"balanced_consistency": 0.5}, [0.9, 0.1]),
@@ -520,6 +528,39 @@ def test_a_finished_run_that_gets_another_stage_is_not_finished(tmp_path, monkey
         train_gta2cs.main(longer)
     assert not read_run(tmp_path).finished
     assert read_run(tmp_path).recipe == "dacs → dacs"
+    assert not [*tmp_path.glob("report*"), *tmp_path.glob("*.png"), *tmp_path.glob("*.json")], "they say it is finished"
+
+
+def scores_in_turn(monkeypatch, values):
+    """Let the nets of a run have these scores, in the order in which they are scored."""
+    given = iter(values)
+
+    def scored(*args, **options):
+        found = measure(*args, **options)
+        even = [1 / len(found.shares)] * len(found.shares)
+        return dataclasses.replace(found, scores={**found.scores, "balanced_consistency": next(given)}, shares=even)
+
+    monkeypatch.setattr(choosing, "measure", scored)
+
+
+@pytest.mark.parametrize(("last", "net"), [(0.1, "source_only"), (0.4, "student")])
+def test_source_or_last_of_a_run_that_gets_another_stage_is_that_of_all_its_stages(tmp_path, monkeypatch, last, net):
+    """The last student of the shorter run is none of the two, however good it is."""
+    config = tiny(tmp_path, select="source_or_last")
+    scores_in_turn(monkeypatch, [0.3, 0.3, 0.5, 0.5])  # of the first stage, where dacs starts, student, teacher
+    train_gta2cs.main(config)
+    assert json.loads((tmp_path / "history.json").read_text())["choice"]["net"] == "student"
+    scores_in_turn(monkeypatch, [last, last])
+    longer = dataclasses.replace(config, resume=True, stages=[*config.stages, train_gta2cs.Stage("dacs", steps=2)])
+    train_gta2cs.main(longer)
+    choice = json.loads((tmp_path / "history.json").read_text())["choice"]
+    assert (choice["net"], choice["value"]) == (net, 0.3 if net == "source_only" else last)
+    held = load_checkpoint(tmp_path / "best.pt")["recipe"]
+    file = "stage1_source_only" if net == "source_only" else "stage3_dacs"
+    student = load_checkpoint(tmp_path / file / "last.pt")["recipe"]
+    assert all(torch.equal(value, student[name]) for name, value in held.items())
+    assert read_run(tmp_path).chosen["net"] == net
+    assert Trained.open(tmp_path).title == title(read_run(tmp_path).chosen)
 
 
 def stop(*args):
@@ -594,6 +635,88 @@ def test_a_target_without_any_label(tmp_path, monkeypatch):
     again = train_gta2cs.main(dataclasses.replace(tiny(tmp_path), resume=True))  # all stages are done: it reports again
     assert again == {}
     assert json.loads((tmp_path / "history.json").read_text())["choice"] == history["choice"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["labels go", "labels come"])
+def test_labels_of_target_that_go_or_come_before_a_run_is_resumed(tmp_path, monkeypatch, first):
+    opened = train_gta2cs.open_pair
+
+    def some(labelled):
+        without = lambda config: dataclasses.replace(opened(config), target_val=None)  # noqa: E731
+        monkeypatch.setattr(train_gta2cs, "open_pair", opened if labelled else without)
+
+    some(first)
+    train_gta2cs.main(tiny(tmp_path))
+    some(not first)
+    rows = train_gta2cs.main(dataclasses.replace(tiny(tmp_path), resume=True))
+    text = (tmp_path / "report.md").read_text()
+    assert "nan" not in text.split("## ")[0]
+    if first:
+        assert rows == {}
+        assert "Target has no label" in text
+        assert " points of mIoU" not in text
+    else:
+        assert next(iter(rows)) == "source_only"
+        assert {"dacs, student", "dacs, teacher", choosing.CHOSEN} < {*rows}
+        assert "over source_only +" not in text
+
+
+def test_a_run_that_starts_with_a_net_of_another_run_is_compared_with_it(tmp_path):
+    before = train_gta2cs.main(tiny(tmp_path / "before"))
+    config = tiny(tmp_path / "run", init=tmp_path / "before" / "stage1_source_only" / "last.pt")
+    config.stages = config.stages[1:]
+    rows = train_gta2cs.main(config)
+    assert next(iter(rows)) == "source_only (init)"
+    assert rows["source_only (init)"] == before["source_only"]
+    assert "source_only (init)" in gain_sentence(rows)
+
+
+def test_a_start_that_nothing_has_trained_is_called_so_wherever_it_is_compared(tmp_path):
+    config = dataclasses.replace(tiny(tmp_path), stages=[train_gta2cs.Stage("dacs", steps=2)])
+    train_gta2cs.main(config)
+    said = "Nothing had trained the last layer of the net that adaptation started from"
+    assert said in (tmp_path / "report.md").read_text()
+    assert said in Comparison([read_run(tmp_path)], "balanced_consistency").text()
+
+
+def test_a_stage_on_source_after_one_that_adapts_is_compared_too(tmp_path, monkeypatch):
+    config = tiny(tmp_path)
+    config.stages = [*config.stages, train_gta2cs.Stage("source_only", steps=2)]
+    scores_in_turn(monkeypatch, [0.3, 0.3, 0.5, 0.4, 0.9, 0.9, 0.9, 0.9])
+    train_gta2cs.main(config)
+    run = read_run(tmp_path)
+    assert run.recipe == "dacs → source_only"
+    assert Comparison([run], "balanced_consistency").best(run) is run.chosen
+    assert title(run.chosen).startswith("student of source_only (stage 3), step 2")
+    assert run.as_trained(run.chosen)["scores"]["balanced_consistency"] == 0.9
+
+
+def test_a_resumed_run_does_not_repeat_its_alarms(tmp_path, monkeypatch):
+    shares = iter([[0.5, 0.5], [0.5, 0.5], *[[0.99, 0.01]] * 4])
+
+    def scored(*args, **options):
+        found = measure(*args, **options)
+        return dataclasses.replace(found, shares=[*next(shares), *[0.0] * (len(found.shares) - 2)])
+
+    monkeypatch.setattr(choosing, "measure", scored)
+    config = tiny(tmp_path, select="last")
+    config.stages[1].steps, config.dry_run, config.eval_every, config.save_every = 4, False, 2, 2
+    config.score_images = 2
+    saving, stopped = train_gta2cs.Saving.__call__, []
+
+    def killed(self, state, losses):
+        saving(self, state, losses)
+        if state.index == 1 and state.done == 2 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gta2cs.Saving, "__call__", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train_gta2cs.main(config)
+    train_gta2cs.main(dataclasses.replace(config, resume=True))
+    alarms = json.loads((tmp_path / "history.json").read_text())["stages"][1]["alarms"]
+    assert len(alarms) == len({alarm.partition(": ")[2] for alarm in alarms})
+    assert {alarm.partition(":")[0] for alarm in alarms} == {"dacs, step 2"}
 
 
 def test_a_run_from_before_the_score_existed_is_resumed(tmp_path):

@@ -252,6 +252,67 @@ def test_without_labels(tmp_path):
     assert "true mIoU of the chosen" not in text
 
 
+def changed_run(folder, change):
+    """A run whose history is changed in place."""
+    saved = json.loads((folder / "history.json").read_text())
+    change(saved)
+    (folder / "history.json").write_text(json.dumps(saved))
+    return folder
+
+
+def test_the_truth_of_a_chosen_net_that_is_not_known_is_not_that_of_another(tmp_path):
+    run = read_run(with_statistics_of_target(write_run(tmp_path / "a", [0.6, 0.9], [60.0, 62.0]), 0.8))
+    text = Comparison([run], "balanced_consistency").text()
+    assert "The best of all nets has an mIoU of 62.0, the chosen one is not compared with its truth yet." in text
+
+
+def test_truth_of_some_nets_only_and_values_that_are_all_alike(tmp_path):
+    """Labels that went before the run was resumed; a rank correlation of equal values is none."""
+    run = read_run(write_run(tmp_path / "a", [0.5, 0.5, 0.5], [60.0, 62.0]))
+    text = Comparison([run], "balanced_consistency").text()
+    assert "the best of all 62.0" in text
+    assert "in the mean" not in text
+    assert "Spearman" not in text
+    assert "nan" not in text
+
+
+def test_numbers_have_no_negative_zero(tmp_path):
+    folder = write_run(tmp_path / "a", [-0.0001, -0.0002], [])
+    assert "-0.000" not in Comparison([read_run(folder)], "balanced_consistency").text()
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda saved: saved["config"].update(score_images=4), "images"),
+        (lambda saved: saved["config"]["data"].update(target_size=[64, 64]), "images"),
+        (lambda saved: saved["stages"][0]["label_free"][0]["nets"]["student"].update(shares=[0.5, 0.5]), "classes"),
+    ],
+)
+def test_scores_of_other_images_or_classes_are_not_compared(tmp_path, change, what):
+    runs = [write_run(tmp_path / "a", [0.6], []), changed_run(write_run(tmp_path / "b", [0.6], []), change)]
+    with pytest.raises(ValueError, match=f"Expected runs on one pair, with the same images and .*, but got {what} "):
+        Comparison([read_run(run) for run in runs], "balanced_consistency")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda saved: saved["stages"][0]["label_free"][0]["nets"]["student"]["scores"].update(confidence="high"),
+        lambda saved: saved["stages"][0]["label_free"][0]["nets"]["student"].update(shares=[None]),
+        lambda saved: saved["stages"][0]["scores"][0]["nets"]["student"].update(means={}),
+        lambda saved: saved["stages"][0]["scores"][0]["nets"]["student"].update(means={"mIoU": "good"}),
+        lambda saved: saved.update(stages=[]),
+        lambda saved: saved.update(choice={"stage": 0, "step": 10, "net": None}),
+    ],
+)
+def test_a_history_that_is_wrong_inside_is_one_line(tmp_path, capsys, change):
+    folder = changed_run(write_run(tmp_path / "a", [0.6], [60.0]), change)
+    assert compare_runs.main([str(folder)]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "history.json to be as train_gta2cs.py wrote it, but it is not so inside" in said
+
+
 def test_a_run_that_was_stopped_is_called_so(tmp_path, capsys):
     saved = json.loads((write_run(tmp_path / "whole", [0.6], []) / "history.json").read_text())
     config = json.dumps(train_gta2cs.plain(train_gta2cs.Config(stages=[train_gta2cs.Stage()])))
@@ -376,6 +437,7 @@ def test_settings_of_a_sweep(tmp_path):
     for text, message in (
         ("- {name: a}\n- {name: a}\n", "'a' occurs twice"),
         ("- {stages.7.lr: 1}\n", "'stages.7.lr' to be a path"),
+        ("- {out: runs/mine}\n", r"settings of .*sweep\.yaml without `out`"),
         ("seed: 1\n", "to be a list of settings"),
         (": [\n", r"sweep\.yaml to be YAML, but it cannot be read"),
         *((f"- {{name: {name}}}\n", "to be the name of a folder in `out`") for name in ("../up", "a/b", "..", "''")),
@@ -419,7 +481,7 @@ def test_folders_of_two_people_do_not_compare(tmp_path):
         saved["config"]["data"]["data_root"] = root
         (folder / "history.json").write_text(json.dumps(saved))
     runs = [read_run(tmp_path / name) for name in "ab"]
-    with pytest.raises(ValueError, match=r"Expected runs on one pair, .*'folder /one'"):
+    with pytest.raises(ValueError, match=r"Expected runs on one pair, .*, but got pair folder /one and folder /two"):
         Comparison(runs, "balanced_consistency")
     assert Comparison(runs[:1] * 2, "balanced_consistency").text().startswith("# folder /one: 2 runs")
 

@@ -260,3 +260,16 @@ def test_a_disk_that_became_read_only_is_one_clear_error(tmp_path, monkeypatch):
         write_text(tmp_path / "a.txt", "x")
     with pytest.raises(WriteError, match=rf"Cannot write {tmp_path}: read-only file system"):
         check_writable(tmp_path)
+
+
+def test_a_folder_that_becomes_read_only_does_not_hide_what_went_wrong_in_it(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    def work():
+        with own_folder(tmp_path / "run"):
+            monkeypatch.setattr(Path, "unlink", refuse)
+            raise WriteError("Cannot write last.pt: permission denied.")
+
+    with pytest.raises(WriteError, match=r"Cannot write last\.pt"):
+        work()

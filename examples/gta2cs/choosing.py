@@ -37,6 +37,7 @@ from gta2cs.label_free import (
     with_statistics,
 )
 from gta2cs.observers import score_on_target
+from gta2cs.pretrained import load_init
 from gta2cs.recipes import Losses
 from gta2cs.run_folder import stage_folder, stage_title
 from gta2cs.stage import Run, StageState
@@ -52,6 +53,10 @@ ONE_CLASS = (
 BY_CHANCE = (
     "nothing has trained the last layer of the net, so what is called the source-only net labels by chance. Name a "
     "trained net by `init`, or put a stage of source_only before."
+)
+LABELLED_BY_CHANCE = (  # the same, of a run that is finished
+    "**Nothing had trained the last layer of the net that adaptation started from.** What is called the source-only "
+    "net labels by chance, so neither its scores nor a comparison with it say anything."
 )
 GUARD = DEFAULT  # what `source_or_last` compares by
 
@@ -135,10 +140,15 @@ class Choosing:
                     f"{ONE_CLASS}[/]"
                 )
             if not state.trained:
+                state.history["by_chance"] = True
                 run.console.print(f"[yellow]{state.stage.recipe}: {BY_CHANCE}[/]")
         if "source_only" in state.history:
             run.source_only = LabelFree.from_json(state.history["source_only"])
+        self._start_over()
         self.alarm = ShareAlarm(run.pair.classes.names, run.source_only.shares if run.source_only else None)
+        for entry in state.history["label_free"]:  # what it has said before the run was resumed
+            for name in filter(can_be_deployed, entry["nets"]):
+                self.alarm(name, entry["nets"][name]["shares"])
         if state.done == state.steps and not state.history["label_free"]:  # finished by a version without such scores
             self(state)
 
@@ -169,11 +179,28 @@ class Choosing:
         if run.is_main:
             shown = score_of(run.config.select)
             place = "" if state.history["scores"] else f"{state.stage.recipe}, step {state.done} of {state.steps}:"
-            values = [f"{name} {100 * scores.scores[shown]:.1f}" for name, scores in found.items()]
+            values = [f"{name} {100 * scores.scores[shown]:z.1f}" for name, scores in found.items()]
             if run.source_only is not None:
-                values.append(f"source-only net {100 * run.source_only.scores[shown]:.1f}")
+                values.append(f"source-only net {100 * run.source_only.scores[shown]:z.1f}")
             named = shown.replace("_", " ")
             run.console.print(f"{place or ' '} without labels, {named}, %: {', '.join(values)}", markup=False)
+
+    def _start_over(self) -> None:
+        """Return to the source-only net where `source_or_last` chose the last student, and another stage has come."""
+        run, choice = self.state.run, self.state.run.choice
+        if run.config.select != "source_or_last" or choice is None or choice.net == SOURCE_ONLY:
+            return
+        if choice.stage == len(run.config.stages) - 1 or run.source_only is None:
+            return
+        net = copy_net(self.state.recipe.student)
+        if self.first:
+            title = run.config.stages[self.first - 1].recipe
+            load_net(net, run.config.out / stage_folder(self.first - 1, title) / "last.pt")
+        elif run.config.init is not None:
+            load_init(net, run.config.init, take=run.config.net.take)
+        else:
+            return  # nothing had trained it, and no file holds it
+        self._offer(SOURCE_ONLY, SOURCE_ONLY, net, run.source_only, step=0)
 
     def _offer(self, recipe: str, name: str, net: nn.Module, found: LabelFree, *, step: int) -> None:
         """Make a net the one to deploy, if `select` says so."""
@@ -187,7 +214,10 @@ class Choosing:
         score = score_of(select)
         sign = direction_of(select)
         value = found.scores[score]
-        known = None if run.choice is None else run.choice.as_trained
+        if run.choice is not None:
+            known = run.choice.as_trained
+        else:  # none yet, or `best.pt` was lost before the run was resumed
+            known = None if starts or run.source_only is None else run.source_only.scores.get(score)
         better = known is None or sign * value > sign * known
         if better and run.source_only is not None and not starts:
             better = not collapsed(run.source_only.shares, found.shares)
@@ -199,9 +229,11 @@ class Choosing:
             taken = better
         if taken:
             title = recipe if starts else stage_title([stage.recipe for stage in run.config.stages], index)
-            run.choice = Choice(title, index, step, name, select if select == "last" else score, value)
+            place = (self.first or 0, 0) if starts else (index, step)
+            run.choice = Choice(title, *place, name, select if select == "last" else score, value)
             if run.is_main:
-                save_choice(run, net, self.state.done, self.state.history)
+                history = self.state.history | ({"source_only": found.to_json()} if starts else {})
+                save_choice(run, net, 0 if starts else self.state.done, history)
 
 
 def score_without_labels(

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from gta2cs import report
+from gta2cs.choosing import LABELLED_BY_CHANCE
 from gta2cs.histories import RunNets
 from gta2cs.label_free import MARGIN, RELIABILITY, collapsed, direction_of, reliability, with_statistics
 from gta2cs.rank_statistics import spearman
@@ -26,8 +27,12 @@ class Comparison:
 
     def __init__(self, runs: Sequence[RunNets], score: str) -> None:
         self.score, self.sign = score.removeprefix("-"), direction_of(score)
-        if len(pairs := {run.pair for run in runs}) > 1:
-            raise ValueError(f"Expected runs on one pair, because scores compare on the same images, but got {pairs}.")
+        for what in ("pair", "images", "classes"):
+            if len(found := {str(getattr(run, what)) for run in runs}) > 1:
+                raise ValueError(
+                    "Expected runs on one pair, with the same images and classes, because other scores do not compare, "
+                    f"but got {what} {' and '.join(sorted(found))}."
+                )
         for run in runs:
             if self.score not in run.last["scores"]:
                 known = sorted(run.last["scores"])
@@ -92,6 +97,7 @@ class Comparison:
             f"{'highest' if self.sign > 0 else 'lowest'} of {kept or len(compared)} {of}. "
             f"{self.with_its_statistics(winner, net)}{self.level_with_start(winner, net)}"
             f"{reliability(self.score, self.sign)}\n",
+            *(f"{LABELLED_BY_CHANCE}\n" for _ in range(winner.by_chance)),
             f"{where(winner, net)}\n",
             self.table_of_runs(),
             *(f"{line}\n" for line in (*self.stopped(), *self.other_choices())),
@@ -178,16 +184,21 @@ class Comparison:
         known = [(self.value(net), net["truth_miou"]) for net in nets if net["truth_miou"] is not None]
         if len(known) < 2:
             return ["Target has no labels: nothing says how right this is.\n"]
-        used = self.best(self.runs[0])["truth_miou"]
-        chosen, best = known[0][1] if used is None else used, max(truth for _, truth in known)
+        used, best = self.best(self.runs[0])["truth_miou"], max(truth for _, truth in known)
         rho = spearman([value for value, _ in known], [truth for _, truth in known])
         last = [run.last["truth_miou"] for run in self.runs if run.last["truth_miou"] is not None]
+        said = [
+            "Target has labels, which took no part in the choice.",
+            f"The best of all nets has an mIoU of {best:.1f}, the chosen one is not compared with its truth yet."
+            if used is None
+            else f"The chosen net has an mIoU of {used:.1f}, the best of all {best:.1f}: the choice loses "
+            f"{best - used:z.1f}.",
+            f"The last student of a run taken blindly has {sum(last) / len(last):.1f} in the mean." if last else "",
+            f"Spearman's rank correlation over {len(known)} nets: {rho:z.2f}." if rho == rho else "",
+        ]
         return [
             "## How good the choice was\n",
-            f"Target has labels, which took no part in the choice. The chosen net has an mIoU of {chosen:.1f}, the "
-            f"best of all {best:.1f}: the choice loses {best - chosen:.1f}. The last student of a run taken blindly "
-            f"has {sum(last) / len(last):.1f} in the mean. Spearman's rank correlation over {len(known)} nets: "
-            f"{rho:.2f}.\n",
+            f"{' '.join(filter(None, said))}\n",
             "![The score against the true mIoU of every net; a star is a source-only net](truth.png)\n",
         ]
 
@@ -266,4 +277,4 @@ def scored(nets: Sequence[dict[str, Any]], score: str) -> list[dict[str, Any]]:
 
 def number(value: float | None, digits: int) -> str:
     """A number, or a dash for none."""
-    return "–" if value is None else f"{value:.{digits}f}"
+    return "–" if value is None else f"{value:z.{digits}f}"

@@ -300,7 +300,6 @@ def check_same_run(saved: dict[str, Any], config: Config, index: int, path: Path
         "log_every",
         "log_with",
         "check_data",
-        "score_images",
         "score_views",
     }
     for side in (saved, now):

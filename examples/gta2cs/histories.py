@@ -15,6 +15,8 @@ from gta2cs.evaluation import headline
 from gta2cs.label_free import can_be_deployed, completed
 from gta2cs.run_folder import stage_folder, stage_title, step_file
 
+WRONG = (AttributeError, IndexError, KeyError, StopIteration, TypeError, ZeroDivisionError)  # where a file is torn
+
 
 class StageSaved(NamedTuple):
     """Where the checkpoints of a stage are."""
@@ -43,6 +45,13 @@ class RunNets:
     adapts: bool = True  # whether a stage that adapts has begun, or none was asked for
     stages: tuple[StageSaved, ...] = ()
     select: str = ""
+    images: str = ""  # on which its nets are scored
+    by_chance: bool = False  # whether nothing had trained the last layer of the source-only net
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.last["shares"])
 
     @property
     def name(self) -> str:
@@ -138,7 +147,7 @@ def as_written(path: Path) -> Iterator[None]:
     """Context in which what is read of a run is as the loop wrote it; otherwise an error names the file."""
     try:
         yield
-    except (AttributeError, IndexError, KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (*WRONG, json.JSONDecodeError, UnicodeDecodeError) as error:
         why = "not JSON" if isinstance(error, ValueError) else f"not so inside ({type(error).__name__}: {error})"
         raise ValueError(f"Expected {path} to be as train_gta2cs.py wrote it, but it is {why}.") from None
 
@@ -161,8 +170,9 @@ def _read_run(folder: Path, path: Path) -> RunNets:
             choice, begun = json.loads(held["choice"]), json.loads(held["history"])
             if (tried := begun.get("target_statistics")) is not None:  # the report was to come
                 stages[-1]["target_statistics"] = tried
-    adapting = [i for i, stage in enumerate(stages) if stage["name"] != "source_only"] or [len(stages) - 1]
     names = [stage["name"] for stage in stages]
+    first_of = next((i for i, name in enumerate(names) if name != "source_only"), len(names) - 1)
+    adapting = range(first_of, len(names))  # with stages on source alone that come after one that adapts
     begins = [sum(stage["steps"] for stage in stages[:i]) for i in range(len(stages))]
     checkpoints = []
     for i in adapting:
@@ -196,10 +206,24 @@ def _read_run(folder: Path, path: Path) -> RunNets:
     adapts = whole or recipe != "source_only" or all(s["recipe"] == "source_only" for s in config["stages"])
     places = zip(map(stage_folder, range(len(stages)), names), begins, done, strict=True)
     where = tuple(StageSaved(*place) for place in places)
-    if choice is not None and not {"stage", "step", "net"} <= {*choice}:
+    if choice is not None and not ({"stage", "step", "net"} <= {*choice} and isinstance(choice["net"], str)):
         raise KeyError("choice")
-    select = config.get("select", "")
-    return RunNets(folder, pair, recipe, config["seed"], start, checkpoints, choice, whole, adapts, where, select)
+    size = data.get("target_size")
+    return RunNets(
+        folder,
+        pair,
+        recipe,
+        config["seed"],
+        start,
+        checkpoints,
+        choice,
+        whole,
+        adapts,
+        where,
+        select=str(config.get("select", "")),
+        images=f"(`score_images` {config.get('score_images', 24)}, `data.target_size` {size})",
+        by_chance=any(stage.get("by_chance", False) for stage in (*stages, begun)),
+    )
 
 
 def _start(step: int, stage: dict[str, Any], before: dict[str, Any]) -> dict[str, Any] | None:
@@ -235,5 +259,13 @@ def all_scores(found: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _net(step: int, name: str, found: dict[str, Any], truth: dict[str, Any] | None) -> dict[str, Any]:
-    miou = None if truth is None else truth["means"][headline(truth["means"])]
-    return {"step": step, "net": name, "truth_miou": miou, "scores": all_scores(found), "shares": found["shares"]}
+    miou = None if truth is None else _number(truth["means"][headline(truth["means"])])
+    scores = {score: None if value is None else _number(value) for score, value in all_scores(found).items()}
+    shares = [_number(share) for share in found["shares"]]
+    return {"step": _number(step), "net": name, "truth_miou": miou, "scores": scores, "shares": shares}
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return value

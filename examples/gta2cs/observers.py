@@ -158,7 +158,7 @@ class ProgressLine:
         if not (run.is_main and state.due(run.config.log_every)):
             return
         status = "  ".join(f"{name} {value:.3f}" for name, value in history["losses"][-1]["terms"].items())
-        if history["scores"]:
+        if history["scores"] and run.pair.target_val is not None:
             status += f"  mIoU {history['scores'][-1]['miou']:.1f}"
         if self.plain:
             run.console.print(f"{state.stage.recipe}, step {state.done} of {state.steps}: {status}", markup=False)

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -27,7 +27,8 @@ class FolderInUse(OSError):
 
 
 LOCK = "run.lock"
-LEFT = ("stage*/*.pt", "*.pt", "results.json", "history.json", "report.md", "report.html", "panels.png", "curves.png")
+REPORT = ("history.json", "results.json", "report.md", "report.html", "panels.png", "curves.png")
+LEFT = ("stage*/*.pt", "*.pt", *REPORT)
 
 
 def stage_folder(index: int, recipe: str) -> str:
@@ -72,12 +73,19 @@ def own_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -
             file.flush()
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)  # while it is still held
+            with suppress(OSError):  # of a folder that has become read-only; what went wrong there has been said
+                (folder / LOCK).unlink(missing_ok=True)  # while it is still held
 
 
 def left_by_a_run(folder: Path) -> list[Path]:
     """Files of an earlier run that a new one would replace."""
     return sorted(path for pattern in LEFT for path in folder.glob(pattern))
+
+
+def clear_report(folder: Path) -> None:
+    """Remove what says that a run is finished: it has got another stage."""
+    for name in REPORT:
+        (folder / name).unlink(missing_ok=True)
 
 
 def clear_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -43,7 +44,8 @@ def write_report(run: Run, rows: dict[str, Score], nets: dict[str, nn.Module], h
     }
     failed = [name for name, write in pictures.items() if not _written(run, name, write)]
     for name in failed:
-        (config.out / name).unlink(missing_ok=True)  # of before the run was resumed: it shows other nets
+        with suppress(OSError):
+            (config.out / name).unlink(missing_ok=True)  # of before the run was resumed: it shows other nets
     parts: dict[str, Callable[[], object]] = {
         "report.md": lambda: report.write_text(config.out / "report.md", text_of(run, rows, histories, without=failed)),
         "report.html": lambda: html.write_html(config.out / "report.md", pair.classes),
@@ -78,13 +80,15 @@ def text_of(run: Run, rows: dict[str, Score], histories: list[dict[str, Any]], w
         text += f"{sentence}\n\n"
     text += f"Seed {config.seed}, {steps} steps, {seconds:.0f} s. "
     if pair.target_val is not None:
-        best = max(headlines(histories[-1]), default=float("nan"))
         text += (
             f"IoU in percent on {len(pair.target_val)} target images, one confusion matrix, last checkpoint; the last "
             f"row is the net of `best.pt`, chosen without labels.\n\n{report.markdown_table(rows, pair.classes)}\n"
-            "Best net of the last stage's evaluations, for information only (it was chosen on this very set): "
-            f"{best:.1f}.\n\n"
         )
+        if known := headlines(histories[-1]):
+            text += (
+                "Best net of the last stage's evaluations, for information only (it was chosen on this very set): "
+                f"{max(known):.1f}.\n\n"
+            )
     else:
         text += "Target has no label, so nothing is compared with truth.\n\n"
     decisions = [line for history in histories for line in history.get("decisions", [])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from gta2cs.choosing import GUARD, ONE_CLASS, SOURCE_ONLY, STATISTICS, score_of
+from gta2cs.choosing import GUARD, LABELLED_BY_CHANCE, ONE_CLASS, SOURCE_ONLY, STATISTICS, score_of
 from gta2cs.label_free import (
     DIRECTIONS,
     MARGIN,
@@ -54,8 +54,8 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
             if lost := lost_classes(run, histories):
                 looks = f"{'but' if ahead else 'and'} {LOST.format(lost)}."
             lines.append(
-                f"**`select: last`: `best.pt` is the {choice.title}.** Its {named} is {last:.3f}, the source-only "
-                f"net's {before:.3f}{',' if lost else ':'} {looks}"
+                f"**`select: last`: `best.pt` is the {choice.title}.** Its {named} is {last:z.3f}, the source-only "
+                f"net's {before:z.3f}{',' if lost else ':'} {looks}"
             )
         elif choice.net == SOURCE_ONLY:
             why = why_not_adapted(run, histories, named, last, before, ahead=ahead)
@@ -65,19 +65,21 @@ def verdict(run: Run, histories: list[dict[str, Any]]) -> str:
             value = choice.value if trained is None else trained.scores[score]
             assert value is not None
             lines.append(
-                f"**Use the adapted net** (`best.pt`): the {choice.title}. Its {named} is {value:.3f}, the "
-                f"source-only net's {before:.3f} ({value - before:+.3f}), the last student's {last:.3f}."
+                f"**Use the adapted net** (`best.pt`): the {choice.title}. Its {named} is {value:z.3f}, the "
+                f"source-only net's {before:z.3f} ({value - before:+z.3f}), the last student's {last:z.3f}."
             )
             if score in RELIABILITY and round(abs(value - before), 3) <= MARGIN:
                 lines.append("So small a difference says nothing: as far as this score can tell, the two are level.")
         if choice.target_statistics:
             lines.append(
                 "Here nets are compared with the BatchNorm statistics of their training. The chosen one"
-                f"{with_statistics(choice.target_statistics)}, has {choice.value:.3f}."
+                f"{with_statistics(choice.target_statistics)}, has {choice.value:z.3f}."
             )
     chosen = found_of_chosen(run, histories)
     if chosen is not None and (only := only_class(chosen.shares)) is not None:
         lines.append(f"**The chosen net predicts only {run.pair.classes.names[only]}.** {ONE_CLASS}")
+    if any(history.get("by_chance") for history in histories):
+        lines.append(LABELLED_BY_CHANCE)
     if source is not None:
         lines.append(reliability(score, direction_of(run.config.select)))
     alarms = [alarm for history in histories for alarm in history.get("alarms", [])]
@@ -97,15 +99,15 @@ def why_not_adapted(
     if lost := lost_classes(run, histories):
         file = f"{stage_folder(len(histories) - 1, histories[-1]['name'])}/last.pt"
         return (
-            f"The last student has {last:.3f} against {before:.3f} of {named}, {'but' if ahead else 'and'} "
+            f"The last student has {last:z.3f} against {before:z.3f} of {named}, {'but' if ahead else 'and'} "
             f"{LOST.format(lost)}, so such a net is never chosen. Compare the two in `panels.png`; if the student is "
             f"right, use `{file}`."
         )
     if run.config.select == "source_or_last":
-        found = f"The last student has {last:.3f} of {named}, the source-only net {before:.3f}."
+        found = f"The last student has {last:z.3f} of {named}, the source-only net {before:z.3f}."
     else:
-        found = f"No adapted net that kept its classes reaches its {named} of {before:.3f}; the last student has "
-        found += f"{last:.3f}."
+        found = f"No adapted net that kept its classes reaches its {named} of {before:z.3f}; the last student has "
+        found += f"{last:z.3f}."
     return f"{found} The adaptation did not help, as far as this score can tell."
 
 
@@ -149,7 +151,7 @@ def label_free_tables(run: Run, histories: list[dict[str, Any]], names: Sequence
         return ""
     known = list(next(iter(nets.values())).scores)
     shown = [name for name in dict.fromkeys((score_of(run.config.select), *SHOWN)) if name in known]
-    value = lambda found, name: f"{found.scores.get(name, float('nan')):.3f}"  # noqa: E731
+    value = lambda found, name: f"{found.scores.get(name, float('nan')):z.3f}"  # noqa: E731
     main = table_of(
         ["net, on target training images", *(_titled(name) for name in shown)],
         [[title, *(value(found, name) for name in shown)] for title, found in nets.items()],
