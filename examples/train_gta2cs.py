@@ -356,8 +356,8 @@ def train(run: Run) -> dict[str, Score]:
         for name, net in recipe.nets().items():
             row = title if len(recipe.nets()) == 1 else f"{title}, {name}"
             if pair.target_val is not None:  # without target labels there is no score against the truth
-                known = [entry["nets"][name] for entry in history["scores"] if entry["step"] == stage.steps]
-                # There is none if the labels came after the stage was trained.
+                known = [entry["nets"][name] for entry in history["scores"] if entry["step"] == history["steps"]]
+                # There is none where the labels came later than the stage was trained.
                 rows[row] = Score.from_json(known[-1]) if known else score_on_target(run, net)
             nets[row] = copy_net(net)  # because the next stage trains it further
         if stage.recipe == "source_only" and pair.target_val is not None and has_statistics(student):

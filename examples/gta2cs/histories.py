@@ -15,7 +15,8 @@ from gta2cs.evaluation import headline
 from gta2cs.label_free import can_be_deployed, completed
 from gta2cs.run_folder import stage_folder, stage_title, step_file
 
-WRONG = (AttributeError, IndexError, KeyError, StopIteration, TypeError, ZeroDivisionError)  # where a file is torn
+# What it raises to read a file that the loop did not write so.
+MISREAD = (AttributeError, IndexError, KeyError, StopIteration, TypeError, ZeroDivisionError)
 
 
 class StageSaved(NamedTuple):
@@ -147,7 +148,7 @@ def as_written(path: Path) -> Iterator[None]:
     """Context in which what is read of a run is as the loop wrote it; otherwise an error names the file."""
     try:
         yield
-    except (*WRONG, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (*MISREAD, json.JSONDecodeError, UnicodeDecodeError) as error:
         why = "not JSON" if isinstance(error, ValueError) else f"not so inside ({type(error).__name__}: {error})"
         raise ValueError(f"Expected {path} to be as train_gta2cs.py wrote it, but it is {why}.") from None
 
