@@ -24,7 +24,8 @@ def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
     """
     pair = x.dtype if other is None else torch.promote_types(x.dtype, other.dtype)
     recorded = learns(x) or (other is not None and learns(other))
-    if x.numel() < (eager.LARGE if recorded else eager.SMALL) or not is_eager_on_cpu(x) or pair.itemsize not in _BITS:
+    least = eager.LARGE // 4 if recorded else eager.SMALL  # `torch.where` branches in its backward pass, too
+    if x.numel() < least or not is_eager_on_cpu(x) or pair.itemsize not in _BITS:
         return torch.where(mask, x, 0 if other is None else other)
     x, other = x.to(pair), None if other is None else other.to(pair)
     selected: Tensor = _Select.apply(mask, x, other) if recorded else _selected(mask, x, other)
