@@ -154,37 +154,12 @@ def as_written(path: Path) -> Iterator[None]:
 
 
 def _read_run(folder: Path, path: Path) -> RunNets:
-    if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        config, stages, choice, begun = saved["config"], saved["stages"], saved["choice"], {}
-        done = [stage["steps"] for stage in stages]
-    else:
-        files = sorted(folder.glob("stage*/last.pt"), key=lambda p: int(p.parent.name.split("_")[0][5:]))
-        if not files:
-            raise FileNotFoundError(f"Expected {folder} to be the folder of a run, but it has no history and no stage.")
-        opened = [load_checkpoint(file) for file in files]
-        config, best, choice, begun = json.loads(opened[-1]["config"]), folder / "best.pt", None, {}
-        done = [value.get("step", 0) for value in opened]
-        stages = [json.loads(value["history"]) for value in opened]
-        if best.is_file():
-            held = load_checkpoint(best, needs=("choice", "history"))
-            choice, begun = json.loads(held["choice"]), json.loads(held["history"])
-            if (tried := begun.get("target_statistics")) is not None:  # the report was to come
-                stages[-1]["target_statistics"] = tried
+    config, stages, done, choice, begun = _saved(folder, path)
     names = [stage["name"] for stage in stages]
     first_of = next((i for i, name in enumerate(names) if name != "source_only"), len(names) - 1)
     adapting = range(first_of, len(names))  # with stages on source alone that come after one that adapts
     begins = [sum(stage["steps"] for stage in stages[:i]) for i in range(len(stages))]
-    checkpoints = []
-    for i in adapting:
-        name = stage_title(names, i)
-        truth = {entry["step"]: entry["nets"] for entry in stages[i]["scores"]}
-        for entry in stages[i].get("label_free", []):
-            for net, found in entry["nets"].items():
-                if can_be_deployed(net):
-                    known = truth.get(entry["step"], {}).get(net)
-                    place = {"stage": name, "stage_step": entry["step"]}
-                    checkpoints.append(_net(begins[i] + entry["step"], net, found, known) | place)
+    checkpoints = [net for i in adapting for net in _evaluated(stage_title(names, i), stages[i], begins[i])]
     if not checkpoints:
         raise ValueError(
             f"Expected {folder} to have label-free scores, but it was stopped before the first evaluation of "
@@ -225,6 +200,37 @@ def _read_run(folder: Path, path: Path) -> RunNets:
         images=f"(`score_images` {config.get('score_images', 24)}, `data.target_size` {size})",
         by_chance=any(stage.get("by_chance", False) for stage in (*stages, begun)),
     )
+
+
+def _saved(folder: Path, path: Path) -> tuple[Any, ...]:
+    """Configuration, stages and their steps, choice, and the stage that was begun when it was made."""
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return saved["config"], saved["stages"], [stage["steps"] for stage in saved["stages"]], saved["choice"], {}
+    files = sorted(folder.glob("stage*/last.pt"), key=lambda p: int(p.parent.name.split("_")[0][5:]))
+    if not files:
+        raise FileNotFoundError(f"Expected {folder} to be the folder of a run, but it has no history and no stage.")
+    opened = [load_checkpoint(file) for file in files]
+    config, best, choice, begun = json.loads(opened[-1]["config"]), folder / "best.pt", None, {}
+    stages = [json.loads(value["history"]) for value in opened]
+    if best.is_file():
+        held = load_checkpoint(best, needs=("choice", "history"))
+        choice, begun = json.loads(held["choice"]), json.loads(held["history"])
+        if (tried := begun.get("target_statistics")) is not None:  # the report was to come
+            stages[-1]["target_statistics"] = tried
+    return config, stages, [value.get("step", 0) for value in opened], choice, begun
+
+
+def _evaluated(title: str, stage: dict[str, Any], begins: int) -> list[dict[str, Any]]:
+    """The nets of all evaluations of a stage."""
+    truth, nets = {entry["step"]: entry["nets"] for entry in stage["scores"]}, []
+    for entry in stage.get("label_free", []):
+        for net, found in entry["nets"].items():
+            if can_be_deployed(net):
+                known = truth.get(entry["step"], {}).get(net)
+                place = {"stage": title, "stage_step": entry["step"]}
+                nets.append(_net(begins + entry["step"], net, found, known) | place)
+    return nets
 
 
 def _start(step: int, stage: dict[str, Any], before: dict[str, Any]) -> dict[str, Any] | None:
