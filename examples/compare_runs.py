@@ -171,7 +171,7 @@ def compare(options: argparse.Namespace) -> None:
         best = comparison.best(run)
         value = number(run.as_trained(best)["scores"].get(comparison.score), 3)
         console.print(f"{place}. {escape(run.name)}: {title(best)}, {comparison.score.replace('_', ' ')} {value}")
-    for line in (*comparison.stopped(), *comparison.other_choices()):
+    for line in (*comparison.doubts(), *comparison.stopped(), *comparison.other_choices()):
         console.print(line.replace("\\", "").replace("`", ""), markup=False)
     winner = comparison.runs[0]
     statistics = comparison.with_its_statistics(winner, net)

@@ -63,7 +63,16 @@ from gta2cs.files import WriteError
 from gta2cs.label_free import BY_CLASS, NoScoreError
 from gta2cs.loading import Batch, StepData, sample_generator, step_loader
 from gta2cs.matching import match_scale
-from gta2cs.observers import LossLog, Observer, ProgressLine, Saving, Scoring, note_decisions, score_on_target
+from gta2cs.observers import (
+    LossLog,
+    Observer,
+    ProgressLine,
+    Saving,
+    Scoring,
+    note_decisions,
+    note_scores,
+    score_on_target,
+)
 from gta2cs.options import FAULTS, in_a_line
 from gta2cs.pretrained import WeightsError, load_init
 from gta2cs.reading import ImageFormat
@@ -353,14 +362,15 @@ def train(run: Run) -> dict[str, Score]:
         title = stage_title([stage.recipe for stage in config.stages], index)
         if config.init is not None and pair.target_val is not None and "source_only_truth" in history:
             rows["source_only (init)"] = Score.from_json(history["source_only_truth"])  # what adaptation starts from
+        labelled = pair.target_val is not None  # without labels there is no score against the truth
+        if labelled and not any(entry["step"] == history["steps"] for entry in history["scores"]):
+            note_scores(run, recipe.nets(), history, history["steps"])  # they came later than the stage was trained
         for name, net in recipe.nets().items():
             row = title if len(recipe.nets()) == 1 else f"{title}, {name}"
-            if pair.target_val is not None:  # without target labels there is no score against the truth
-                known = [entry["nets"][name] for entry in history["scores"] if entry["step"] == history["steps"]]
-                # There is none where the labels came later than the stage was trained.
-                rows[row] = Score.from_json(known[-1]) if known else score_on_target(run, net)
+            if labelled:
+                rows[row] = Score.from_json(history["scores"][-1]["nets"][name])
             nets[row] = copy_net(net)  # because the next stage trains it further
-        if stage.recipe == "source_only" and pair.target_val is not None and has_statistics(student):
+        if stage.recipe == "source_only" and labelled and has_statistics(student):
             adapted = adapt_batch_norm(student, target_crops(run))
             rows[f"{title} + BatchNorm statistics of target"] = score_on_target(run, adapted)
 

@@ -187,6 +187,8 @@ def offers(tmp_path, select, candidates, source_only=None, shares=(), before=Non
         scores = {"mirror_consistency": value, "balanced_consistency": value, "class_correlation": value}
         net = nets.get(name, nets["student"])
         chooser._offer(name if name == "source_only" else "dacs", name, net, LabelFree(scores, list(shares)), step=step)
+        if name == "source_only" and source_only is None:
+            run.source_only = LabelFree(scores, list(shares))
     return run.choice
 
 
@@ -563,6 +565,59 @@ def test_source_or_last_of_a_run_that_gets_another_stage_is_that_of_all_its_stag
     assert Trained.open(tmp_path).title == title(read_run(tmp_path).chosen)
 
 
+def test_source_or_last_of_a_run_without_a_stage_on_source(tmp_path, monkeypatch):
+    """Its start is in no checkpoint of a stage; a file of its own keeps it, whatever becomes of `init`."""
+    config = tiny(tmp_path, select="source_or_last")
+    config.stages = config.stages[1:]
+    scores_in_turn(monkeypatch, [0.3, 0.5, 0.5])
+    train_gta2cs.main(config)
+    assert json.loads((tmp_path / "history.json").read_text())["choice"]["net"] == "student"
+    scores_in_turn(monkeypatch, [0.2, 0.2])
+    train_gta2cs.main(dataclasses.replace(config, resume=True, stages=[*config.stages, train_gta2cs.Stage("dacs")]))
+    choice = json.loads((tmp_path / "history.json").read_text())["choice"]
+    assert (choice["net"], choice["value"], choice["stage"]) == ("source_only", 0.3, 0)
+    held, start = (load_checkpoint(tmp_path / f"{name}.pt")["recipe"] for name in ("best", "source_only"))
+    assert all(torch.equal(value, start[name]) for name, value in held.items())
+    trained = load_checkpoint(tmp_path / "stage1_dacs" / "last.pt")["recipe"]
+    assert not all(torch.equal(value, trained[name]) for name, value in held.items())
+
+
+def test_source_or_last_where_a_stage_is_taken_back(tmp_path, monkeypatch):
+    """A stage that was not finished has changed nothing, and one that is has decided anew."""
+    config = tiny(tmp_path, select="source_or_last")
+    scores_in_turn(monkeypatch, [0.3, 0.3, 0.5, 0.5])
+    train_gta2cs.main(config)
+    before = json.loads((tmp_path / "history.json").read_text())["choice"]
+    longer = dataclasses.replace(config, resume=True, stages=[*config.stages, train_gta2cs.Stage("dacs")])
+    with monkeypatch.context() as patched:
+        patched.setattr(train_gta2cs.TrainingStep, "__call__", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train_gta2cs.main(longer)
+    train_gta2cs.main(dataclasses.replace(config, resume=True))
+    assert json.loads((tmp_path / "history.json").read_text())["choice"] == before
+    assert json.loads(load_checkpoint(tmp_path / "best.pt")["choice"]) == before
+
+
+@pytest.mark.parametrize("select", ["source_or_last", "balanced_consistency"])
+def test_a_resumed_run_without_best_pt_has_its_source_only_net(tmp_path, monkeypatch, select):
+    config = tiny(tmp_path, select=select, save_every=1)
+    scores_in_turn(monkeypatch, [0.3, 0.3, *[0.2] * 9])
+    with monkeypatch.context() as patched:
+        patched.setattr(train_gta2cs.TrainingStep, "__call__", stopped_in_the_second_stage)
+        with pytest.raises(KeyboardInterrupt):
+            train_gta2cs.main(config)
+    assert (tmp_path / "stage2_dacs" / "last.pt").is_file()
+    (tmp_path / "best.pt").unlink()
+    train_gta2cs.main(dataclasses.replace(config, resume=True))
+    assert json.loads((tmp_path / "history.json").read_text())["choice"]["net"] == "source_only"
+
+
+def stopped_in_the_second_stage(self, batch, step=train_gta2cs.TrainingStep.__call__):
+    if self.state.index == 1 and self.state.done == 1:
+        raise KeyboardInterrupt
+    return step(self, batch)
+
+
 def stop(*args):
     raise KeyboardInterrupt
 
@@ -674,7 +729,7 @@ def test_a_run_that_starts_with_a_net_of_another_run_is_compared_with_it(tmp_pat
 def test_a_start_that_nothing_has_trained_is_called_so_wherever_it_is_compared(tmp_path):
     config = dataclasses.replace(tiny(tmp_path), stages=[train_gta2cs.Stage("dacs", steps=2)])
     train_gta2cs.main(config)
-    said = "Nothing had trained the last layer of the net that adaptation started from"
+    said = "othing had trained the last layer of the net that adaptation started from"
     assert said in (tmp_path / "report.md").read_text()
     assert said in Comparison([read_run(tmp_path)], "balanced_consistency").text()
 

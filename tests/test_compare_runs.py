@@ -276,6 +276,12 @@ def test_truth_of_some_nets_only_and_values_that_are_all_alike(tmp_path):
     assert "nan" not in text
 
 
+def test_labels_that_have_no_class(tmp_path):
+    """Their mIoU is none, which is not a broken file."""
+    run = read_run(write_run(tmp_path / "a", [0.6, 0.7], [None, None]))
+    assert "Target has no labels" in Comparison([run], "balanced_consistency").text()
+
+
 def test_numbers_have_no_negative_zero(tmp_path):
     folder = write_run(tmp_path / "a", [-0.0001, -0.0002], [])
     assert "-0.000" not in Comparison([read_run(folder)], "balanced_consistency").text()

@@ -37,7 +37,6 @@ from gta2cs.label_free import (
     with_statistics,
 )
 from gta2cs.observers import score_on_target
-from gta2cs.pretrained import load_init
 from gta2cs.recipes import Losses
 from gta2cs.run_folder import stage_folder, stage_title
 from gta2cs.stage import Run, StageState
@@ -57,6 +56,10 @@ BY_CHANCE = (
 LABELLED_BY_CHANCE = (  # the same, of a run that is finished
     "**Nothing had trained the last layer of the net that adaptation started from.** What is called the source-only "
     "net labels by chance, so neither its scores nor a comparison with it say anything."
+)
+LOST = (
+    "best.pt is missing, and with it what this run had chosen. The source-only net and the nets of the evaluations to "
+    "come are compared."
 )
 GUARD = DEFAULT  # what `source_or_last` compares by
 
@@ -133,6 +136,8 @@ class Choosing:
             if state.index == 0 and run.pair.target_val is not None:  # otherwise the stage before has scored it
                 state.history["source_only_truth"] = score_on_target(run, state.recipe.student).to_json()
             self._offer(SOURCE_ONLY, SOURCE_ONLY, state.recipe.student, found, step=0)
+            if state.index == 0 and run.is_main:  # no stage before it keeps the net
+                save_choice(run, state.recipe.student, 0, state.history, source_only_file(run))
             if (only := only_class(found.shares)) is not None:
                 name = run.pair.classes.names[only]
                 run.console.print(
@@ -144,11 +149,11 @@ class Choosing:
                 run.console.print(f"[yellow]{state.stage.recipe}: {BY_CHANCE}[/]")
         if "source_only" in state.history:
             run.source_only = LabelFree.from_json(state.history["source_only"])
-        self._start_over()
         self.alarm = ShareAlarm(run.pair.classes.names, run.source_only.shares if run.source_only else None)
         for entry in state.history["label_free"]:  # what it has said before the run was resumed
             for name in filter(can_be_deployed, entry["nets"]):
                 self.alarm(name, entry["nets"][name]["shares"])
+        self._resume()
         if state.done == state.steps and not state.history["label_free"]:  # finished by a version without such scores
             self(state)
 
@@ -185,55 +190,70 @@ class Choosing:
             named = shown.replace("_", " ")
             run.console.print(f"{place or ' '} without labels, {named}, %: {', '.join(values)}", markup=False)
 
-    def _start_over(self) -> None:
-        """Return to the source-only net where `source_or_last` chose the last student, and another stage has come."""
-        run, choice = self.state.run, self.state.run.choice
-        if run.config.select != "source_or_last" or choice is None or choice.net == SOURCE_ONLY:
-            return
-        if choice.stage == len(run.config.stages) - 1 or run.source_only is None:
-            return
-        net = copy_net(self.state.recipe.student)
-        if self.first:
-            title = run.config.stages[self.first - 1].recipe
-            load_net(net, run.config.out / stage_folder(self.first - 1, title) / "last.pt")
-        elif run.config.init is not None:
-            load_init(net, run.config.init, take=run.config.net.take)
-        else:
-            return  # nothing had trained it, and no file holds it
-        self._offer(SOURCE_ONLY, SOURCE_ONLY, net, run.source_only, step=0)
+    def _resume(self) -> None:
+        """Bring the choice of a resumed run in line with its stages."""
+        state, run = self.state, self.state.run
+        ends = state.index == len(run.config.stages) - 1
+        if state.done < state.steps and run.choice is None and run.source_only is not None:
+            if run.config.select not in ("last", "source_or_last"):
+                run.console.print(f"[yellow]{LOST}[/]")
+            if run.config.select != "last":
+                self._return_to_source_only()
+        if run.config.select == "source_or_last" and ends and state.done == state.steps and state.history["label_free"]:
+            name, net = next(iter(state.recipe.nets().items()))  # stages may have come or gone since it was chosen
+            found = LabelFree.from_json(state.history["label_free"][-1]["nets"][name])
+            self._offer(state.stage.recipe, name, net, found, step=state.done)
+
+    def _return_to_source_only(self) -> None:
+        """Make the source-only net the one to deploy; where no file holds it, what was chosen stays."""
+        run, file = self.state.run, source_only_file(self.state.run)
+        if file.is_file():
+            net = copy_net(self.state.recipe.student)
+            load_net(net, file)
+            self._take(SOURCE_ONLY, SOURCE_ONLY, net, run.source_only, step=0)
 
     def _offer(self, recipe: str, name: str, net: nn.Module, found: LabelFree, *, step: int) -> None:
         """Make a net the one to deploy, if `select` says so."""
-        run, select = self.state.run, self.state.run.config.select
-        index = self.state.index
-        ends = index == len(run.config.stages) - 1 and step == self.state.steps
-        to_deploy = name == next(iter(self.state.recipe.nets()))
+        run, select, index = self.state.run, self.state.run.config.select, self.state.index
         starts = name == SOURCE_ONLY
         if not starts and self.first is not None and index < self.first:
             return  # the net of a source-only stage is offered where the next stage starts from it
-        score = score_of(select)
-        sign = direction_of(select)
-        value = found.scores[score]
-        if run.choice is not None:
-            known = run.choice.as_trained
-        else:  # none yet, or `best.pt` was lost before the run was resumed
-            known = None if starts or run.source_only is None else run.source_only.scores.get(score)
-        better = known is None or sign * value > sign * known
-        if better and run.source_only is not None and not starts:
-            better = not collapsed(run.source_only.shares, found.shares)
+        ends = index == len(run.config.stages) - 1 and step == self.state.steps
+        last = ends and name == next(iter(self.state.recipe.nets()))
         if select == "last":
-            taken = ends and to_deploy
+            if last:
+                self._take(recipe, name, net, found, step=step)
+        elif starts:
+            self._take(recipe, name, net, found, step=step)
         elif select == "source_or_last":
-            taken = starts or (ends and to_deploy and better)
-        else:
-            taken = better
-        if taken:
-            title = recipe if starts else stage_title([stage.recipe for stage in run.config.stages], index)
-            place = (self.first or 0, 0) if starts else (index, step)
-            run.choice = Choice(title, *place, name, select if select == "last" else score, value)
-            if run.is_main:
-                history = self.state.history | ({"source_only": found.to_json()} if starts else {})
-                save_choice(run, net, 0 if starts else self.state.done, history)
+            chosen = run.choice and (run.choice.stage, run.choice.step, run.choice.net)
+            if last and not self._is_better(found, run.source_only):
+                if chosen is None or chosen[2] != SOURCE_ONLY:
+                    self._return_to_source_only()
+            elif last and chosen != (index, step, name):
+                self._take(recipe, name, net, found, step=step)
+        elif self._is_better(found, run.choice or run.source_only):
+            self._take(recipe, name, net, found, step=step)
+
+    def _is_better(self, found: LabelFree, than: LabelFree | Choice | None) -> bool:
+        """Whether a net has a better score than the source-only or the chosen net, and no class that has collapsed."""
+        run, select = self.state.run, self.state.run.config.select
+        score, sign = score_of(select), direction_of(select)
+        known = than.as_trained if isinstance(than, Choice) else than and than.scores.get(score)
+        if known is not None and sign * found.scores[score] <= sign * known:
+            return False
+        return run.source_only is None or not collapsed(run.source_only.shares, found.shares)
+
+    def _take(self, recipe: str, name: str, net: nn.Module, found: LabelFree, *, step: int) -> None:
+        """Make a net the one to deploy."""
+        run, starts = self.state.run, name == SOURCE_ONLY
+        title = recipe if starts else stage_title([stage.recipe for stage in run.config.stages], self.state.index)
+        place = (self.first or 0, 0) if starts else (self.state.index, step)
+        select, score = run.config.select, score_of(run.config.select)
+        run.choice = Choice(title, *place, name, select if select == "last" else score, found.scores[score])
+        if run.is_main:
+            history = self.state.history | ({"source_only": found.to_json()} if starts else {})
+            save_choice(run, net, 0 if starts else self.state.done, history)
 
 
 def score_without_labels(
@@ -293,8 +313,16 @@ def best_path(run: Run) -> Path:
     return run.config.out / "best.pt"
 
 
-def save_choice(run: Run, net: nn.Module, step: int, history: dict[str, Any]) -> None:
-    """Write the chosen net as the student of a checkpoint, so that it can be read like the others."""
+def source_only_file(run: Run) -> Path:
+    """Where the net lies that the first adapting stage starts from: in the stage before, or in a file of its own."""
+    index = first_adapting(run.config) or 0
+    if index == 0:
+        return run.config.out / "source_only.pt"
+    return run.config.out / stage_folder(index - 1, run.config.stages[index - 1].recipe) / "last.pt"
+
+
+def save_choice(run: Run, net: nn.Module, step: int, history: dict[str, Any], path: Path | None = None) -> None:
+    """Write the chosen net as the student of a checkpoint (`best.pt`), so that it can be read like the others."""
     saved = {
         "recipe": {f"student.{k}": v for k, v in net.state_dict().items()},
         "step": step,
@@ -302,7 +330,7 @@ def save_choice(run: Run, net: nn.Module, step: int, history: dict[str, Any]) ->
         "history": json.dumps(history),
         "config": json.dumps(plain(run.config)),
     }
-    save_checkpoint(best_path(run), saved)
+    save_checkpoint(path or best_path(run), saved)
 
 
 def resume_choice(run: Run) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from gta2cs import report
-from gta2cs.choosing import LABELLED_BY_CHANCE
 from gta2cs.histories import RunNets
 from gta2cs.label_free import MARGIN, RELIABILITY, collapsed, direction_of, reliability, with_statistics
 from gta2cs.rank_statistics import spearman
@@ -97,10 +96,9 @@ class Comparison:
             f"{'highest' if self.sign > 0 else 'lowest'} of {kept or len(compared)} {of}. "
             f"{self.with_its_statistics(winner, net)}{self.level_with_start(winner, net)}"
             f"{reliability(self.score, self.sign)}\n",
-            *(f"{LABELLED_BY_CHANCE}\n" for _ in range(winner.by_chance)),
             f"{where(winner, net)}\n",
             self.table_of_runs(),
-            *(f"{line}\n" for line in (*self.stopped(), *self.other_choices())),
+            *(f"{line}\n" for line in (*self.doubts(), *self.stopped(), *self.other_choices())),
             "![The score along each run; a star is the source-only net](score.png)\n",
             *self.how_right(),
             f"\n## The {min(TOP, len(self.all_nets))} nets with the best score\n",
@@ -108,6 +106,15 @@ class Comparison:
             f"{HOW_TO_USE}\n",
         ]
         return "\n".join(lines)
+
+    def doubts(self) -> list[str]:
+        """A sentence for each run whose source-only net nothing has trained."""
+        return [
+            f"In {report.cell(run.folder.name)}, nothing had trained the last layer of the net that adaptation started "
+            "from. What is called its source-only net labels by chance, so no comparison with it says anything."
+            for run in self.runs
+            if run.by_chance
+        ]
 
     def stopped(self) -> list[str]:
         """A sentence for each run that is not finished."""

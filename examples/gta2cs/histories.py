@@ -167,6 +167,7 @@ def _read_run(folder: Path, path: Path) -> RunNets:
         )
     tried = stages[-1].get("target_statistics", {"choice": {}})
     if share := (of := tried["choice"]).get("target_statistics"):
+        share = _number(share)
         place = {"stage": stage_title(names, of["stage"]), "stage_step": of["step"], "target_statistics": share}
         name = f"{of['net']}, target statistics"
         checkpoints.append(_net(begins[of["stage"]] + of["step"], name, tried, tried.get("truth")) | place)
@@ -184,7 +185,7 @@ def _read_run(folder: Path, path: Path) -> RunNets:
     where = tuple(StageSaved(*place) for place in places)
     if choice is not None and not ({"stage", "step", "net"} <= {*choice} and isinstance(choice["net"], str)):
         raise KeyError("choice")
-    size = data.get("target_size")
+    size, images = data.get("target_size"), 2 if config.get("dry_run") else config.get("score_images", 24)
     return RunNets(
         folder,
         pair,
@@ -197,7 +198,7 @@ def _read_run(folder: Path, path: Path) -> RunNets:
         adapts,
         where,
         select=str(config.get("select", "")),
-        images=f"(`score_images` {config.get('score_images', 24)}, `data.target_size` {size})",
+        images=f"(`score_images` {images}, `data.target_size` {size})",
         by_chance=any(stage.get("by_chance", False) for stage in (*stages, begun)),
     )
 
@@ -266,7 +267,8 @@ def all_scores(found: dict[str, Any]) -> dict[str, float | None]:
 
 
 def _net(step: int, name: str, found: dict[str, Any], truth: dict[str, Any] | None) -> dict[str, Any]:
-    miou = None if truth is None else _number(truth["means"][headline(truth["means"])])
+    miou = None if truth is None else truth["means"][headline(truth["means"])]  # None, too, where no label has a class
+    miou = None if miou is None else _number(miou)
     scores = {score: None if value is None else _number(value) for score, value in all_scores(found).items()}
     shares = [_number(share) for share in found["shares"]]
     return {"step": _number(step), "net": name, "truth_miou": miou, "scores": scores, "shares": shares}

@@ -99,11 +99,7 @@ class Scoring:
         run, history = state.run, state.history
         if not state.due(run.config.eval_every) or run.pair.target_val is None:
             return
-        scores = {name: score_on_target(run, net) for name, net in state.recipe.nets().items()}
-        first = next(iter(scores.values()))
-        history["scores"].append(
-            {"step": state.done, "miou": first.miou, "nets": {n: s.to_json() for n, s in scores.items()}}
-        )
+        scores = note_scores(run, state.recipe.nets(), history, state.done)
         if not run.is_main:
             return
         found = ", ".join(f"{name} {score.miou:.1f}" for name, score in scores.items())
@@ -111,6 +107,14 @@ class Scoring:
         if kept := (history["losses"] or [{}])[-1].get("kept"):
             shares = ", ".join(f"{name} {100 * share:.0f}" for name, share in kept.items())
             run.console.print(f"  [dim]% of each predicted class that is sure enough: {escape(shares)}[/]")
+
+
+def note_scores(run: Run, nets: dict[str, nn.Module], history: dict[str, Any], step: int) -> dict[str, Score]:
+    """Score the nets of a stage, and keep that in its history."""
+    scores = {name: score_on_target(run, net) for name, net in nets.items()}
+    first = next(iter(scores.values()))
+    history["scores"].append({"step": step, "miou": first.miou, "nets": {n: s.to_json() for n, s in scores.items()}})
+    return scores
 
 
 def score_on_target(run: Run, net: nn.Module) -> Score:
