@@ -240,7 +240,7 @@ class Choosing:
         run, select = self.state.run, self.state.run.config.select
         score, sign = score_of(select), direction_of(select)
         known = than.as_trained if isinstance(than, Choice) else than and than.scores.get(score)
-        if known is not None and sign * found.scores[score] <= sign * known:
+        if known is not None and not sign * found.scores[score] > sign * known:
             return False
         return run.source_only is None or not collapsed(run.source_only.shares, found.shares)
 
@@ -261,11 +261,12 @@ def score_without_labels(
 ) -> LabelFree:
     """Score a net on the target training images that are used for every net of the run.
 
-    `known` are the class shares that it is compared with, by default those of the source-only net.
+    Rounded as the history keeps it: before and after a run is resumed, two nets compare the same. `known` are the class
+    shares that it is compared with, by default those of the source-only net.
     """
     config = run.config
     try:
-        return measure(
+        found = measure(
             net,
             run.pair.target_train,
             run.pair.classes,
@@ -274,6 +275,7 @@ def score_without_labels(
             known=known or (run.source_only.shares if run.source_only else None),
             device=run.device,
         )
+        return LabelFree.from_json(found.to_json())
     except ValueError as error:
         raise NoScoreError(f"Expected a label-free score of {whose}, but got none. {error}") from error
 
