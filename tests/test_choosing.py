@@ -803,7 +803,8 @@ def test_a_run_from_before_the_score_existed_is_resumed(tmp_path):
     for name in ("history.json", "report.md", "curves.png"):
         (tmp_path / name).unlink()
     train_gta2cs.main(dataclasses.replace(config, resume=True))
-    assert json.loads((tmp_path / "history.json").read_text())["choice"] == pytest.approx(choice, rel=1e-5)
+    again = json.loads((tmp_path / "history.json").read_text())["choice"]
+    assert again == choice | {"value": pytest.approx(choice["value"], rel=1e-5)}  # of IoUs that were rounded
     assert "balanced consistency" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "curves.png").exists()
 
