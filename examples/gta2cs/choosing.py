@@ -207,7 +207,8 @@ class Choosing:
     def _return_to_source_only(self) -> None:
         """Make the source-only net the one to deploy; where no file holds it, what was chosen stays."""
         run, file = self.state.run, source_only_file(self.state.run)
-        if file.is_file():
+        kept = run.choice is not None and run.choice.net == SOURCE_ONLY
+        if file.is_file() and not kept:
             net = copy_net(self.state.recipe.student)
             load_net(net, file)
             self._take(SOURCE_ONLY, SOURCE_ONLY, net, run.source_only, step=0)
@@ -221,18 +222,16 @@ class Choosing:
         ends = index == len(run.config.stages) - 1 and step == self.state.steps
         last = ends and name == next(iter(self.state.recipe.nets()))
         if select == "last":
-            if last:
-                self._take(recipe, name, net, found, step=step)
+            taken = last
         elif starts:
-            self._take(recipe, name, net, found, step=step)
+            taken = True
         elif select == "source_or_last":
-            chosen = run.choice and (run.choice.stage, run.choice.step, run.choice.net)
-            if last and not self._is_better(found, run.source_only):
-                if chosen is None or chosen[2] != SOURCE_ONLY:
-                    self._return_to_source_only()
-            elif last and chosen != (index, step, name):
-                self._take(recipe, name, net, found, step=step)
-        elif self._is_better(found, run.choice or run.source_only):
+            taken = last and self._is_better(found, run.source_only)
+            if last and not taken:
+                self._return_to_source_only()
+        else:
+            taken = self._is_better(found, run.choice or run.source_only)
+        if taken:
             self._take(recipe, name, net, found, step=step)
 
     def _is_better(self, found: LabelFree, than: LabelFree | Choice | None) -> bool:

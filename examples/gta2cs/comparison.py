@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from gta2cs import report
+from gta2cs.choosing import LABELLED_BY_CHANCE
 from gta2cs.histories import RunNets
 from gta2cs.label_free import MARGIN, RELIABILITY, collapsed, direction_of, reliability, with_statistics
 from gta2cs.rank_statistics import spearman
@@ -110,8 +111,7 @@ class Comparison:
     def doubts(self) -> list[str]:
         """A sentence for each run whose source-only net nothing has trained."""
         return [
-            f"In {report.cell(run.folder.name)}, nothing had trained the last layer of the net that adaptation started "
-            "from. What is called its source-only net labels by chance, so no comparison with it says anything."
+            f"{report.cell(run.folder.name)}: {LABELLED_BY_CHANCE.replace('**', '')}"
             for run in self.runs
             if run.by_chance
         ]

@@ -115,11 +115,10 @@ class LabelFree:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers of six digits."""
-        short = lambda x: None if x is None or x != x else float(f"{x:.6g}")  # noqa: E731
         return {
-            "scores": {k: short(v) for k, v in self.scores.items()},
-            "shares": [short(v) for v in self.shares],
-            "class_iou": {view: [short(v) for v in iou] for view, iou in self.class_iou.items()},
+            "scores": {k: _short(v) for k, v in self.scores.items()},
+            "shares": [_short(v) for v in self.shares],
+            "class_iou": {view: [_short(v) for v in iou] for view, iou in self.class_iou.items()},
         }
 
     @classmethod
@@ -127,6 +126,11 @@ class LabelFree:
         """Read what `to_json` wrote."""
         scores = {k: float("nan") if v is None else v for k, v in completed(saved).items()}
         return cls(scores, saved["shares"], saved["class_iou"])
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits of a number; None for NaN."""
+    return None if value is None or value != value else float(f"{value:.6g}")
 
 
 def views_of(select: str, views: Sequence[str]) -> list[str]:
@@ -193,7 +197,7 @@ def completed(saved: dict[str, Any]) -> dict[str, float | None]:
     scores: dict[str, float | None] = {**saved["scores"]}
     mirror, sure = saved.get("class_iou", {}).get("mirror"), scores.get("confidence")
     if "balanced_consistency" not in scores and mirror is not None and sure is not None and sum(saved["shares"]) > 0:
-        scores["balanced_consistency"] = balanced_iou(saved["shares"], mirror) * sure
+        scores["balanced_consistency"] = _short(balanced_iou(saved["shares"], mirror) * sure)
     return scores
 
 
