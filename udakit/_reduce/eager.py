@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 LARGE = 2**17  # number of elements from which our own passes on the CPU are faster than torch's operators
-SMALL = 2**14  # the same for operations on bits that autograd does not record
+SMALL = 2**12  # the same for operations on bits
 LOOK = 2**12  # number of elements from which on a pass takes longer than to look whether it is needed
 
 

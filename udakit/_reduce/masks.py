@@ -23,34 +23,31 @@ def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
     arithmetic m x + (1 - m) y would let a NaN of the other side through. Operations on bits do not.
     """
     pair = x.dtype if other is None else torch.promote_types(x.dtype, other.dtype)
-    recorded = learns(x) or (other is not None and learns(other))
-    least = eager.LARGE // 4 if recorded else eager.SMALL  # `torch.where` branches in its backward pass, too
-    if x.numel() < least or not is_eager_on_cpu(x) or pair.itemsize not in _BITS:
+    if x.numel() < eager.SMALL or not is_eager_on_cpu(x) or pair.itemsize not in _BITS:
         return torch.where(mask, x, 0 if other is None else other)
     x, other = x.to(pair), None if other is None else other.to(pair)
+    recorded = learns(x) or (other is not None and learns(other))
     selected: Tensor = _Select.apply(mask, x, other) if recorded else _selected(mask, x, other)
     return selected
 
 
 def _selected(mask: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
-    bits = _BITS[x.itemsize]
-    if other is None and x.itemsize < 8:  # for 8 bytes there is no fast product
-        return (x.view(bits) * mask).view(x.dtype)
-    ones = mask.to(bits).neg_()  # in -1 all bits are set
-    if other is None:
-        return torch.bitwise_and(x.view(bits), ones).view(x.dtype)
-    rest = other.view(bits)
-    return torch.bitwise_xor(x.view(bits), rest).bitwise_and_(ones).bitwise_xor_(rest).view(x.dtype)
+    bits = x.view(_BITS[x.itemsize])
+    rest = None if other is None else other.view(bits.dtype)
+    differ = bits if rest is None else torch.bitwise_xor(bits, rest)
+    own = None if rest is None else differ  # memory to write to
+    if x.itemsize == 8:  # for which there is no fast product; in -1 all bits are set
+        differ = torch.bitwise_and(differ, mask.to(bits.dtype).neg_(), out=own)
+    else:
+        differ = torch.mul(differ, mask, out=own)
+    return (differ if rest is None else differ.bitwise_xor_(rest)).view(x.dtype)
 
 
 class _Select(torch.autograd.Function):
     @staticmethod
-    def forward(mask: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
+    def forward(ctx: Any, mask: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
+        ctx.save_for_backward(mask)
         return _selected(mask, x, other)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, Tensor | None]:

@@ -39,10 +39,10 @@ def reduce_pixels(
     a graph. NaN and infinity at invalid entries do not reach the value, and `guard` keeps them out of the gradient.
     `zeroed` says that `loss` is already 0 there, which saves a pass in each direction.
     """
-    check_reduction(reduction)
     if pixel_weight is not None:
         pixel_weight = pixel_weight.to(loss.dtype)
-        if zeroed and valid is not None and reduction != "none" and may_look(loss) and may_look(pixel_weight):
+        looks = zeroed and valid is not None and reduction != "none"
+        if looks and type(pixel_weight) is Tensor and may_look(loss):
             total = (loss * pixel_weight).sum()
             if math.isfinite(float(total.detach())):  # 0 times a weight that is not finite would be NaN
                 return divided(total, loss.shape, valid, reduction)

@@ -21,9 +21,11 @@ from udakit._reduce import (
     LOG_2,
     Reduction,
     check_reduction,
+    has_nan,
     is_large,
     learns,
     look_up,
+    may_look,
     plain,
     reduce_pixels,
     select,
@@ -116,7 +118,7 @@ def labelled_cross_entropy(
     grows = learns(logits)
     try:
         if grows and is_large(logits, 2):
-            loss: Tensor = _CrossEntropy.apply(plain(logits), plain(labels), weight, ignore_index)[0]
+            loss: Tensor = _CrossEntropy.apply(plain(logits), plain(labels), weight, ignore_index)
             return loss
         if grows and torch.compiler.is_compiling():
             ids = torch.where(labels == ignore_index, -1, labels).int()
@@ -181,38 +183,34 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
         log_p = F.log_softmax(x, dim=1)
-        return F.nll_loss(log_p, labels, weight, ignore_index=ignore_index, reduction="none"), log_p
+        ctx.save_for_backward(x, labels, weight, log_p)
+        ctx.ignore_index = ignore_index
+        return F.nll_loss(log_p, labels, weight, ignore_index=ignore_index, reduction="none")
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, labels, weight, ctx.ignore_index = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, labels, weight, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
-        if grad is None:
-            return None, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         x, labels, weight, log_p = ctx.saved_tensors
         valid = labels != ctx.ignore_index
         ids = labels.where(valid, 0).unsqueeze(1)
-        grad = grad.unsqueeze(1) if weight is None else (grad * look_up(weight, ids.squeeze(1))).unsqueeze(1)
+        grad = grad if weight is None else grad * look_up(weight, ids.squeeze(1))
         if torch.is_grad_enabled():  # create_graph=True: in operations that have a derivative
             p = torch.where(valid.unsqueeze(1), x, 0).softmax(1)
-            return select(valid.unsqueeze(1), (p - torch.zeros_like(p).scatter(1, ids, 1)) * grad), None, None, None
+            slope = (p - torch.zeros_like(p).scatter(1, ids, 1)) * grad.unsqueeze(1)
+            return select(valid.unsqueeze(1), slope), None, None, None
         result = torch.empty_like(log_p, memory_format=torch.contiguous_format)
-        _fill(*(t.flatten(2) for t in (result, log_p, ids, grad, valid.unsqueeze(1))))
+        grad = select(valid, grad)  # whose products are 0 where nothing is NaN
+        nan = None if may_look(log_p) and not has_nan(log_p) else valid.unsqueeze(1).flatten(2)
+        _fill(result.flatten(2), log_p.flatten(2), ids.flatten(2), grad.unsqueeze(1).flatten(2), nan)
         return result, None, None, None
 
 
 BLOCK = 2**18  # elements of a class map processed at once: they fit the cache
 
 
-def _fill(result: Tensor, log_p: Tensor, ids: Tensor, grad: Tensor, valid: Tensor) -> None:
-    """Result = (softmax - one-hot) * grad where valid, else 0; all (N, C or 1, pixels)."""
+def _fill(result: Tensor, log_p: Tensor, ids: Tensor, grad: Tensor, valid: Tensor | None) -> None:
+    """Result = (softmax - one-hot) * grad, and 0 where not `valid`; all (N, C or 1, pixels)."""
     n, c, size = result.shape
     images, pixels = (n, size) if result.numel() <= BLOCK else (1, max(BLOCK // c, 1))
     for i in range(0, n, images):
@@ -221,7 +219,8 @@ def _fill(result: Tensor, log_p: Tensor, ids: Tensor, grad: Tensor, valid: Tenso
             g, out = grad[at], result[at]
             torch.mul(log_p[at], 1 / LOG_2, out=out).exp2_().mul_(g)
             out.scatter_add_(1, ids[at], -g)
-            zero_where_not_(valid[at], out)
+            if valid is not None:
+                zero_where_not_(valid[at], out)
 
 
 def reduce_labelled(

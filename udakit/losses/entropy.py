@@ -78,9 +78,10 @@ def entropy_loss(
         check_mask_like(valid, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, logits)
-    x = upcast(logits)
+    x, zeroed = upcast(logits), False
     if kind == "logits" and learns(x) and is_large(x):
-        loss: Tensor = _Entropy.apply(plain(x), None if valid is None else plain(valid))[0]
+        loss: Tensor = _Entropy.apply(plain(x), None if valid is None else plain(valid))
+        zeroed = True
     elif kind == "logits":
         log_p, _ = softmax_where(valid, x, log=True)
         loss = -(log_p.exp() * log_p).sum(dim=1)
@@ -89,27 +90,27 @@ def entropy_loss(
         loss = -(x * x.clamp_min(torch.finfo(x.dtype).tiny).log()).sum(dim=1)  # p = 0 adds 0, with a finite gradient
     if normalize and logits.shape[1] > 1:
         loss = loss / math.log(logits.shape[1])
-    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction)
+    return reduce_pixels(loss, valid, pixel_weight=pixel_weight, reduction=reduction, zeroed=zeroed)
 
 
 class _Entropy(torch.autograd.Function):
     """Entropy of the softmax of (N, C, *space) at each pixel, and its gradient, block by block in the cache.
 
-    dH / dx = -p (log p + H), exactly 0 at pixels that are not valid.
+    dH / dx = -p (log p + H). Both are exactly 0 at pixels that are not valid.
     """
 
     @staticmethod
-    def forward(x: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, valid: Tensor | None) -> Tensor:
         maps = x.flatten(2)
         mask = None if valid is None else valid.flatten(1).unsqueeze(1)
         n, c, size = maps.shape
         loss = maps.new_empty((n, size))
         kept = torch.empty_like(maps, memory_format=torch.contiguous_format)
-        pixels = max(BLOCK // c, 1)
-        buffers = maps.new_empty((2, c * min(pixels, size)))
-        for i in range(n):
+        images, pixels = (n, size) if maps.numel() <= BLOCK else (1, max(BLOCK // c, 1))
+        buffers = maps.new_empty((2, images * c * min(pixels, size)))
+        for i in range(0, n, images):
             for j in range(0, size, pixels):
-                at = slice(i, i + 1), slice(None), slice(j, j + pixels)
+                at = slice(i, i + images), slice(None), slice(j, j + pixels)
                 log_p, p = buffers[:, : maps[at].numel()].view(2, *maps[at].shape)
                 torch.log_softmax(maps[at], dim=1, out=log_p)
                 exp_(p.copy_(log_p))
@@ -118,18 +119,13 @@ class _Entropy(torch.autograd.Function):
                 slope.addcmul_(p, h.unsqueeze(1), value=-1).neg_()  # `h` is -H so far
                 if mask is not None:
                     zero_where_not_(mask[at], slope)
-        return loss.neg_().view(n, *x.shape[2:]), kept
+        ctx.save_for_backward(x, valid, kept)
+        if mask is not None:
+            zero_where_not_(mask.squeeze(1), loss)
+        return loss.neg_().view(n, *x.shape[2:])
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs, output[1])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None]:
-        if grad is None:
-            return None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, valid, kept = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: in operations that have a derivative
             log_p = F.log_softmax(x if valid is None else torch.where(valid.unsqueeze(1), x, 0), dim=1)

@@ -109,21 +109,21 @@ def supervised_pixel_contrast_loss(
     if normalize:
         z = unit_vectors(z)
     if denominator == "negatives":
-        others = drawn & (classes != classes.unsqueeze(1))
+        left_out = classes == classes.unsqueeze(1)
     else:
-        others = drawn & ~torch.eye(len(drawn), dtype=torch.bool, device=z.device)
+        left_out = torch.eye(len(drawn), dtype=torch.bool, device=z.device)
     own, partners = _own_columns(rank, count, max_anchors)
     refuse_transforms(z, vmap=True)
-    spread: Tensor = _Spread.apply(z, others, own, temperature)
+    spread: Tensor = _Spread.apply(z, left_out | ~drawn, own, temperature)
     loss = F.softplus(spread) if denominator == "negatives" else spread
     positives = partners.sum(dim=1)
     loss = torch.where(partners, loss, 0).sum(dim=1) / positives.clamp_min(1)
     valid = drawn & (positives > 0)
     if reduction != "none":
         return reduce_pixels(loss, valid, reduction=reduction)
-    left_out = num_classes * max_anchors
-    slots = torch.where(valid, classes * max_anchors + rank, left_out)
-    every = loss.new_zeros(left_out + 1).scatter(0, slots, loss)
+    spare = num_classes * max_anchors
+    slots = torch.where(valid, classes * max_anchors + rank, spare)
+    every = loss.new_zeros(spare + 1).scatter(0, slots, loss)
     return every[:-1].view(num_classes, max_anchors)
 
 
@@ -170,22 +170,23 @@ def _own_columns(rank: Tensor, count: Tensor, max_anchors: int) -> tuple[Tensor,
 
 
 class _Spread(torch.autograd.Function):
-    """Log-sum-exp of z z' / temperature over each row's `others`, minus the entries of its `own` columns: (rows, A).
+    """Log-sum-exp of z z' / temperature over each row, minus the entries of its `own` columns: (rows, A).
+
+    The sum has no pair that is `left_out`.
 
     Autograd would keep four matrices of all pairs, and multiply twice although the gradient is symmetric.
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, others: Tensor, own: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, z: Tensor, left_out: Tensor, own: Tensor, temperature: float) -> Tensor:
         with full_precision(z):
             similarity = torch.mm(z / (temperature * LOG_2), z.T)
         entries = similarity.gather(1, own)
         lowest = torch.finfo(z.dtype).min
-        similarity = torch.where(others, similarity, lowest)
-        top = similarity.amax(dim=1, keepdim=True)
-        share = similarity.sub_(top.clamp_min(lowest / 2)).exp2_()  # 0 in a row without others, too
+        top = similarity.masked_fill_(left_out, lowest).amax(dim=1, keepdim=True)
+        share = similarity.sub_(top.clamp_min(lowest / 2)).exp2_()  # 0 in a row without pairs, too
         total = share.sum(dim=1, keepdim=True)
-        share.div_(total.clamp_min(torch.finfo(z.dtype).tiny))  # a row without others
+        share.div_(total.clamp_min(torch.finfo(z.dtype).tiny))  # a row without pairs
         ctx.save_for_backward(z, share, own)
         ctx.temperature = temperature
         return (total.log2_().add_(top) - entries).mul_(LOG_2)

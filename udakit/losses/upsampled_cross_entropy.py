@@ -19,10 +19,20 @@ from udakit._checks import (
     check_weight_option,
     shape_of,
 )
-from udakit._reduce import Reduction, check_reduction, divided, look_up, upcast
+from udakit._reduce import (
+    Reduction,
+    check_reduction,
+    divided,
+    interpolate,
+    is_eager_on_cpu,
+    learns,
+    look_up,
+    upcast,
+)
+from udakit._reduce.eager import LARGE
 from udakit._state import FullPrecisionState
 from udakit.losses._upsampled import sums_at_once, upsampled_loss, upsampled_sum
-from udakit.losses.cross_entropy import check_class_weight, reduce_labelled
+from udakit.losses.cross_entropy import check_class_weight, cross_entropy, reduce_labelled
 
 # For signals and volumes: the same value, with the whole map in memory.
 ELSEWHERE = " For other numbers of dimensions, use F.interpolate and then udakit.cross_entropy."
@@ -96,6 +106,11 @@ def upsampled_cross_entropy(
         check_class_weight(class_weight, logits)
     if pixel_weight is not None:
         check_weight_like(pixel_weight, labels, reference_name="labels", channels=False)
+    few = labels.numel() * logits.shape[1] < 2 * LARGE and chunk_rows is None
+    if few and not learns(logits) and is_eager_on_cpu(logits):  # bands would cost more calls than they save memory
+        whole = interpolate(upcast(logits), labels.shape[1:], align_corners=align_corners)
+        weights = {"pixel_weight": pixel_weight, "class_weight": class_weight}
+        return cross_entropy(whole, labels, **weights, ignore_index=ignore_index, reduction=reduction)
     options: dict[str, Any] = {
         "align_corners": align_corners,
         "chunk_rows": chunk_rows,
