@@ -59,11 +59,11 @@ def rectify_probabilities(
     p = upcast(probabilities)
     d = upcast(distances).to(p.dtype)
     if learns(p) or learns(d) or not is_large(p) or type(p) is not Tensor or type(d) is not Tensor:
-        return renormalised(p, _proximity_(torch.where(p > 0, d, float("inf")), 1, temperature))
+        return renormalised(p, _proximity_(torch.where(p.bool(), d, float("inf")), 1, temperature))
     maps, far, never = p.flatten(2), d.flatten(2), p.new_tensor(float("inf"))
 
     def weight(place: Place, out: Tensor) -> Tensor:
-        return _proximity_(torch.where(maps[place] > 0, far[place], never, out=out), 1, temperature)
+        return _proximity_(torch.where(maps[place].bool(), far[place], never, out=out), 1, temperature)
 
     return renormalised_in_pieces(maps, weight)[0].view(p.shape)
 
