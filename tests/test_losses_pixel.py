@@ -343,6 +343,30 @@ def test_kd_resize_names_whose_size_both_take() -> None:
     assert udakit.kd_loss(s, t, resize="teacher") == udakit.kd_loss(down, t)
 
 
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("name", ["cross_entropy", "entropy_loss", "kd_loss"])
+def test_what_arrives_at_a_pixel_that_is_not_valid_is_hidden(
+    name: str, large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient that is infinite or NaN, and many gradients at once."""
+    monkeypatch.setattr("udakit._reduce.eager.LARGE", 1 if large else 2**30)
+    x = torch.randn(1, 4, 40, 40, requires_grad=True)
+    valid = torch.rand(1, 40, 40) > 0.5
+    if name == "cross_entropy":
+        loss = udakit.cross_entropy(x, torch.randint(4, valid.shape).where(valid, 255), reduction="none")
+    else:
+        teacher = (torch.randn_like(x),) if name == "kd_loss" else ()
+        loss = getattr(udakit, name)(x, *teacher, valid=valid, reduction="none")
+    assert not torch.signbit(loss[~valid]).any()
+    (found,) = torch.autograd.grad(loss.sqrt()[valid].sum(), x, retain_graph=True)
+    assert found.isfinite().all()
+    assert (found * ~valid.unsqueeze(1)).eq(0).all()
+    slopes = torch.randn(3, *loss.shape)
+    (many,) = torch.autograd.grad(loss, x, slopes, is_grads_batched=True, retain_graph=True)
+    for slope, own in zip(slopes, many, strict=True):
+        torch.testing.assert_close(own, torch.autograd.grad(loss, x, slope, retain_graph=True)[0])
+
+
 def test_a_uniform_teacher_at_a_low_temperature_teaches_all_the_same() -> None:
     student = torch.randn(1, 19, 2, 2)
     p = torch.full((1, 19, 2, 2), 1 / 19)

@@ -59,6 +59,20 @@ def test_gradients_of_select_flow_to_the_side_that_was_taken():
     assert torch.autograd.gradgradcheck(lambda a, b: select(mask, a * a, b * b), (x, other))
 
 
+def test_select_takes_many_gradients_at_once_and_negated_views():
+    """Both are not in memory as they are."""
+    mask = torch.tensor([[True, False, True]])
+    x, other = torch.randn(2, 2, 3, requires_grad=True)
+    slopes = torch.randn(4, 2, 3)
+    for y in (select(mask, x, other), select(mask, x), udakit.paste(mask.expand(2, 3), x, other)):
+        (found,) = torch.autograd.grad(y, x, slopes, is_grads_batched=True)
+        assert torch.equal(found, torch.where(mask, slopes, 0))
+    negated = torch.randn(2, 3, dtype=torch.cfloat).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(select(mask, negated, other), torch.where(mask, negated, other))
+    assert torch.equal(select(mask, other, negated), torch.where(mask, other, negated))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("block", [1, 12, 10_000])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

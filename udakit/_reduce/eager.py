@@ -14,6 +14,8 @@ LARGE = 2**17  # number of elements from which our own passes on the CPU are fas
 SMALL = 2**12  # the same for operations on bits
 LOOK = 2**12  # number of elements from which on a pass takes longer than to look whether it is needed
 
+_BATCHED = torch._C._dispatch_key_parse("Batched")
+
 
 def is_large(x: Tensor, times: int = 1) -> bool:
     """Whether blocks, or operations on bits, are faster than torch's operators: for large maps on the CPU.
@@ -51,7 +53,7 @@ def is_transformed() -> bool:
 
 def is_batched(x: Tensor) -> bool:
     """Whether `x` is many gradients at once (`is_grads_batched=True`, a vectorized Jacobian), which have no bits."""
-    return torch._C._dispatch_keys(x).has(torch._C._dispatch_key_parse("Batched"))
+    return torch._C._dispatch_keys(x).has(_BATCHED)
 
 
 def refuse_transforms(x: Tensor, *, vmap: bool = False) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from udakit._reduce import eager
-from udakit._reduce.eager import is_eager_on_cpu, is_transformed, may_look
+from udakit._reduce.eager import is_batched, is_eager_on_cpu, is_transformed, may_look
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,7 +23,8 @@ def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
     arithmetic m x + (1 - m) y would let a NaN of the other side through. Operations on bits do not.
     """
     pair = x.dtype if other is None else torch.promote_types(x.dtype, other.dtype)
-    if x.numel() < eager.SMALL or not is_eager_on_cpu(x) or pair.itemsize not in _BITS:
+    by_bits = x.numel() >= eager.SMALL and is_eager_on_cpu(x) and pair.itemsize in _BITS
+    if not by_bits or not _has_bits(x) or not (other is None or _has_bits(other)):
         return torch.where(mask, x, 0 if other is None else other)
     x, other = x.to(pair), None if other is None else other.to(pair)
     recorded = learns(x) or (other is not None and learns(other))
@@ -31,16 +32,27 @@ def select(mask: Tensor, x: Tensor, other: Tensor | None = None) -> Tensor:
     return selected
 
 
+def _has_bits(x: Tensor) -> bool:
+    """Whether the memory of `x` holds its numbers: not those of a negated view, nor many gradients at once."""
+    return not (x.is_neg() or is_batched(x))
+
+
 def _selected(mask: Tensor, x: Tensor, other: Tensor | None) -> Tensor:
     bits = x.view(_BITS[x.itemsize])
-    rest = None if other is None else other.view(bits.dtype)
-    differ = bits if rest is None else torch.bitwise_xor(bits, rest)
-    own = None if rest is None else differ  # memory to write to
-    if x.itemsize == 8:  # for which there is no fast product; in -1 all bits are set
-        differ = torch.bitwise_and(differ, mask.to(bits.dtype).neg_(), out=own)
-    else:
-        differ = torch.mul(differ, mask, out=own)
-    return (differ if rest is None else differ.bitwise_xor_(rest)).view(x.dtype)
+    if other is None:
+        return (bits * mask if x.itemsize < 8 else torch.bitwise_and(bits, _ones(mask))).view(x.dtype)
+    rest = other.view(bits.dtype)
+    return _mask_(torch.bitwise_xor(bits, rest), mask).bitwise_xor_(rest).view(x.dtype)
+
+
+def _mask_(bits: Tensor, mask: Tensor) -> Tensor:
+    """Set integers to 0 where the mask is False, in place."""
+    return bits.mul_(mask) if bits.itemsize < 8 else bits.bitwise_and_(_ones(mask))
+
+
+def _ones(mask: Tensor) -> Tensor:
+    """-1, in which all bits are set, where the mask is True: for 8 bytes there is no fast product."""
+    return mask.long().neg_()
 
 
 class _Select(torch.autograd.Function):
@@ -58,14 +70,11 @@ class _Select(torch.autograd.Function):
 
 def zero_where_not_(mask: Tensor, x: Tensor) -> Tensor:
     """Set `x` to exactly 0 where the mask is False, even at NaN, in place; the memory of `x` must be the caller's."""
-    if not x.is_contiguous() and any(n > 1 and not step for step, n in zip(x.stride(), x.shape, strict=True)):
+    shared = not x.is_contiguous() and any(n > 1 and not step for step, n in zip(x.stride(), x.shape, strict=True))
+    if shared or (x.is_cpu and not torch.compiler.is_compiling() and not _has_bits(x)):
         return select(mask, x)  # the elements of an expanded tensor share memory
-    if x.device.type == "cpu" and x.itemsize in _BITS:
-        bits = _BITS[x.itemsize]
-        if x.itemsize == 8:
-            x.view(bits).bitwise_and_(mask.to(bits).neg_())
-        else:  # also without NaN, and fewer calls; for 8 bytes there is no fast product
-            x.view(bits).mul_(mask)
+    if x.device.type == "cpu" and x.itemsize in _BITS:  # also without NaN, and fewer calls
+        _mask_(x.view(_BITS[x.itemsize]), mask)
         return x
     return x.masked_fill_(~mask, 0)
 

@@ -22,6 +22,7 @@ from udakit._reduce import (
     Reduction,
     check_reduction,
     has_nan,
+    is_batched,
     is_large,
     learns,
     look_up,
@@ -195,14 +196,14 @@ class _CrossEntropy(torch.autograd.Function):
         valid = labels != ctx.ignore_index
         ids = labels.where(valid, 0).unsqueeze(1)
         grad = grad if weight is None else grad * look_up(weight, ids.squeeze(1))
-        if torch.is_grad_enabled():  # create_graph=True: in operations that have a derivative
+        if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True: in operations that have a derivative
             p = torch.where(valid.unsqueeze(1), x, 0).softmax(1)
             slope = (p - torch.zeros_like(p).scatter(1, ids, 1)) * grad.unsqueeze(1)
             return select(valid.unsqueeze(1), slope), None, None, None
         result = torch.empty_like(log_p, memory_format=torch.contiguous_format)
         grad = select(valid, grad)  # whose products are 0 where nothing is NaN
-        nan = None if may_look(log_p) and not has_nan(log_p) else valid.unsqueeze(1).flatten(2)
-        _fill(result.flatten(2), log_p.flatten(2), ids.flatten(2), grad.unsqueeze(1).flatten(2), nan)
+        hidden = None if may_look(log_p) and not has_nan(log_p) else valid.flatten(1).unsqueeze(1)
+        _fill(result.flatten(2), log_p.flatten(2), ids.flatten(2), grad.unsqueeze(1).flatten(2), hidden)
         return result, None, None, None
 
 

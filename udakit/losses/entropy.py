@@ -19,6 +19,7 @@ from udakit._reduce import (
     check_reduction,
     exp_,
     guard,
+    is_batched,
     is_large,
     learns,
     plain,
@@ -120,18 +121,20 @@ class _Entropy(torch.autograd.Function):
                 if mask is not None:
                     zero_where_not_(mask[at], slope)
         ctx.save_for_backward(x, valid, kept)
+        loss.neg_()
         if mask is not None:
             zero_where_not_(mask.squeeze(1), loss)
-        return loss.neg_().view(n, *x.shape[2:])
+        return loss.view(n, *x.shape[2:])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, valid, kept = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: in operations that have a derivative
+        if torch.is_grad_enabled() or is_batched(grad):  # create_graph=True: in operations that have a derivative
             log_p = F.log_softmax(x if valid is None else torch.where(valid.unsqueeze(1), x, 0), dim=1)
             p = log_p.exp()
             slope = -p * (log_p - (p * log_p).sum(1, keepdim=True)) * grad.unsqueeze(1)
             return slope if valid is None else select(valid.unsqueeze(1), slope), None
+        grad = grad if valid is None else select(valid, grad)  # 0 times NaN would be NaN
         return (kept * grad.flatten(1).unsqueeze(1)).view(x.shape), None
 
 

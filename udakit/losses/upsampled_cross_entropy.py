@@ -27,6 +27,7 @@ from udakit._reduce import (
     is_eager_on_cpu,
     learns,
     look_up,
+    plain,
     upcast,
 )
 from udakit._reduce.eager import LARGE
@@ -108,9 +109,9 @@ def upsampled_cross_entropy(
         check_weight_like(pixel_weight, labels, reference_name="labels", channels=False)
     few = labels.numel() * logits.shape[1] < 2 * LARGE and chunk_rows is None
     if few and not learns(logits) and is_eager_on_cpu(logits):  # bands would cost more calls than they save memory
-        whole = interpolate(upcast(logits), labels.shape[1:], align_corners=align_corners)
+        whole = interpolate(plain(upcast(logits)), labels.shape[1:], align_corners=align_corners)
         weights = {"pixel_weight": pixel_weight, "class_weight": class_weight}
-        return cross_entropy(whole, labels, **weights, ignore_index=ignore_index, reduction=reduction)
+        return cross_entropy(whole, plain(labels), **weights, ignore_index=ignore_index, reduction=reduction)
     options: dict[str, Any] = {
         "align_corners": align_corners,
         "chunk_rows": chunk_rows,
