@@ -344,21 +344,24 @@ def test_kd_resize_names_whose_size_both_take() -> None:
 
 
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
-@pytest.mark.parametrize("name", ["cross_entropy", "entropy_loss", "kd_loss"])
+@pytest.mark.parametrize("name", ["cross_entropy", "entropy_loss", "kd_loss", "symmetric_kd_loss", "max_square_loss"])
+@pytest.mark.parametrize("side", [20, 40])
 def test_what_arrives_at_a_pixel_that_is_not_valid_is_hidden(
-    name: str, large: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, large: bool, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A gradient that is infinite or NaN, and many gradients at once."""
+    """A gradient that is NaN, and many gradients at once; small maps are treated in two ways."""
     monkeypatch.setattr("udakit._reduce.eager.LARGE", 1 if large else 2**30)
-    x = torch.randn(1, 4, 40, 40, requires_grad=True)
-    valid = torch.rand(1, 40, 40) > 0.5
+    monkeypatch.setattr("udakit.losses.symmetric_kd.LARGE", 1 if large else 2**30)
+    x = torch.randn(1, 4, side, side, requires_grad=True)
+    valid = torch.rand(1, side, side) > 0.5
     if name == "cross_entropy":
         loss = udakit.cross_entropy(x, torch.randint(4, valid.shape).where(valid, 255), reduction="none")
     else:
-        teacher = (torch.randn_like(x),) if name == "kd_loss" else ()
-        loss = getattr(udakit, name)(x, *teacher, valid=valid, reduction="none")
+        more = {"kd_loss": (torch.randn_like(x),), "symmetric_kd_loss": (x, *torch.randn(2, *x.shape))}.get(name, ())
+        loss = getattr(udakit, name)(x, *more, valid=valid, reduction="none")
     assert not torch.signbit(loss[~valid]).any()
-    (found,) = torch.autograd.grad(loss.sqrt()[valid].sum(), x, retain_graph=True)
+    arriving = torch.ones_like(loss).where(valid, float("nan"))
+    (found,) = torch.autograd.grad(loss, x, arriving, retain_graph=True)
     assert found.isfinite().all()
     assert (found * ~valid.unsqueeze(1)).eq(0).all()
     slopes = torch.randn(3, *loss.shape)

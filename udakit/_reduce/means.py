@@ -37,7 +37,8 @@ def reduce_pixels(
     Invalid entries become exactly 0 with zero gradient. "mean" divides by the number of valid entries and "mean_all" by
     the number of all entries; `pixel_weight` does not change the divisor. Without any valid entry, the result is 0 with
     a graph. NaN and infinity at invalid entries do not reach the value, and `guard` keeps them out of the gradient.
-    `zeroed` says that `loss` is already 0 there, which saves a pass in each direction.
+    `zeroed` says that `loss` is already 0 there, which saves a pass in each direction. With "none" the pass hides what
+    arrives there from above, since 0 times NaN is NaN.
     """
     if pixel_weight is not None:
         pixel_weight = pixel_weight.to(loss.dtype)
@@ -47,7 +48,7 @@ def reduce_pixels(
             if math.isfinite(float(total.detach())):  # 0 times a weight that is not finite would be NaN
                 return divided(total, loss.shape, valid, reduction)
         loss = loss * (pixel_weight if valid is None else select(valid, pixel_weight))
-    if valid is not None and not zeroed:
+    if valid is not None and (not zeroed or reduction == "none"):
         loss = select(valid, loss)
     if reduction == "none":
         return loss

@@ -8,17 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udakit._reduce import (
-    BLOCK,
-    LOG_2,
-    is_batched,
-    learns,
-    plain,
-    refuse_transforms,
-    select,
-    upcast,
-    zero_where_not_,
-)
+from udakit._reduce import BLOCK, LOG_2, is_batched, learns, plain, refuse_transforms, upcast, zero_where_not_
 
 
 def soft_cross_entropy(
@@ -67,10 +57,9 @@ def _forward(
             piece(x, y, temperature, kl, list(buffers[:, : x.numel()].view(-1, *x.shape)), loss[at], gradient)
             if keep and mask is not None:
                 zero_where_not_(mask[at], kept[at])
-    loss.mul_(-(temperature**2))
     if mask is not None:
         zero_where_not_(mask, loss)
-    return loss.view(n, *student.shape[2:]), kept
+    return loss.view(n, *student.shape[2:]).mul_(-(temperature**2)), kept
 
 
 def _piece(
@@ -127,21 +116,20 @@ def _fake(student: Tensor, teacher: Tensor, temperature: float, keep: bool, *_: 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)  # or autograd makes a class map of zeros for the second output
-    ctx.save_for_backward(output[1], inputs[4])
+    ctx.save_for_backward(output[1])
     ctx.temperature = inputs[2]
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, *tuple[None, ...]]:
     if grad is None:
         return (None,) * 6
-    kept, valid = ctx.saved_tensors
-    return _gradient(kept, valid, ctx.temperature, grad), *(None,) * 5
+    return _gradient(ctx, grad), *(None,) * 5
 
 
-def _gradient(kept: Tensor, valid: Tensor | None, temperature: float, grad: Tensor) -> Tensor:
-    grad = grad * temperature if temperature != 1 else grad
-    grad = grad if valid is None else select(valid, grad)  # 0 times NaN would be NaN
-    return (kept * grad.flatten(1).unsqueeze(1)).view(*kept.shape[:2], *grad.shape[1:])
+def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+    grad = grad * ctx.temperature if ctx.temperature != 1 else grad
+    gradient: Tensor = (ctx.saved_tensors[0] * grad.flatten(1).unsqueeze(1)).unflatten(2, grad.shape[1:])
+    return gradient
 
 
 class _Eager(torch.autograd.Function):
@@ -168,14 +156,12 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, student, valid = ctx.saved_tensors
         if not (torch.is_grad_enabled() or is_batched(grad)):
-            return _gradient(kept, valid, ctx.temperature, grad), *(None,) * 6
-        # create_graph=True: in operations that have a derivative
+            return _gradient(ctx, grad), *(None,) * 6
+        kept, student, valid = ctx.saved_tensors  # create_graph=True: in operations that have a derivative
         x = upcast(student) if valid is None else torch.where(valid.unsqueeze(1), upcast(student), 0)
         p = torch.softmax(x / ctx.temperature, dim=1)
         q = p.detach() - kept.view(p.shape)
-        grad = grad if valid is None else select(valid, grad)
         return (p - q) * (grad * ctx.temperature).unsqueeze(1), *(None,) * 6
 
 

@@ -134,7 +134,6 @@ class _Entropy(torch.autograd.Function):
             p = log_p.exp()
             slope = -p * (log_p - (p * log_p).sum(1, keepdim=True)) * grad.unsqueeze(1)
             return slope if valid is None else select(valid.unsqueeze(1), slope), None
-        grad = grad if valid is None else select(valid, grad)  # 0 times NaN would be NaN
         return (kept * grad.flatten(1).unsqueeze(1)).view(x.shape), None
 
 
